@@ -1,0 +1,34 @@
+//! How the losses of rows or elements become the value that is returned.
+
+/// What a loss does with the losses of its rows (softmax family) or elements (logistic family).
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_fused_loss::{CrossEntropyLoss, Reduction};
+/// # fn main() -> candle_core::Result<()> {
+/// let logits = Tensor::new(&[[1f32, 2., 3.], [1., 2., 0.]], &Device::Cpu)?;
+/// let target = Tensor::new(&[2u32, 0], &Device::Cpu)?;
+/// let rows = CrossEntropyLoss::new().with_reduction(Reduction::None).forward(&logits, &target)?;
+/// assert_eq!(rows.dims(), [2]);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reduction {
+    /// Return every row's or element's loss.
+    None,
+    /// Divide the sum by the loss's denominator, which each loss documents; the default.
+    #[default]
+    Mean,
+    /// Return the sum.
+    Sum,
+}
+
+/// The fused path of a loss: one kernel a pass. See the type alias without parameter at the crate's root.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Fused;
+
+/// The path of a loss that is composed of candle's tensor ops. See [`unfused`](crate::unfused).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Unfused;
