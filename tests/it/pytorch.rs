@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::str::FromStr;
 use std::sync::LazyLock;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{anyhow, ensure, Context, Result};
 use candle_core::safetensors::Load;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_fused_loss::{
@@ -207,9 +207,10 @@ fn compare(what: &str, got: &Tensor, want: &[f64], tolerance: impl Fn(usize) -> 
     ensure!(got.len() == want.len(), "{what}: {} elements, expected {}", got.len(), want.len());
     for (i, (&got, &want)) in got.iter().zip(want).enumerate() {
         let tolerance = tolerance(i);
-        let near = (got - want).abs() <= tolerance + half_ulp(dtype, want.abs() + tolerance);
+        let off = (got - want).abs();
+        let near = off <= tolerance + half_ulp(dtype, want.abs() + tolerance);
         let same = got == stored(dtype, want) || (got.is_nan() && want.is_nan());
-        ensure!(near || same, "{what}[{i}]: got {got:e}, expected {want:e}, off by {:e}", (got - want).abs());
+        ensure!(near || same, "{what}[{i}]: got {got:e}, expected {want:e}, off by {off:e}");
     }
     Ok(())
 }
@@ -227,7 +228,11 @@ fn compare_loss(what: &str, case: &Case, loss: &Tensor) -> Result<()> {
     let (relative, absolute) = case.tolerance()?.loss;
     let compared = compare(what, loss, &want, |i| relative * want[i].abs() + absolute);
     match case.maybe("loss32", &Device::Cpu)? {
-        Some(pytorch) => compared.with_context(|| format!("PyTorch in f32: {:?}", values(&pytorch))),
+        Some(pytorch) => {
+            let pytorch = values(&pytorch)?;
+            let shown = &pytorch[..pytorch.len().min(8)];
+            compared.map_err(|error| anyhow!("{error} (PyTorch in f32, the first 8: {shown:?})"))
+        }
         None => compared,
     }
 }
