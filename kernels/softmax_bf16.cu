@@ -1,0 +1,2 @@
+#define LOGIT bf16
+#include "softmax_entry.cuh"

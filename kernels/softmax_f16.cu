@@ -1,0 +1,2 @@
+#define LOGIT f16
+#include "softmax_entry.cuh"

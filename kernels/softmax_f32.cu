@@ -1,0 +1,2 @@
+#define LOGIT float
+#include "softmax_entry.cuh"

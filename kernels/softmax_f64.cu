@@ -1,0 +1,2 @@
+#define LOGIT double
+#include "softmax_entry.cuh"
