@@ -1,8 +1,41 @@
-#![allow(dead_code)]
+#![doc = include_str!("../README.md")]
+#![deny(missing_docs)]
+
+pub mod binary;
 mod cpu;
+pub mod cross_entropy;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod device;
+pub mod focal;
+mod logistic;
+pub mod multi_label;
+pub mod nll;
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 mod plan;
 mod reduction;
 mod softmax;
+pub mod unfused;
+mod validate;
+
+pub use binary::{binary_cross_entropy, binary_cross_entropy_with_logit, binary_cross_entropy_with_logits};
+pub use candle_nn::loss::{huber, mse};
+pub use cross_entropy::{RowStatistics, cross_entropy};
+pub use device::best_device;
+pub use focal::sigmoid_focal;
+pub use multi_label::multi_label_soft_margin;
+pub use nll::{log_softmax, nll};
+pub use reduction::{Fused, Reduction, Unfused};
+
+/// Cross-entropy with one kernel a pass: see [`cross_entropy::CrossEntropyLoss`].
+pub type CrossEntropyLoss = cross_entropy::CrossEntropyLoss<Fused>;
+/// Negative log-likelihood with one kernel a pass: see [`nll::NllLoss`].
+pub type NllLoss = nll::NllLoss<Fused>;
+/// Binary cross-entropy of probabilities with one kernel a pass: see [`binary::BceLoss`].
+pub type BceLoss = binary::BceLoss<Fused>;
+/// Binary cross-entropy of logits with one kernel a pass: see [`binary::BceWithLogitsLoss`].
+pub type BceWithLogitsLoss = binary::BceWithLogitsLoss<Fused>;
+/// Multi-label soft margin with one kernel a pass: see [`multi_label::MultiLabelSoftMarginLoss`].
+pub type MultiLabelSoftMarginLoss = multi_label::MultiLabelSoftMarginLoss<Fused>;
+/// Sigmoid focal loss with one kernel a pass: see [`focal::SigmoidFocalLoss`].
+pub type SigmoidFocalLoss = focal::SigmoidFocalLoss<Fused>;

@@ -10,7 +10,7 @@ use crate::cuda;
 use crate::reduction::Reduction;
 #[cfg(feature = "cuda")]
 use crate::softmax::cuda_tensor;
-use crate::softmax::{cpu_tensor, put, taken, Arg, Operand};
+use crate::softmax::{cpu_tensor, put, taken, Operand};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};

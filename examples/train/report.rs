@@ -81,10 +81,10 @@ pub fn failures(outcome: &Outcome, threshold: f32, options: &Options) -> Vec<Str
     let mut failures = Vec::new();
     if let Some(overflow) = &outcome.overflow {
         failures.push(format!("{who}: the loss is {} from step {} on", overflow.loss, overflow.step));
-    } else if let [first, .., last] = outcome.train_losses[..] {
-        if last >= first {
-            failures.push(format!("{who}: the loss went from {first} to {last}"));
-        }
+    } else if let [first, .., last] = outcome.train_losses[..]
+        && last >= first
+    {
+        failures.push(format!("{who}: the loss went from {first} to {last}"));
     }
     if !options.quick && outcome.accuracy < threshold {
         failures.push(format!(

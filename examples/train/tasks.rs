@@ -1,7 +1,7 @@
 //! What is trained: the data as tensors, the loss, the size of the network, and how accurate it has to get.
 
-use anyhow::{bail, Result};
-use candle_core::{DType, Device, Tensor, D};
+use anyhow::{Result, bail};
+use candle_core::{D, DType, Device, Tensor};
 
 use crate::data::{self, Sample, Samples};
 use crate::losses::{Implementation, Loss};

@@ -28,7 +28,7 @@ pub struct Outcome {
     /// The largest magnitude of a logit in any step whose loss was finite.
     pub largest_logit: f32,
     pub overflow: Option<Overflow>,
-    /// Means over all steps but the first, which also starts threads and loads kernels.
+    /// Medians over the steps: the first also starts threads and loads kernels, and other programs interrupt some.
     pub loss_time: Duration,
     pub step_time: Duration,
 }
@@ -73,7 +73,7 @@ pub fn train(task: &Task, implementation: Implementation, loss: Loss, options: &
         show(&bar, epoch, epochs, &outcome);
     }
     bar.finish_and_clear();
-    (outcome.loss_time, outcome.step_time) = clocks.means();
+    (outcome.loss_time, outcome.step_time) = clocks.medians();
     println!("{}", crate::report::sentence(&outcome));
     Ok(outcome)
 }
@@ -144,24 +144,24 @@ fn stop(device: &Device, started: Instant) -> Result<Duration> {
 
 #[derive(Default)]
 struct Clocks {
-    steps: u32,
-    loss: Duration,
-    step: Duration,
+    loss: Vec<Duration>,
+    step: Vec<Duration>,
 }
 
 impl Clocks {
     fn add(&mut self, loss: Duration, step: Duration) {
-        self.steps += 1;
-        if self.steps > 1 {
-            self.loss += loss;
-            self.step += step;
-        }
+        self.loss.push(loss);
+        self.step.push(step);
     }
 
-    fn means(&self) -> (Duration, Duration) {
-        let counted = self.steps.saturating_sub(1).max(1);
-        (self.loss / counted, self.step / counted)
+    fn medians(self) -> (Duration, Duration) {
+        (median(self.loss), median(self.step))
     }
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort();
+    times.get(times.len() / 2).copied().unwrap_or_default()
 }
 
 fn progress_bar(prefix: &str, epochs: usize) -> ProgressBar {

@@ -121,6 +121,41 @@ pub(crate) trait Real:
     }
 }
 
+/// Accumulators of a vectorised reduction: two AVX-512 vectors of f32.
+pub(crate) const LANES: usize = 32;
+
+/// The largest of a slice whose length is a multiple of [`LANES`], NaN left out; -inf if there is none.
+#[inline(always)]
+pub(crate) fn max_of<A: Real>(xs: &[A]) -> A {
+    let mut lanes = [A::NEG_INFINITY; LANES];
+    for chunk in xs.chunks_exact(LANES) {
+        for (m, &x) in lanes.iter_mut().zip(chunk) {
+            *m = m.max_or_self(x);
+        }
+    }
+    lanes.into_iter().fold(A::NEG_INFINITY, A::max_or_self)
+}
+
+/// The sum of a slice whose length is a multiple of [`LANES`], in a fixed order.
+#[inline(always)]
+pub(crate) fn sum_of<A: Real>(xs: &[A]) -> A {
+    let mut lanes = [A::ZERO; LANES];
+    for chunk in xs.chunks_exact(LANES) {
+        for (sum, &x) in lanes.iter_mut().zip(chunk) {
+            *sum += x;
+        }
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            let upper = lanes[i + width];
+            lanes[i] += upper;
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
 /// Coefficients of tanh(x)/x in powers of x^2, the highest first: 2^(2n) (2^(2n) - 1) B_2n / (2n)!, enough for f64 at 1/4.
 const TANH_SERIES: [f64; 11] = [
     18_888_466_084.0 / 194_896_477_400_625.0,

@@ -4,6 +4,7 @@ pub(crate) mod element;
 pub(crate) mod logistic;
 pub(crate) mod math;
 pub(crate) mod softmax;
+mod terms;
 
 use math::Real;
 use rayon::prelude::*;

@@ -1,0 +1,359 @@
+//! The softmax family on the CPU.
+//!
+//! A pass over the logits either *reduces* each row to a few numbers or *emits* a value for each logit from them (the
+//! gradient, the log-probabilities). Both come in two shapes, chosen by [`Engine`]: rows of many adjacent classes are
+//! worked through in blocks along the classes, everything else (few classes, a class axis that is not innermost, strides)
+//! in tiles of [`LANES`] rows, one row in each SIMD lane. A block and a tile are the same piece of scratch memory, small
+//! enough for the first-level cache, and both merge their results into the row's state by [`State::absorb`].
+//!
+//! The sum of a row is kept without the term of its maximum, which is exp(0) = 1: `rest = sum exp(x - m) - 1`. Then
+//! `log sum exp(x - m) = log1p(rest)` and `1 - p = rest / (1 + rest)` for the most probable class keep their relative
+//! accuracy however small they are.
+
+
+mod kernels;
+mod passes;
+mod problem;
+mod rows;
+
+use super::element::{Element, Input, Output, Source, Strided, build, source};
+use super::for_each_task;
+use super::math::{Real, dispatch};
+use crate::softmax::{Arg, CrossEntropy, Operand, Rows, Saved, Statistics, cpu_tensor};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType, bail};
+use kernels::{Detail, EmitSegment, EmitTile, LogProbs, LogProbsGradient, ReduceSegment, ReduceTile, RowScalars, State, TargetGradient, log_sum};
+use passes::{EmitAll, Finish, PerRow, Reduce, UnitPass};
+use problem::{Problem, RowResults, RowTarget, upstream_of};
+use rows::{Engine, Extra, LANES, Logits, Place, Scratch};
+
+/// Calls `body` with the storage's elements as a slice of their own type.
+macro_rules! with_floats {
+    ($name:expr, $storage:expr, $data:ident => $body:expr) => {
+        match $storage {
+            CpuStorage::F16($data) => $body,
+            CpuStorage::BF16($data) => $body,
+            CpuStorage::F32($data) => $body,
+            CpuStorage::F64($data) => $body,
+            other => bail!("{}: unsupported dtype {:?}, expected f16, bf16, f32 or f64", $name, other.dtype()),
+        }
+    };
+}
+pub(super) use with_floats;
+
+/// A slice of a tensor of this crate's own, contiguous and in the arithmetic type.
+pub(super) fn acc_slice<'a, A: Real>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [A]> {
+    let data = A::cpu_storage_as_slice(storage)?;
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&data[start..end]),
+        None => bail!("a contiguous tensor was expected, got strides {:?} of shape {:?}", layout.stride(), layout.dims()),
+    }
+}
+
+/// Calls `body` with the class weights as a slice.
+fn with_weight<A: Real, R>(weight: &Option<Tensor>, body: impl FnOnce(Option<&[A]>) -> Result<R>) -> Result<R> {
+    let Some(weight) = weight else { return body(None) };
+    let (storage, layout) = weight.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => body(Some(acc_slice(storage, layout)?)),
+        _ => bail!("class weights on {:?}, expected them on the CPU", weight.device().location()),
+    }
+}
+
+/// The loss, and what the backward needs.
+pub(crate) fn forward(options: &CrossEntropy, logits: Arg<CpuStorage>, target: Arg<CpuStorage>) -> Result<(CpuStorage, Saved)> {
+    fn run<T: Element>(options: &CrossEntropy, data: &[T], layout: &Layout, target: Arg<CpuStorage>) -> Result<(CpuStorage, Saved)> {
+        with_weight(&options.weight, |weight| {
+            let problem = Problem::new(options, Input::new(data), options.rows(layout)?, target, weight)?;
+            let denominator = problem.denominator()?;
+            let RowResults { loss, statistics } = problem.reduce();
+            let (kinds, rows) = (problem.kinds(), problem.rows().count());
+            let saved = Saved {
+                statistics: (kinds > 0).then(|| cpu_tensor(T::Acc::to_cpu_storage_owned(statistics), (kinds, rows))),
+                denominator: cpu_tensor(T::Acc::to_cpu_storage_owned(vec![T::Acc::of(denominator)]), ()),
+            };
+            Ok((problem.reduced(loss, denominator), saved))
+        })
+    }
+    with_floats!(options.name, logits.0, data => run(options, data, logits.1, target))
+}
+
+/// The gradient of the logits or of probability targets, in the order that [`Rows::class_last`] says.
+pub(crate) fn backward(
+    options: &CrossEntropy,
+    saved: &Saved,
+    of: Operand,
+    logits: Arg<CpuStorage>,
+    target: Arg<CpuStorage>,
+    upstream: Arg<CpuStorage>,
+) -> Result<CpuStorage> {
+    fn run<T: Element>(
+        options: &CrossEntropy,
+        saved: &Saved,
+        of: Operand,
+        (data, layout): (&[T], &Layout),
+        target: Arg<CpuStorage>,
+        upstream: Arg<CpuStorage>,
+    ) -> Result<CpuStorage> {
+        let statistics = match &saved.statistics {
+            Some(statistics) => statistics.flatten_all()?.to_vec1::<T::Acc>()?,
+            None => vec![],
+        };
+        let denominator = saved.denominator.to_scalar::<T::Acc>()?;
+        let upstream = acc_slice::<T::Acc>(upstream.0, upstream.1)?;
+        with_weight(&options.weight, |weight| {
+            let problem = Problem::new(options, Input::new(data), options.rows(layout)?, target, weight)?;
+            let rows = problem.rows().count();
+            // a target that was overwritten since the forward must not lead outside of its row
+            problem.targets.check(options.name, rows)?;
+            if of == Operand::Logits {
+                // SAFETY: every row is emitted whole
+                let grad = unsafe { build(rows * problem.rows().classes, |out| problem.emit_gradient(&statistics, upstream, denominator, out)) };
+                return Ok(T::to_cpu_storage_owned(grad));
+            }
+            let keep = problem.targets.keep;
+            let extra = match weight {
+                None => Extra::Constant(keep),
+                Some(weight) => Extra::Weights { factor: keep, weight },
+            };
+            let scalars = |row: usize| {
+                let mut scalars = RowScalars::new(statistics[row], statistics[rows + row]);
+                scalars.upstream = upstream_of(upstream, row, denominator);
+                scalars
+            };
+            let grad: Vec<T::Acc> = EmitAll::run(&problem.logits, &extra, TargetGradient, scalars);
+            Ok(T::Acc::to_cpu_storage_owned(grad))
+        })
+    }
+    with_floats!(options.name, logits.0, data => run(options, saved, of, (data, logits.1), target, upstream))
+}
+
+pub(crate) fn loss_and_grad(options: &CrossEntropy, logits: Arg<CpuStorage>, target: Arg<CpuStorage>) -> Result<(CpuStorage, CpuStorage)> {
+    fn run<T: Element>(options: &CrossEntropy, data: &[T], layout: &Layout, target: Arg<CpuStorage>) -> Result<(CpuStorage, CpuStorage)> {
+        with_weight(&options.weight, |weight| {
+            let problem = Problem::new(options, Input::new(data), options.rows(layout)?, target, weight)?;
+            let mut grad = Vec::with_capacity(layout.shape().elem_count());
+            let len = layout.shape().elem_count();
+            let loss = problem.loss_and_grad(&Output::new(&mut grad, len))?;
+            // SAFETY: the capacity is `len`, and without an error every row was emitted whole
+            unsafe { grad.set_len(len) };
+            Ok((loss, T::to_cpu_storage_owned(grad)))
+        })
+    }
+    with_floats!(options.name, logits.0, data => run(options, data, logits.1, target))
+}
+
+/// As [`loss_and_grad`]; the gradient replaces the logits, which are contiguous.
+pub(crate) fn loss_and_grad_inplace(
+    options: &CrossEntropy,
+    logits: &mut CpuStorage,
+    layout: &Layout,
+    target: Arg<CpuStorage>,
+) -> Result<CpuStorage> {
+    fn run<T: Element>(options: &CrossEntropy, data: &mut [T], layout: &Layout, target: Arg<CpuStorage>) -> Result<CpuStorage> {
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            bail!("{}: strides {:?} of shape {:?}, expected contiguous logits", options.name, layout.stride(), layout.dims())
+        };
+        with_weight(&options.weight, |weight| {
+            let (input, output) = Output::in_place(&mut data[start..end]);
+            let rows = Rows { offset: 0, ..options.rows(layout)? };
+            let mut problem = Problem::new(options, input, rows, target, weight)?;
+            problem.logits.in_place = true;
+            problem.loss_and_grad(&output)
+        })
+    }
+    with_floats!(options.name, logits, data => run(options, data, layout, target))
+}
+
+struct StatisticsWriter<'p, 'a, T: Element> {
+    problem: &'p Problem<'a, T>,
+    loss: PerRow<'p, T::Acc>,
+    lse: PerRow<'p, T::Acc>,
+    z_loss: PerRow<'p, T::Acc>,
+    entropy: PerRow<'p, T::Acc>,
+    argmax: PerRow<'p, u32>,
+    correct: PerRow<'p, u8>,
+}
+
+impl<T: Element> Finish<T::Acc> for StatisticsWriter<'_, '_, T> {
+    fn finish(&self, row: usize, state: &State<T::Acc>) {
+        let target = self.problem.targets.row(row);
+        let log_sum = log_sum(state.max, state.rest);
+        let lse = state.max + log_sum;
+        let entropy = log_sum - state.moment / (T::Acc::ONE + state.rest);
+        let ignored = matches!(target, RowTarget::Ignored);
+        let kept = |v: T::Acc| if ignored { T::Acc::ZERO } else { v };
+        let correct = match target {
+            RowTarget::Ignored => false,
+            RowTarget::Class(class, _) => class == state.argmax as usize,
+            RowTarget::Probabilities => self.problem.most_probable(row) == state.argmax as usize,
+        };
+        self.loss.set(row, self.problem.loss(row, state));
+        self.lse.set(row, kept(lse));
+        self.z_loss.set(row, kept(self.problem.z_loss(lse)));
+        self.entropy.set(row, kept(entropy));
+        self.argmax.set(row, state.argmax);
+        self.correct.set(row, correct as u8);
+    }
+}
+
+impl<T: Element> Problem<'_, T> {
+    /// The first class of the largest probability in a target row.
+    fn most_probable(&self, row: usize) -> usize {
+        let Extra::Dense { source, .. } = &self.targets.extra else { return 0 };
+        let rows = self.rows();
+        let place = Place::new(rows, row / LANES);
+        let mut best = (T::Acc::NEG_INFINITY, 0);
+        for class in 0..rows.classes {
+            let mut t = [T::Acc::ZERO];
+            source.load(place.write[row % LANES] + class * place.write_stride, &mut t);
+            if t[0] > best.0 {
+                best = (t[0], class);
+            }
+        }
+        best.1
+    }
+}
+
+/// The rows' losses and statistics in one pass.
+pub(crate) fn statistics(
+    options: &CrossEntropy,
+    logits: Arg<CpuStorage>,
+    target: Arg<CpuStorage>,
+) -> Result<(CpuStorage, Statistics<CpuStorage>)> {
+    fn run<T: Element>(
+        options: &CrossEntropy,
+        data: &[T],
+        layout: &Layout,
+        target: Arg<CpuStorage>,
+    ) -> Result<(CpuStorage, Statistics<CpuStorage>)> {
+        with_weight(&options.weight, |weight| {
+            let problem = Problem::new(options, Input::new(data), options.rows(layout)?, target, weight)?;
+            let rows = problem.rows().count();
+            problem.targets.check(options.name, rows)?;
+            let zeros = || vec![T::Acc::ZERO; rows];
+            let (mut loss, mut lse, mut z_loss, mut entropy) = (zeros(), zeros(), zeros(), zeros());
+            let (mut argmax, mut correct) = (vec![0u32; rows], vec![0u8; rows]);
+            let writer = StatisticsWriter {
+                problem: &problem,
+                loss: PerRow::new(&mut loss),
+                lse: PerRow::new(&mut lse),
+                z_loss: PerRow::new(&mut z_loss),
+                entropy: PerRow::new(&mut entropy),
+                argmax: PerRow::new(&mut argmax),
+                correct: PerRow::new(&mut correct),
+            };
+            Reduce::run(&problem.logits, &problem.targets.extra, Detail::Statistics, writer);
+            let storage = T::Acc::to_cpu_storage_owned;
+            let rest = Statistics {
+                lse: storage(lse),
+                z_loss: storage(z_loss),
+                entropy: storage(entropy),
+                argmax: CpuStorage::U32(argmax),
+                correct: CpuStorage::U8(correct),
+            };
+            Ok((storage(loss), rest))
+        })
+    }
+    with_floats!(options.name, logits.0, data => run(options, data, logits.1, target))
+}
+
+/// Reduces each row and emits its log-probabilities while the row is in the cache.
+struct LogSoftmax<'p, 'a, T: Element> {
+    logits: &'p Logits<'a, T>,
+    engine: Engine,
+    out: &'p Output<'p, T>,
+}
+
+impl<T: Element> UnitPass<T::Acc> for LogSoftmax<'_, '_, T> {
+    fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
+        let scalars = |state: &State<T::Acc>| RowScalars::new(state.max, state.rest);
+        let none = &Extra::None;
+        match self.engine {
+            Engine::Blocks { .. } => {
+                let classes = 0..self.logits.rows.classes;
+                let state = dispatch(ReduceSegment { logits: self.logits, extra: none, detail: Detail::Loss, row: unit, classes: classes.clone(), scratch });
+                dispatch(EmitSegment { logits: self.logits, extra: none, emit: &LogProbs, scalars: &scalars(&state), row: unit, classes, out: self.out, scratch });
+            }
+            Engine::Tiles => {
+                let place = Place::new(&self.logits.rows, unit);
+                let states = dispatch(ReduceTile { logits: self.logits, extra: none, detail: Detail::Loss, place: &place, scratch });
+                let lanes = place.scalars(|row| scalars(&states[row - place.first]));
+                dispatch(EmitTile { logits: self.logits, extra: none, emit: &LogProbs, scalars: &lanes, place: &place, out: self.out, scratch });
+            }
+        }
+    }
+}
+
+struct MaxAndRest<'p, A>(PerRow<'p, (A, A)>);
+
+impl<A: Real> Finish<A> for MaxAndRest<'_, A> {
+    fn finish(&self, row: usize, state: &State<A>) {
+        self.0.set(row, (state.max, state.rest));
+    }
+}
+
+/// `x - log sum exp(x)` of each row, in the order that [`Rows::class_last`] says.
+pub(crate) fn log_softmax(name: &str, logits: &CpuStorage, rows: &Rows) -> Result<CpuStorage> {
+    fn run<T: Element>(data: &[T], rows: &Rows) -> CpuStorage {
+        let logits = Logits::new(Input::new(data), *rows);
+        let engine = logits.engine();
+        T::to_cpu_storage_owned(match engine {
+            Engine::Blocks { segments: 2.. } => {
+                let mut states = vec![(T::Acc::ZERO, T::Acc::ZERO); rows.count()];
+                Reduce::run(&logits, &Extra::None, Detail::Loss, MaxAndRest(PerRow::new(&mut states)));
+                EmitAll::run(&logits, &Extra::None, LogProbs, |row: usize| RowScalars::new(states[row].0, states[row].1))
+            }
+            // SAFETY: every row is emitted whole
+            _ => unsafe {
+                build(rows.count() * rows.classes, |out| logits.for_each_unit(engine, &LogSoftmax { logits: &logits, engine, out }))
+            },
+        })
+    }
+    Ok(with_floats!(name, logits, data => run(data, rows)))
+}
+
+/// `g - exp(y) sum(g)` of each row, in the order of the log-probabilities y.
+pub(crate) fn log_softmax_backward(
+    name: &str,
+    (out, rows): (&CpuStorage, &Rows),
+    (upstream, upstream_rows): (&CpuStorage, &Rows),
+) -> Result<CpuStorage> {
+    fn run<T: Element>(data: &[T], rows: &Rows, source: Box<dyn Source<T::Acc> + '_>) -> CpuStorage {
+        let one = T::Acc::ONE;
+        let extra = Extra::Dense { source, keep: one, spread: T::Acc::ZERO, weight: None };
+        let logits = Logits::new(Input::new(data), *rows);
+        let mass = |row: usize| {
+            let place = Place::new(rows, row / LANES);
+            let start = place.write[row % LANES];
+            let mut block = [T::Acc::ZERO; LANES];
+            let mut lanes = [0f64; LANES];
+            for class in (0..rows.classes).step_by(LANES) {
+                let len = (rows.classes - class).min(LANES);
+                if place.write_stride == 1 {
+                    extra.load(start + class, class, &mut block[..len]);
+                } else {
+                    for (i, v) in block[..len].iter_mut().enumerate() {
+                        extra.load(start + (class + i) * place.write_stride, class + i, std::slice::from_mut(v));
+                    }
+                }
+                for (sum, v) in lanes.iter_mut().zip(&block[..len]) {
+                    *sum += v.to_f64();
+                }
+            }
+            T::Acc::of(lanes.iter().sum())
+        };
+        let mut masses = vec![T::Acc::ZERO; rows.count()];
+        let written = PerRow::new(&mut masses);
+        for_each_task(rows.count(), rows.classes, |rows| rows.for_each(|row| written.set(row, mass(row))));
+        let scalars = |row: usize| {
+            let mut scalars = RowScalars::new(T::Acc::ZERO, T::Acc::ZERO);
+            scalars.mass = masses[row];
+            scalars
+        };
+        let grad: Vec<T> = EmitAll::run(&logits, &extra, LogProbsGradient, scalars);
+        T::to_cpu_storage_owned(grad)
+    }
+    let order = Strided::new(upstream_rows.offset, upstream_rows.axes(rows.class_last()));
+    Ok(with_floats!(name, out, data => run(data, rows, source(upstream, order)?)))
+}

@@ -1,0 +1,152 @@
+//! Passes over all rows, cut into units of work that run in parallel.
+
+use super::kernels::{Detail, Emit, EmitSegment, EmitTile, ReduceSegment, ReduceTile, RowScalars, State};
+use super::rows::{Engine, Extra, Logits, Place, SEGMENT, Scratch};
+use crate::cpu::element::{Element, Output, build};
+use crate::cpu::math::{Real, dispatch};
+use std::ops::Range;
+
+/// One pass over the logits, cut into units that don't depend on each other.
+pub(super) trait UnitPass<A: Real>: Sync {
+    fn unit(&self, unit: usize, scratch: &mut Scratch<A>);
+}
+
+/// What a pass does with the state of each row.
+pub(super) trait Finish<A: Real>: Sync {
+    fn finish(&self, row: usize, state: &State<A>);
+}
+
+/// Reduces every row.
+pub(super) struct Reduce<'p, 'a, T: Element, F> {
+    pub(super) logits: &'p Logits<'a, T>,
+    pub(super) extra: &'p Extra<'a, T::Acc>,
+    pub(super) engine: Engine,
+    pub(super) detail: Detail,
+    pub(super) finish: F,
+    /// One state for each unit, where a unit is only part of a row.
+    pub(super) parts: Option<Output<'p, State<T::Acc>>>,
+}
+
+impl<'p, 'a, T: Element, F: Finish<T::Acc>> Reduce<'p, 'a, T, F> {
+    pub(super) fn run(logits: &'p Logits<'a, T>, extra: &'p Extra<'a, T::Acc>, detail: Detail, finish: F) {
+        let engine = logits.engine();
+        let Engine::Blocks { segments: segments @ 2.. } = engine else {
+            return logits.for_each_unit(engine, &Reduce { logits, extra, engine, detail, finish, parts: None });
+        };
+        let mut parts = vec![State::EMPTY; logits.units(engine)];
+        let pass = Reduce { logits, extra, engine, detail, finish: (), parts: Some(Output::in_place(&mut parts).1) };
+        logits.for_each_unit(engine, &pass);
+        for (row, parts) in parts.chunks(segments).enumerate() {
+            let mut state = parts[0];
+            parts[1..].iter().for_each(|part| state.merge(part));
+            finish.finish(row, &state);
+        }
+    }
+}
+
+impl<A: Real> Finish<A> for () {
+    fn finish(&self, _: usize, _: &State<A>) {}
+}
+
+/// The row and the classes of a unit.
+#[inline(always)]
+pub(super) fn segment(unit: usize, segments: usize, classes: usize) -> (usize, Range<usize>) {
+    match segments {
+        1 => (unit, 0..classes),
+        _ => {
+            let start = unit % segments * SEGMENT;
+            (unit / segments, start..(start + SEGMENT).min(classes))
+        }
+    }
+}
+
+impl<T: Element, F: Finish<T::Acc>> UnitPass<T::Acc> for Reduce<'_, '_, T, F> {
+    fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
+        match self.engine {
+            Engine::Blocks { segments } => {
+                let (row, classes) = segment(unit, segments, self.logits.rows.classes);
+                let state = dispatch(ReduceSegment { logits: self.logits, extra: self.extra, detail: self.detail, row, classes, scratch });
+                match &self.parts {
+                    Some(parts) => {
+                        // SAFETY: this unit alone writes its element
+                        unsafe { parts.slice(unit, 1)[0].write(state) };
+                    }
+                    None => self.finish.finish(row, &state),
+                }
+            }
+            Engine::Tiles => {
+                let place = Place::new(&self.logits.rows, unit);
+                let states = dispatch(ReduceTile { logits: self.logits, extra: self.extra, detail: self.detail, place: &place, scratch });
+                for (lane, state) in states[..place.lanes].iter().enumerate() {
+                    self.finish.finish(place.first + lane, state);
+                }
+            }
+        }
+    }
+}
+
+/// One value for each row, written by the tasks that own the rows.
+pub(super) struct PerRow<'a, A>(Output<'a, A>);
+
+impl<'a, A> PerRow<'a, A> {
+    pub(super) fn new(values: &'a mut [A]) -> Self {
+        PerRow(Output::in_place(values).1)
+    }
+
+    pub(super) fn set(&self, row: usize, value: A) {
+        // SAFETY: a row is finished by one task, and nothing reads the values before all tasks are done
+        unsafe { self.0.slice(row, 1)[0].write(value) };
+    }
+}
+
+/// Emits a value for every logit from numbers that each row has already.
+pub(super) struct EmitAll<'p, 'a, T: Element, O, E, S> {
+    pub(super) logits: &'p Logits<'a, T>,
+    pub(super) extra: &'p Extra<'a, T::Acc>,
+    pub(super) engine: Engine,
+    pub(super) emit: E,
+    pub(super) scalars: S,
+    pub(super) out: &'p Output<'p, O>,
+}
+
+impl<'p, 'a, T, O, E, S> EmitAll<'p, 'a, T, O, E, S>
+where
+    T: Element,
+    O: Element<Acc = T::Acc>,
+    E: Emit<T::Acc>,
+    S: Fn(usize) -> RowScalars<T::Acc> + Sync,
+{
+    pub(super) fn run(logits: &'p Logits<'a, T>, extra: &'p Extra<'a, T::Acc>, emit: E, scalars: S) -> Vec<O> {
+        let engine = logits.engine();
+        // SAFETY: every row is emitted whole
+        unsafe {
+            build(logits.rows.count() * logits.rows.classes, |out| {
+                logits.for_each_unit(engine, &EmitAll { logits, extra, engine, emit, scalars, out });
+            })
+        }
+    }
+}
+
+impl<T, O, E, S> UnitPass<T::Acc> for EmitAll<'_, '_, T, O, E, S>
+where
+    T: Element,
+    O: Element<Acc = T::Acc>,
+    E: Emit<T::Acc>,
+    S: Fn(usize) -> RowScalars<T::Acc> + Sync,
+{
+    fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
+        match self.engine {
+            Engine::Blocks { segments } => {
+                let (row, classes) = segment(unit, segments, self.logits.rows.classes);
+                let scalars = (self.scalars)(row);
+                dispatch(EmitSegment { logits: self.logits, extra: self.extra, emit: &self.emit, scalars: &scalars, row, classes, out: self.out, scratch });
+            }
+            Engine::Tiles => {
+                let place = Place::new(&self.logits.rows, unit);
+                let lanes = place.scalars(&self.scalars);
+                dispatch(EmitTile { logits: self.logits, extra: self.extra, emit: &self.emit, scalars: &lanes, place: &place, out: self.out, scratch });
+            }
+        }
+    }
+}
+

@@ -1,0 +1,298 @@
+//! How the logits of rows are read and where what is made of them is written.
+
+use super::passes::UnitPass;
+use crate::cpu::element::{Element, Input, Source};
+use crate::cpu::for_each_task;
+use crate::cpu::math::{Baseline, Isa, Real};
+/// Rows in a tile; also the multiple to which a block is padded, so that no vector loop has a remainder.
+pub(super) use crate::cpu::math::LANES;
+use crate::softmax::Rows;
+use std::ops::Range;
+
+/// Classes in a tile.
+pub(super) const DEPTH: usize = 64;
+/// Classes in a block.
+pub(super) const BLOCK: usize = LANES * DEPTH;
+/// Rows of more classes than this are worked through in blocks.
+pub(super) const TILE_MAX_CLASSES: usize = 64;
+/// Classes a task takes where there are fewer rows than would keep all threads busy.
+pub(super) const SEGMENT: usize = 8 * BLOCK;
+/// Fewer rows than this are split into segments if they are long.
+pub(super) const FEW_ROWS: usize = 16;
+
+pub(super) type Tile<A> = [[A; LANES]; DEPTH];
+
+pub(super) struct Scratch<A> {
+    pub(super) x: Tile<A>,
+    pub(super) e: Tile<A>,
+    pub(super) extra: Tile<A>,
+    pub(super) slope: Tile<A>,
+}
+
+impl<A: Real> Scratch<A> {
+    pub(super) fn new() -> Self {
+        let tile = [[A::ZERO; LANES]; DEPTH];
+        Scratch { x: tile, e: tile, extra: tile, slope: tile }
+    }
+}
+
+/// A number for each class of each row that goes into a pass beside the logits.
+pub(super) enum Extra<'a, A> {
+    None,
+    Constant(A),
+    /// `factor * weight[c]`
+    Weights { factor: A, weight: &'a [A] },
+    /// `(keep * source + spread) * weight[c]`, read in the order in which gradients are written
+    Dense { source: Box<dyn Source<A> + 'a>, keep: A, spread: A, weight: Option<&'a [A]> },
+}
+
+impl<A: Real> Extra<'_, A> {
+    pub(super) fn is_none(&self) -> bool {
+        matches!(self, Extra::None)
+    }
+
+    /// The values of adjacent elements in the written order, all of one row: `at` is the first one's position and
+    /// `class` its class.
+    #[inline(always)]
+    pub(super) fn load(&self, at: usize, class: usize, dst: &mut [A]) {
+        match self {
+            Extra::None => {}
+            Extra::Constant(v) => dst.fill(*v),
+            Extra::Weights { factor, weight } => {
+                for (d, &w) in dst.iter_mut().zip(&weight[class..]) {
+                    *d = *factor * w;
+                }
+            }
+            Extra::Dense { source, keep, spread, weight } => {
+                source.load(at, dst);
+                // the untouched values must stay exact: 0 stays 0, and 1 stays 1
+                if *keep != A::ONE || *spread != A::ZERO {
+                    for d in dst.iter_mut() {
+                        *d = *keep * *d + *spread;
+                    }
+                }
+                if let Some(weight) = weight {
+                    for (d, &w) in dst.iter_mut().zip(&weight[class..]) {
+                        *d *= w;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The logits and how a pass reads them.
+pub(super) struct Logits<'a, T: Element> {
+    pub(super) x: Input<'a, T>,
+    pub(super) rows: Rows,
+    pub(super) scale: T::Acc,
+    pub(super) softcap: Option<T::Acc>,
+    /// Whether what a pass emits replaces what it reads.
+    pub(super) in_place: bool,
+}
+
+/// How the work is divided; by the shape alone, so that the bits of a result don't depend on the number of threads.
+#[derive(Clone, Copy)]
+pub(super) enum Engine {
+    /// A unit is a segment of a row.
+    Blocks { segments: usize },
+    /// A unit is [`LANES`] rows.
+    Tiles,
+}
+
+impl<'a, T: Element> Logits<'a, T> {
+    pub(super) fn new(x: Input<'a, T>, rows: Rows) -> Self {
+        Logits { x, rows, scale: T::Acc::ONE, softcap: None, in_place: false }
+    }
+
+    pub(super) fn engine(&self) -> Engine {
+        let Rows { classes, class_stride, .. } = self.rows;
+        if class_stride != 1 || classes <= TILE_MAX_CLASSES {
+            return Engine::Tiles;
+        }
+        let split = self.rows.count() < FEW_ROWS && classes > 2 * SEGMENT;
+        Engine::Blocks { segments: if split { classes.div_ceil(SEGMENT) } else { 1 } }
+    }
+
+    pub(super) fn units(&self, engine: Engine) -> usize {
+        match engine {
+            Engine::Blocks { segments } => self.rows.count() * segments,
+            Engine::Tiles => self.rows.count().div_ceil(LANES),
+        }
+    }
+
+    /// Runs a pass, in parallel where there is enough work.
+    pub(super) fn for_each_unit(&self, engine: Engine, pass: &impl UnitPass<T::Acc>) {
+        let units = self.units(engine);
+        let per_unit = (self.rows.count() * self.rows.classes / units.max(1)).max(1);
+        for_each_task(units, per_unit, |units| {
+            let mut scratch = Scratch::new();
+            units.for_each(|unit| pass.unit(unit, &mut scratch));
+        });
+    }
+
+    /// Scale, then soft cap; `slope` gets the soft cap's derivative.
+    #[inline(always)]
+    pub(super) fn transform<I: Isa>(&self, xs: &mut [T::Acc], slope: Option<&mut [T::Acc]>) {
+        if self.scale != T::Acc::ONE {
+            for x in xs.iter_mut() {
+                *x *= self.scale;
+            }
+        }
+        let Some(cap) = self.softcap else { return };
+        let inverse = T::Acc::ONE / cap;
+        match slope {
+            Some(slope) => {
+                for (x, s) in xs.iter_mut().zip(slope) {
+                    let (t, d) = (*x * inverse).tanh_and_slope::<I>();
+                    (*x, *s) = (cap * t, d);
+                }
+            }
+            None => {
+                for x in xs.iter_mut() {
+                    *x = cap * (*x * inverse).tanh_and_slope::<I>().0;
+                }
+            }
+        }
+    }
+
+    pub(super) fn is_transformed(&self) -> bool {
+        self.softcap.is_some() || self.scale != T::Acc::ONE
+    }
+
+    /// One logit after scale and soft cap, and the soft cap's derivative.
+    pub(super) fn get(&self, row: usize, class: usize) -> (T::Acc, T::Acc) {
+        let mut x = [self.x.slice(self.rows.start(row) + class * self.rows.class_stride, 1)[0].to_acc()];
+        let mut slope = [T::Acc::ONE];
+        self.transform::<Baseline>(&mut x, Some(&mut slope));
+        (x[0], slope[0])
+    }
+
+    /// A block of adjacent classes, padded with -inf to a multiple of [`LANES`].
+    #[inline(always)]
+    pub(super) fn block<'s, I: Isa>(&'s self, row: usize, class: usize, len: usize, to: &'s mut Tile<T::Acc>, slope: Option<&mut Tile<T::Acc>>) -> &'s [T::Acc] {
+        let src = self.x.slice(self.rows.start(row) + class, len);
+        if len == BLOCK && !self.in_place && !self.is_transformed() {
+            if let Some(src) = T::as_acc(src) {
+                return src;
+            }
+        }
+        let to = to.as_flattened_mut();
+        T::widen(src, &mut to[..len]);
+        self.transform::<I>(&mut to[..len], slope.map(|s| &mut s.as_flattened_mut()[..len]));
+        let padded = len.next_multiple_of(LANES);
+        to[len..padded].fill(T::Acc::NEG_INFINITY);
+        &to[..padded]
+    }
+
+    /// A tile of `lanes` rows and `classes`; the lanes without a row are -inf.
+    #[inline(always)]
+    pub(super) fn tile<I: Isa>(&self, place: &Place, classes: &Range<usize>, to: &mut Tile<T::Acc>, slope: Option<&mut Tile<T::Acc>>) {
+        let stride = self.rows.class_stride;
+        let depth = classes.len();
+        if place.lanes < LANES {
+            to[..depth].as_flattened_mut().fill(T::Acc::NEG_INFINITY);
+        }
+        if place.read_adjacent {
+            for (to, class) in to.iter_mut().zip(classes.clone()) {
+                let src = self.x.slice(place.read[0] + class * stride, place.lanes);
+                T::widen(src, &mut to[..place.lanes]);
+            }
+        } else {
+            for lane in 0..place.lanes {
+                let src = self.x.slice(place.read[lane] + classes.start * stride, (depth - 1) * stride + 1);
+                for (to, x) in to.iter_mut().zip(src.iter().step_by(stride)) {
+                    to[lane] = x.to_acc();
+                }
+            }
+        }
+        if self.is_transformed() {
+            self.transform::<I>(to[..depth].as_flattened_mut(), slope.map(|s| s[..depth].as_flattened_mut()));
+            if place.lanes < LANES {
+                for to in &mut to[..depth] {
+                    to[place.lanes..].fill(T::Acc::NEG_INFINITY);
+                }
+            }
+        }
+    }
+}
+
+/// Where the rows of a tile are read and written.
+pub(super) struct Place {
+    pub(super) first: usize,
+    pub(super) lanes: usize,
+    pub(super) read: [usize; LANES],
+    pub(super) write: [usize; LANES],
+    pub(super) write_stride: usize,
+    pub(super) read_adjacent: bool,
+    pub(super) write_adjacent: bool,
+}
+
+impl Place {
+    #[inline(always)]
+    pub(super) fn new(rows: &Rows, unit: usize) -> Self {
+        let first = unit * LANES;
+        let lanes = (rows.count() - first).min(LANES);
+        let (mut read, mut write) = ([0; LANES], [0; LANES]);
+        let class_last = rows.class_last();
+        for lane in 0..lanes {
+            let row = first + lane;
+            read[lane] = rows.start(row);
+            write[lane] = if class_last { row * rows.classes } else { row / rows.inner * rows.classes * rows.inner + row % rows.inner };
+        }
+        let adjacent = |at: &[usize; LANES]| (1..lanes).all(|l| at[l] == at[0] + l);
+        Place {
+            first,
+            lanes,
+            write_stride: if class_last { 1 } else { rows.inner },
+            // one row alone is better read along its classes
+            read_adjacent: lanes > 1 && adjacent(&read),
+            write_adjacent: lanes > 1 && adjacent(&write),
+            read,
+            write,
+        }
+    }
+
+    /// The extra numbers of a tile.
+    #[inline(always)]
+    pub(super) fn load_extra<A: Real>(&self, extra: &Extra<A>, classes: &Range<usize>, to: &mut Tile<A>) {
+        match extra {
+            Extra::None => {}
+            Extra::Constant(v) => to[..classes.len()].as_flattened_mut().fill(*v),
+            Extra::Weights { factor, weight } => {
+                for (to, &w) in to.iter_mut().zip(&weight[classes.clone()]) {
+                    to.fill(*factor * w);
+                }
+            }
+            Extra::Dense { .. } => {
+                for lane in self.lanes..LANES {
+                    to[..classes.len()].iter_mut().for_each(|to| to[lane] = A::ZERO);
+                }
+                if self.write_adjacent {
+                    for (to, class) in to.iter_mut().zip(classes.clone()) {
+                        // one class of adjacent rows: the weight is that of the one class
+                        for (lane, to) in to[..self.lanes].iter_mut().enumerate() {
+                            extra.load(self.write[lane] + class * self.write_stride, class, std::slice::from_mut(to));
+                        }
+                    }
+                } else {
+                    let mut row = [A::ZERO; DEPTH];
+                    let row = &mut row[..classes.len()];
+                    for lane in 0..self.lanes {
+                        if self.write_stride == 1 {
+                            extra.load(self.write[lane] + classes.start, classes.start, row);
+                        } else {
+                            for (v, class) in row.iter_mut().zip(classes.clone()) {
+                                extra.load(self.write[lane] + class * self.write_stride, class, std::slice::from_mut(v));
+                            }
+                        }
+                        for (to, &v) in to.iter_mut().zip(row.iter()) {
+                            to[lane] = v;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+

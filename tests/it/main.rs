@@ -1,0 +1,4 @@
+//! The integration tests, one binary. Every test body runs on every device that works here.
+
+mod common;
+mod pytorch;
