@@ -151,6 +151,15 @@ template <class A, Detail D> struct State {
     A top;           // the largest probability of the target
     int argmax, top_class;
 
+    State() = default;
+    __device__ __forceinline__ State(const State &from) { *this = from; }
+    __device__ __forceinline__ State &operator=(const State &from) {
+        max = from.max, rest = from.rest;
+        if constexpr (D >= GENERAL) linear = from.linear, mass = from.mass;
+        if constexpr (D >= STATISTICS) moment = from.moment, top = from.top, argmax = from.argmax, top_class = from.top_class;
+        return *this;
+    }
+
     __device__ __forceinline__ static State empty() {
         State s;
         s.max = -infinity<A>();
@@ -489,7 +498,7 @@ __device__ __forceinline__ void emit_live(const Problem &p, const Operands<A> &o
 template <class A> struct Outputs {
     A *loss;            // for each row, or null
     A *statistics;      // (2, rows): max, rest; a third line with mass where it differs between rows; or null
-    double2 *partials;  // for each block (loss, weight), unless the grid is one block
+    double2 *partials;  // for each block (loss, weight); null if the grid is one block or there is no scalar loss
     A *result;          // the reduced loss or null
     A *denominator;     // what the backward divides by, or null
 };
@@ -519,16 +528,17 @@ template <class A> __device__ __forceinline__ void write_result(const Problem &p
 }
 
 // Ends a kernel whose threads hold the losses and weights of their rows: a grid of one block has the result, others leave
-// a partial sum for `finish`. All threads of the block call it.
+// partial sums for `finish`. All threads of the block call it.
 template <class A>
 __device__ __forceinline__ void finish_block(const Problem &p, const Outputs<A> &out, double loss, double weight, double *scratch) {
     loss = block_reduce<Sum>(loss, scratch);
     weight = block_reduce<Sum>(weight, scratch);
     if (threadIdx.x + threadIdx.y != 0) return;
-    if (gridDim.x * gridDim.y == 1) {
-        write_result(p, out, {loss, weight});
-    } else {
+    if (out.partials) {
         out.partials[blockIdx.x] = {loss, weight};
+    } else if (blockIdx.x == 0) {
+        // the only block; or there is no scalar loss, and the denominator is a constant
+        write_result(p, out, {loss, weight});
     }
 }
 

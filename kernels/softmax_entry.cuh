@@ -95,7 +95,7 @@ FUSED_CLUSTER(general, GeneralGradient, 8)
 #endif
 
 extern "C" __global__ void __launch_bounds__(ROWS_THREADS) softmax_log_softmax_rows(const Problem p, const X *x, X *out) {
-    log_softmax_rows<1>(p, x, out);
+    log_softmax_rows(p, x, out);
 }
 
 extern "C" __global__ void __launch_bounds__(STRIDED_THREADS) softmax_log_softmax_strided(const Problem p, const X *x, X *out) {

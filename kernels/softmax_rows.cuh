@@ -14,7 +14,7 @@ namespace fused_loss {
 namespace softmax {
 
 // Windows that a thread loads before it uses the first: what keeps the memory busy.
-template <Detail D> constexpr int BATCH = D == PLAIN ? 4 : 2;
+template <Detail D> constexpr int BATCH = D == PLAIN ? 4 : 1;
 
 // One row as windows.
 template <class T> struct Windows {
@@ -35,6 +35,7 @@ template <class T> struct Windows {
     }
 
     __device__ __forceinline__ int first(int window) const { return window * N - phase; }
+    __device__ __forceinline__ int window_of(int index) const { return (index + phase) / N; }
     __device__ __forceinline__ bool inside(int window) const { return first(window) >= 0 && first(window) + N <= classes; }
 
     // The windows i, i + step, … below `end`; -inf behind it and outside of the row.
@@ -108,8 +109,8 @@ __device__ __forceinline__ void emit_windows(const Problem &p, const Operands<Ac
     const int mine = thread < end ? (end - thread + step - 1) / step : 0;
     for (int j = (mine - 1) / U * U; j >= 0 && mine > 0; j -= U) {
         Pack<T, N> packs[U];
-        if (s.kind != Kind::LIVE) {
-            // nothing is read of a row that doesn't count
+        if (s.kind != Kind::LIVE || (Rule::DETAIL >= GENERAL && p.log_probs)) {
+            // no logit of this row counts
         } else if (j < kept.count) {
 #pragma unroll
             for (int u = 0; u < U; u++) {
@@ -282,17 +283,18 @@ __device__ __forceinline__ void statistics_rows(const Problem &p, const T *x, co
 // A row's numbers in the backward.
 template <class Rule, class A>
 __device__ __forceinline__ RowScalars<A> saved_scalars(const Problem &p, const Target<A> &target, const A *statistics, const A *denominator, const A *upstream, int64_t row) {
-    const A g = upstream[p.upstream_rows ? row : 0] / *denominator;
+    const A g = (upstream ? upstream[p.upstream_rows ? row : 0] : A(1)) / *denominator;
     if (Rule::DETAIL >= GENERAL && p.log_probs) return RowScalars<A>::template gradient<Rule::DETAIL>(p, target, A(0), A(0), A(0), g);
     const A mass = Rule::DETAIL >= GENERAL ? read_mass(p, statistics, row) : A(0);
     return RowScalars<A>::template gradient<Rule::DETAIL>(p, target, statistics[row], statistics[p.rows + row], mass, g);
 }
 
 // Cross-entropy backward: upstream / denominator * (softmax - onehot) * weight. Reads E, writes E, one launch. A team has a
-// row; with gridDim.y > 1 a part of it. Windows are aligned in the gradient.
+// row; with gridDim.y > 1 a part of it. Windows are aligned in the gradient, which may replace the logits (x null).
 template <class Rule, class T>
 __device__ __forceinline__ void emit_rows(const Problem &p, const T *x, const void *t, const Acc<T> *weight, const Acc<T> *statistics, const Acc<T> *denominator, const Acc<T> *upstream, T *out) {
     using A = Acc<T>;
+    if (!x) x = out;
     const int team = p.team, thread = threadIdx.x % team, teams = blockDim.x / team;
     for (int64_t first = static_cast<int64_t>(blockIdx.x) * teams; first < p.rows; first += static_cast<int64_t>(gridDim.x) * teams) {
         const int64_t row = first + threadIdx.x / team;
@@ -342,27 +344,34 @@ __device__ __forceinline__ uint32_t cluster_address(const void *, unsigned) { re
 template <class A> __device__ __forceinline__ void cluster_load(A &, uint32_t) {}
 #endif
 
-// Merges the states of the blocks of a cluster, in the order of their ranks: all threads of all its blocks call it and get
-// the result. The blocks' `shared` states may be used again.
+// What a block of a cluster shows to the others.
+template <class A, Detail D> struct Exchange {
+    State<A, D> state;
+    A own_logit;
+};
+
+// Merges the states of the blocks of a cluster, in the order of their ranks, and fetches the own logit from the block that
+// read it: all threads of all its blocks call it and get both. The blocks' `shared` may be used again.
 template <int CLUSTER, class T, class A, Detail D>
-__device__ __forceinline__ State<A, D> merge_cluster(const State<A, D> &state, State<A, D> *shared) {
-    if (threadIdx.x == 0) *shared = state;
+__device__ __forceinline__ void merge_cluster(State<A, D> &state, A &own_logit, int owner, Exchange<A, D> *shared) {
+    if (threadIdx.x == 0) {
+        shared->state = state;
+        shared->own_logit = own_logit;
+    }
     cluster_sync();
-    State<A, D> total = State<A, D>::empty();
-#pragma unroll
+    cluster_load(own_logit, cluster_address(&shared->own_logit, owner));
+    state = State<A, D>::empty();
     for (int rank = 0; rank < CLUSTER; rank++) {
         State<A, D> part;
-        // the fields' addresses in the other block are those in this one
-        State<A, D> *mine = shared;
         part.each([&](auto &field, int) {
-            const char *local = reinterpret_cast<const char *>(mine) + (reinterpret_cast<const char *>(&field) - reinterpret_cast<const char *>(&part));
-            cluster_load(field, cluster_address(local, rank));
+            // a field's address in the other block is that in this one
+            const ptrdiff_t offset = reinterpret_cast<const char *>(&field) - reinterpret_cast<const char *>(&part);
+            cluster_load(field, cluster_address(reinterpret_cast<const char *>(&shared->state) + offset, rank));
         });
-        total = merge<T>(total, part);
+        state = merge<T>(state, part);
     }
     // nobody overwrites or leaves while others read
     cluster_sync();
-    return total;
 }
 
 // Loss and gradient in one pass. A team (or a cluster of blocks) reads its row once, keeps `Problem::kept` windows a thread
@@ -378,7 +387,7 @@ __device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, 
     extern __shared__ uint4 slots[];
     __shared__ double scratch[WARP];
     __shared__ State<A, D> states[WARP];
-    __shared__ State<A, D> exchange;
+    __shared__ Exchange<A, D> exchange;
     if (!x) x = to;
     const Kept kept = {slots + threadIdx.x, p.kept};
     const int team = p.team, teams = blockDim.x / team;
@@ -393,6 +402,7 @@ __device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, 
         State<A, D> state = State<A, D>::empty();
         Target<A> target = {Kind::IGNORED, -1, A(0), A(0)};
         A x_t = A(0);
+        int owner = 0;
         const int64_t at = exists ? row : 0;
         const T *logits = x + p.x.start(at);
         T *gradient = to + at * p.classes;
@@ -400,11 +410,13 @@ __device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, 
         const Operands<A> o = operands_of(p, t, weight, at);
         if (exists) {
             target = read_target(p, t, weight, row);
-            x_t = own_logit<D>(p, logits, target);
+            // in a cluster, by the block that will overwrite it
+            owner = max(0, w.window_of(target.index)) % threads / blockDim.x;
+            if (CLUSTER == 1 || owner == rank) x_t = own_logit<D>(p, logits, target);
             if (target.kind == Kind::LIVE && !(D >= GENERAL && p.log_probs)) state = reduce_windows<D>(p, o, w, thread, threads, w.count, kept);
         }
         state = merge_team<T>(state, team, states);
-        if constexpr (CLUSTER > 1) state = merge_cluster<CLUSTER, T>(state, &exchange);
+        if constexpr (CLUSTER > 1) merge_cluster<CLUSTER, T>(state, x_t, owner, &exchange);
         if (!exists) continue;
         if (thread == 0) {
             const double2 one = finish_row<D>(p, out, target, x_t, state, row);
@@ -417,29 +429,24 @@ __device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, 
 }
 
 // log-softmax: x - m - log-sum. Reads E once, writes E; as `fused_rows` with another rule.
-template <int CLUSTER, class T>
+template <class T>
 __device__ __forceinline__ void log_softmax_rows(const Problem &p, const T *x, T *to) {
     using A = Acc<T>;
     extern __shared__ uint4 slots[];
     __shared__ State<A, PLAIN> states[WARP];
-    __shared__ State<A, PLAIN> exchange;
     const Kept kept = {slots + threadIdx.x, p.kept};
     const Operands<A> none = {nullptr, nullptr, 0};
-    const int team = p.team, teams = blockDim.x / team;
-    const int blocks = gridDim.x / CLUSTER;
-    const int rank = CLUSTER > 1 ? cluster_rank() : 0;
-    const int thread = threadIdx.x % team + rank * blockDim.x, threads = team * CLUSTER;
-    for (int64_t first = static_cast<int64_t>(blockIdx.x / CLUSTER) * teams; first < p.rows; first += static_cast<int64_t>(blocks) * teams) {
+    const int team = p.team, thread = threadIdx.x % team, teams = blockDim.x / team;
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * teams; first < p.rows; first += static_cast<int64_t>(gridDim.x) * teams) {
         const int64_t row = first + threadIdx.x / team;
         const bool exists = row < p.rows;
         const int64_t at = exists ? row : 0;
         T *result = to + at * p.classes;
         const Windows<T> w(x + p.x.start(at), result, p.classes);
         State<A, PLAIN> state = State<A, PLAIN>::empty();
-        if (exists) state = reduce_windows<PLAIN>(p, none, w, thread, threads, w.count, kept);
+        if (exists) state = reduce_windows<PLAIN>(p, none, w, thread, team, w.count, kept);
         state = merge_team<T>(state, team, states);
-        if constexpr (CLUSTER > 1) state = merge_cluster<CLUSTER, T>(state, &exchange);
-        if (exists) emit_windows<LogProbs>(p, none, w, RowScalars<A>::of(state.max, state.rest), result, thread, threads, w.count, kept);
+        if (exists) emit_windows<LogProbs>(p, none, w, RowScalars<A>::of(state.max, state.rest), result, thread, team, w.count, kept);
     }
 }
 

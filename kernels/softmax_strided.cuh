@@ -72,7 +72,7 @@ __device__ __forceinline__ void emit_classes(const Problem &p, const Operands<Ac
     constexpr int U = STRIDED_BATCH;
     for (int c = threadIdx.y; c < p.classes; c += U * blockDim.y) {
         Acc<T> x[U][1];
-        if (s.kind == Kind::LIVE) load_classes(p, row, c, x);
+        if (s.kind == Kind::LIVE && !(Rule::DETAIL >= GENERAL && p.log_probs)) load_classes(p, row, c, x);
 #pragma unroll
         for (int u = 0; u < U; u++) {
             const int at = c + u * blockDim.y;
@@ -135,6 +135,7 @@ __device__ __forceinline__ void statistics_strided(const Problem &p, const T *x,
 // Backward. Reads E, writes E.
 template <class Rule, class T>
 __device__ __forceinline__ void emit_strided(const Problem &p, const T *x, const void *t, const Acc<T> *weight, const Acc<T> *statistics, const Acc<T> *denominator, const Acc<T> *upstream, T *out) {
+    if (!x) x = out;
     for_strided_rows(p, [&](int64_t row, bool exists) {
         if (!exists) return;
         const auto target = read_target(p, t, weight, row);
