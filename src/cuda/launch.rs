@@ -161,7 +161,33 @@ pub(crate) fn push_output<'a>(builder: &mut LaunchArgs<'a>, output: &'a mut Opti
     };
 }
 
-static NULL: u64 = 0;
+/// The argument for a pointer that a kernel does not get.
+pub(crate) static NULL: u64 = 0;
+
+/// One element of a tensor, in row-major order: a copy to the host that waits for the device.
+pub(crate) fn read_element(storage: &CudaStorage, layout: &Layout, mut element: usize) -> Result<f64> {
+    let mut index = layout.start_offset();
+    for (&size, &stride) in layout.dims().iter().zip(layout.stride()).rev() {
+        index += element % size * stride;
+        element /= size;
+    }
+    fn at<T: candle_core::WithDType + DeviceRepr>(device: &CudaDevice, slice: &CudaSlice<T>, index: usize) -> Result<f64> {
+        let Some(view) = slice.try_slice(index..index + 1) else { bail!("no element {index} in {} elements", slice.len()) };
+        Ok(device.clone_dtoh(&view)?.first().map_or(f64::NAN, |v| v.to_f64()))
+    }
+    let device = &storage.device;
+    match &storage.slice {
+        CudaStorageSlice::U8(s) => at(device, s, index),
+        CudaStorageSlice::U32(s) => at(device, s, index),
+        CudaStorageSlice::I32(s) => at(device, s, index),
+        CudaStorageSlice::I64(s) => at(device, s, index),
+        CudaStorageSlice::F16(s) => at(device, s, index),
+        CudaStorageSlice::BF16(s) => at(device, s, index),
+        CudaStorageSlice::F32(s) => at(device, s, index),
+        CudaStorageSlice::F64(s) => at(device, s, index),
+        _ => bail!("no loss kernel reads {:?}", storage.dtype()),
+    }
+}
 
 /// # Safety
 /// The arguments are what the kernel expects, and the grid keeps it inside of their memory.
