@@ -14,8 +14,7 @@
 //   softmax_rows.cuh     passes over rows of adjacent classes, in aligned windows of 16 bytes
 //   softmax_strided.cuh  passes over rows whose classes lie apart, neighbouring threads on neighbouring rows
 //   softmax_tile.cuh     passes over tiles of many short rows
-//   softmax_entry.cuh    the kernels' names and launch bounds; one softmax_<dtype>.cu for each dtype, so that a device
-//                        loads the dtypes that it uses
+//   softmax_entry.cuh    the kernels' names and launch bounds
 #pragma once
 
 #include "common.cuh"
@@ -116,18 +115,25 @@ template <class A> __device__ __forceinline__ A log_sum_of(A max, A rest) {
     return is_finite(max) ? log1p_(rest) : quiet_nan<A>();
 }
 
+// tanh(x), and 1 - tanh(x)^2 without its cancellation.
+__device__ __forceinline__ float tanh_and_slope(float x, float &slope) {
+    const float e = expf(-2.0f * fabsf(x)), s = 1.0f + e, x2 = x * x;
+    slope = 4.0f * e / (s * s);
+    // below 1/4, 1 - e cancels: the Taylor series instead, its next term is below 1e-8
+    const float series = fmaf(x2, fmaf(x2, fmaf(x2, fmaf(x2, 62.0f / 2835, -17.0f / 315), 2.0f / 15), -1.0f / 3), 1.0f);
+    return fabsf(x) < 0.25f ? x * series : copysignf((1.0f - e) / s, x);
+}
+__device__ __forceinline__ double tanh_and_slope(double x, double &slope) {
+    const double e = exp(-2.0 * fabs(x)), s = 1.0 + e;
+    slope = 4.0 * e / (s * s);
+    return tanh(x);
+}
+
 // A logit after scale and soft cap, and the soft cap's derivative.
 template <class A> __device__ __forceinline__ A transform(const Problem &p, A x, A &slope) {
     slope = A(1);
     if (p.scale != 1.0) x *= A(p.scale);
-    if (p.softcap != 0.0) {
-        const A cap = A(p.softcap);
-        const A y = x / cap;
-        // 1 - tanh^2 without its cancellation
-        const A e = exp_(A(-2) * abs_(y));
-        slope = A(4) * e / ((A(1) + e) * (A(1) + e));
-        x = cap * tanh_(y);
-    }
+    if (p.softcap != 0.0) x = A(p.softcap) * tanh_and_slope(x / A(p.softcap), slope);
     return x;
 }
 
@@ -236,14 +242,14 @@ template <class A> struct Operands {
     int64_t t_start;      // where the row's probabilities begin
 };
 
-// The probabilities of N neighbouring classes from `first` on, 0 outside of the row.
+// The probabilities of N neighbouring classes from `first` on, 0 behind the row's end.
 template <class A, int N>
 __device__ __forceinline__ void load_probabilities(const Problem &p, const Operands<A> &o, int first, A (&q)[N]) {
     const auto load = [&](auto t) {
 #pragma unroll
         for (int k = 0; k < N; k++) {
             const int c = first + k;
-            q[k] = c >= 0 && c < p.classes ? widen<A>(t[o.t_start + c * p.t.class_stride]) : A(0);
+            q[k] = c < p.classes ? widen<A>(t[o.t_start + c * p.t.class_stride]) : A(0);
         }
     };
     switch (p.target) {
@@ -254,7 +260,7 @@ __device__ __forceinline__ void load_probabilities(const Problem &p, const Opera
     }
 }
 
-// The numbers q of N neighbouring classes from `first` on; outside of the row they mean nothing.
+// The numbers q of N neighbouring classes from `first` on; behind the row's end they mean nothing.
 template <class A, int N>
 __device__ __forceinline__ void load_q(const Problem &p, const Operands<A> &o, int first, A (&q)[N]) {
     const A keep = A(p.keep), spread = A(p.spread);
@@ -274,31 +280,45 @@ __device__ __forceinline__ void load_q(const Problem &p, const Operands<A> &o, i
 #pragma unroll
         for (int k = 0; k < N; k++) {
             const int c = first + k;
-            if (c >= 0 && c < p.classes) q[k] *= o.weight[c];
+            if (c < p.classes) q[k] *= o.weight[c];
         }
     }
 }
 
-// Adds U groups of N classes to a thread's state; group u begins at class first + u * step. Classes outside of the row are
-// -inf, and so are whole groups behind its end.
+// Adds U groups of N classes to a thread's state; group u begins at class first + u * step. `logit(u, k)` is a logit of
+// group u, -inf behind the row's end; it is called as often as a logit is needed, because converting it again takes fewer
+// registers than keeping it.
 //
 // The maximum comes first, then one exponential for each logit relative to it, then one merge for all of them.
-template <Detail D, class T, int U, int N, class A>
-__device__ __forceinline__ void absorb(State<A, D> &state, const Problem &p, const Operands<A> &o, int first, int step, A (&x)[U][N]) {
+template <Detail D, class T, int U, int N, class A, class F>
+__device__ __forceinline__ void absorb(State<A, D> &state, const Problem &p, const Operands<A> &o, int first, int step, F logit) {
     State<A, D> part = State<A, D>::empty();
+    A transformed[U][N];
+    if constexpr (D >= GENERAL) {
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+#pragma unroll
+            for (int k = 0; k < N; k++) {
+                A slope;
+                transformed[u][k] = first + u * step + k < p.classes ? transform(p, logit(u, k), slope) : -infinity<A>();
+            }
+        }
+    }
+    const auto x = [&](int u, int k) {
+        if constexpr (D >= GENERAL) {
+            return transformed[u][k];
+        } else {
+            return logit(u, k);
+        }
+    };
 #pragma unroll
     for (int u = 0; u < U; u++) {
 #pragma unroll
         for (int k = 0; k < N; k++) {
-            if constexpr (D >= GENERAL) {
-                const int c = first + u * step + k;
-                A slope;
-                x[u][k] = c >= 0 && c < p.classes ? transform(p, x[u][k], slope) : -infinity<A>();
-            }
             if constexpr (D >= STATISTICS) {
-                if (x[u][k] > part.max) part.argmax = first + u * step + k;
+                if (x(u, k) > part.max) part.argmax = first + u * step + k;
             }
-            part.max = max_(part.max, x[u][k]);
+            part.max = max_(part.max, x(u, k));
         }
     }
     const bool nothing = part.max == -infinity<A>();
@@ -308,7 +328,7 @@ __device__ __forceinline__ void absorb(State<A, D> &state, const Problem &p, con
     for (int u = 0; u < U; u++) {
 #pragma unroll
         for (int k = 0; k < N; k++) {
-            const A d = x[u][k] - reference;
+            const A d = x(u, k) - reference;
             const A e = exp_below<T>(d);
             if (d == A(0)) {
                 ties += A(1);
@@ -328,9 +348,9 @@ __device__ __forceinline__ void absorb(State<A, D> &state, const Problem &p, con
 #pragma unroll
                 for (int k = 0; k < N; k++) {
                     const int c = first + u * step + k;
-                    if (c < 0 || c >= p.classes) continue;
+                    if (c >= p.classes) continue;
                     // a probability of 0 at a logit of -inf counts as 0
-                    if (q[k] != A(0)) part.linear += q[k] * (x[u][k] - reference);
+                    if (q[k] != A(0)) part.linear += q[k] * (x(u, k) - reference);
                     part.mass += q[k];
                 }
             }
@@ -345,7 +365,7 @@ __device__ __forceinline__ void absorb(State<A, D> &state, const Problem &p, con
 #pragma unroll
                 for (int k = 0; k < N; k++) {
                     const int c = first + u * step + k;
-                    if (c >= 0 && c < p.classes && t[k] > part.top) part.top = t[k], part.top_class = c;
+                    if (c < p.classes && t[k] > part.top) part.top = t[k], part.top_class = c;
                 }
             }
         }
@@ -430,28 +450,26 @@ template <class T, class A> __device__ __forceinline__ A gradient_value(const Ro
 }
 
 // A rule makes what a pass writes for N neighbouring logits x, the first of them of class `first`, from their row's
-// numbers. `DETAIL` is what it has to know of the row.
+// numbers. `DETAIL` is what it has to know of the row; `OWN` says that it leaves the own class to `own_value`, which one
+// thread calls once a row.
 
 // upstream (p - onehot) w[t]: for a class that is not the own one a subtraction, an exponential and a multiplication
 struct PlainGradient {
     static constexpr Detail DETAIL = PLAIN;
+    static constexpr bool OWN = true;
     template <class T, int N, class A>
-    __device__ __forceinline__ static void emit(const Problem &, const Operands<A> &, const RowScalars<A> &s, int first, const A (&x)[N], A (&y)[N]) {
+    __device__ __forceinline__ static void emit(const Problem &, const Operands<A> &, const RowScalars<A> &s, int, const A (&x)[N], A (&y)[N]) {
         const A factor = s.upstream * s.slope * s.inverse;
 #pragma unroll
         for (int k = 0; k < N; k++) y[k] = exp_below<T>(x[k] - s.max) * factor;
-        if (static_cast<unsigned>(s.target - first) < static_cast<unsigned>(N)) {
-#pragma unroll
-            for (int k = 0; k < N; k++) {
-                if (first + k == s.target) y[k] = gradient_value<T>(s, x[k], s.own);
-            }
-        }
     }
+    template <class T, class A> __device__ __forceinline__ static A own_value(const RowScalars<A> &s, A x) { return gradient_value<T>(s, x, s.own); }
 };
 
 // upstream (slope p - q) and the soft cap's derivative; of NLL, -upstream w[t] at the own class and 0 elsewhere
 struct GeneralGradient {
     static constexpr Detail DETAIL = GENERAL;
+    static constexpr bool OWN = false;
     template <class T, int N, class A>
     __device__ __forceinline__ static void emit(const Problem &p, const Operands<A> &o, const RowScalars<A> &s, int first, const A (&x)[N], A (&y)[N]) {
         if (p.log_probs) {
@@ -474,6 +492,7 @@ struct GeneralGradient {
 // (x - m) - log-sum: log-softmax
 struct LogProbs {
     static constexpr Detail DETAIL = PLAIN;
+    static constexpr bool OWN = false;
     template <class T, int N, class A>
     __device__ __forceinline__ static void emit(const Problem &, const Operands<A> &, const RowScalars<A> &s, int, const A (&x)[N], A (&y)[N]) {
 #pragma unroll
@@ -481,16 +500,8 @@ struct LogProbs {
     }
 };
 
-// As the rule says, zeros in an ignored row (whatever its logits are) and NaN in a bad one.
-template <class Rule, class T, int N, class A>
-__device__ __forceinline__ void emit_live(const Problem &p, const Operands<A> &o, const RowScalars<A> &s, int first, const A (&x)[N], A (&y)[N]) {
-    if (s.kind == Kind::LIVE) {
-        Rule::template emit<T>(p, o, s, first, x, y);
-    } else {
-#pragma unroll
-        for (int k = 0; k < N; k++) y[k] = s.kind == Kind::IGNORED ? A(0) : quiet_nan<A>();
-    }
-}
+// What is written for all classes of a row that doesn't count (whatever its logits are), or whose target is bad.
+template <class A> __device__ __forceinline__ A dead_value(Kind kind) { return kind == Kind::IGNORED ? A(0) : quiet_nan<A>(); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What a reduction leaves behind, and the scalar loss

@@ -1,8 +1,9 @@
 // Passes over rows of adjacent classes.
 //
-// A row is cut into windows of 16 bytes that are aligned in the tensor at hand, whatever the row's own alignment: with 50257
-// classes each row begins somewhere else. Windows inside of the row are moved by one access; the one or two at its edges
-// element by element. `Problem::team` threads share a row: a part of a warp, so that a block has several rows, or a block.
+// A row is cut into aligned windows of 16 bytes, whatever the row's own alignment: with 50257 classes each row begins
+// somewhere else. A window is moved by one access; the few classes before the first and behind the last one, the edges, go
+// one to a thread. Where logits and gradient are not aligned alike, all classes of the gradient are edges. `Problem::team`
+// threads share a row: a part of a warp, so that a block has several rows, or a block.
 //
 // Bytes, with E those of the logits: `reduce` reads E; `emit` (the backward) reads E and writes E; `fused` reads E once,
 // keeps it in shared memory and writes E. None of them can do with less.
@@ -16,62 +17,57 @@ namespace softmax {
 // Windows that a thread loads before it uses the first: what keeps the memory busy.
 template <Detail D> constexpr int BATCH = D == PLAIN ? 4 : 1;
 
-// One row as windows.
+// One row as windows and edges.
 template <class T> struct Windows {
     static constexpr int N = LANES_16B<T>;
     using Window = Pack<T, N>;
 
     const T *row;  // class 0
-    int classes;
-    int phase;     // by how many classes window 0 begins before class 0
-    int count;
-    bool aligned;  // whether the windows are aligned in `row`
+    int head;      // classes before window 0
+    int count;     // windows
+    int edges;     // classes before window 0 and behind the last one
 
-    // The windows of `row` that are aligned in `like`, a row of as many classes.
-    __device__ __forceinline__ Windows(const T *row, const T *like, int classes) : row(row), classes(classes) {
-        phase = phase_of<T, N>(like);
-        count = (phase + classes + N - 1) / N;
-        aligned = phase_of<T, N>(row) == phase;
+    __device__ __forceinline__ Windows(const T *row, int classes) : row(row) {
+        head = min((N - phase_of<T, N>(row)) % N, classes);
+        count = (classes - head) / N;
+        edges = classes - count * N;
     }
 
-    __device__ __forceinline__ int first(int window) const { return window * N - phase; }
-    __device__ __forceinline__ int window_of(int index) const { return (index + phase) / N; }
-    __device__ __forceinline__ bool inside(int window) const { return first(window) >= 0 && first(window) + N <= classes; }
+    // The windows for a pass that writes a row of as many classes to `out`.
+    __device__ __forceinline__ Windows written_to(const T *out) const {
+        Windows w = *this;
+        if (phase_of<T, N>(row) != phase_of<T, N>(out)) {
+            w.edges += w.count * N;
+            w.head = w.count = 0;
+        }
+        return w;
+    }
 
-    // The windows i, i + step, … below `end`; -inf behind it and outside of the row.
+    // A window's first class, and an edge's class.
+    __device__ __forceinline__ int first(int window) const { return head + window * N; }
+    __device__ __forceinline__ int edge(int i) const { return i < head ? i : i + count * N; }
+
+    // By which of `threads` threads, a power of two, a class is handled if the windows from `begin` to `end` (with the first
+    // one, the edges) are shared out; -1: it is not among those.
+    __device__ __forceinline__ int thread_of(int index, int begin, int end, int threads) const {
+        const int window = (index - head) / N;
+        if (index < head || window >= count) return begin == 0 ? (index < head ? index : index - count * N) & (threads - 1) : -1;
+        return window >= begin && window < end ? (window - begin) & (threads - 1) : -1;
+    }
+
+    // The windows i, i + step, … below `end`, and -inf behind it. All loads are issued before one is waited for.
     template <int U> __device__ __forceinline__ void load(int i, int step, int end, Window (&to)[U]) const {
 #pragma unroll
         for (int u = 0; u < U; u++) {
-            const int window = i + u * step;
+            if (i + u * step < end) {
+                to[u] = Window::load(row + first(i + u * step));
+            } else {
 #pragma unroll
-            for (int k = 0; k < N; k++) to[u].at[k] = narrow<T>(-infinity<Acc<T>>());
-            if (aligned && window < end && inside(window)) to[u] = Window::load(row + first(window));
-        }
-#pragma unroll
-        for (int u = 0; u < U; u++) {
-            const int window = i + u * step;
-            if (window < end && !(aligned && inside(window))) {
-                const int at = first(window);
-                to[u] = Window::load_masked(row + at, -at, classes - at, narrow<T>(-infinity<Acc<T>>()));
+                for (int k = 0; k < N; k++) to[u].at[k] = narrow<T>(-infinity<Acc<T>>());
             }
         }
     }
-
-    // Stores a window of the output row by which the windows are aligned.
-    __device__ __forceinline__ void store(T *out, int window, const Window &v) const {
-        const int at = first(window);
-        if (inside(window)) {
-            v.store(out + at);
-        } else {
-            v.store_masked(out + at, -at, classes - at);
-        }
-    }
 };
-
-template <class T, int N> __device__ __forceinline__ void widen_window(const Pack<T, N> &from, Acc<T> (&to)[N]) {
-#pragma unroll
-    for (int k = 0; k < N; k++) to[k] = widen<Acc<T>>(from.at[k]);
-}
 
 // The windows that a thread keeps in shared memory: slot j of all threads side by side, so that neighbouring threads never
 // meet in a bank, and no thread waits for another.
@@ -82,54 +78,97 @@ struct Kept {
     __device__ __forceinline__ uint4 &at(int j) const { return slots[j * blockDim.x]; }
 };
 
-// Reduces the windows thread, thread + step, … below `end`.
+// Reduces the windows begin + thread, begin + thread + step, … below `end`; with the first window, the edges.
 template <Detail D, class T>
-__device__ __forceinline__ State<Acc<T>, D> reduce_windows(const Problem &p, const Operands<Acc<T>> &o, const Windows<T> &w, int thread, int step, int end, Kept kept) {
+__device__ __forceinline__ State<Acc<T>, D> reduce_windows(const Problem &p, const Operands<Acc<T>> &o, const Windows<T> &w, int thread, int step, int begin, int end, Kept kept) {
     constexpr int U = BATCH<D>, N = Windows<T>::N;
     State<Acc<T>, D> state = State<Acc<T>, D>::empty();
-    for (int i = thread, j = 0; i < end; i += U * step, j += U) {
+    for (int i = begin + thread, j = 0; i < end; i += U * step, j += U) {
         Pack<T, N> packs[U];
         w.load(i, step, end, packs);
-        Acc<T> x[U][N];
 #pragma unroll
         for (int u = 0; u < U; u++) {
             if (j + u < kept.count) kept.at(j + u) = *reinterpret_cast<const uint4 *>(packs[u].at);
-            widen_window(packs[u], x[u]);
         }
-        absorb<D, T>(state, p, o, w.first(i), step * N, x);
+        absorb<D, T, U, N>(state, p, o, w.first(i), step * N, [&](int u, int k) { return widen<Acc<T>>(packs[u].at[k]); });
+    }
+    if (begin == 0) {
+        for (int i = thread; i < w.edges; i += step) {
+            const int c = w.edge(i);
+            const Acc<T> x = widen<Acc<T>>(w.row[c]);
+            absorb<D, T, 1, 1>(state, p, o, c, 0, [&](int, int) { return x; });
+        }
     }
     return state;
 }
 
-// Writes the windows thread, thread + step, … below `end`, from the last to the first, as the last ones are still in the
-// cache if the row was read before; the first ones from shared memory where they were kept.
+// Fills the windows and edges of a row that doesn't count.
+template <class T>
+__device__ __forceinline__ void fill_windows(const Windows<T> &w, T value, T *out, int thread, int step, int begin, int end) {
+    Pack<T, Windows<T>::N> pack;
+#pragma unroll
+    for (int k = 0; k < Windows<T>::N; k++) pack.at[k] = value;
+    for (int i = begin + thread; i < end; i += step) pack.store(out + w.first(i));
+    if (begin == 0) {
+        for (int i = thread; i < w.edges; i += step) out[w.edge(i)] = value;
+    }
+}
+
+// Writes the windows begin + thread, begin + thread + step, … below `end`; with the first window, the edges. From the last
+// to the first, as the last ones are still in the cache if the row was read before; the first ones from shared memory where
+// they were kept.
 template <class Rule, class T>
-__device__ __forceinline__ void emit_windows(const Problem &p, const Operands<Acc<T>> &o, const Windows<T> &w, const RowScalars<Acc<T>> &s, T *out, int thread, int step, int end, Kept kept) {
+__device__ __forceinline__ void emit_windows(const Problem &p, const Operands<Acc<T>> &o, const Windows<T> &w, const RowScalars<Acc<T>> &s, T *out, int thread, int step, int begin, int end, Kept kept) {
     constexpr int U = BATCH<Rule::DETAIL>, N = Windows<T>::N;
-    const int mine = thread < end ? (end - thread + step - 1) / step : 0;
-    for (int j = (mine - 1) / U * U; j >= 0 && mine > 0; j -= U) {
+    if (s.kind != Kind::LIVE) {
+        fill_windows(w, narrow<T>(dead_value<Acc<T>>(s.kind)), out, thread, step, begin, end);
+        return;
+    }
+    T own = narrow<T>(Acc<T>(0));
+    if constexpr (Rule::OWN) {
+        // before this thread overwrites it
+        if (w.thread_of(s.target, begin, end, step) == thread) own = narrow<T>(Rule::template own_value<T>(s, widen<Acc<T>>(w.row[s.target])));
+    }
+    const int mine = begin + thread < end ? (end - begin - thread + step - 1) / step : 0;
+    for (int j = (mine + U - 1) / U * U - U; j >= 0; j -= U) {
+        const int i = begin + thread + j * step;
         Pack<T, N> packs[U];
-        if (s.kind != Kind::LIVE || (Rule::DETAIL >= GENERAL && p.log_probs)) {
-            // no logit of this row counts
+        if (Rule::DETAIL >= GENERAL && p.log_probs) {
+            // the gradient doesn't depend on the input
         } else if (j < kept.count) {
 #pragma unroll
             for (int u = 0; u < U; u++) {
                 if (j + u < mine) *reinterpret_cast<uint4 *>(packs[u].at) = kept.at(j + u);
             }
         } else {
-            w.load(thread + j * step, step, end, packs);
+            w.load(i, step, end, packs);
         }
 #pragma unroll
         for (int u = 0; u < U; u++) {
-            const int window = thread + (j + u) * step;
-            if (window >= end) continue;
+            if (j + u >= mine) continue;
             Acc<T> x[N], y[N];
-            widen_window(packs[u], x);
-            emit_live<Rule, T>(p, o, s, w.first(window), x, y);
-            Pack<T, N> result;
 #pragma unroll
-            for (int k = 0; k < N; k++) result.at[k] = narrow<T>(y[k]);
-            w.store(out, window, result);
+            for (int k = 0; k < N; k++) x[k] = widen<Acc<T>>(packs[u].at[k]);
+            Rule::template emit<T>(p, o, s, w.first(i + u * step), x, y);
+#pragma unroll
+            for (int k = 0; k < N; k++) packs[u].at[k] = narrow<T>(y[k]);
+            const unsigned place = s.target - w.first(i + u * step);
+            if (Rule::OWN && place < N) {
+#pragma unroll
+                for (int k = 0; k < N; k++) {
+                    if (place == k) packs[u].at[k] = own;
+                }
+            }
+            packs[u].store(out + w.first(i + u * step));
+        }
+    }
+    if (begin == 0) {
+        for (int i = thread; i < w.edges; i += step) {
+            const int c = w.edge(i);
+            const Acc<T> x[1] = {widen<Acc<T>>(w.row[c])};
+            Acc<T> y[1];
+            Rule::template emit<T>(p, o, s, c, x, y);
+            out[c] = Rule::OWN && c == s.target ? own : narrow<T>(y[0]);
         }
     }
 }
@@ -193,11 +232,11 @@ __device__ __forceinline__ void reduce_rows(const Problem &p, const T *x, const 
             target = read_target(p, t, weight, row);
             const T *logits = x + p.x.start(row);
             x_t = own_logit<D>(p, logits, target);
-            const Windows<T> w(logits, logits, p.classes);
+            const Windows<T> w(logits, p.classes);
             const int part = (w.count + gridDim.y - 1) / gridDim.y;
             const int begin = min(w.count, static_cast<int>(blockIdx.y) * part), end = min(w.count, begin + part);
             if (target.kind == Kind::LIVE && !(D >= GENERAL && p.log_probs)) {
-                state = reduce_windows<D>(p, operands_of(p, t, weight, row), w, begin + thread, team, end, {nullptr, 0});
+                state = reduce_windows<D>(p, operands_of(p, t, weight, row), w, thread, team, begin, end, {nullptr, 0});
             }
         }
         state = merge_team<T>(state, team, states);
@@ -272,8 +311,8 @@ __device__ __forceinline__ void statistics_rows(const Problem &p, const T *x, co
             target = read_target(p, t, weight, row);
             const T *logits = x + p.x.start(row);
             x_t = own_logit<STATISTICS>(p, logits, target);
-            const Windows<T> w(logits, logits, p.classes);
-            state = reduce_windows<STATISTICS>(p, operands_of(p, t, weight, row), w, thread, team, w.count, {nullptr, 0});
+            const Windows<T> w(logits, p.classes);
+            state = reduce_windows<STATISTICS>(p, operands_of(p, t, weight, row), w, thread, team, 0, w.count, {nullptr, 0});
         }
         state = merge_team<T>(state, team, states);
         if (exists && thread == 0) write_row_statistics(p, out, target, x_t, state, row);
@@ -290,7 +329,7 @@ __device__ __forceinline__ RowScalars<A> saved_scalars(const Problem &p, const T
 }
 
 // Cross-entropy backward: upstream / denominator * (softmax - onehot) * weight. Reads E, writes E, one launch. A team has a
-// row; with gridDim.y > 1 a part of it. Windows are aligned in the gradient, which may replace the logits (x null).
+// row; with gridDim.y > 1 a part of it. The gradient may replace the logits (x null).
 template <class Rule, class T>
 __device__ __forceinline__ void emit_rows(const Problem &p, const T *x, const void *t, const Acc<T> *weight, const Acc<T> *statistics, const Acc<T> *denominator, const Acc<T> *upstream, T *out) {
     using A = Acc<T>;
@@ -302,10 +341,10 @@ __device__ __forceinline__ void emit_rows(const Problem &p, const T *x, const vo
         const Target<A> target = read_target(p, t, weight, row);
         const RowScalars<A> s = saved_scalars<Rule>(p, target, statistics, denominator, upstream, row);
         T *to = out + row * p.classes;
-        const Windows<T> w(x + p.x.start(row), to, p.classes);
+        const Windows<T> w = Windows<T>(x + p.x.start(row), p.classes).written_to(to);
         const int part = (w.count + gridDim.y - 1) / gridDim.y;
         const int begin = min(w.count, static_cast<int>(blockIdx.y) * part), end = min(w.count, begin + part);
-        emit_windows<Rule>(p, operands_of(p, t, weight, row), w, s, to, begin + thread, team, end, {nullptr, 0});
+        emit_windows<Rule>(p, operands_of(p, t, weight, row), w, s, to, thread, team, begin, end, {nullptr, 0});
     }
 }
 
@@ -406,14 +445,14 @@ __device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, 
         const int64_t at = exists ? row : 0;
         const T *logits = x + p.x.start(at);
         T *gradient = to + at * p.classes;
-        const Windows<T> w(logits, gradient, p.classes);
+        const Windows<T> w(logits, p.classes);
         const Operands<A> o = operands_of(p, t, weight, at);
         if (exists) {
             target = read_target(p, t, weight, row);
             // in a cluster, by the block that will overwrite it
-            owner = max(0, w.window_of(target.index)) % threads / blockDim.x;
+            owner = w.thread_of(max(0, target.index), 0, w.count, threads) / blockDim.x;
             if (CLUSTER == 1 || owner == rank) x_t = own_logit<D>(p, logits, target);
-            if (target.kind == Kind::LIVE && !(D >= GENERAL && p.log_probs)) state = reduce_windows<D>(p, o, w, thread, threads, w.count, kept);
+            if (target.kind == Kind::LIVE && !(D >= GENERAL && p.log_probs)) state = reduce_windows<D>(p, o, w, thread, threads, 0, w.count, kept);
         }
         state = merge_team<T>(state, team, states);
         if constexpr (CLUSTER > 1) merge_cluster<CLUSTER, T>(state, x_t, owner, &exchange);
@@ -423,7 +462,8 @@ __device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, 
             total.x += one.x, total.y += one.y;
         }
         RowScalars<A> s = RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(state), upstream);
-        emit_windows<Rule>(p, o, w, s, gradient, thread, threads, w.count, kept);
+        const Windows<T> written = w.written_to(gradient);
+        emit_windows<Rule>(p, o, written, s, gradient, thread, threads, 0, written.count, kept);
     }
     if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch);
 }
@@ -442,11 +482,13 @@ __device__ __forceinline__ void log_softmax_rows(const Problem &p, const T *x, T
         const bool exists = row < p.rows;
         const int64_t at = exists ? row : 0;
         T *result = to + at * p.classes;
-        const Windows<T> w(x + p.x.start(at), result, p.classes);
+        const Windows<T> w(x + p.x.start(at), p.classes);
         State<A, PLAIN> state = State<A, PLAIN>::empty();
-        if (exists) state = reduce_windows<PLAIN>(p, none, w, thread, team, w.count, kept);
+        if (exists) state = reduce_windows<PLAIN>(p, none, w, thread, team, 0, w.count, kept);
         state = merge_team<T>(state, team, states);
-        if (exists) emit_windows<LogProbs>(p, none, w, RowScalars<A>::of(state.max, state.rest), result, thread, team, w.count, kept);
+        if (!exists) continue;
+        const Windows<T> written = w.written_to(result);
+        emit_windows<LogProbs>(p, none, written, RowScalars<A>::of(state.max, state.rest), result, thread, team, 0, written.count, kept);
     }
 }
 

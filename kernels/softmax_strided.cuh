@@ -42,7 +42,7 @@ __device__ __forceinline__ State<Acc<T>, D> reduce_classes(const Problem &p, con
     for (int c = threadIdx.y; c < p.classes; c += U * blockDim.y) {
         Acc<T> x[U][1];
         load_classes(p, row, c, x);
-        absorb<D, T>(state, p, o, c, blockDim.y, x);
+        absorb<D, T, U, 1>(state, p, o, c, blockDim.y, [&](int u, int k) { return x[u][k]; });
     }
     return state;
 }
@@ -69,16 +69,21 @@ __device__ __forceinline__ State<A, D> merge_column(State<A, D> state, State<A, 
 // Writes this thread's share of a row.
 template <class Rule, class T>
 __device__ __forceinline__ void emit_classes(const Problem &p, const Operands<Acc<T>> &o, const RowScalars<Acc<T>> &s, const T *row, T *out, const Written &written) {
+    using A = Acc<T>;
     constexpr int U = STRIDED_BATCH;
+    const bool live = s.kind == Kind::LIVE;
     for (int c = threadIdx.y; c < p.classes; c += U * blockDim.y) {
-        Acc<T> x[U][1];
-        if (s.kind == Kind::LIVE && !(Rule::DETAIL >= GENERAL && p.log_probs)) load_classes(p, row, c, x);
+        A x[U][1];
+        if (live && !(Rule::DETAIL >= GENERAL && p.log_probs)) load_classes(p, row, c, x);
 #pragma unroll
         for (int u = 0; u < U; u++) {
             const int at = c + u * blockDim.y;
             if (at >= p.classes) continue;
-            Acc<T> y[1];
-            emit_live<Rule, T>(p, o, s, at, x[u], y);
+            A y[1] = {dead_value<A>(s.kind)};
+            if (live) Rule::template emit<T>(p, o, s, at, x[u], y);
+            if constexpr (Rule::OWN) {
+                if (live && at == s.target) y[0] = Rule::template own_value<T>(s, x[u][0]);
+            }
             out[written.start + at * written.stride] = narrow<T>(y[0]);
         }
     }

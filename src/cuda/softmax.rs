@@ -14,10 +14,19 @@ use cudarc::driver::sys::{CUdevice_attribute as Attribute, CUfunction_attribute}
 use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, CudaViewMut, DeviceRepr, PushKernelArg};
 use std::sync::{Arc, OnceLock};
 
-const F16: Module = Module { key: "candle_fused_loss_softmax_f16", ptx: ptx::SOFTMAX_F16 };
-const BF16: Module = Module { key: "candle_fused_loss_softmax_bf16", ptx: ptx::SOFTMAX_BF16 };
-const F32: Module = Module { key: "candle_fused_loss_softmax_f32", ptx: ptx::SOFTMAX_F32 };
-const F64: Module = Module { key: "candle_fused_loss_softmax_f64", ptx: ptx::SOFTMAX_F64 };
+macro_rules! module {
+    ($key:literal, $ptx:ident) => {
+        Module { key: concat!("candle_fused_loss_", $key), ptx: ptx::$ptx }
+    };
+}
+const F16: Module = module!("softmax_f16", SOFTMAX_F16);
+const BF16: Module = module!("softmax_bf16", SOFTMAX_BF16);
+const F32: Module = module!("softmax_f32", SOFTMAX_F32);
+const F64: Module = module!("softmax_f64", SOFTMAX_F64);
+const GENERAL_F16: Module = module!("softmax_general_f16", SOFTMAX_GENERAL_F16);
+const GENERAL_BF16: Module = module!("softmax_general_bf16", SOFTMAX_GENERAL_BF16);
+const GENERAL_F32: Module = module!("softmax_general_f32", SOFTMAX_GENERAL_F32);
+const GENERAL_F64: Module = module!("softmax_general_f64", SOFTMAX_GENERAL_F64);
 
 /// Static shared memory of the kernels, which a block's limit includes.
 const STATIC_SHARED: u32 = 2 << 10;
@@ -108,20 +117,41 @@ impl Problem {
     }
 }
 
-fn module(dtype: DType) -> Result<&'static Module> {
-    Ok(match dtype {
-        DType::F16 => &F16,
-        DType::BF16 => &BF16,
-        DType::F32 => &F32,
-        DType::F64 => &F64,
-        other => bail!("no loss kernel computes in dtype {other:?}"),
-    })
+/// Which of a dtype's two modules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Detail {
+    /// Class indices and nothing else than class weights.
+    Plain,
+    General,
+}
+
+impl Detail {
+    fn name(self) -> &'static str {
+        match self {
+            Detail::Plain => "plain",
+            Detail::General => "general",
+        }
+    }
+
+    fn module(self, dtype: DType) -> Result<&'static Module> {
+        Ok(match (self, dtype) {
+            (Detail::Plain, DType::F16) => &F16,
+            (Detail::Plain, DType::BF16) => &BF16,
+            (Detail::Plain, DType::F32) => &F32,
+            (Detail::Plain, DType::F64) => &F64,
+            (Detail::General, DType::F16) => &GENERAL_F16,
+            (Detail::General, DType::BF16) => &GENERAL_BF16,
+            (Detail::General, DType::F32) => &GENERAL_F32,
+            (Detail::General, DType::F64) => &GENERAL_F64,
+            (_, other) => bail!("no loss kernel computes in dtype {other:?}"),
+        })
+    }
 }
 
 fn planner(device: &CudaDevice) -> Result<Planner> {
     /// Whether this build is for an architecture with clusters.
     static CLUSTERS: OnceLock<bool> = OnceLock::new();
-    let built = *CLUSTERS.get_or_init(|| ptx::SOFTMAX_F32.contains("_cluster_2("));
+    let built = *CLUSTERS.get_or_init(|| ptx::SOFTMAX_F32.contains("_cluster_4("));
     let stream = device.cuda_stream();
     let attribute = |attribute| stream.context().attribute(attribute).w();
     Ok(Planner {
@@ -146,8 +176,8 @@ fn thresholds() -> Thresholds {
 }
 
 /// A kernel of the family, allowed the shared memory that its grid asks for.
-fn function(device: &CudaDevice, dtype: DType, name: &str, grid: &Grid) -> Result<CudaFunction> {
-    let function = module(dtype)?.function(device, name)?;
+fn function(device: &CudaDevice, (detail, dtype): (Detail, DType), name: &str, grid: &Grid) -> Result<CudaFunction> {
+    let function = detail.module(dtype)?.function(device, name)?;
     if grid.shared_bytes > SHARED_WITHOUT_ASKING {
         let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         function.set_attribute(most, grid.shared_bytes as i32).w()?;
@@ -274,15 +304,17 @@ impl<'a> Task<'a> {
         }
     }
 
-    /// The kernels' name for these options: with nothing but class indices and weights, the fast ones.
-    fn detail(&self) -> &'static str {
+    fn detail(&self) -> Detail {
         let o = self.options;
         let plain = !o.log_probs && o.label_smoothing == 0.0 && o.z_loss == 0.0 && o.softcap.is_none() && o.logit_scale == 1.0;
-        if plain && matches!(self.target.tag, Tag::U8 | Tag::U32 | Tag::I32 | Tag::I64) {
-            "plain"
-        } else {
-            "general"
+        match self.target.tag {
+            Tag::U8 | Tag::U32 | Tag::I32 | Tag::I64 if plain => Detail::Plain,
+            _ => Detail::General,
         }
+    }
+
+    fn module(&self) -> (Detail, DType) {
+        (self.detail(), self.dtype)
     }
 
     fn wants_rows(&self) -> bool {
@@ -332,8 +364,8 @@ impl<'a> Task<'a> {
         let mut statistics = reduced.statistics.as_mut().map(output).transpose()?;
         let (mut rows_loss, mut result) = if self.wants_rows() { (loss.take(), None) } else { (None, loss.take()) };
         let problem = self.problem.on(&pass);
-        let name = format!("softmax_reduce_{}_{}", self.detail(), form(&pass));
-        let function = function(device, self.dtype, &name, &pass.grid)?;
+        let name = format!("softmax_reduce_{}_{}", self.detail().name(), form(&pass));
+        let function = function(device, self.module(), &name, &pass.grid)?;
         let mut builder = self.stream.launch_builder(&function);
         builder.arg(&problem).arg(&x.bytes).arg(&self.target.bytes);
         push(&mut builder, &self.weight);
@@ -351,7 +383,7 @@ impl<'a> Task<'a> {
             let splits = output(&mut splits)?;
             let count = pass.splits() as i32;
             let grid = Grid::flat(1, MERGE_THREADS);
-            let function = self::function(device, self.dtype, &format!("softmax_merge_{}", self.detail()), &grid)?;
+            let function = self::function(device, self.module(), &format!("softmax_merge_{}", self.detail().name()), &grid)?;
             let mut builder = self.stream.launch_builder(&function);
             builder.arg(&problem).arg(&x.bytes).arg(&self.target.bytes);
             push(&mut builder, &self.weight);
@@ -396,7 +428,7 @@ impl<'a> Task<'a> {
         let Some(slice) = &partials.0 else { return Ok(()) };
         let count = (slice.len() / 2) as i32;
         let grid = Grid::flat(1, (count as u32).next_power_of_two().clamp(32, 1024));
-        let function = function(&self.device, self.dtype, "softmax_finish", &grid)?;
+        let function = function(&self.device, self.module(), "softmax_finish", &grid)?;
         let mut builder = self.stream.launch_builder(&function);
         builder.arg(&self.problem).arg(slice).arg(&count);
         push_output(&mut builder, result);
@@ -412,7 +444,7 @@ impl<'a> Task<'a> {
             return Ok(None);
         }
         let grid = Grid::flat(blocks, 1024);
-        let function = function(&self.device, self.dtype, "softmax_count", &grid)?;
+        let function = function(&self.device, self.module(), "softmax_count", &grid)?;
         // SAFETY: each block writes its element
         let mut counts = unsafe { self.device.alloc::<f64>(blocks as usize)? };
         let mut builder = self.stream.launch_builder(&function);
@@ -429,8 +461,8 @@ impl<'a> Task<'a> {
     fn emit(&self, x: &Option<Input>, statistics: &Option<Input>, denominator: &Input, upstream: &Option<Input>, upstream_rows: bool, grad: &mut CudaViewMut<u8>) -> Result<()> {
         let pass = self.planner.emit(&self.shape());
         let problem = Problem { upstream_rows: upstream_rows as i32, ..self.problem.on(&pass) };
-        let name = format!("softmax_emit_{}_{}", self.detail(), form(&pass));
-        let function = function(&self.device, self.dtype, &name, &pass.grid)?;
+        let name = format!("softmax_emit_{}_{}", self.detail().name(), form(&pass));
+        let function = function(&self.device, self.module(), &name, &pass.grid)?;
         let mut builder = self.stream.launch_builder(&function);
         builder.arg(&problem);
         push(&mut builder, x);
@@ -461,8 +493,8 @@ impl<'a> Task<'a> {
         let finish = pass.blocks() > 1 && !self.wants_rows();
         // SAFETY: each block writes its element
         let mut partials = unsafe { Partials::new(&self.device, &pass, finish)? };
-        let name = format!("softmax_fused_{}_{}", self.detail(), form(&pass));
-        let function = function(&self.device, self.dtype, &name, &pass.grid)?;
+        let name = format!("softmax_fused_{}_{}", self.detail().name(), form(&pass));
+        let function = function(&self.device, self.module(), &name, &pass.grid)?;
         {
             let mut bytes = partials.bytes()?;
             let (mut none, mut no_statistics) = (None, None);
@@ -510,7 +542,7 @@ impl<'a> Task<'a> {
 }
 
 /// Threads of the block that merges split rows, a warp for each.
-const MERGE_THREADS: u32 = 512;
+const MERGE_THREADS: u32 = 256;
 
 /// A partial sum (loss, weight) for each block of a pass.
 struct Partials(Option<CudaSlice<f64>>);
@@ -621,7 +653,7 @@ pub(crate) fn backward(
             (Some(statistics), Operand::Target) => with_input(statistics, |statistics| {
                 let pass = task.planner.any_layout(&task.shape());
                 let problem = Problem { upstream_rows: upstream_rows as i32, ..task.problem.on(&pass) };
-                let function = function(&task.device, task.dtype, "softmax_target_gradient", &pass.grid)?;
+                let function = function(&task.device, (Detail::General, task.dtype), "softmax_target_gradient", &pass.grid)?;
                 let mut builder = task.stream.launch_builder(&function);
                 builder.arg(&problem);
                 push(&mut builder, &x);
@@ -697,7 +729,7 @@ pub(crate) fn statistics(
         if rows > 0 {
             let pass = task.planner.reduce(&task.shape(), false);
             let problem = task.problem.on(&pass);
-            let function = function(&task.device, task.dtype, &format!("softmax_statistics_{}", form(&pass)), &pass.grid)?;
+            let function = function(&task.device, (Detail::General, task.dtype), &format!("softmax_statistics_{}", form(&pass)), &pass.grid)?;
             let x = Input::new(storage, layout)?;
             let mut bytes = slices.iter_mut().map(output).collect::<Result<Vec<_>>>()?;
             let (mut argmax, mut correct) = (output(&mut argmax)?, output(&mut correct)?);
@@ -726,7 +758,7 @@ pub(crate) fn log_softmax(name: &str, logits: &CudaStorage, rows: &Rows) -> Resu
     if len > 0 {
         let pass = planner(device)?.one_pass(&shape(rows, dtype), false);
         let problem = Problem::of_rows(name, rows)?.on(&pass);
-        let function = function(device, dtype, &format!("softmax_log_softmax_{}", form(&pass)), &pass.grid)?;
+        let function = function(device, (Detail::Plain, dtype), &format!("softmax_log_softmax_{}", form(&pass)), &pass.grid)?;
         let x = Input::new(logits, &from(rows))?;
         let mut bytes = output(&mut out)?;
         let mut builder = stream.launch_builder(&function);
@@ -759,7 +791,7 @@ pub(crate) fn log_softmax_backward(
     if len > 0 {
         let pass = planner(device)?.any_layout(&shape(rows, dtype));
         let problem = Problem { t: Strides::of(upstream_rows), ..Problem::of_rows(name, rows)?.on(&pass) };
-        let function = function(device, dtype, "softmax_log_softmax_backward", &pass.grid)?;
+        let function = function(device, (Detail::Plain, dtype), "softmax_log_softmax_backward", &pass.grid)?;
         let (y, g) = (Input::new(out, &from(rows))?, Input::new(upstream, &from(upstream_rows))?);
         let mut bytes = output(&mut grad)?;
         let mut builder = stream.launch_builder(&function);

@@ -5,7 +5,7 @@
 //! | classes apart | a column of threads a row, neighbouring threads on neighbouring rows | the same |
 //! | up to `warp_bytes` | 1 to 32 lanes a row | the same, the row kept in shared memory |
 //! | up to `cluster_bytes` | a block a row | the same, the row kept in shared memory |
-//! | longer | a block a row | a cluster of 2 to 8 blocks a row; without clusters, a block that keeps what it can |
+//! | longer | a block a row | a cluster of 4 or 8 blocks a row; without clusters, a block that keeps what it can |
 //! | long, and few rows | several blocks a row, then a merge | the same, then the gradient as the backward makes it |
 //!
 //! Up to `lone_elements` logits one block does everything, so that there is no second launch.
@@ -15,10 +15,13 @@ use super::Grid;
 /// Bytes that a thread moves at once, and the unit in which rows are shared out.
 const WINDOW: u64 = 16;
 /// Of the kernels for adjacent classes and for classes apart: the largest block.
-const ROWS_THREADS: u32 = 512;
+const ROWS_THREADS: u32 = 256;
 const STRIDED_THREADS: u32 = 256;
 /// What a thread keeps of a row is all or a multiple of this.
 const BATCH: u32 = 4;
+
+/// The cluster sizes that there are kernels for; 1 is a block without a cluster.
+const CLUSTERS: [u32; 3] = [1, 4, 8];
 
 /// What a plan depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -186,9 +189,8 @@ impl Planner {
         let lone = pass.grid.blocks[0] == 1 && self.is_lone(shape);
         let mut size = 1;
         if may_cluster && self.device.clusters && !lone && pass.team == pass.grid.threads[0] {
-            while size < 8 && shape.row_bytes() > self.thresholds.cluster_bytes * size as u64 {
-                size *= 2;
-            }
+            let needed = shape.row_bytes().div_ceil(self.thresholds.cluster_bytes.max(1));
+            size = CLUSTERS.into_iter().find(|&size| needed <= size as u64).unwrap_or(CLUSTERS[CLUSTERS.len() - 1]);
         }
         if size > 1 {
             pass.form = Form::Cluster(size);
