@@ -150,7 +150,8 @@ impl Planner {
 
     /// A forward that looks at one number of each row: a thread a row.
     pub fn gather(&self, shape: &Shape) -> Pass {
-        let threads = if shape.rows <= self.thresholds.count_rows { power_of_two(shape.rows, 32, STRIDED_THREADS) } else { 128 };
+        let threads =
+            if shape.rows <= self.thresholds.count_rows { power_of_two(shape.rows, 32, STRIDED_THREADS) } else { 128 };
         let blocks = match shape.rows <= self.thresholds.count_rows {
             true => 1,
             false => shape.rows.div_ceil(threads as u64).min(self.thresholds.blocks as u64) as u32,

@@ -19,7 +19,10 @@ fn regimes() -> Vec<(&'static str, Thresholds)> {
         ("warps", Thresholds { warp_bytes: 1 << 20, ..usual }),
         ("warps, rows in turn", Thresholds { warp_bytes: 1 << 20, blocks: 1, ..usual }),
         ("a block a row", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, ..usual }),
-        ("blocks, rows in turn, counted ahead", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, blocks: 2, count_rows: 1, ..usual }),
+        (
+            "blocks, rows in turn, counted ahead",
+            Thresholds { warp_bytes: 0, split_bytes: 1 << 20, blocks: 2, count_rows: 1, ..usual },
+        ),
         ("cluster", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 512, ..usual }),
         ("split rows", Thresholds { warp_bytes: 0, split_bytes: 256, ..usual }),
     ]
@@ -90,7 +93,16 @@ fn tolerance(dtype: DType) -> f64 {
 fn assert_close(what: &str, got: &Tensor, expected: &Tensor, tolerance: f64) {
     assert_eq!(got.dims(), expected.dims(), "{what}");
     assert_eq!(got.dtype(), expected.dtype(), "{what}");
-    let values = |t: &Tensor| t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+    let values = |t: &Tensor| {
+        t.to_device(&Device::Cpu)
+            .unwrap()
+            .to_dtype(DType::F64)
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f64>()
+            .unwrap()
+    };
     let (got, expected) = (values(got), values(expected));
     let largest = expected.iter().filter(|v| v.is_finite()).fold(0f64, |m, v| m.max(v.abs()));
     for (i, (g, e)) in got.iter().zip(&expected).enumerate() {
@@ -108,7 +120,13 @@ fn with_weight_on(options: &CrossEntropy, device: &Device, dtype: DType) -> Resu
 }
 
 /// Compares all passes of one problem on both devices. `view` makes the logits of the operand that is on the device.
-fn compare(what: &str, options: &CrossEntropy, logits: &Tensor, target: &Tensor, view: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
+fn compare(
+    what: &str,
+    options: &CrossEntropy,
+    logits: &Tensor,
+    target: &Tensor,
+    view: impl Fn(&Tensor) -> Result<Tensor>,
+) -> Result<()> {
     let gpu = Device::new_cuda(0)?;
     let dtype = logits.dtype();
     let on = |device: &Device| -> Result<_> {
@@ -124,10 +142,24 @@ fn compare(what: &str, options: &CrossEntropy, logits: &Tensor, target: &Tensor,
         let (loss, grad) = options.clone().loss_and_grad(&x, &target)?;
         let own = x.detach().force_contiguous()?;
         let inplace_loss = options.clone().loss_and_grad_inplace(&own, &target)?;
-        let mut results = vec![("forward", forward), ("backward", backward), ("loss", loss), ("gradient", grad), ("loss in place", inplace_loss), ("gradient in place", own)];
+        let mut results = vec![
+            ("forward", forward),
+            ("backward", backward),
+            ("loss", loss),
+            ("gradient", grad),
+            ("loss in place", inplace_loss),
+            ("gradient in place", own),
+        ];
         if !options.log_probs {
             let (loss, s) = options.statistics(&x, &target)?;
-            results.extend([("row loss", loss), ("lse", s.lse), ("z-loss", s.z_loss), ("entropy", s.entropy), ("argmax", s.argmax), ("correct", s.correct)]);
+            results.extend([
+                ("row loss", loss),
+                ("lse", s.lse),
+                ("z-loss", s.z_loss),
+                ("entropy", s.entropy),
+                ("argmax", s.argmax),
+                ("correct", s.correct),
+            ]);
         }
         Ok(results)
     };
@@ -152,7 +184,11 @@ fn regimes_match_the_cpu() -> Result<()> {
             let logits = random(&[rows, classes], 1, dtype)?;
             let target = indices(rows, classes, 2)?;
             compare(regime, &plain(), &logits, &target, |x| Ok(x.clone()))?;
-            let weighted = CrossEntropy { weight: Some(random(&[classes], 7, DType::F32)?.abs()?), reduction: Reduction::None, ..plain() };
+            let weighted = CrossEntropy {
+                weight: Some(random(&[classes], 7, DType::F32)?.abs()?),
+                reduction: Reduction::None,
+                ..plain()
+            };
             compare(regime, &weighted, &logits, &target, |x| Ok(x.clone()))?;
         }
     }
@@ -177,7 +213,9 @@ fn probability_targets_match_the_cpu() -> Result<()> {
     for (regime, thresholds) in regimes() {
         THRESHOLDS.set(thresholds);
         let (rows, classes) = (3, 70);
-        for (dtype, of_target) in [(DType::F32, DType::F32), (DType::BF16, DType::F32), (DType::F16, DType::F16), (DType::F64, DType::BF16)] {
+        for (dtype, of_target) in
+            [(DType::F32, DType::F32), (DType::BF16, DType::F32), (DType::F16, DType::F16), (DType::F64, DType::BF16)]
+        {
             let logits = random(&[rows, classes], 1, dtype)?;
             let target = random(&[rows, classes], 3, of_target)?.abs()?;
             compare(regime, &plain(), &logits, &target, |x| Ok(x.clone()))?;
