@@ -72,6 +72,8 @@ pub(crate) struct Thresholds {
     pub count_rows: u64,
     /// The most blocks of a grid that leaves a partial sum for each.
     pub blocks: u32,
+    /// Less shared memory than the device has.
+    pub shared_bytes: Option<u32>,
 }
 
 impl Default for Thresholds {
@@ -84,6 +86,7 @@ impl Default for Thresholds {
             split_bytes: 16 << 10,
             count_rows: 1024,
             blocks: 16 * 1024,
+            shared_bytes: None,
         }
     }
 }
@@ -198,7 +201,8 @@ impl Planner {
         }
         let threads = pass.grid.threads[0];
         let windows = shape.windows().div_ceil((pass.team * size) as u64);
-        let room = self.device.shared_bytes as u64 / (threads as u64 * WINDOW);
+        let shared = self.thresholds.shared_bytes.unwrap_or(self.device.shared_bytes);
+        let room = shared as u64 / (threads as u64 * WINDOW);
         let kept = if windows <= room { windows as u32 } else { room as u32 / BATCH * BATCH };
         Pass { kept, grid: Grid { shared_bytes: kept * threads * WINDOW as u32, ..pass.grid }, ..pass }
     }
