@@ -14,14 +14,18 @@ thread_local! {
 /// Regimes by the thresholds that send small rows there. `lone_rows: 0` keeps them out of the single block.
 fn regimes() -> Vec<(&'static str, Thresholds)> {
     let usual = Thresholds { lone_rows: 0, ..Thresholds::default() };
+    let no_tiles = Thresholds { tile_classes: 0, ..usual };
     vec![
         ("lone block", Thresholds::default()),
-        ("warps", Thresholds { warp_bytes: 1 << 20, ..usual }),
-        ("warps, rows in turn", Thresholds { warp_bytes: 1 << 20, blocks: 1, ..usual }),
-        ("a block a row", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, ..usual }),
-        ("blocks, rows in turn, counted ahead", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, blocks: 2, count_rows: 1, ..usual }),
-        ("cluster", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 512, ..usual }),
-        ("split rows", Thresholds { warp_bytes: 0, split_bytes: 256, ..usual }),
+        // with more classes than a tile has, the next regime
+        ("tiles", usual),
+        ("tiles in turn, counted ahead", Thresholds { blocks: 1, count_rows: 1, ..usual }),
+        ("warps", Thresholds { warp_bytes: 1 << 20, ..no_tiles }),
+        ("warps, rows in turn", Thresholds { warp_bytes: 1 << 20, blocks: 1, ..no_tiles }),
+        ("a block a row", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, ..no_tiles }),
+        ("blocks, rows in turn, counted ahead", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, blocks: 2, count_rows: 1, ..no_tiles }),
+        ("cluster", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 512, ..no_tiles }),
+        ("split rows", Thresholds { warp_bytes: 0, split_bytes: 256, ..no_tiles }),
     ]
 }
 
@@ -372,6 +376,22 @@ fn launch_counts() -> Result<()> {
     let target = indices(64, 1000, 2)?.to_device(&gpu)?;
     assert_eq!(launches_of(|| plain().forward(&logits, &target))?, 1);
     assert_eq!(launches_of(|| plain().loss_and_grad(&logits, &target))?, 1);
+    Ok(())
+}
+
+/// Every number of classes that a tile can have, with more rows than a block has.
+#[test]
+fn tiles_match_the_cpu() -> Result<()> {
+    THRESHOLDS.set(Thresholds { lone_rows: 0, ..Thresholds::default() });
+    for (i, classes) in (1..=65).enumerate() {
+        let dtype = FLOATS[i % 4];
+        let rows = 300 / (classes / 8 + 1);
+        let logits = random(&[rows + 1, classes], 1, dtype)?;
+        // from the second row on: unaligned as a whole
+        compare("tiles", &plain(), &logits, &indices(rows, classes, 2)?, |x| x.narrow(0, 1, rows))?;
+        let some = random(&[9, classes], 1, dtype)?;
+        compare("tiles", &everything(classes)?, &some, &indices(9, classes, 2)?, |x| Ok(x.clone()))?;
+    }
     Ok(())
 }
 
