@@ -271,10 +271,17 @@ impl CrossEntropyLoss<Fused> {
     /// ```
     pub fn loss_and_grad_inplace(&self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
         if logits.track_op() {
-            bail!("{NAME}: logits of shape {:?} are tracked by autograd, expected detached ones to replace in place", logits.dims());
+            bail!(
+                "{NAME}: logits of shape {:?} are tracked by autograd, expected detached ones to replace in place",
+                logits.dims()
+            );
         }
         if !logits.is_contiguous() {
-            bail!("{NAME}: logits of shape {:?} with strides {:?}, expected contiguous ones to replace in place", logits.dims(), logits.stride());
+            bail!(
+                "{NAME}: logits of shape {:?} with strides {:?}, expected contiguous ones to replace in place",
+                logits.dims(),
+                logits.stride()
+            );
         }
         self.options.problem(NAME, false, logits, target)?.loss_and_grad_inplace(logits, target)
     }

@@ -10,10 +10,10 @@ use crate::cuda;
 use crate::reduction::Reduction;
 #[cfg(feature = "cuda")]
 use crate::softmax::cuda_tensor;
-use crate::softmax::{cpu_tensor, put, taken, Operand};
+use crate::softmax::{Operand, cpu_tensor, put, taken};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
-use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use std::sync::{Arc, OnceLock};
 
 /// The formula of one element, of an input x, a target t and a positive weight p.
@@ -44,6 +44,8 @@ pub(crate) struct Logistic {
     pub reduction: Reduction,
     /// Whether the elements along the last axis are averaged before the reduction, so that the axis disappears.
     pub average_rows: bool,
+    /// On CUDA: synchronise to check the values of the target. The CPU always checks them.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub target_check: bool,
 }
 
@@ -101,7 +103,13 @@ impl CustomOp2 for Forward {
         Ok((loss, self.problem.loss_shape(l1)))
     }
 
-    fn bwd(&self, input: &Tensor, target: &Tensor, _: &Tensor, upstream: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        input: &Tensor,
+        target: &Tensor,
+        _: &Tensor,
+        upstream: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let Some(denominator) = self.denominator.get() else { bail!("{}: backward before forward", self.problem.name) };
         let upstream = upstream.contiguous()?;
         let gradient = |of: Operand, arg: &Tensor| -> Result<Option<Tensor>> {
@@ -126,13 +134,29 @@ impl CustomOp3 for Backward {
         self.problem.name
     }
 
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout, s3: &CpuStorage, l3: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let grad = cpu::logistic::backward(&self.problem, &self.denominator, self.of, (s1, l1), (s2, l2), (s3, l3))?;
         Ok((grad, l1.shape().clone()))
     }
 
     #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout, s3: &CudaStorage, l3: &Layout) -> Result<(CudaStorage, Shape)> {
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
         let grad = cuda::logistic::backward(&self.problem, &self.denominator, self.of, (s1, l1), (s2, l2), (s3, l3))?;
         Ok((grad, l1.shape().clone()))
     }

@@ -8,10 +8,12 @@ use crate::cpu;
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::reduction::Reduction;
-use candle_core::op::BackpropOp;
-use candle_core::{bail, CpuStorage, CustomOp1, CustomOp2, CustomOp3, Error, InplaceOp2, Layout, Result, Shape, Storage, Tensor};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
+use candle_core::op::BackpropOp;
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Error, InplaceOp2, Layout, Result, Shape, Storage, Tensor, bail,
+};
 use std::sync::{Arc, OnceLock};
 
 /// Where the logits of each row lie: `outer x inner` rows of `classes` logits.
@@ -49,7 +51,16 @@ impl Rows {
         let (inner, inner_stride) = merge(&axes[split..])?;
         // the stride of an axis with one position means nothing
         let class_stride = if classes == 1 { 1 } else { class_stride };
-        Some(Rows { outer, inner, classes, offset: layout.start_offset(), outer_stride, inner_stride, class_stride, split })
+        Some(Rows {
+            outer,
+            inner,
+            classes,
+            offset: layout.start_offset(),
+            outer_stride,
+            inner_stride,
+            class_stride,
+            split,
+        })
     }
 
     pub fn count(&self) -> usize {
@@ -72,11 +83,7 @@ impl Rows {
         let outer = (self.outer, self.outer_stride);
         let inner = (self.inner, self.inner_stride);
         let class = (self.classes, self.class_stride);
-        if class_last {
-            [outer, inner, class]
-        } else {
-            [outer, class, inner]
-        }
+        if class_last { [outer, inner, class] } else { [outer, class, inner] }
     }
 }
 
@@ -112,13 +119,25 @@ fn as_rows_like(tensor: &Tensor, axis: usize, split: usize) -> Result<Tensor> {
 /// The rows of a tensor that went through [`as_rows`].
 fn rows_of(name: &str, layout: &Layout, axis: usize) -> Result<Rows> {
     let rows = Rows::of(layout, axis);
-    rows.ok_or_else(|| Error::msg(format!("{name}: strides {:?} of shape {:?} do not merge around axis {axis}", layout.stride(), layout.dims())))
+    rows.ok_or_else(|| {
+        Error::msg(format!(
+            "{name}: strides {:?} of shape {:?} do not merge around axis {axis}",
+            layout.stride(),
+            layout.dims()
+        ))
+    })
 }
 
 /// The rows of a tensor that went through [`as_rows_like`].
 fn rows_like(name: &str, layout: &Layout, axis: usize, like: &Rows) -> Result<Rows> {
     let rows = Rows::with_split(layout, axis, like.split);
-    rows.ok_or_else(|| Error::msg(format!("{name}: strides {:?} of shape {:?} do not merge as the logits' do", layout.stride(), layout.dims())))
+    rows.ok_or_else(|| {
+        Error::msg(format!(
+            "{name}: strides {:?} of shape {:?} do not merge as the logits' do",
+            layout.stride(),
+            layout.dims()
+        ))
+    })
 }
 
 /// The shape in which a kernel writes a gradient of `shape`: with the class axis last if the rows are `class_last`.
@@ -163,6 +182,8 @@ pub(crate) struct CrossEntropy {
     pub z_loss: f64,
     pub softcap: Option<f64>,
     pub logit_scale: f64,
+    /// On CUDA: synchronise to check the values of the target. The CPU always checks them.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub target_check: bool,
 }
 
@@ -323,7 +344,13 @@ impl CustomOp2 for Forward {
         Ok((loss, self.problem.loss_shape(l1)))
     }
 
-    fn bwd(&self, logits: &Tensor, target: &Tensor, _: &Tensor, upstream: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        logits: &Tensor,
+        target: &Tensor,
+        _: &Tensor,
+        upstream: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let Some(saved) = self.saved.get() else { bail!("{}: backward before forward", self.problem.name) };
         let upstream = upstream.contiguous()?;
         let gradient = |of: Operand, arg: &Tensor| -> Result<Option<Tensor>> {
@@ -349,13 +376,29 @@ impl CustomOp3 for Backward {
         self.problem.name
     }
 
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout, s3: &CpuStorage, l3: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let grad = cpu::softmax::backward(&self.problem, &self.saved, self.of, (s1, l1), (s2, l2), (s3, l3))?;
         Ok((grad, self.problem.written_shape(l1)?))
     }
 
     #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout, s3: &CudaStorage, l3: &Layout) -> Result<(CudaStorage, Shape)> {
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
         let grad = cuda::softmax::backward(&self.problem, &self.saved, self.of, (s1, l1), (s2, l2), (s3, l3))?;
         Ok((grad, self.problem.written_shape(l1)?))
     }

@@ -128,7 +128,11 @@ impl BceLoss {
 impl BceWithLogitsLoss {
     /// As [`crate::binary::BceWithLogitsLoss::forward`] with a kernel.
     pub fn forward(&self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
-        logistic_family(&self.options.problem(binary::BCE_WITH_LOGITS, Term::BceWithLogits, logits, target)?, logits, target)
+        logistic_family(
+            &self.options.problem(binary::BCE_WITH_LOGITS, Term::BceWithLogits, logits, target)?,
+            logits,
+            target,
+        )
     }
 
     /// The loss, and its gradient in the logits for an upstream gradient of ones.

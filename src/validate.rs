@@ -30,7 +30,11 @@ fn same_device(name: &str, what: &str, tensor: &Tensor, input: &Tensor) -> Resul
     if tensor.device().same_device(input.device()) {
         return Ok(());
     }
-    bail!("{name}: {what} on {:?}, expected it on the input's device {:?}", tensor.device().location(), input.device().location())
+    bail!(
+        "{name}: {what} on {:?}, expected it on the input's device {:?}",
+        tensor.device().location(),
+        input.device().location()
+    )
 }
 
 /// The class axis: 1, or 0 where there is no batch.
@@ -59,7 +63,13 @@ fn weights(name: &str, what: &str, weight: &Tensor, input: &Tensor, arithmetic: 
     weight.detach().to_dtype(arithmetic)
 }
 
-fn class_weights(name: &str, weight: &Option<Tensor>, classes: usize, input: &Tensor, arithmetic: DType) -> Result<Option<Tensor>> {
+fn class_weights(
+    name: &str,
+    weight: &Option<Tensor>,
+    classes: usize,
+    input: &Tensor,
+    arithmetic: DType,
+) -> Result<Option<Tensor>> {
     let Some(weight) = weight else { return Ok(None) };
     if weight.dims() != [classes] {
         bail!("{name}: class weights of shape {:?}, expected ({classes}), one for each class", weight.dims());
@@ -72,11 +82,20 @@ fn broadcast(name: &str, what: &str, tensor: Tensor, input: &Tensor) -> Result<T
     let dims = tensor.dims().to_vec();
     match tensor.broadcast_as(input.shape()) {
         Ok(view) => Ok(view),
-        Err(_) => bail!("{name}: {what} of shape {dims:?}, expected a shape that broadcasts to the input's {:?}", input.dims()),
+        Err(_) => bail!(
+            "{name}: {what} of shape {dims:?}, expected a shape that broadcasts to the input's {:?}",
+            input.dims()
+        ),
     }
 }
 
-fn broadcast_weights(name: &str, what: &str, weight: &Option<Tensor>, input: &Tensor, arithmetic: DType) -> Result<Option<Tensor>> {
+fn broadcast_weights(
+    name: &str,
+    what: &str,
+    weight: &Option<Tensor>,
+    input: &Tensor,
+    arithmetic: DType,
+) -> Result<Option<Tensor>> {
     let Some(weight) = weight else { return Ok(None) };
     broadcast(name, what, weights(name, what, weight, input, arithmetic)?, input).map(Some)
 }
@@ -122,7 +141,9 @@ impl SoftmaxOptions {
             bail!("{name}: logit scale {}, expected a finite number", self.logit_scale);
         }
         match self.softcap {
-            Some(cap) if !(cap.is_finite() && cap > 0.0) => bail!("{name}: soft cap {cap}, expected a finite number above 0"),
+            Some(cap) if !(cap.is_finite() && cap > 0.0) => {
+                bail!("{name}: soft cap {cap}, expected a finite number above 0")
+            }
             _ => {}
         }
         match self.normalizer {
@@ -132,7 +153,13 @@ impl SoftmaxOptions {
     }
 
     /// Checks both tensors against the options.
-    pub fn problem(&self, name: &'static str, log_probs: bool, input: &Tensor, target: &Tensor) -> Result<CrossEntropy> {
+    pub fn problem(
+        &self,
+        name: &'static str,
+        log_probs: bool,
+        input: &Tensor,
+        target: &Tensor,
+    ) -> Result<CrossEntropy> {
         self.check(name)?;
         let what = if log_probs { "log-probabilities" } else { "logits" };
         let arithmetic = arithmetic_dtype(name, what, input)?;
@@ -153,9 +180,16 @@ impl SoftmaxOptions {
                 input.dims()
             );
         } else if !is_float(target.dtype()) {
-            bail!("{name}: a target of the logits' shape {:?} holds probabilities, which can't have dtype {:?}, expected f16, bf16, f32 or f64", input.dims(), target.dtype());
+            bail!(
+                "{name}: a target of the logits' shape {:?} holds probabilities, which can't have dtype {:?}, expected f16, bf16, f32 or f64",
+                input.dims(),
+                target.dtype()
+            );
         } else if self.ignore_index >= 0 {
-            bail!("{name}: ignore_index {} with probability targets, expected none: it is for class indices", self.ignore_index);
+            bail!(
+                "{name}: ignore_index {} with probability targets, expected none: it is for class indices",
+                self.ignore_index
+            );
         }
         Ok(CrossEntropy {
             name,

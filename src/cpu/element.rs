@@ -2,7 +2,7 @@
 
 use super::math::Real;
 use candle_core::backend::BackendStorage;
-use candle_core::{bail, CpuStorage, Layout, Result, WithDType};
+use candle_core::{CpuStorage, Layout, Result, WithDType, bail};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::marker::PhantomData;

@@ -4,7 +4,7 @@
 //! multi-label soft margin), about [`BLOCK`] elements. Its operands are read into scratch blocks of the arithmetic type, the
 //! [`Term`] is mapped over them, and what is needed of the result is summed or written.
 
-use super::element::{source, Element, Input, Output, Source, Strided};
+use super::element::{Element, Input, Output, Source, Strided, source};
 use super::math::{Isa, Kernel, LANES, Real, dispatch, sum_of};
 use super::softmax::{acc_slice, with_floats};
 use super::terms::{Bce, BceWithLogits, Focal, Term};
@@ -13,7 +13,7 @@ use crate::logistic::{Logistic, Term as Formula};
 use crate::reduction::Reduction;
 use crate::softmax::{Arg, Operand};
 use candle_core::backend::BackendStorage;
-use candle_core::{bail, CpuStorage, Layout, Result, Storage, StorageRef, Tensor, WithDType};
+use candle_core::{CpuStorage, Layout, Result, Storage, StorageRef, Tensor, WithDType, bail};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -75,7 +75,13 @@ impl<A: Real> Scratch<A> {
 }
 
 impl<'a, T: Element> Problem<'a, T> {
-    fn new(options: &'a Logistic, data: &'a [T], layout: &Layout, target: Arg<'a, CpuStorage>, guards: &'a Guards<'a>) -> Result<Self> {
+    fn new(
+        options: &'a Logistic,
+        data: &'a [T],
+        layout: &Layout,
+        target: Arg<'a, CpuStorage>,
+        guards: &'a Guards<'a>,
+    ) -> Result<Self> {
         let of = <T::Acc as Real>::of;
         Ok(Problem {
             x: Input::new(data),
@@ -169,7 +175,11 @@ impl<'a, T: Element> Problem<'a, T> {
 enum Values<'p, A> {
     None,
     /// The gradient of an operand: the upstream gradient of all or of each group, and what the sum is divided by.
-    Gradient { of: Operand, upstream: &'p [A], denominator: A },
+    Gradient {
+        of: Operand,
+        upstream: &'p [A],
+        denominator: A,
+    },
 }
 
 /// Which function of a term is mapped over a block.
@@ -199,7 +209,11 @@ impl<A: Real, F: Term<A>> Kernel for Map<'_, A, F> {
                 for (((v, &x), &t), &p) in operands {
                     *v = term.loss::<I>(x, t, p);
                 }
-                !F::PROBABILITIES || x[..len].iter().zip(&*t).fold(true, |good, (&x, &t)| good & is_probability(x) & is_probability(t))
+                !F::PROBABILITIES
+                    || x[..len]
+                        .iter()
+                        .zip(&*t)
+                        .fold(true, |good, (&x, &t)| good & is_probability(x) & is_probability(t))
             }
             Function::Gradient(Operand::Logits) => {
                 for (((v, &x), &t), &p) in operands {
@@ -280,7 +294,14 @@ impl<T: Element, O: Element<Acc = T::Acc>> Pass<'_, '_, T, O> {
     }
 
     /// The losses of a block: written, or their sum.
-    fn block_losses(&self, losses: &Output<T::Acc>, groups: &Range<usize>, at: usize, len: usize, scratch: &mut Scratch<T::Acc>) -> T::Acc {
+    fn block_losses(
+        &self,
+        losses: &Output<T::Acc>,
+        groups: &Range<usize>,
+        at: usize,
+        len: usize,
+        scratch: &mut Scratch<T::Acc>,
+    ) -> T::Acc {
         let problem = self.problem;
         if !scratch.map(problem.options.term, Function::Loss, len) {
             let bad = |(&x, &t): (&T::Acc, &T::Acc)| !(is_probability(x) & is_probability(t));
@@ -305,7 +326,15 @@ impl<T: Element, O: Element<Acc = T::Acc>> Pass<'_, '_, T, O> {
     }
 
     /// Writes the gradient of a block.
-    fn block_gradient(&self, of: Operand, upstream: &[T::Acc], denominator: T::Acc, at: usize, len: usize, scratch: &mut Scratch<T::Acc>) {
+    fn block_gradient(
+        &self,
+        of: Operand,
+        upstream: &[T::Acc],
+        denominator: T::Acc,
+        at: usize,
+        len: usize,
+        scratch: &mut Scratch<T::Acc>,
+    ) {
         let problem = self.problem;
         scratch.map(problem.options.term, Function::Gradient(of), len);
         let chain = if of == Operand::Target { problem.keep } else { T::Acc::ONE };
@@ -313,7 +342,9 @@ impl<T: Element, O: Element<Acc = T::Acc>> Pass<'_, '_, T, O> {
         let values = &mut scratch.value[..len];
         match upstream {
             [upstream] => values.iter_mut().for_each(|v| *v *= *upstream * factor),
-            _ if problem.group == 1 => values.iter_mut().zip(&upstream[at..at + len]).for_each(|(v, &g)| *v *= g * factor),
+            _ if problem.group == 1 => {
+                values.iter_mut().zip(&upstream[at..at + len]).for_each(|(v, &g)| *v *= g * factor)
+            }
             _ => values.iter_mut().enumerate().for_each(|(i, v)| *v *= upstream[(at + i) / problem.group] * factor),
         }
         problem.weigh(len, scratch);
@@ -324,7 +355,12 @@ impl<T: Element, O: Element<Acc = T::Acc>> Pass<'_, '_, T, O> {
 
 impl<'a, T: Element> Problem<'a, T> {
     /// Runs a pass.
-    fn run<O: Element<Acc = T::Acc>>(&self, losses: Option<&Output<T::Acc>>, values: Values<T::Acc>, out: &Output<O>) -> Result<()> {
+    fn run<O: Element<Acc = T::Acc>>(
+        &self,
+        losses: Option<&Output<T::Acc>>,
+        values: Values<T::Acc>,
+        out: &Output<O>,
+    ) -> Result<()> {
         let pass = Pass { problem: self, losses, values, out, bad: AtomicUsize::new(usize::MAX) };
         for_each_task(self.units(), self.groups_per_unit() * self.group, |units| {
             let mut scratch = Scratch::new();
@@ -342,7 +378,12 @@ impl<'a, T: Element> Problem<'a, T> {
     }
 
     /// Computes the losses, and what else `values` asks for, and reduces the losses.
-    fn losses<O: Element<Acc = T::Acc>>(&self, denominator: f64, values: Values<T::Acc>, out: &Output<O>) -> Result<CpuStorage> {
+    fn losses<O: Element<Acc = T::Acc>>(
+        &self,
+        denominator: f64,
+        values: Values<T::Acc>,
+        out: &Output<O>,
+    ) -> Result<CpuStorage> {
         let none = self.options.reduction == Reduction::None;
         let count = if none { self.groups() } else { self.units() };
         let mut losses = vec![T::Acc::ZERO; count];
@@ -357,8 +398,17 @@ impl<'a, T: Element> Problem<'a, T> {
 }
 
 /// The loss, and what its sum was divided by.
-pub(crate) fn forward(options: &Logistic, input: Arg<CpuStorage>, target: Arg<CpuStorage>) -> Result<(CpuStorage, CpuStorage)> {
-    fn run<T: Element>(options: &Logistic, data: &[T], layout: &Layout, target: Arg<CpuStorage>) -> Result<(CpuStorage, CpuStorage)> {
+pub(crate) fn forward(
+    options: &Logistic,
+    input: Arg<CpuStorage>,
+    target: Arg<CpuStorage>,
+) -> Result<(CpuStorage, CpuStorage)> {
+    fn run<T: Element>(
+        options: &Logistic,
+        data: &[T],
+        layout: &Layout,
+        target: Arg<CpuStorage>,
+    ) -> Result<(CpuStorage, CpuStorage)> {
         let guards = Guards::new(options);
         let problem = Problem::new(options, data, layout, target, &guards)?;
         let denominator = problem.denominator();
@@ -377,7 +427,10 @@ pub(crate) fn backward(
     target: Arg<CpuStorage>,
     upstream: Arg<CpuStorage>,
 ) -> Result<CpuStorage> {
-    fn gradient<T: Element, O: Element<Acc = T::Acc>>(problem: &Problem<T>, values: Values<T::Acc>) -> Result<CpuStorage> {
+    fn gradient<T: Element, O: Element<Acc = T::Acc>>(
+        problem: &Problem<T>,
+        values: Values<T::Acc>,
+    ) -> Result<CpuStorage> {
         let mut grad = Vec::with_capacity(problem.len);
         problem.run(None, values, &Output::<O>::new(&mut grad, problem.len))?;
         // SAFETY: the capacity is `len`, and the pass wrote every element
@@ -405,8 +458,17 @@ pub(crate) fn backward(
 }
 
 /// The loss and the gradient of the input, in row-major order.
-pub(crate) fn loss_and_grad(options: &Logistic, input: Arg<CpuStorage>, target: Arg<CpuStorage>) -> Result<(CpuStorage, CpuStorage)> {
-    fn run<T: Element>(options: &Logistic, data: &[T], layout: &Layout, target: Arg<CpuStorage>) -> Result<(CpuStorage, CpuStorage)> {
+pub(crate) fn loss_and_grad(
+    options: &Logistic,
+    input: Arg<CpuStorage>,
+    target: Arg<CpuStorage>,
+) -> Result<(CpuStorage, CpuStorage)> {
+    fn run<T: Element>(
+        options: &Logistic,
+        data: &[T],
+        layout: &Layout,
+        target: Arg<CpuStorage>,
+    ) -> Result<(CpuStorage, CpuStorage)> {
         let guards = Guards::new(options);
         let problem = Problem::new(options, data, layout, target, &guards)?;
         let denominator = problem.denominator();

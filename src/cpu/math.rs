@@ -39,11 +39,7 @@ pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
         type Output = K::Output;
         #[inline(always)]
         fn with_simd<S: pulp::Simd>(self, _: S) -> K::Output {
-            if S::IS_SCALAR {
-                self.0.run::<Baseline>()
-            } else {
-                self.0.run::<Vector>()
-            }
+            if S::IS_SCALAR { self.0.run::<Baseline>() } else { self.0.run::<Vector>() }
         }
     }
     pulp::Arch::new().dispatch(Adapter(kernel))
@@ -71,6 +67,7 @@ pub(crate) trait Real:
     fn of(v: f64) -> Self;
     fn abs(self) -> Self;
     fn is_finite(self) -> bool;
+    fn is_nan(self) -> bool;
     fn fma<I: Isa>(self, a: Self, b: Self) -> Self;
 
     /// `e^x` within 1 ulp (2 for subnormal results); 0 at -inf, inf at +inf, NaN for NaN.
@@ -83,11 +80,7 @@ pub(crate) trait Real:
     /// The larger of two, and `self` where `other` is NaN.
     #[inline(always)]
     fn max_or_self(self, other: Self) -> Self {
-        if other > self {
-            other
-        } else {
-            self
-        }
+        if other > self { other } else { self }
     }
 
     /// `ln(1 + x)` for `x > -1`, with a relative error of a few ulp also next to 0.
@@ -191,12 +184,12 @@ macro_rules! real_consts {
             <$t>::is_finite(self)
         }
         #[inline(always)]
+        fn is_nan(self) -> bool {
+            <$t>::is_nan(self)
+        }
+        #[inline(always)]
         fn fma<I: Isa>(self, a: Self, b: Self) -> Self {
-            if I::HAS_FMA {
-                self.mul_add(a, b)
-            } else {
-                self * a + b
-            }
+            if I::HAS_FMA { self.mul_add(a, b) } else { self * a + b }
         }
     };
 }
@@ -220,7 +213,7 @@ impl Real for f32 {
             .fma::<I>(r, 8.333_452e-3)
             .fma::<I>(r, 4.166_579_6e-2)
             .fma::<I>(r, 1.666_666_5e-1)
-            .fma::<I>(r, 5.000_000_1e-1);
+            .fma::<I>(r, 0.5);
         let p = p.fma::<I>(r * r, r) + 1.0;
         // 2^n in two factors, so that subnormal results round once and exp(89) overflows to inf
         let n = (t.to_bits() as i32).wrapping_sub(0x4B40_0000);
@@ -241,11 +234,7 @@ impl Real for f32 {
         let y = ln_mantissa_f32::<I>(m - 1.0, k);
         let y = if self > 0.0 { y } else { f32::NAN };
         let y = if self == 0.0 { f32::NEG_INFINITY } else { y };
-        if self == f32::INFINITY {
-            self
-        } else {
-            y
-        }
+        if self == f32::INFINITY { self } else { y }
     }
 
     #[inline(always)]
@@ -269,7 +258,7 @@ fn ln_mantissa_f32<I: Isa>(f: f32, k: f32) -> f32 {
         .fma::<I>(f, -1.666_805_8e-1)
         .fma::<I>(f, 2.000_071_5e-1)
         .fma::<I>(f, -2.499_999_4e-1)
-        .fma::<I>(f, 3.333_333_1e-1);
+        .fma::<I>(f, 3.333_333e-1);
     let y = p * f * z;
     let y = k.fma::<I>(-2.121_944_4e-4, y);
     let y = z.fma::<I>(-0.5, y);
@@ -320,11 +309,7 @@ impl Real for f64 {
         let y = ln_mantissa_f64::<I>(m - 1.0, k);
         let y = if self > 0.0 { y } else { f64::NAN };
         let y = if self == 0.0 { f64::NEG_INFINITY } else { y };
-        if self == f64::INFINITY {
-            self
-        } else {
-            y
-        }
+        if self == f64::INFINITY { self } else { y }
     }
 
     #[inline(always)]

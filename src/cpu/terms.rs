@@ -21,12 +21,7 @@ pub(super) trait Term<A: Real>: Copy + Sync {
 #[inline(always)]
 fn scaled<A: Real>(factor: A, value: A) -> A {
     let product = factor * value;
-    // the comparison is false for NaN, which stays NaN
-    if factor == A::ZERO && value == value {
-        A::ZERO
-    } else {
-        product
-    }
+    if factor == A::ZERO && !value.is_nan() { A::ZERO } else { product }
 }
 
 /// Binary cross-entropy of a probability, the logarithms clamped at -100 as in PyTorch.

@@ -33,7 +33,8 @@ pub(super) struct Part<A> {
 }
 
 impl<A: Real> State<A> {
-    pub(super) const EMPTY: Self = State { max: A::NEG_INFINITY, rest: A::ZERO, linear: A::ZERO, mass: A::ZERO, moment: A::ZERO, argmax: 0 };
+    pub(super) const EMPTY: Self =
+        State { max: A::NEG_INFINITY, rest: A::ZERO, linear: A::ZERO, mass: A::ZERO, moment: A::ZERO, argmax: 0 };
 
     /// Branch-free, for one row in each lane.
     #[inline(always)]
@@ -63,8 +64,11 @@ impl<A: Real> State<A> {
         let shift = if next.max == A::NEG_INFINITY { A::ZERO } else { next.max - max };
         let shrink = if next.max == A::NEG_INFINITY { A::ZERO } else { shift.vexp::<Baseline>() };
         // as a part: the next classes below `max`, and their maximum where it is at `max`
-        let (tail, ties) =
-            if shift == A::ZERO && next.max != A::NEG_INFINITY { (next.rest, A::ONE) } else { ((A::ONE + next.rest) * shrink, A::ZERO) };
+        let (tail, ties) = if shift == A::ZERO && next.max != A::NEG_INFINITY {
+            (next.rest, A::ONE)
+        } else {
+            ((A::ONE + next.rest) * shrink, A::ZERO)
+        };
         self.absorb::<Baseline>(Part {
             max,
             block_max: if grew { next.max } else { A::NEG_INFINITY },
@@ -72,7 +76,8 @@ impl<A: Real> State<A> {
             ties,
             linear: next.linear + next.mass * shift,
             mass: next.mass,
-            moment: shrink * next.moment + if shrink == A::ZERO { A::ZERO } else { (A::ONE + next.rest) * shrink * shift },
+            moment: shrink * next.moment
+                + if shrink == A::ZERO { A::ZERO } else { (A::ONE + next.rest) * shrink * shift },
         });
     }
 }
@@ -128,11 +133,7 @@ impl<A: Real> RowScalars<A> {
 /// `log sum exp(x - m)`, NaN where the row has no finite maximum.
 #[inline(always)]
 pub(super) fn log_sum<A: Real>(max: A, rest: A) -> A {
-    if max.is_finite() {
-        A::of(rest.to_f64().ln_1p())
-    } else {
-        A::NAN
-    }
+    if max.is_finite() { A::of(rest.to_f64().ln_1p()) } else { A::NAN }
 }
 
 /// The value that a pass emits for a logit.
@@ -164,11 +165,7 @@ impl<A: Real> Emit<A> for TargetGradient {
     #[inline(always)]
     fn value<I: Isa>(&self, row: &RowScalars<A>, x: A, w: A) -> A {
         let g = row.upstream * w * (row.log_sum - (x - row.max));
-        if w == A::ZERO {
-            A::ZERO
-        } else {
-            g
-        }
+        if w == A::ZERO { A::ZERO } else { g }
     }
 }
 
@@ -455,11 +452,15 @@ impl<T: Element, O: Element<Acc = T::Acc>, E: Emit<T::Acc>> Kernel for EmitTile<
                     }
                     if place.write_stride == 1 {
                         // SAFETY: as above
-                        O::narrow(&row[..classes.len()], unsafe { out.slice(place.write[lane] + classes.start, classes.len()) });
+                        O::narrow(&row[..classes.len()], unsafe {
+                            out.slice(place.write[lane] + classes.start, classes.len())
+                        });
                     } else {
                         for (v, class) in row.iter().zip(classes.clone()) {
                             // SAFETY: as above
-                            O::narrow(std::slice::from_ref(v), unsafe { out.slice(place.write[lane] + class * place.write_stride, 1) });
+                            O::narrow(std::slice::from_ref(v), unsafe {
+                                out.slice(place.write[lane] + class * place.write_stride, 1)
+                            });
                         }
                     }
                 }
@@ -467,4 +468,3 @@ impl<T: Element, O: Element<Acc = T::Acc>, E: Emit<T::Acc>> Kernel for EmitTile<
         }
     }
 }
-

@@ -10,7 +10,6 @@
 //! `log sum exp(x - m) = log1p(rest)` and `1 - p = rest / (1 + rest)` for the most probable class keep their relative
 //! accuracy however small they are.
 
-
 mod kernels;
 mod passes;
 mod problem;
@@ -22,7 +21,10 @@ use super::math::{Real, dispatch};
 use crate::softmax::{Arg, CrossEntropy, Operand, Rows, Saved, Statistics, cpu_tensor};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType, bail};
-use kernels::{Detail, EmitSegment, EmitTile, LogProbs, LogProbsGradient, ReduceSegment, ReduceTile, RowScalars, State, TargetGradient, log_sum};
+use kernels::{
+    Detail, EmitSegment, EmitTile, LogProbs, LogProbsGradient, ReduceSegment, ReduceTile, RowScalars, State,
+    TargetGradient, log_sum,
+};
 use passes::{EmitAll, Finish, PerRow, Reduce, UnitPass};
 use problem::{Problem, RowResults, RowTarget, upstream_of};
 use rows::{Engine, Extra, LANES, Logits, Place, Scratch};
@@ -46,7 +48,9 @@ pub(super) fn acc_slice<'a, A: Real>(storage: &'a CpuStorage, layout: &Layout) -
     let data = A::cpu_storage_as_slice(storage)?;
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&data[start..end]),
-        None => bail!("a contiguous tensor was expected, got strides {:?} of shape {:?}", layout.stride(), layout.dims()),
+        None => {
+            bail!("a contiguous tensor was expected, got strides {:?} of shape {:?}", layout.stride(), layout.dims())
+        }
     }
 }
 
@@ -61,8 +65,17 @@ fn with_weight<A: Real, R>(weight: &Option<Tensor>, body: impl FnOnce(Option<&[A
 }
 
 /// The loss, and what the backward needs.
-pub(crate) fn forward(options: &CrossEntropy, logits: Arg<CpuStorage>, target: Arg<CpuStorage>) -> Result<(CpuStorage, Saved)> {
-    fn run<T: Element>(options: &CrossEntropy, data: &[T], layout: &Layout, target: Arg<CpuStorage>) -> Result<(CpuStorage, Saved)> {
+pub(crate) fn forward(
+    options: &CrossEntropy,
+    logits: Arg<CpuStorage>,
+    target: Arg<CpuStorage>,
+) -> Result<(CpuStorage, Saved)> {
+    fn run<T: Element>(
+        options: &CrossEntropy,
+        data: &[T],
+        layout: &Layout,
+        target: Arg<CpuStorage>,
+    ) -> Result<(CpuStorage, Saved)> {
         with_weight(&options.weight, |weight| {
             let problem = Problem::new(options, Input::new(data), options.rows(layout)?, target, weight)?;
             let denominator = problem.denominator()?;
@@ -108,7 +121,11 @@ pub(crate) fn backward(
             problem.targets.check(options.name, rows)?;
             if of == Operand::Logits {
                 // SAFETY: every row is emitted whole
-                let grad = unsafe { build(rows * problem.rows().classes, |out| problem.emit_gradient(&statistics, upstream, denominator, out)) };
+                let grad = unsafe {
+                    build(rows * problem.rows().classes, |out| {
+                        problem.emit_gradient(&statistics, upstream, denominator, out)
+                    })
+                };
                 return Ok(T::to_cpu_storage_owned(grad));
             }
             let keep = problem.targets.keep;
@@ -128,8 +145,17 @@ pub(crate) fn backward(
     with_floats!(options.name, logits.0, data => run(options, saved, of, (data, logits.1), target, upstream))
 }
 
-pub(crate) fn loss_and_grad(options: &CrossEntropy, logits: Arg<CpuStorage>, target: Arg<CpuStorage>) -> Result<(CpuStorage, CpuStorage)> {
-    fn run<T: Element>(options: &CrossEntropy, data: &[T], layout: &Layout, target: Arg<CpuStorage>) -> Result<(CpuStorage, CpuStorage)> {
+pub(crate) fn loss_and_grad(
+    options: &CrossEntropy,
+    logits: Arg<CpuStorage>,
+    target: Arg<CpuStorage>,
+) -> Result<(CpuStorage, CpuStorage)> {
+    fn run<T: Element>(
+        options: &CrossEntropy,
+        data: &[T],
+        layout: &Layout,
+        target: Arg<CpuStorage>,
+    ) -> Result<(CpuStorage, CpuStorage)> {
         with_weight(&options.weight, |weight| {
             let problem = Problem::new(options, Input::new(data), options.rows(layout)?, target, weight)?;
             let mut grad = Vec::with_capacity(layout.shape().elem_count());
@@ -150,9 +176,19 @@ pub(crate) fn loss_and_grad_inplace(
     layout: &Layout,
     target: Arg<CpuStorage>,
 ) -> Result<CpuStorage> {
-    fn run<T: Element>(options: &CrossEntropy, data: &mut [T], layout: &Layout, target: Arg<CpuStorage>) -> Result<CpuStorage> {
+    fn run<T: Element>(
+        options: &CrossEntropy,
+        data: &mut [T],
+        layout: &Layout,
+        target: Arg<CpuStorage>,
+    ) -> Result<CpuStorage> {
         let Some((start, end)) = layout.contiguous_offsets() else {
-            bail!("{}: strides {:?} of shape {:?}, expected contiguous logits", options.name, layout.stride(), layout.dims())
+            bail!(
+                "{}: strides {:?} of shape {:?}, expected contiguous logits",
+                options.name,
+                layout.stride(),
+                layout.dims()
+            )
         };
         with_weight(&options.weight, |weight| {
             let (input, output) = Output::in_place(&mut data[start..end]);
@@ -272,14 +308,44 @@ impl<T: Element> UnitPass<T::Acc> for LogSoftmax<'_, '_, T> {
         match self.engine {
             Engine::Blocks { .. } => {
                 let classes = 0..self.logits.rows.classes;
-                let state = dispatch(ReduceSegment { logits: self.logits, extra: none, detail: Detail::Loss, row: unit, classes: classes.clone(), scratch });
-                dispatch(EmitSegment { logits: self.logits, extra: none, emit: &LogProbs, scalars: &scalars(&state), row: unit, classes, out: self.out, scratch });
+                let state = dispatch(ReduceSegment {
+                    logits: self.logits,
+                    extra: none,
+                    detail: Detail::Loss,
+                    row: unit,
+                    classes: classes.clone(),
+                    scratch,
+                });
+                dispatch(EmitSegment {
+                    logits: self.logits,
+                    extra: none,
+                    emit: &LogProbs,
+                    scalars: &scalars(&state),
+                    row: unit,
+                    classes,
+                    out: self.out,
+                    scratch,
+                });
             }
             Engine::Tiles => {
                 let place = Place::new(&self.logits.rows, unit);
-                let states = dispatch(ReduceTile { logits: self.logits, extra: none, detail: Detail::Loss, place: &place, scratch });
+                let states = dispatch(ReduceTile {
+                    logits: self.logits,
+                    extra: none,
+                    detail: Detail::Loss,
+                    place: &place,
+                    scratch,
+                });
                 let lanes = place.scalars(|row| scalars(&states[row - place.first]));
-                dispatch(EmitTile { logits: self.logits, extra: none, emit: &LogProbs, scalars: &lanes, place: &place, out: self.out, scratch });
+                dispatch(EmitTile {
+                    logits: self.logits,
+                    extra: none,
+                    emit: &LogProbs,
+                    scalars: &lanes,
+                    place: &place,
+                    out: self.out,
+                    scratch,
+                });
             }
         }
     }
@@ -302,11 +368,15 @@ pub(crate) fn log_softmax(name: &str, logits: &CpuStorage, rows: &Rows) -> Resul
             Engine::Blocks { segments: 2.. } => {
                 let mut states = vec![(T::Acc::ZERO, T::Acc::ZERO); rows.count()];
                 Reduce::run(&logits, &Extra::None, Detail::Loss, MaxAndRest(PerRow::new(&mut states)));
-                EmitAll::run(&logits, &Extra::None, LogProbs, |row: usize| RowScalars::new(states[row].0, states[row].1))
+                EmitAll::run(&logits, &Extra::None, LogProbs, |row: usize| {
+                    RowScalars::new(states[row].0, states[row].1)
+                })
             }
             // SAFETY: every row is emitted whole
             _ => unsafe {
-                build(rows.count() * rows.classes, |out| logits.for_each_unit(engine, &LogSoftmax { logits: &logits, engine, out }))
+                build(rows.count() * rows.classes, |out| {
+                    logits.for_each_unit(engine, &LogSoftmax { logits: &logits, engine, out })
+                })
             },
         })
     }

@@ -65,7 +65,14 @@ impl<T: Element, F: Finish<T::Acc>> UnitPass<T::Acc> for Reduce<'_, '_, T, F> {
         match self.engine {
             Engine::Blocks { segments } => {
                 let (row, classes) = segment(unit, segments, self.logits.rows.classes);
-                let state = dispatch(ReduceSegment { logits: self.logits, extra: self.extra, detail: self.detail, row, classes, scratch });
+                let state = dispatch(ReduceSegment {
+                    logits: self.logits,
+                    extra: self.extra,
+                    detail: self.detail,
+                    row,
+                    classes,
+                    scratch,
+                });
                 match &self.parts {
                     Some(parts) => {
                         // SAFETY: this unit alone writes its element
@@ -76,7 +83,13 @@ impl<T: Element, F: Finish<T::Acc>> UnitPass<T::Acc> for Reduce<'_, '_, T, F> {
             }
             Engine::Tiles => {
                 let place = Place::new(&self.logits.rows, unit);
-                let states = dispatch(ReduceTile { logits: self.logits, extra: self.extra, detail: self.detail, place: &place, scratch });
+                let states = dispatch(ReduceTile {
+                    logits: self.logits,
+                    extra: self.extra,
+                    detail: self.detail,
+                    place: &place,
+                    scratch,
+                });
                 for (lane, state) in states[..place.lanes].iter().enumerate() {
                     self.finish.finish(place.first + lane, state);
                 }
@@ -139,14 +152,30 @@ where
             Engine::Blocks { segments } => {
                 let (row, classes) = segment(unit, segments, self.logits.rows.classes);
                 let scalars = (self.scalars)(row);
-                dispatch(EmitSegment { logits: self.logits, extra: self.extra, emit: &self.emit, scalars: &scalars, row, classes, out: self.out, scratch });
+                dispatch(EmitSegment {
+                    logits: self.logits,
+                    extra: self.extra,
+                    emit: &self.emit,
+                    scalars: &scalars,
+                    row,
+                    classes,
+                    out: self.out,
+                    scratch,
+                });
             }
             Engine::Tiles => {
                 let place = Place::new(&self.logits.rows, unit);
                 let lanes = place.scalars(&self.scalars);
-                dispatch(EmitTile { logits: self.logits, extra: self.extra, emit: &self.emit, scalars: &lanes, place: &place, out: self.out, scratch });
+                dispatch(EmitTile {
+                    logits: self.logits,
+                    extra: self.extra,
+                    emit: &self.emit,
+                    scalars: &lanes,
+                    place: &place,
+                    out: self.out,
+                    scratch,
+                });
             }
         }
     }
 }
-

@@ -1,6 +1,8 @@
 //! Cross-entropy and NLL on one pair of tensors: targets, losses and gradients of rows.
 
-use super::kernels::{Detail, Emit, EmitSegment, EmitTile, LogitsGradient, ReduceSegment, ReduceTile, RowScalars, State, log_sum};
+use super::kernels::{
+    Detail, Emit, EmitSegment, EmitTile, LogitsGradient, ReduceSegment, ReduceTile, RowScalars, State, log_sum,
+};
 use super::passes::{Finish, PerRow, Reduce, UnitPass, segment};
 use super::rows::{Engine, Extra, LANES, Logits, Place, Scratch};
 use crate::cpu::element::{Element, Input, Output, Strided, source};
@@ -126,7 +128,14 @@ impl<'a, T: Element> Problem<'a, T> {
             let source = source(target.0, order)?;
             (None, Extra::Dense { source, keep: of(1.0 - e), spread, weight })
         };
-        let targets = Targets { indices, extra, ignore_index: options.ignore_index, keep: of(1.0 - e), weight, classes: rows.classes };
+        let targets = Targets {
+            indices,
+            extra,
+            ignore_index: options.ignore_index,
+            keep: of(1.0 - e),
+            weight,
+            classes: rows.classes,
+        };
         let mut logits = Logits::new(x, rows);
         logits.scale = of(options.logit_scale);
         logits.softcap = options.softcap.map(of);
@@ -180,7 +189,14 @@ impl<'a, T: Element> Problem<'a, T> {
     }
 
     /// The numbers from which a row's gradient is made, `upstream` already over the denominator.
-    pub(super) fn scalars(&self, row: usize, max: T::Acc, rest: T::Acc, mass: T::Acc, upstream: T::Acc) -> RowScalars<T::Acc> {
+    pub(super) fn scalars(
+        &self,
+        row: usize,
+        max: T::Acc,
+        rest: T::Acc,
+        mass: T::Acc,
+        upstream: T::Acc,
+    ) -> RowScalars<T::Acc> {
         let own = match self.targets.row(row) {
             RowTarget::Ignored => return RowScalars::DEAD,
             RowTarget::Class(_, own) => own,
@@ -218,10 +234,21 @@ impl<'a, T: Element> Problem<'a, T> {
     ) {
         // in place, the own logit is gone once the segment is written
         let own = match self.targets.row(row) {
-            RowTarget::Class(class, own) if classes.contains(&class) => Some((class, self.own_gradient(scalars, row, class, own))),
+            RowTarget::Class(class, own) if classes.contains(&class) => {
+                Some((class, self.own_gradient(scalars, row, class, own)))
+            }
             _ => None,
         };
-        dispatch(EmitSegment { logits: &self.logits, extra: &self.targets.extra, emit: &LogitsGradient, scalars, row, classes, out, scratch });
+        dispatch(EmitSegment {
+            logits: &self.logits,
+            extra: &self.targets.extra,
+            emit: &LogitsGradient,
+            scalars,
+            row,
+            classes,
+            out,
+            scratch,
+        });
         if let Some((class, g)) = own {
             // SAFETY: this unit alone writes the row's segment, and no slice of it is alive
             unsafe { out.slice(row * self.rows().classes + class, 1)[0].write(T::from_acc(g)) };
@@ -229,7 +256,13 @@ impl<'a, T: Element> Problem<'a, T> {
     }
 
     /// Writes the gradient of a tile's rows, their own classes included.
-    pub(super) fn emit_gradient_tile(&self, scalars: &[RowScalars<T::Acc>; LANES], place: &Place, out: &Output<T>, scratch: &mut Scratch<T::Acc>) {
+    pub(super) fn emit_gradient_tile(
+        &self,
+        scalars: &[RowScalars<T::Acc>; LANES],
+        place: &Place,
+        out: &Output<T>,
+        scratch: &mut Scratch<T::Acc>,
+    ) {
         let mut own = [None; LANES];
         for (lane, own) in own.iter_mut().enumerate().take(place.lanes) {
             let row = place.first + lane;
@@ -237,7 +270,15 @@ impl<'a, T: Element> Problem<'a, T> {
                 *own = Some((class, self.own_gradient(&scalars[lane], row, class, weight)));
             }
         }
-        dispatch(EmitTile { logits: &self.logits, extra: &self.targets.extra, emit: &LogitsGradient, scalars, place, out, scratch });
+        dispatch(EmitTile {
+            logits: &self.logits,
+            extra: &self.targets.extra,
+            emit: &LogitsGradient,
+            scalars,
+            place,
+            out,
+            scratch,
+        });
         for (lane, own) in own.iter().enumerate() {
             if let Some((class, g)) = own {
                 // SAFETY: this unit alone writes the row, and no slice of it is alive
@@ -289,7 +330,8 @@ impl<'a, T: Element> Problem<'a, T> {
 
     pub(super) fn reduce(&self) -> RowResults<T::Acc> {
         let rows = self.rows().count();
-        let mut results = RowResults { loss: vec![T::Acc::ZERO; rows], statistics: vec![T::Acc::ZERO; rows * self.kinds()] };
+        let mut results =
+            RowResults { loss: vec![T::Acc::ZERO; rows], statistics: vec![T::Acc::ZERO; rows * self.kinds()] };
         let writer = RowResultsWriter {
             problem: self,
             loss: PerRow::new(&mut results.loss),
@@ -321,7 +363,13 @@ impl<'a, T: Element> Problem<'a, T> {
     }
 
     /// Writes the gradient from the rows' results.
-    pub(super) fn emit_gradient(&self, statistics: &[T::Acc], upstream: &[T::Acc], denominator: T::Acc, out: &Output<T>) {
+    pub(super) fn emit_gradient(
+        &self,
+        statistics: &[T::Acc],
+        upstream: &[T::Acc],
+        denominator: T::Acc,
+        out: &Output<T>,
+    ) {
         if self.options.log_probs {
             return self.emit_log_probs_gradient(upstream, denominator, out);
         }
@@ -424,16 +472,28 @@ impl<T: Element> UnitPass<T::Acc> for Fused<'_, '_, T> {
         match self.engine {
             Engine::Blocks { .. } => {
                 let classes = 0..logits.rows.classes;
-                let state = dispatch(ReduceSegment { logits, extra: &targets.extra, detail: Detail::Loss, row: unit, classes: classes.clone(), scratch });
+                let state = dispatch(ReduceSegment {
+                    logits,
+                    extra: &targets.extra,
+                    detail: Detail::Loss,
+                    row: unit,
+                    classes: classes.clone(),
+                    scratch,
+                });
                 self.problem.emit_gradient_segment(&finish(unit, &state), unit, classes, self.out, scratch);
             }
             Engine::Tiles => {
                 let place = Place::new(&logits.rows, unit);
-                let states = dispatch(ReduceTile { logits, extra: &targets.extra, detail: Detail::Loss, place: &place, scratch });
+                let states = dispatch(ReduceTile {
+                    logits,
+                    extra: &targets.extra,
+                    detail: Detail::Loss,
+                    place: &place,
+                    scratch,
+                });
                 let lanes = place.scalars(|row| finish(row, &states[row - place.first]));
                 self.problem.emit_gradient_tile(&lanes, &place, self.out, scratch);
             }
         }
     }
 }
-

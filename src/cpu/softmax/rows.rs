@@ -3,9 +3,9 @@
 use super::passes::UnitPass;
 use crate::cpu::element::{Element, Input, Source};
 use crate::cpu::for_each_task;
-use crate::cpu::math::{Baseline, Isa, Real};
 /// Rows in a tile; also the multiple to which a block is padded, so that no vector loop has a remainder.
 pub(super) use crate::cpu::math::LANES;
+use crate::cpu::math::{Baseline, Isa, Real};
 use crate::softmax::Rows;
 use std::ops::Range;
 
@@ -41,9 +41,17 @@ pub(super) enum Extra<'a, A> {
     None,
     Constant(A),
     /// `factor * weight[c]`
-    Weights { factor: A, weight: &'a [A] },
+    Weights {
+        factor: A,
+        weight: &'a [A],
+    },
     /// `(keep * source + spread) * weight[c]`, read in the order in which gradients are written
-    Dense { source: Box<dyn Source<A> + 'a>, keep: A, spread: A, weight: Option<&'a [A]> },
+    Dense {
+        source: Box<dyn Source<A> + 'a>,
+        keep: A,
+        spread: A,
+        weight: Option<&'a [A]>,
+    },
 }
 
 impl<A: Real> Extra<'_, A> {
@@ -170,13 +178,19 @@ impl<'a, T: Element> Logits<'a, T> {
 
     /// A block of adjacent classes, padded with -inf to a multiple of [`LANES`].
     #[inline(always)]
-    pub(super) fn block<'s, I: Isa>(&'s self, row: usize, class: usize, len: usize, to: &'s mut Tile<T::Acc>, slope: Option<&mut Tile<T::Acc>>) -> &'s [T::Acc] {
+    pub(super) fn block<'s, I: Isa>(
+        &'s self,
+        row: usize,
+        class: usize,
+        len: usize,
+        to: &'s mut Tile<T::Acc>,
+        slope: Option<&mut Tile<T::Acc>>,
+    ) -> &'s [T::Acc] {
         let src = self.x.slice(self.rows.start(row) + class, len);
-        if len == BLOCK && !self.in_place && !self.is_transformed() {
-            if let Some(src) = T::as_acc(src) {
+        if len == BLOCK && !self.in_place && !self.is_transformed()
+            && let Some(src) = T::as_acc(src) {
                 return src;
             }
-        }
         let to = to.as_flattened_mut();
         T::widen(src, &mut to[..len]);
         self.transform::<I>(&mut to[..len], slope.map(|s| &mut s.as_flattened_mut()[..len]));
@@ -187,7 +201,13 @@ impl<'a, T: Element> Logits<'a, T> {
 
     /// A tile of `lanes` rows and `classes`; the lanes without a row are -inf.
     #[inline(always)]
-    pub(super) fn tile<I: Isa>(&self, place: &Place, classes: &Range<usize>, to: &mut Tile<T::Acc>, slope: Option<&mut Tile<T::Acc>>) {
+    pub(super) fn tile<I: Isa>(
+        &self,
+        place: &Place,
+        classes: &Range<usize>,
+        to: &mut Tile<T::Acc>,
+        slope: Option<&mut Tile<T::Acc>>,
+    ) {
         let stride = self.rows.class_stride;
         let depth = classes.len();
         if place.lanes < LANES {
@@ -238,7 +258,11 @@ impl Place {
         for lane in 0..lanes {
             let row = first + lane;
             read[lane] = rows.start(row);
-            write[lane] = if class_last { row * rows.classes } else { row / rows.inner * rows.classes * rows.inner + row % rows.inner };
+            write[lane] = if class_last {
+                row * rows.classes
+            } else {
+                row / rows.inner * rows.classes * rows.inner + row % rows.inner
+            };
         }
         let adjacent = |at: &[usize; LANES]| (1..lanes).all(|l| at[l] == at[0] + l);
         Place {
@@ -283,7 +307,11 @@ impl Place {
                             extra.load(self.write[lane] + classes.start, classes.start, row);
                         } else {
                             for (v, class) in row.iter_mut().zip(classes.clone()) {
-                                extra.load(self.write[lane] + class * self.write_stride, class, std::slice::from_mut(v));
+                                extra.load(
+                                    self.write[lane] + class * self.write_stride,
+                                    class,
+                                    std::slice::from_mut(v),
+                                );
                             }
                         }
                         for (to, &v) in to.iter_mut().zip(row.iter()) {
@@ -295,4 +323,3 @@ impl Place {
         }
     }
 }
-
