@@ -66,7 +66,7 @@ fn main() {
     let machine = Machine::best().expect("a device");
     eprintln!("{}", machine.name);
     let quick = std::env::args().any(|arg| arg == "--quick");
-    for case in cases(machine.device.is_cuda()) {
+    for case in cases(machine.device.is_cuda(), false) {
         if !quick || case.elements() <= ENDLESS {
             bench(&mut criterion, &machine, case);
         }

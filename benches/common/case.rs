@@ -16,7 +16,7 @@ pub enum Loss {
     Focal,
 }
 
-pub const LOSSES: [Loss; 8] = [
+const LOSSES: [Loss; 8] = [
     Loss::CrossEntropy,
     Loss::BceWithLogits,
     Loss::LogSoftmax,
@@ -39,11 +39,6 @@ impl Loss {
             Loss::MultiLabel => "multi_label_soft_margin",
             Loss::Focal => "sigmoid_focal",
         }
-    }
-
-    /// Whether it is one problem for each row of classes.
-    pub fn has_rows(self) -> bool {
-        matches!(self, Loss::CrossEntropy | Loss::CrossEntropyProbabilities | Loss::Nll | Loss::LogSoftmax)
     }
 }
 
@@ -165,8 +160,11 @@ impl Case {
     }
 }
 
-/// What a device is asked, what matters most first.
-pub fn cases(cuda: bool) -> Vec<Case> {
+/// What a device is asked, what matters most first; or a few small cases, to see that everything runs.
+pub fn cases(cuda: bool, quick: bool) -> Vec<Case> {
+    if quick {
+        return quick_cases();
+    }
     use Loss::*;
     let (f32, bf16, f16, f64) = (DType::F32, DType::BF16, DType::F16, DType::F64);
     let case = |loss, dtype, (rows, classes)| Case { loss, dtype, rows, classes };
@@ -213,8 +211,7 @@ pub fn cases(cuda: bool) -> Vec<Case> {
     cases
 }
 
-/// A few small cases, to see that everything runs.
-pub fn quick_cases() -> Vec<Case> {
+fn quick_cases() -> Vec<Case> {
     let shapes = [(64, 10), (16, 1000)];
     let f32s = LOSSES.into_iter().flat_map(|loss| shapes.map(|shape| (loss, DType::F32, shape)));
     let bf16 = [(Loss::CrossEntropy, DType::BF16, shapes[1]), (Loss::BceWithLogits, DType::BF16, shapes[1])];

@@ -23,13 +23,13 @@ fn logit(seed: u64, i: usize) -> f32 {
 fn fill<T: Send + candle_core::WithDType>(
     shape: (usize, usize),
     device: &Device,
-    f: impl Fn(usize) -> T + Sync,
+    f: impl Fn(usize) -> T + Sync + Send,
 ) -> Result<Tensor> {
     let values: Vec<T> = (0..shape.0 * shape.1).into_par_iter().map(f).collect();
     Tensor::from_vec(values, shape, device)
 }
 
-fn floats(case: &Case, device: &Device, f: impl Fn(usize) -> f32 + Sync) -> Result<Tensor> {
+fn floats(case: &Case, device: &Device, f: impl Fn(usize) -> f32 + Sync + Send) -> Result<Tensor> {
     let shape = (case.rows, case.classes);
     match case.dtype {
         DType::F16 => fill(shape, device, |i| f16::from_f32(f(i))),

@@ -19,7 +19,7 @@ mod table;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
-use common::case::{FORWARD, GRADIENT, cases, quick_cases};
+use common::case::{FORWARD, GRADIENT, cases};
 use common::machine::Machine;
 use indicatif::{ProgressBar, ProgressStyle};
 use series::Series;
@@ -104,7 +104,7 @@ fn measure(options: &Options, machine: &Machine, out: &Path) -> Result<()> {
     table.share_of(copy.copy.rate());
 
     let wanted = |name: &str| options.filter.is_empty() || options.filter.iter().any(|f| name.contains(f.as_str()));
-    let cases = if options.quick { quick_cases() } else { cases(machine.device.is_cuda()) };
+    let cases = cases(machine.device.is_cuda(), options.quick);
     let cases: Vec<_> = cases.into_iter().filter(|case| wanted(&case.to_string())).collect();
     let bar = ProgressBar::new(2 * cases.len() as u64);
     bar.set_style(ProgressStyle::with_template("{elapsed_precise} [{wide_bar}] {pos}/{len} {msg}")?);
