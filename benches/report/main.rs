@@ -108,7 +108,7 @@ fn measure(options: &Options, machine: &Machine, out: &Path) -> Result<()> {
     let cases: Vec<_> = cases.into_iter().filter(|case| wanted(&case.to_string())).collect();
     let bar = ProgressBar::new(2 * cases.len() as u64);
     bar.set_style(ProgressStyle::with_template("{elapsed_precise} [{wide_bar}] {pos}/{len} {msg}")?);
-    bar.println(table::HEADING);
+    println!("{}", table::HEADING);
     let budget = Duration::from_secs(options.time_budget);
     let mut left_out = vec![];
     for (i, &case) in cases.iter().enumerate() {
@@ -126,10 +126,11 @@ fn measure(options: &Options, machine: &Machine, out: &Path) -> Result<()> {
             match series.measure(machine) {
                 Ok(results) => {
                     for line in table.results(&case, &results)? {
-                        bar.println(line);
+                        // the bar's own println is silent where there is no terminal
+                        bar.suspend(|| println!("{line}"));
                     }
                 }
-                Err(e) => bar.println(format!("{case}: {e:#}")),
+                Err(e) => bar.suspend(|| println!("{case}: {e:#}")),
             }
             bar.inc(1);
         }
@@ -145,7 +146,7 @@ fn draw(csv: &Path) -> Result<()> {
     let rows = table::read(csv).with_context(|| csv.display().to_string())?;
     let bar = ProgressBar::new(3);
     for path in picture::draw_all(csv, &rows, || bar.inc(1))? {
-        bar.println(format!("drawn: {}", path.display()));
+        bar.suspend(|| println!("drawn: {}", path.display()));
     }
     bar.finish_and_clear();
     Ok(())
