@@ -187,10 +187,13 @@ impl<'a, T: Element> Logits<'a, T> {
         slope: Option<&mut Tile<T::Acc>>,
     ) -> &'s [T::Acc] {
         let src = self.x.slice(self.rows.start(row) + class, len);
-        if len == BLOCK && !self.in_place && !self.is_transformed()
-            && let Some(src) = T::as_acc(src) {
-                return src;
-            }
+        if len == BLOCK
+            && !self.in_place
+            && !self.is_transformed()
+            && let Some(src) = T::as_acc(src)
+        {
+            return src;
+        }
         let to = to.as_flattened_mut();
         T::widen(src, &mut to[..len]);
         self.transform::<I>(&mut to[..len], slope.map(|s| &mut s.as_flattened_mut()[..len]));
