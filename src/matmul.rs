@@ -148,7 +148,7 @@ fn on_cpu<T: WithDType + From<i8>>(to: &mut [T], lhs: &[T], rhs: &[T], [t, l, r]
 #[cfg(feature = "cuda")]
 mod cuda {
     use super::{NAME, Place};
-    use candle_core::cuda_backend::cudarc::cublas::result::gemm_ex;
+    use candle_core::cuda_backend::cudarc::cublas::result::{dgemm_strided_batched, gemm_strided_batched_ex};
     use candle_core::cuda_backend::cudarc::cublas::sys::{
         cublasComputeType_t as Compute, cublasGemmAlgo_t, cublasOperation_t as Transpose, cudaDataType_t,
     };
@@ -157,6 +157,8 @@ mod cuda {
     use candle_core::{CudaStorage, Result, bail};
     use half::{bf16, f16};
     use std::ffi::c_void;
+
+    static ONE: f32 = 1.0;
 
     pub(super) trait Element: CudaDType + DeviceRepr {
         const TYPE: cudaDataType_t;
@@ -244,33 +246,58 @@ mod cuda {
         let (to, _to) = to.device_ptr_mut(&stream);
         let (lhs, _lhs) = lhs.device_ptr(&stream);
         let (rhs, _rhs) = rhs.device_ptr(&stream);
-        // the factors have the type of the computation
-        let (one, kept) = (1f32, if accumulate { 1f32 } else { 0f32 });
-        let (one_f64, kept_f64) = (1f64, f64::from(kept));
-        let (one, kept): (*const c_void, *const c_void) = match Of::compute() {
-            Compute::CUBLAS_COMPUTE_64F => ((&raw const one_f64).cast(), (&raw const kept_f64).cast()),
-            _ => ((&raw const one).cast(), (&raw const kept).cast()),
-        };
+        let (columns, rows, inner) = (small(t.columns)?, small(t.rows)?, small(l.columns)?);
+        let handle = *blas.handle();
         // SAFETY: the views hold every element that the sizes and distances lead to, on the handle's stream
         unsafe {
-            gemm_ex(
-                *blas.handle(),
+            if matches!(Of::compute(), Compute::CUBLAS_COMPUTE_64F) {
+                let (rhs, lhs, to) = (rhs as *const f64, lhs as *const f64, to as *mut f64);
+                let kept = if accumulate { &1.0 } else { &0.0 };
+                return dgemm_strided_batched(
+                    handle,
+                    rhs_transpose,
+                    lhs_transpose,
+                    columns,
+                    rows,
+                    inner,
+                    &1.0,
+                    rhs,
+                    rhs_distance,
+                    0,
+                    lhs,
+                    lhs_distance,
+                    0,
+                    kept,
+                    to,
+                    to_distance,
+                    0,
+                    1,
+                )
+                .w();
+            }
+            let kept: &f32 = if accumulate { &1.0 } else { &0.0 };
+            gemm_strided_batched_ex(
+                handle,
                 rhs_transpose,
                 lhs_transpose,
-                small(t.columns)?,
-                small(t.rows)?,
-                small(l.columns)?,
-                one,
+                columns,
+                rows,
+                inner,
+                (&raw const ONE).cast(),
                 rhs as *const c_void,
                 Of::TYPE,
                 rhs_distance,
+                0,
                 lhs as *const c_void,
                 Of::TYPE,
                 lhs_distance,
-                kept,
+                0,
+                std::ptr::from_ref(kept).cast(),
                 to as *mut c_void,
                 To::TYPE,
                 to_distance,
+                0,
+                1,
                 Of::compute(),
                 cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
             )
