@@ -4,6 +4,8 @@
 pub mod binary;
 mod cpu;
 pub mod cross_entropy;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod device;
 pub mod focal;
 mod linear;
@@ -12,6 +14,8 @@ mod logistic;
 mod matmul;
 pub mod multi_label;
 pub mod nll;
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+mod plan;
 mod reduction;
 mod softmax;
 pub mod unfused;

@@ -24,6 +24,8 @@ const CPU_CHUNK: usize = 32 << 20;
 const CUDA_CHUNK: usize = 512 << 20;
 /// Bytes of a 16-bit weight that are widened at a time, on the CPU.
 const TILE: usize = 2 << 20;
+/// Bytes of a sum that are rounded to 16 bits at a time.
+const PIECE: usize = 32 << 20;
 /// Rows below which a product is mostly traffic, and classes likewise.
 const LEAST_ROWS: usize = 16;
 const LEAST_CLASSES: usize = 64;
@@ -221,16 +223,29 @@ fn normalised(upstream: Tensor, dtype: DType) -> Result<(Tensor, Tensor)> {
 
 /// Rounds `sum * factor` to a dtype; the factor is a scalar tensor.
 fn rounded(sum: &Tensor, factor: &Tensor, dtype: DType) -> Result<Tensor> {
-    let scaled = if sum.device().is_cpu() {
-        // nothing to wait for, and candle's broadcasts are slow
-        match factor.to_dtype(DType::F64)?.to_scalar::<f64>()? {
-            1.0 => sum.clone(),
-            factor => (sum * factor)?,
-        }
-    } else {
-        sum.broadcast_mul(&factor.to_dtype(sum.dtype())?)?
-    };
-    scaled.to_dtype(dtype)
+    if sum.dtype() == dtype || sum.elem_count() == 0 {
+        return scaled(sum, factor)?.to_dtype(dtype);
+    }
+    // in pieces, so that the sum is not there twice
+    let result = Tensor::zeros(sum.shape(), dtype, sum.device())?;
+    let rows = sum.dim(0)?;
+    let step = (PIECE / (sum.elem_count() / rows * sum.dtype().size_in_bytes())).max(1);
+    for start in (0..rows).step_by(step) {
+        let piece = scaled(&sum.narrow(0, start, step.min(rows - start))?, factor)?.to_dtype(dtype)?;
+        result.slice_set(&piece, 0, start)?;
+    }
+    Ok(result)
+}
+
+fn scaled(sum: &Tensor, factor: &Tensor) -> Result<Tensor> {
+    if !sum.device().is_cpu() {
+        return sum.broadcast_mul(&factor.to_dtype(sum.dtype())?);
+    }
+    // nothing to wait for, and candle's broadcasts are slow
+    match factor.to_dtype(DType::F64)?.to_scalar::<f64>()? {
+        1.0 => Ok(sum.clone()),
+        factor => sum * factor,
+    }
 }
 
 fn ones(shape: impl Into<Shape>, inputs: &Inputs) -> Result<Tensor> {
@@ -238,7 +253,8 @@ fn ones(shape: impl Into<Shape>, inputs: &Inputs) -> Result<Tensor> {
 }
 
 fn scalar(value: f64, device: &Device) -> Result<Tensor> {
-    Tensor::new(value, device)
+    // not copied from the host
+    Tensor::full(value, (), device)
 }
 
 impl Linear {
@@ -311,7 +327,7 @@ impl Linear {
     /// It is the NLL of log-probabilities that are all -1, and these take no memory.
     fn row_weights(&self, inputs: &Inputs, weight: Option<Tensor>) -> Result<Tensor> {
         let rows = inputs.target.elem_count();
-        let minus_one = Tensor::new(-1.0, inputs.device())?.to_dtype(inputs.arithmetic())?;
+        let minus_one = scalar(-1.0, inputs.device())?.to_dtype(inputs.arithmetic())?;
         let nll = CrossEntropy {
             log_probs: true,
             weight,

@@ -1,6 +1,6 @@
 //! Storage types and how the kernels read and write them: in blocks of the arithmetic type, through any strides.
 
-use super::math::Real;
+use super::math::{Isa, Kernel, Real, dispatch};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Result, WithDType, bail};
 use half::slice::HalfFloatSliceExt;
@@ -79,17 +79,31 @@ impl Element for bf16 {
         let is_nan = bits & 0x7FFF_FFFF > 0x7F80_0000;
         bf16::from_bits(if is_nan { quiet_nan } else { rounded } as u16)
     }
-    #[inline(always)]
     fn widen(src: &[bf16], dst: &mut [f32]) {
-        for (d, &s) in dst.iter_mut().zip(src) {
-            *d = s.to_acc();
+        struct Widen<'a>(&'a [bf16], &'a mut [f32]);
+        impl Kernel for Widen<'_> {
+            type Output = ();
+            #[inline(always)]
+            fn run<I: Isa>(self) {
+                for (d, &s) in self.1.iter_mut().zip(self.0) {
+                    *d = s.to_acc();
+                }
+            }
         }
+        dispatch(Widen(src, dst))
     }
-    #[inline(always)]
     fn narrow(src: &[f32], dst: &mut [MaybeUninit<bf16>]) {
-        for (d, &s) in dst.iter_mut().zip(src) {
-            d.write(bf16::from_acc(s));
+        struct Narrow<'a>(&'a [f32], &'a mut [MaybeUninit<bf16>]);
+        impl Kernel for Narrow<'_> {
+            type Output = ();
+            #[inline(always)]
+            fn run<I: Isa>(self) {
+                for (d, &s) in self.1.iter_mut().zip(self.0) {
+                    d.write(bf16::from_acc(s));
+                }
+            }
         }
+        dispatch(Narrow(src, dst))
     }
 }
 
@@ -190,12 +204,42 @@ impl<'a, T> Output<'a, T> {
     }
 }
 
+/// Initialised memory as a destination that is only written.
+#[inline(always)]
+pub(crate) fn as_uninit<T: Copy>(slice: &mut [T]) -> &mut [MaybeUninit<T>] {
+    // SAFETY: MaybeUninit<T> has T's layout. Safe code could write uninitialised values through it; the kernels, the only
+    // callers, write results
+    unsafe { std::slice::from_raw_parts_mut(slice.as_mut_ptr().cast(), slice.len()) }
+}
+
+/// An empty vector with room for `len` elements that will all be written.
+///
+/// A large one is a fresh mapping, and the page faults of writing 4 KB at a time would cost more than computing what is
+/// written: ask for large pages.
+pub(crate) fn with_room<T>(len: usize) -> Vec<T> {
+    let vec = Vec::with_capacity(len);
+    #[cfg(target_os = "linux")]
+    if len * size_of::<T>() >= LARGE {
+        const PAGE: usize = 4096;
+        let start = (vec.as_ptr() as usize).next_multiple_of(PAGE);
+        let end = (vec.as_ptr() as usize + len * size_of::<T>()) / PAGE * PAGE;
+        // SAFETY: the whole pages inside of the vector's allocation; the advice changes nothing that a program can see,
+        // and its failure means nothing
+        unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_HUGEPAGE) };
+    }
+    vec
+}
+
+/// Bytes from which on large pages are worth asking for: two of them.
+#[cfg(target_os = "linux")]
+const LARGE: usize = 4 << 20;
+
 /// Builds a vector of `len` elements that `fill` writes through an [`Output`].
 ///
 /// # Safety
 /// `fill` initialises every element.
 pub(crate) unsafe fn build<T>(len: usize, fill: impl FnOnce(&Output<T>)) -> Vec<T> {
-    let mut vec = Vec::with_capacity(len);
+    let mut vec = with_room(len);
     fill(&Output::new(&mut vec, len));
     // SAFETY: the capacity is at least `len`, and `fill` initialised the elements
     unsafe { vec.set_len(len) };

@@ -4,7 +4,7 @@
 //! multi-label soft margin), about [`BLOCK`] elements. Its operands are read into scratch blocks of the arithmetic type, the
 //! [`Term`] is mapped over them, and what is needed of the result is summed or written.
 
-use super::element::{Element, Input, Output, Source, Strided, source};
+use super::element::{Element, Input, Output, Source, Strided, source, with_room};
 use super::math::{Isa, Kernel, LANES, Real, dispatch, sum_of};
 use super::softmax::{acc_slice, with_floats};
 use super::terms::{Bce, BceWithLogits, Focal, Term};
@@ -431,7 +431,7 @@ pub(crate) fn backward(
         problem: &Problem<T>,
         values: Values<T::Acc>,
     ) -> Result<CpuStorage> {
-        let mut grad = Vec::with_capacity(problem.len);
+        let mut grad = with_room(problem.len);
         problem.run(None, values, &Output::<O>::new(&mut grad, problem.len))?;
         // SAFETY: the capacity is `len`, and the pass wrote every element
         unsafe { grad.set_len(problem.len) };
@@ -474,7 +474,7 @@ pub(crate) fn loss_and_grad(
         let denominator = problem.denominator();
         let values =
             Values::Gradient { of: Operand::Logits, upstream: &[T::Acc::ONE], denominator: T::Acc::of(denominator) };
-        let mut grad = Vec::with_capacity(problem.len);
+        let mut grad = with_room(problem.len);
         let loss = problem.losses(denominator, values, &Output::<T>::new(&mut grad, problem.len))?;
         // SAFETY: the capacity is `len`, and the pass wrote every element
         unsafe { grad.set_len(problem.len) };

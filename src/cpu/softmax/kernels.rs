@@ -1,9 +1,9 @@
-//! The vectorised loops: reducing and emitting blocks of a row, and tiles of rows.
+//! The vectorised loops, on blocks of a row and on tiles of rows that are already in the arithmetic type: all that depends
+//! on the instruction set, and nothing that depends on the storage type.
 
-use super::rows::{BLOCK, DEPTH, Extra, LANES, Logits, Place, Scratch};
-use crate::cpu::element::{Element, Output};
+use super::rows::LANES;
 use crate::cpu::math::{Baseline, Isa, Kernel, Real, max_of, sum_of};
-use std::ops::Range;
+use std::mem::MaybeUninit;
 
 /// What a row is reduced to.
 #[derive(Clone, Copy)]
@@ -52,6 +52,14 @@ impl<A: Real> State<A> {
         self.linear = self.linear + self.mass * shift + part.linear;
         self.mass += part.mass;
         self.max = max;
+    }
+
+    /// As [`Self::absorb`] for the first part of a row, without an exponential.
+    #[inline(always)]
+    fn start(&mut self, part: Part<A>) {
+        let Part { max, tail, ties, linear, mass, moment, .. } = part;
+        let rest = if max == A::NEG_INFINITY { tail } else { tail + (ties - A::ONE) };
+        *self = State { max, rest, linear, mass, moment, argmax: self.argmax };
     }
 
     /// Merges the state of the classes that follow.
@@ -195,276 +203,251 @@ pub(super) enum Detail {
     Statistics,
 }
 
-/// Reduces a segment of a row.
-pub(super) struct ReduceSegment<'k, 'a, T: Element> {
-    pub(super) logits: &'k Logits<'a, T>,
-    pub(super) extra: &'k Extra<'a, T::Acc>,
+/// Adds a block of a row's classes, a multiple of [`LANES`] long, to the row's state.
+pub(super) struct ReduceBlock<'k, A> {
+    pub(super) state: &'k mut State<A>,
+    /// The first class of the block.
+    pub(super) class: usize,
+    pub(super) xs: &'k [A],
+    pub(super) q: Option<&'k [A]>,
     pub(super) detail: Detail,
-    pub(super) row: usize,
-    pub(super) classes: Range<usize>,
-    pub(super) scratch: &'k mut Scratch<T::Acc>,
+    /// Scratch memory as long as the block.
+    pub(super) e: &'k mut [A],
 }
 
-impl<T: Element> Kernel for ReduceSegment<'_, '_, T> {
-    type Output = State<T::Acc>;
+impl<A: Real> Kernel for ReduceBlock<'_, A> {
+    type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self) -> State<T::Acc> {
-        let ReduceSegment { logits, extra, detail, row, classes, scratch } = self;
-        let zero = T::Acc::ZERO;
-        let mut state = State::<T::Acc>::EMPTY;
-        let Scratch { x, e, extra: q, .. } = scratch;
-        for class in classes.clone().step_by(BLOCK) {
-            let len = (classes.end - class).min(BLOCK);
-            let xs = logits.block::<I>(row, class, len, x, None);
-            let block_max = max_of(xs);
-            let max = state.max.max_or_self(block_max);
-            let reference = if max == T::Acc::NEG_INFINITY { zero } else { max };
-            let e = &mut e.as_flattened_mut()[..xs.len()];
+    fn run<I: Isa>(self) {
+        let ReduceBlock { state, class, xs, q, detail, e } = self;
+        let block_max = max_of(xs);
+        let max = state.max.max_or_self(block_max);
+        let reference = if max == A::NEG_INFINITY { A::ZERO } else { max };
+        for (e, &x) in e.iter_mut().zip(xs) {
+            let v = (x - reference).vexp::<I>();
+            *e = if x == max { A::ZERO } else { v };
+        }
+        let mut part =
+            Part { max, block_max, tail: sum_of(e), ties: A::ZERO, linear: A::ZERO, mass: A::ZERO, moment: A::ZERO };
+        if detail == Detail::Statistics {
+            if block_max > state.max {
+                state.argmax = (class + xs.iter().position(|&x| x == block_max).unwrap_or(0)) as u32;
+            }
             for (e, &x) in e.iter_mut().zip(xs) {
-                let v = (x - reference).vexp::<I>();
-                *e = if x == max { zero } else { v };
+                *e = if *e == A::ZERO { A::ZERO } else { *e * (x - reference) };
             }
-            let mut part = Part { max, block_max, tail: sum_of(e), ties: zero, linear: zero, mass: zero, moment: zero };
-            if detail == Detail::Statistics {
-                if block_max > state.max {
-                    state.argmax = (class + xs.iter().position(|&x| x == block_max).unwrap_or(0)) as u32;
-                }
-                for (e, &x) in e.iter_mut().zip(xs) {
-                    *e = if *e == zero { zero } else { *e * (x - reference) };
-                }
-                part.moment = sum_of(e);
-            }
-            if block_max == max {
-                for (e, &x) in e.iter_mut().zip(xs) {
-                    *e = if x == max { T::Acc::ONE } else { zero };
-                }
-                part.ties = sum_of(e);
-            }
-            if !extra.is_none() {
-                let q = q.as_flattened_mut();
-                extra.load(row * logits.rows.classes + class, class, &mut q[..len]);
-                q[len..xs.len()].fill(zero);
-                part.mass = sum_of(&q[..xs.len()]);
-                for ((e, &x), &q) in e.iter_mut().zip(xs).zip(&q[..]) {
-                    let v = q * (x - reference);
-                    *e = if q == zero { zero } else { v };
-                }
-                part.linear = sum_of(e);
-            }
-            state.absorb::<I>(part);
+            part.moment = sum_of(e);
         }
-        state
+        if block_max == max {
+            for (e, &x) in e.iter_mut().zip(xs) {
+                *e = if x == max { A::ONE } else { A::ZERO };
+            }
+            part.ties = sum_of(e);
+        }
+        if let Some(q) = q {
+            part.mass = sum_of(q);
+            for ((e, &x), &q) in e.iter_mut().zip(xs).zip(q) {
+                let v = q * (x - reference);
+                *e = if q == A::ZERO { A::ZERO } else { v };
+            }
+            part.linear = sum_of(e);
+        }
+        state.absorb::<I>(part);
     }
 }
 
-/// Reduces a tile of rows.
-pub(super) struct ReduceTile<'k, 'a, T: Element> {
-    pub(super) logits: &'k Logits<'a, T>,
-    pub(super) extra: &'k Extra<'a, T::Acc>,
+/// Adds some classes of a tile's rows to the rows' states.
+pub(super) struct ReduceTile<'k, A> {
+    pub(super) states: &'k mut [State<A>; LANES],
+    /// The first class.
+    pub(super) class: usize,
+    pub(super) xs: &'k [[A; LANES]],
+    pub(super) q: Option<&'k [[A; LANES]]>,
     pub(super) detail: Detail,
-    pub(super) place: &'k Place,
-    pub(super) scratch: &'k mut Scratch<T::Acc>,
 }
 
-impl<T: Element> Kernel for ReduceTile<'_, '_, T> {
-    type Output = [State<T::Acc>; LANES];
+impl<A: Real> Kernel for ReduceTile<'_, A> {
+    type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self) -> [State<T::Acc>; LANES] {
-        let ReduceTile { logits, extra, detail, place, scratch } = self;
-        let zero = T::Acc::ZERO;
-        let mut states = [State::<T::Acc>::EMPTY; LANES];
-        let mut top = [T::Acc::NEG_INFINITY; LANES];
-        let Scratch { x, extra: q, .. } = scratch;
-        for class in (0..logits.rows.classes).step_by(DEPTH) {
-            let classes = class..(class + DEPTH).min(logits.rows.classes);
-            logits.tile::<I>(place, &classes, x, None);
-            let xs = &x[..classes.len()];
-            if detail == Detail::Statistics {
-                for (xs, class) in xs.iter().zip(classes.clone()) {
-                    for lane in 0..LANES {
-                        if xs[lane] > top[lane] {
-                            top[lane] = xs[lane];
-                            states[lane].argmax = class as u32;
-                        }
-                    }
-                }
+    fn run<I: Isa>(self) {
+        let ReduceTile { states, class, xs, q, detail } = self;
+        let mut block_max = [A::NEG_INFINITY; LANES];
+        for xs in xs {
+            for (m, &x) in block_max.iter_mut().zip(xs) {
+                *m = m.max_or_self(x);
             }
-            let mut block_max = [T::Acc::NEG_INFINITY; LANES];
-            for xs in xs {
-                for (m, &x) in block_max.iter_mut().zip(xs) {
-                    *m = m.max_or_self(x);
-                }
-            }
-            let mut max = [zero; LANES];
-            let mut reference = [zero; LANES];
+        }
+        let (mut max, mut reference) = ([A::ZERO; LANES], [A::ZERO; LANES]);
+        for lane in 0..LANES {
+            max[lane] = states[lane].max.max_or_self(block_max[lane]);
+            reference[lane] = if max[lane] == A::NEG_INFINITY { A::ZERO } else { max[lane] };
+        }
+        let (mut tail, mut ties) = ([A::ZERO; LANES], [A::ZERO; LANES]);
+        for xs in xs {
             for lane in 0..LANES {
-                max[lane] = states[lane].max.max_or_self(block_max[lane]);
-                reference[lane] = if max[lane] == T::Acc::NEG_INFINITY { zero } else { max[lane] };
+                let v = (xs[lane] - reference[lane]).vexp::<I>();
+                let tie = xs[lane] == max[lane];
+                tail[lane] += if tie { A::ZERO } else { v };
+                ties[lane] += if tie { A::ONE } else { A::ZERO };
             }
-            let (mut tail, mut ties, mut moment) = ([zero; LANES], [zero; LANES], [zero; LANES]);
-            for xs in xs {
+        }
+        let mut moment = [A::ZERO; LANES];
+        if detail == Detail::Statistics {
+            let mut top = states.map(|state| state.max);
+            for (class, xs) in (class..).zip(xs) {
                 for lane in 0..LANES {
-                    let v = (xs[lane] - reference[lane]).vexp::<I>();
-                    let tie = xs[lane] == max[lane];
-                    tail[lane] += if tie { zero } else { v };
-                    ties[lane] += if tie { T::Acc::ONE } else { zero };
-                }
-            }
-            if detail == Detail::Statistics {
-                for xs in xs {
-                    for lane in 0..LANES {
-                        let d = xs[lane] - reference[lane];
-                        let v = d.vexp::<I>();
-                        moment[lane] += if v == zero { zero } else { v * d };
+                    let d = xs[lane] - reference[lane];
+                    let v = d.vexp::<I>();
+                    moment[lane] += if v == A::ZERO { A::ZERO } else { v * d };
+                    if xs[lane] > top[lane] {
+                        (top[lane], states[lane].argmax) = (xs[lane], class as u32);
                     }
                 }
             }
-            let (mut linear, mut mass) = ([zero; LANES], [zero; LANES]);
-            if !extra.is_none() {
-                place.load_extra(extra, &classes, q);
-                for (xs, q) in xs.iter().zip(q.iter()) {
-                    for lane in 0..LANES {
-                        let v = q[lane] * (xs[lane] - reference[lane]);
-                        linear[lane] += if q[lane] == zero { zero } else { v };
-                        mass[lane] += q[lane];
-                    }
+        }
+        let (mut linear, mut mass) = ([A::ZERO; LANES], [A::ZERO; LANES]);
+        if let Some(q) = q {
+            for (xs, q) in xs.iter().zip(q) {
+                for lane in 0..LANES {
+                    let v = q[lane] * (xs[lane] - reference[lane]);
+                    linear[lane] += if q[lane] == A::ZERO { A::ZERO } else { v };
+                    mass[lane] += q[lane];
                 }
             }
+        }
+        for lane in 0..LANES {
+            let part = Part {
+                max: max[lane],
+                block_max: block_max[lane],
+                tail: tail[lane],
+                ties: ties[lane],
+                linear: linear[lane],
+                mass: mass[lane],
+                moment: moment[lane],
+            };
+            if class == 0 {
+                states[lane].start(part);
+            } else {
+                states[lane].absorb::<I>(part);
+            }
+        }
+    }
+}
+
+/// Emits a value for each logit of a block.
+pub(super) struct EmitBlock<'k, A, E> {
+    pub(super) emit: &'k E,
+    pub(super) scalars: &'k RowScalars<A>,
+    pub(super) xs: &'k [A],
+    pub(super) q: Option<&'k [A]>,
+    /// The derivative of the soft cap.
+    pub(super) slope: Option<&'k [A]>,
+    pub(super) out: &'k mut [MaybeUninit<A>],
+}
+
+impl<A: Real, E: Emit<A>> Kernel for EmitBlock<'_, A, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let EmitBlock { emit, scalars, xs, q, slope, out } = self;
+        match (q, slope) {
+            (None, None) => {
+                for (out, &x) in out.iter_mut().zip(xs) {
+                    out.write(emit.value::<I>(scalars, x, A::ZERO));
+                }
+            }
+            (Some(q), None) => {
+                for ((out, &x), &q) in out.iter_mut().zip(xs).zip(q) {
+                    out.write(emit.value::<I>(scalars, x, q));
+                }
+            }
+            (q, Some(slope)) => {
+                for (i, ((out, &x), &slope)) in out.iter_mut().zip(xs).zip(slope).enumerate() {
+                    out.write(slope * emit.value::<I>(scalars, x, q.map_or(A::ZERO, |q| q[i])));
+                }
+            }
+        }
+    }
+}
+
+/// Emits a value for each logit of some classes of a tile's rows.
+pub(super) struct EmitTile<'k, A, E> {
+    pub(super) emit: &'k E,
+    pub(super) scalars: &'k [RowScalars<A>; LANES],
+    pub(super) xs: &'k [[A; LANES]],
+    pub(super) q: Option<&'k [[A; LANES]]>,
+    /// The derivative of the soft cap.
+    pub(super) slope: Option<&'k [[A; LANES]]>,
+    pub(super) out: &'k mut [[A; LANES]],
+}
+
+impl<A: Real, E: Emit<A>> Kernel for EmitTile<'_, A, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let EmitTile { emit, scalars, xs, q, slope, out } = self;
+        // one array for each number, so that a vector of rows is loaded at once
+        let of = |number: fn(&RowScalars<A>) -> A| {
+            let mut lanes = [A::ZERO; LANES];
+            lanes.iter_mut().zip(scalars).for_each(|(to, row)| *to = number(row));
+            lanes
+        };
+        let (max, inverse, log_sum) = (of(|r| r.max), of(|r| r.inverse), of(|r| r.log_sum));
+        let (confident, slopes, mass, upstream) =
+            (of(|r| r.confident), of(|r| r.slope), of(|r| r.mass), of(|r| r.upstream));
+        let live = of(|r| if r.live { A::ONE } else { A::ZERO });
+        for (i, (out, xs)) in out.iter_mut().zip(xs).enumerate() {
+            let q = q.map_or([A::ZERO; LANES], |q| q[i]);
+            let chain = slope.map_or([A::ONE; LANES], |slope| slope[i]);
             for lane in 0..LANES {
-                states[lane].absorb::<I>(Part {
+                let row = RowScalars {
                     max: max[lane],
-                    block_max: block_max[lane],
-                    tail: tail[lane],
-                    ties: ties[lane],
-                    linear: linear[lane],
+                    inverse: inverse[lane],
+                    log_sum: log_sum[lane],
+                    confident: confident[lane],
+                    slope: slopes[lane],
                     mass: mass[lane],
-                    moment: moment[lane],
-                });
+                    upstream: upstream[lane],
+                    live: true,
+                };
+                let v = chain[lane] * emit.value::<I>(&row, xs[lane], q[lane]);
+                out[lane] = if live[lane] != A::ZERO { v } else { A::ZERO };
             }
-        }
-        states
-    }
-}
-
-/// Emits a segment of a row into `out`, which holds its classes.
-pub(super) struct EmitSegment<'k, 'a, T: Element, O, E> {
-    pub(super) logits: &'k Logits<'a, T>,
-    pub(super) extra: &'k Extra<'a, T::Acc>,
-    pub(super) emit: &'k E,
-    pub(super) scalars: &'k RowScalars<T::Acc>,
-    pub(super) row: usize,
-    pub(super) classes: Range<usize>,
-    pub(super) out: &'k Output<'k, O>,
-    pub(super) scratch: &'k mut Scratch<T::Acc>,
-}
-
-impl<T: Element, O: Element<Acc = T::Acc>, E: Emit<T::Acc>> Kernel for EmitSegment<'_, '_, T, O, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<I: Isa>(self) {
-        let EmitSegment { logits, extra, emit, scalars, row, classes, out, scratch } = self;
-        let Scratch { x, e, extra: q, slope } = scratch;
-        for class in classes.clone().step_by(BLOCK) {
-            let len = (classes.end - class).min(BLOCK);
-            let at = row * logits.rows.classes + class;
-            let e = &mut e.as_flattened_mut()[..len.next_multiple_of(LANES)];
-            if scalars.live {
-                let xs = logits.block::<I>(row, class, len, x, Some(slope));
-                let q = &mut q.as_flattened_mut()[..xs.len()];
-                if extra.is_none() {
-                    for (e, &x) in e.iter_mut().zip(xs) {
-                        *e = emit.value::<I>(scalars, x, T::Acc::ZERO);
-                    }
-                } else {
-                    extra.load(at, class, &mut q[..len]);
-                    for ((e, &x), &q) in e.iter_mut().zip(xs).zip(q.iter()) {
-                        *e = emit.value::<I>(scalars, x, q);
-                    }
-                }
-                if E::IN_LOGITS && logits.softcap.is_some() {
-                    for (e, &s) in e.iter_mut().zip(slope.as_flattened()) {
-                        *e *= s;
-                    }
-                }
-            } else {
-                e.fill(T::Acc::ZERO);
-            }
-            // SAFETY: each segment of each row is emitted by one unit, and the slice that `block` may have returned is dead
-            O::narrow(&e[..len], unsafe { out.slice(at, len) });
         }
     }
 }
 
-/// Emits a tile of rows.
-pub(super) struct EmitTile<'k, 'a, T: Element, O, E> {
-    pub(super) logits: &'k Logits<'a, T>,
-    pub(super) extra: &'k Extra<'a, T::Acc>,
-    pub(super) emit: &'k E,
-    pub(super) scalars: &'k [RowScalars<T::Acc>; LANES],
-    pub(super) place: &'k Place,
-    pub(super) out: &'k Output<'k, O>,
-    pub(super) scratch: &'k mut Scratch<T::Acc>,
+/// Scale, then soft cap; `slope` gets the soft cap's derivative.
+pub(super) struct Transform<'k, A> {
+    pub(super) scale: A,
+    pub(super) softcap: Option<A>,
+    pub(super) xs: &'k mut [A],
+    pub(super) slope: Option<&'k mut [A]>,
 }
 
-impl<T: Element, O: Element<Acc = T::Acc>, E: Emit<T::Acc>> Kernel for EmitTile<'_, '_, T, O, E> {
+impl<A: Real> Kernel for Transform<'_, A> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let EmitTile { logits, extra, emit, scalars, place, out, scratch } = self;
-        let Scratch { x, e, extra: q, slope } = scratch;
-        for class in (0..logits.rows.classes).step_by(DEPTH) {
-            let classes = class..(class + DEPTH).min(logits.rows.classes);
-            logits.tile::<I>(place, &classes, x, Some(slope));
-            if extra.is_none() {
-                q[..classes.len()].as_flattened_mut().fill(T::Acc::ZERO);
-            } else {
-                place.load_extra(extra, &classes, q);
-            }
-            for ((e, xs), q) in e[..classes.len()].iter_mut().zip(x.iter()).zip(q.iter()) {
-                for lane in 0..LANES {
-                    let v = emit.value::<I>(&scalars[lane], xs[lane], q[lane]);
-                    e[lane] = if scalars[lane].live { v } else { T::Acc::ZERO };
+        let Transform { scale, softcap, xs, slope } = self;
+        if scale != A::ONE {
+            xs.iter_mut().for_each(|x| *x *= scale);
+        }
+        let Some(cap) = softcap else { return };
+        let inverse = A::ONE / cap;
+        match slope {
+            Some(slope) => {
+                for (x, s) in xs.iter_mut().zip(slope) {
+                    let (t, d) = (*x * inverse).tanh_and_slope::<I>();
+                    (*x, *s) = (cap * t, d);
                 }
             }
-            if E::IN_LOGITS && logits.softcap.is_some() {
-                for (e, s) in e[..classes.len()].iter_mut().zip(slope.iter()) {
-                    for lane in 0..LANES {
-                        let v = e[lane] * s[lane];
-                        e[lane] = if scalars[lane].live { v } else { T::Acc::ZERO };
-                    }
-                }
-            }
-            if place.write_adjacent && place.write_stride > 1 {
-                for (e, class) in e.iter().zip(classes) {
-                    let at = place.write[0] + class * place.write_stride;
-                    // SAFETY: each row is emitted by one unit, after its logits were copied into the scratch
-                    O::narrow(&e[..place.lanes], unsafe { out.slice(at, place.lanes) });
-                }
-            } else {
-                let mut row = [T::Acc::ZERO; DEPTH];
-                for lane in 0..place.lanes {
-                    for (v, e) in row.iter_mut().zip(&e[..classes.len()]) {
-                        *v = e[lane];
-                    }
-                    if place.write_stride == 1 {
-                        // SAFETY: as above
-                        O::narrow(&row[..classes.len()], unsafe {
-                            out.slice(place.write[lane] + classes.start, classes.len())
-                        });
-                    } else {
-                        for (v, class) in row.iter().zip(classes.clone()) {
-                            // SAFETY: as above
-                            O::narrow(std::slice::from_ref(v), unsafe {
-                                out.slice(place.write[lane] + class * place.write_stride, 1)
-                            });
-                        }
-                    }
-                }
-            }
+            None => xs.iter_mut().for_each(|x| *x = cap * (*x * inverse).tanh_and_slope::<I>().0),
         }
     }
 }

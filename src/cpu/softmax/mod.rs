@@ -14,20 +14,19 @@ mod kernels;
 mod passes;
 mod problem;
 mod rows;
+mod units;
 
-use super::element::{Element, Input, Output, Source, Strided, build, source};
+use super::element::{Element, Input, Output, Source, Strided, build, source, with_room};
 use super::for_each_task;
-use super::math::{Real, dispatch};
+use super::math::Real;
 use crate::softmax::{Arg, CrossEntropy, Operand, Rows, Saved, Statistics, cpu_tensor};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType, bail};
-use kernels::{
-    Detail, EmitSegment, EmitTile, LogProbs, LogProbsGradient, ReduceSegment, ReduceTile, RowScalars, State,
-    TargetGradient, log_sum,
-};
+use kernels::{Detail, LogProbs, LogProbsGradient, RowScalars, State, TargetGradient, log_sum};
 use passes::{EmitAll, Finish, PerRow, Reduce, UnitPass};
 use problem::{Problem, RowResults, RowTarget, upstream_of};
 use rows::{Engine, Extra, LANES, Logits, Place, Scratch};
+use units::Operands;
 
 /// Calls `body` with the storage's elements as a slice of their own type.
 macro_rules! with_floats {
@@ -158,8 +157,8 @@ pub(crate) fn loss_and_grad(
     ) -> Result<(CpuStorage, CpuStorage)> {
         with_weight(&options.weight, |weight| {
             let problem = Problem::new(options, Input::new(data), options.rows(layout)?, target, weight)?;
-            let mut grad = Vec::with_capacity(layout.shape().elem_count());
             let len = layout.shape().elem_count();
+            let mut grad = with_room(len);
             let loss = problem.loss_and_grad(&Output::new(&mut grad, len))?;
             // SAFETY: the capacity is `len`, and without an error every row was emitted whole
             unsafe { grad.set_len(len) };
@@ -308,44 +307,26 @@ impl<T: Element> UnitPass<T::Acc> for LogSoftmax<'_, '_, T> {
         match self.engine {
             Engine::Blocks { .. } => {
                 let classes = 0..self.logits.rows.classes;
-                let state = dispatch(ReduceSegment {
-                    logits: self.logits,
-                    extra: none,
-                    detail: Detail::Loss,
-                    row: unit,
-                    classes: classes.clone(),
+                let state = Operands { logits: self.logits, extra: none }.reduce_segment(
+                    Detail::Loss,
+                    unit,
+                    classes.clone(),
                     scratch,
-                });
-                dispatch(EmitSegment {
-                    logits: self.logits,
-                    extra: none,
-                    emit: &LogProbs,
-                    scalars: &scalars(&state),
-                    row: unit,
+                );
+                Operands { logits: self.logits, extra: none }.emit_segment(
+                    &LogProbs,
+                    &scalars(&state),
+                    unit,
                     classes,
-                    out: self.out,
+                    self.out,
                     scratch,
-                });
+                );
             }
             Engine::Tiles => {
                 let place = Place::new(&self.logits.rows, unit);
-                let states = dispatch(ReduceTile {
-                    logits: self.logits,
-                    extra: none,
-                    detail: Detail::Loss,
-                    place: &place,
-                    scratch,
-                });
+                let states = Operands { logits: self.logits, extra: none }.reduce_tile(Detail::Loss, &place, scratch);
                 let lanes = place.scalars(|row| scalars(&states[row - place.first]));
-                dispatch(EmitTile {
-                    logits: self.logits,
-                    extra: none,
-                    emit: &LogProbs,
-                    scalars: &lanes,
-                    place: &place,
-                    out: self.out,
-                    scratch,
-                });
+                Operands { logits: self.logits, extra: none }.emit_tile(&LogProbs, &lanes, &place, self.out, scratch);
             }
         }
     }
@@ -395,18 +376,11 @@ pub(crate) fn log_softmax_backward(
         let logits = Logits::new(Input::new(data), *rows);
         let mass = |row: usize| {
             let place = Place::new(rows, row / LANES);
-            let start = place.write[row % LANES];
             let mut block = [T::Acc::ZERO; LANES];
             let mut lanes = [0f64; LANES];
             for class in (0..rows.classes).step_by(LANES) {
                 let len = (rows.classes - class).min(LANES);
-                if place.write_stride == 1 {
-                    extra.load(start + class, class, &mut block[..len]);
-                } else {
-                    for (i, v) in block[..len].iter_mut().enumerate() {
-                        extra.load(start + (class + i) * place.write_stride, class + i, std::slice::from_mut(v));
-                    }
-                }
+                place.load_row(&extra, row % LANES, class..class + len, &mut block[..len]);
                 for (sum, v) in lanes.iter_mut().zip(&block[..len]) {
                     *sum += v.to_f64();
                 }

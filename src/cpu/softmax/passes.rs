@@ -1,9 +1,10 @@
 //! Passes over all rows, cut into units of work that run in parallel.
 
-use super::kernels::{Detail, Emit, EmitSegment, EmitTile, ReduceSegment, ReduceTile, RowScalars, State};
+use super::kernels::{Detail, Emit, RowScalars, State};
 use super::rows::{Engine, Extra, Logits, Place, SEGMENT, Scratch};
+use super::units::Operands;
 use crate::cpu::element::{Element, Output, build};
-use crate::cpu::math::{Real, dispatch};
+use crate::cpu::math::Real;
 use std::ops::Range;
 
 /// One pass over the logits, cut into units that don't depend on each other.
@@ -65,14 +66,12 @@ impl<T: Element, F: Finish<T::Acc>> UnitPass<T::Acc> for Reduce<'_, '_, T, F> {
         match self.engine {
             Engine::Blocks { segments } => {
                 let (row, classes) = segment(unit, segments, self.logits.rows.classes);
-                let state = dispatch(ReduceSegment {
-                    logits: self.logits,
-                    extra: self.extra,
-                    detail: self.detail,
+                let state = Operands { logits: self.logits, extra: self.extra }.reduce_segment(
+                    self.detail,
                     row,
                     classes,
                     scratch,
-                });
+                );
                 match &self.parts {
                     Some(parts) => {
                         // SAFETY: this unit alone writes its element
@@ -83,13 +82,8 @@ impl<T: Element, F: Finish<T::Acc>> UnitPass<T::Acc> for Reduce<'_, '_, T, F> {
             }
             Engine::Tiles => {
                 let place = Place::new(&self.logits.rows, unit);
-                let states = dispatch(ReduceTile {
-                    logits: self.logits,
-                    extra: self.extra,
-                    detail: self.detail,
-                    place: &place,
-                    scratch,
-                });
+                let states =
+                    Operands { logits: self.logits, extra: self.extra }.reduce_tile(self.detail, &place, scratch);
                 for (lane, state) in states[..place.lanes].iter().enumerate() {
                     self.finish.finish(place.first + lane, state);
                 }
@@ -152,29 +146,14 @@ where
             Engine::Blocks { segments } => {
                 let (row, classes) = segment(unit, segments, self.logits.rows.classes);
                 let scalars = (self.scalars)(row);
-                dispatch(EmitSegment {
-                    logits: self.logits,
-                    extra: self.extra,
-                    emit: &self.emit,
-                    scalars: &scalars,
-                    row,
-                    classes,
-                    out: self.out,
-                    scratch,
-                });
+                Operands { logits: self.logits, extra: self.extra }
+                    .emit_segment(&self.emit, &scalars, row, classes, self.out, scratch);
             }
             Engine::Tiles => {
                 let place = Place::new(&self.logits.rows, unit);
                 let lanes = place.scalars(&self.scalars);
-                dispatch(EmitTile {
-                    logits: self.logits,
-                    extra: self.extra,
-                    emit: &self.emit,
-                    scalars: &lanes,
-                    place: &place,
-                    out: self.out,
-                    scratch,
-                });
+                Operands { logits: self.logits, extra: self.extra }
+                    .emit_tile(&self.emit, &lanes, &place, self.out, scratch);
             }
         }
     }

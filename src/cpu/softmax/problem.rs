@@ -1,12 +1,11 @@
 //! Cross-entropy and NLL on one pair of tensors: targets, losses and gradients of rows.
 
-use super::kernels::{
-    Detail, Emit, EmitSegment, EmitTile, LogitsGradient, ReduceSegment, ReduceTile, RowScalars, State, log_sum,
-};
+use super::kernels::{Detail, Emit, LogitsGradient, RowScalars, State, log_sum};
 use super::passes::{Finish, PerRow, Reduce, UnitPass, segment};
 use super::rows::{Engine, Extra, LANES, Logits, Place, Scratch};
+use super::units::Operands;
 use crate::cpu::element::{Element, Input, Output, Strided, source};
-use crate::cpu::math::{Baseline, Real, dispatch};
+use crate::cpu::math::{Baseline, Real};
 use crate::cpu::sum_in_order;
 use crate::reduction::Reduction;
 use crate::softmax::{Arg, CrossEntropy, Rows};
@@ -239,16 +238,14 @@ impl<'a, T: Element> Problem<'a, T> {
             }
             _ => None,
         };
-        dispatch(EmitSegment {
-            logits: &self.logits,
-            extra: &self.targets.extra,
-            emit: &LogitsGradient,
+        Operands { logits: &self.logits, extra: &self.targets.extra }.emit_segment(
+            &LogitsGradient,
             scalars,
             row,
             classes,
             out,
             scratch,
-        });
+        );
         if let Some((class, g)) = own {
             // SAFETY: this unit alone writes the row's segment, and no slice of it is alive
             unsafe { out.slice(row * self.rows().classes + class, 1)[0].write(T::from_acc(g)) };
@@ -270,15 +267,13 @@ impl<'a, T: Element> Problem<'a, T> {
                 *own = Some((class, self.own_gradient(&scalars[lane], row, class, weight)));
             }
         }
-        dispatch(EmitTile {
-            logits: &self.logits,
-            extra: &self.targets.extra,
-            emit: &LogitsGradient,
+        Operands { logits: &self.logits, extra: &self.targets.extra }.emit_tile(
+            &LogitsGradient,
             scalars,
             place,
             out,
             scratch,
-        });
+        );
         for (lane, own) in own.iter().enumerate() {
             if let Some((class, g)) = own {
                 // SAFETY: this unit alone writes the row, and no slice of it is alive
@@ -472,25 +467,17 @@ impl<T: Element> UnitPass<T::Acc> for Fused<'_, '_, T> {
         match self.engine {
             Engine::Blocks { .. } => {
                 let classes = 0..logits.rows.classes;
-                let state = dispatch(ReduceSegment {
-                    logits,
-                    extra: &targets.extra,
-                    detail: Detail::Loss,
-                    row: unit,
-                    classes: classes.clone(),
+                let state = Operands { logits, extra: &targets.extra }.reduce_segment(
+                    Detail::Loss,
+                    unit,
+                    classes.clone(),
                     scratch,
-                });
+                );
                 self.problem.emit_gradient_segment(&finish(unit, &state), unit, classes, self.out, scratch);
             }
             Engine::Tiles => {
                 let place = Place::new(&logits.rows, unit);
-                let states = dispatch(ReduceTile {
-                    logits,
-                    extra: &targets.extra,
-                    detail: Detail::Loss,
-                    place: &place,
-                    scratch,
-                });
+                let states = Operands { logits, extra: &targets.extra }.reduce_tile(Detail::Loss, &place, scratch);
                 let lanes = place.scalars(|row| finish(row, &states[row - place.first]));
                 self.problem.emit_gradient_tile(&lanes, &place, self.out, scratch);
             }

@@ -1,11 +1,12 @@
 //! How the logits of rows are read and where what is made of them is written.
 
+use super::kernels::Transform;
 use super::passes::UnitPass;
 use crate::cpu::element::{Element, Input, Source};
 use crate::cpu::for_each_task;
 /// Rows in a tile; also the multiple to which a block is padded, so that no vector loop has a remainder.
 pub(super) use crate::cpu::math::LANES;
-use crate::cpu::math::{Baseline, Isa, Real};
+use crate::cpu::math::{Real, dispatch};
 use crate::softmax::Rows;
 use std::ops::Range;
 
@@ -59,9 +60,20 @@ impl<A: Real> Extra<'_, A> {
         matches!(self, Extra::None)
     }
 
+    /// As [`Self::load`], padded with 0 to a multiple of [`LANES`]; `None` where there are no values.
+    pub(super) fn load_block<'s>(&self, at: usize, class: usize, len: usize, to: &'s mut Tile<A>) -> Option<&'s [A]> {
+        if self.is_none() {
+            return None;
+        }
+        let padded = len.next_multiple_of(LANES);
+        let to = &mut to.as_flattened_mut()[..padded];
+        self.load(at, class, &mut to[..len]);
+        to[len..].fill(A::ZERO);
+        Some(to)
+    }
+
     /// The values of adjacent elements in the written order, all of one row: `at` is the first one's position and
     /// `class` its class.
-    #[inline(always)]
     pub(super) fn load(&self, at: usize, class: usize, dst: &mut [A]) {
         match self {
             Extra::None => {}
@@ -140,31 +152,13 @@ impl<'a, T: Element> Logits<'a, T> {
     }
 
     /// Scale, then soft cap; `slope` gets the soft cap's derivative.
-    #[inline(always)]
-    pub(super) fn transform<I: Isa>(&self, xs: &mut [T::Acc], slope: Option<&mut [T::Acc]>) {
-        if self.scale != T::Acc::ONE {
-            for x in xs.iter_mut() {
-                *x *= self.scale;
-            }
-        }
-        let Some(cap) = self.softcap else { return };
-        let inverse = T::Acc::ONE / cap;
-        match slope {
-            Some(slope) => {
-                for (x, s) in xs.iter_mut().zip(slope) {
-                    let (t, d) = (*x * inverse).tanh_and_slope::<I>();
-                    (*x, *s) = (cap * t, d);
-                }
-            }
-            None => {
-                for x in xs.iter_mut() {
-                    *x = cap * (*x * inverse).tanh_and_slope::<I>().0;
-                }
-            }
+    fn transform(&self, xs: &mut [T::Acc], slope: Option<&mut [T::Acc]>) {
+        if self.is_transformed() {
+            dispatch(Transform { scale: self.scale, softcap: self.softcap, xs, slope });
         }
     }
 
-    pub(super) fn is_transformed(&self) -> bool {
+    fn is_transformed(&self) -> bool {
         self.softcap.is_some() || self.scale != T::Acc::ONE
     }
 
@@ -172,13 +166,12 @@ impl<'a, T: Element> Logits<'a, T> {
     pub(super) fn get(&self, row: usize, class: usize) -> (T::Acc, T::Acc) {
         let mut x = [self.x.slice(self.rows.start(row) + class * self.rows.class_stride, 1)[0].to_acc()];
         let mut slope = [T::Acc::ONE];
-        self.transform::<Baseline>(&mut x, Some(&mut slope));
+        self.transform(&mut x, Some(&mut slope));
         (x[0], slope[0])
     }
 
     /// A block of adjacent classes, padded with -inf to a multiple of [`LANES`].
-    #[inline(always)]
-    pub(super) fn block<'s, I: Isa>(
+    pub(super) fn block<'s>(
         &'s self,
         row: usize,
         class: usize,
@@ -196,21 +189,20 @@ impl<'a, T: Element> Logits<'a, T> {
         }
         let to = to.as_flattened_mut();
         T::widen(src, &mut to[..len]);
-        self.transform::<I>(&mut to[..len], slope.map(|s| &mut s.as_flattened_mut()[..len]));
+        self.transform(&mut to[..len], slope.map(|s| &mut s.as_flattened_mut()[..len]));
         let padded = len.next_multiple_of(LANES);
         to[len..padded].fill(T::Acc::NEG_INFINITY);
         &to[..padded]
     }
 
     /// A tile of `lanes` rows and `classes`; the lanes without a row are -inf.
-    #[inline(always)]
-    pub(super) fn tile<I: Isa>(
+    pub(super) fn tile<'s>(
         &self,
         place: &Place,
         classes: &Range<usize>,
-        to: &mut Tile<T::Acc>,
+        to: &'s mut Tile<T::Acc>,
         slope: Option<&mut Tile<T::Acc>>,
-    ) {
+    ) -> &'s [[T::Acc; LANES]] {
         let stride = self.rows.class_stride;
         let depth = classes.len();
         if place.lanes < LANES {
@@ -230,13 +222,14 @@ impl<'a, T: Element> Logits<'a, T> {
             }
         }
         if self.is_transformed() {
-            self.transform::<I>(to[..depth].as_flattened_mut(), slope.map(|s| s[..depth].as_flattened_mut()));
+            self.transform(to[..depth].as_flattened_mut(), slope.map(|s| s[..depth].as_flattened_mut()));
             if place.lanes < LANES {
                 for to in &mut to[..depth] {
                     to[place.lanes..].fill(T::Acc::NEG_INFINITY);
                 }
             }
         }
+        &to[..depth]
     }
 }
 
@@ -252,7 +245,6 @@ pub(super) struct Place {
 }
 
 impl Place {
-    #[inline(always)]
     pub(super) fn new(rows: &Rows, unit: usize) -> Self {
         let first = unit * LANES;
         let lanes = (rows.count() - first).min(LANES);
@@ -281,48 +273,43 @@ impl Place {
     }
 
     /// The extra numbers of a tile.
-    #[inline(always)]
-    pub(super) fn load_extra<A: Real>(&self, extra: &Extra<A>, classes: &Range<usize>, to: &mut Tile<A>) {
+    pub(super) fn load_extra<'s, A: Real>(
+        &self,
+        extra: &Extra<A>,
+        classes: &Range<usize>,
+        to: &'s mut Tile<A>,
+    ) -> Option<&'s [[A; LANES]]> {
+        let to = &mut to[..classes.len()];
         match extra {
-            Extra::None => {}
-            Extra::Constant(v) => to[..classes.len()].as_flattened_mut().fill(*v),
+            Extra::None => return None,
+            Extra::Constant(v) => to.as_flattened_mut().fill(*v),
             Extra::Weights { factor, weight } => {
                 for (to, &w) in to.iter_mut().zip(&weight[classes.clone()]) {
                     to.fill(*factor * w);
                 }
             }
             Extra::Dense { .. } => {
-                for lane in self.lanes..LANES {
-                    to[..classes.len()].iter_mut().for_each(|to| to[lane] = A::ZERO);
-                }
-                if self.write_adjacent {
-                    for (to, class) in to.iter_mut().zip(classes.clone()) {
-                        // one class of adjacent rows: the weight is that of the one class
-                        for (lane, to) in to[..self.lanes].iter_mut().enumerate() {
-                            extra.load(self.write[lane] + class * self.write_stride, class, std::slice::from_mut(to));
-                        }
-                    }
-                } else {
-                    let mut row = [A::ZERO; DEPTH];
-                    let row = &mut row[..classes.len()];
-                    for lane in 0..self.lanes {
-                        if self.write_stride == 1 {
-                            extra.load(self.write[lane] + classes.start, classes.start, row);
-                        } else {
-                            for (v, class) in row.iter_mut().zip(classes.clone()) {
-                                extra.load(
-                                    self.write[lane] + class * self.write_stride,
-                                    class,
-                                    std::slice::from_mut(v),
-                                );
-                            }
-                        }
-                        for (to, &v) in to.iter_mut().zip(row.iter()) {
-                            to[lane] = v;
-                        }
+                to.iter_mut().for_each(|to| to[self.lanes..].fill(A::ZERO));
+                let mut row = [A::ZERO; DEPTH];
+                let row = &mut row[..classes.len()];
+                for lane in 0..self.lanes {
+                    self.load_row(extra, lane, classes.clone(), row);
+                    for (to, &v) in to.iter_mut().zip(row.iter()) {
+                        to[lane] = v;
                     }
                 }
             }
+        }
+        Some(to)
+    }
+
+    /// The extra numbers of some classes of one row.
+    pub(super) fn load_row<A: Real>(&self, extra: &Extra<A>, lane: usize, classes: Range<usize>, row: &mut [A]) {
+        if self.write_stride == 1 {
+            return extra.load(self.write[lane] + classes.start, classes.start, row);
+        }
+        for (v, class) in row.iter_mut().zip(classes) {
+            extra.load(self.write[lane] + class * self.write_stride, class, std::slice::from_mut(v));
         }
     }
 }

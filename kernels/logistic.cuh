@@ -1,0 +1,507 @@
+// The logistic family: losses with one problem for each element (terms.cuh), over any layout of their operands.
+//
+// Traffic of an element of b bytes, with the target in the input's dtype: the loss reads 2b; with the gradient it reads 2b
+// and writes b, as does the backward alone. That is the minimum: every operand is read once, every result written once,
+// and nothing in between touches memory but 8 bytes for each block.
+//
+// How the work is split. The elements, in row-major order of the input's shape, are cut into spans. A team of neighbouring
+// threads (blockDim.x of them, blockDim.y teams a block) takes one span. If losses averaged over rows are returned, a span
+// is a row; otherwise a team is a block, and the sums of the spans are added by a second, tiny kernel in a fixed order (or
+// not at all if there is only one span: then its team writes the result itself).
+//
+// Every pass has two variants, of which the host picks one (src/plan/logistic.rs).
+// - `dense`: input and target are contiguous, of one dtype, aligned alike, and alone. Each thread moves 16 bytes at a time,
+//   two windows in flight. The elements before the first and behind the last window of a span are taken one by one.
+// - `any`: weights, masks, every stride, dtype and alignment. Neighbouring threads take neighbouring elements, so that
+//   contiguous operands are still read in whole sectors; four elements of a thread are in flight.
+#pragma once
+
+#include "terms.cuh"
+
+namespace fused_loss {
+
+constexpr int MAX_AXES = 8;
+constexpr int MAX_THREADS = 256;
+
+// The operands that may be views, in the order of `Problem::stride` in src/plan/logistic.rs.
+enum Operand { INPUT, TARGET, WEIGHT, POS_WEIGHT, MASK, OPERANDS };
+
+enum class Reduction : int { None = 0, Mean = 1, Sum = 2 };
+
+// A divisor, and what replaces the division by it for dividends below 2^31: (mulhi(n, magic) + n) >> shift.
+struct Divisor {
+    int64_t value;
+    uint32_t magic;
+    uint32_t shift;
+};
+
+// All sizes and options of a launch: `Problem` in src/plan/logistic.rs, field for field.
+struct Problem {
+    int64_t elements;
+    int64_t span;
+    double smooth_scale, smooth_shift; // target <- scale * target + shift
+    double alpha, gamma;
+    Reduction reduction;
+    DType target_dtype;
+    DType mask_dtype;
+    int small;         // elements < 2^31: divide by multiplication
+    int phase;         // dense: elements from the last 16-byte boundary to the first element
+    int upstream_each; // the upstream gradient has a value for each group, not one for all
+    int contiguous;    // bit i: operand i is contiguous, its strides are not looked at
+    int axes;          // of the other operands together, outermost first
+    Divisor group;     // neighbouring elements whose losses are averaged
+    Divisor size[MAX_AXES];
+    int64_t stride[OPERANDS][MAX_AXES];
+};
+
+__device__ __forceinline__ int64_t divide(int64_t n, const Divisor &d, int small) {
+    if (!small) return n / d.value;
+    const uint32_t v = static_cast<uint32_t>(n);
+    return (__umulhi(v, d.magic) + v) >> d.shift;
+}
+
+// The same pointer, of which the compiler cannot know that it is the same in every round of a loop. Otherwise it would write
+// out the loop twice, with the pointer and without; all those loops together are what the driver has to compile when it
+// loads the module.
+template <class T> __device__ __forceinline__ T *opaque(T *p) {
+    asm volatile("" : "+l"(p));
+    return p;
+}
+
+// The pointers of the operands, null where absent.
+template <class In> struct Arrays {
+    const In *input;
+    const void *target;
+    const Acc<In> *weight;
+    const Acc<In> *pos_weight;
+    const void *mask;
+};
+
+// A term with its options and the smoothing of its target.
+template <class Term, class A> struct Formula {
+    TermOptions<A> options;
+    A scale, shift;
+
+    __device__ __forceinline__ explicit Formula(const Problem &q)
+        : options{static_cast<A>(q.alpha), static_cast<A>(q.gamma)}, scale(static_cast<A>(q.smooth_scale)),
+          shift(static_cast<A>(q.smooth_shift)) {}
+
+    __device__ __forceinline__ Value<A> at(A x, A t, A p) const {
+        if (Term::CHECKED && !Term::valid(x, t)) return {quiet_nan<A>(), quiet_nan<A>()};
+        return Term::at(x, fma_(scale, t, shift), p, options);
+    }
+
+    __device__ __forceinline__ A by_target(A x, A t, A p) const {
+        if (Term::CHECKED && !Term::valid(x, t)) return quiet_nan<A>();
+        return scale * Term::by_target(x, fma_(scale, t, shift), p, options);
+    }
+};
+
+// The elements of one team.
+struct Span {
+    int64_t index, first, last;
+
+    __device__ __forceinline__ explicit Span(const Problem &q) {
+        index = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+        first = index * q.span;
+        last = first + q.span < q.elements ? first + q.span : q.elements;
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Walking a span
+
+// Calls windows(k-th window's start, which of them are in the span) with IN_FLIGHT windows of N elements at a time, then
+// single(i) with each element outside of the windows. Windows start where i + phase is a multiple of N.
+template <int N, int IN_FLIGHT, class Windows, class Single>
+__device__ __forceinline__ void walk_dense(const Span &span, int phase, Windows windows, Single single) {
+    const int team = blockDim.x;
+    if (span.first >= span.last) return;
+    int64_t body = span.first + (N - (span.first + phase) % N) % N;
+    if (body > span.last) body = span.last;
+    const int64_t count = (span.last - body) / N;
+#pragma unroll 1
+    for (int64_t w = threadIdx.x; w < count; w += static_cast<int64_t>(team) * IN_FLIGHT) {
+        int64_t start[IN_FLIGHT];
+        bool in[IN_FLIGHT];
+#pragma unroll
+        for (int k = 0; k < IN_FLIGHT; k++) {
+            const int64_t index = w + static_cast<int64_t>(k) * team;
+            in[k] = k == 0 || index < count;
+            start[k] = body + index * N;
+        }
+        windows(start, in);
+    }
+    const int head = static_cast<int>(body - span.first);
+    const int tail = static_cast<int>(span.last - body - count * N);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < head + tail; i += team) single(i < head ? span.first + i : span.last - (head + tail) + i);
+}
+
+// Where an element lies in each operand.
+struct Offsets {
+    int64_t of[OPERANDS];
+
+    __device__ __forceinline__ Offsets(const Problem &q, int64_t element) {
+#pragma unroll
+        for (int o = 0; o < OPERANDS; o++) of[o] = q.contiguous >> o & 1 ? element : 0;
+        int64_t rest = element;
+#pragma unroll 1
+        for (int axis = q.axes - 1; axis >= 0; axis--) {
+            // the outermost axis takes what is left
+            const int64_t outer = axis == 0 ? 0 : divide(rest, q.size[axis], q.small);
+            const int64_t at = rest - outer * q.size[axis].value;
+            rest = outer;
+#pragma unroll
+            for (int o = 0; o < OPERANDS; o++) {
+                if (!(q.contiguous >> o & 1)) of[o] += at * q.stride[o][axis];
+            }
+        }
+    }
+};
+
+// Up to U elements of a thread, in the arithmetic type.
+template <class In, int U> struct Elements {
+    using A = Acc<In>;
+    A x[U], t[U], w[U], p[U];
+    bool in[U]; // the element is in the span
+    bool on[U]; // ... and its mask is not 0
+
+    // The elements first, first + step, ... before `last`.
+    __device__ __forceinline__ Elements(const Arrays<In> &a, const Problem &q, int64_t first, int64_t last, int step) {
+        In input[U];
+        int64_t target[U], mask[U];
+#pragma unroll
+        for (int k = 0; k < U; k++) {
+            const int64_t i = first + static_cast<int64_t>(k) * step;
+            in[k] = on[k] = i < last;
+            input[k] = In{};
+            w[k] = p[k] = A(1);
+            t[k] = A(0);
+            target[k] = mask[k] = 0;
+            if (!in[k]) continue;
+            const Offsets offsets(q, i);
+            input[k] = a.input[offsets.of[INPUT]];
+            if (const A *weight = opaque(a.weight)) w[k] = weight[offsets.of[WEIGHT]];
+            if (const A *pos_weight = opaque(a.pos_weight)) p[k] = pos_weight[offsets.of[POS_WEIGHT]];
+            target[k] = offsets.of[TARGET];
+            mask[k] = offsets.of[MASK];
+        }
+        with_dtype(q.target_dtype, [&](auto *type) {
+#pragma unroll
+            for (int k = 0; k < U; k++) {
+                if (in[k]) t[k] = widen<A>(static_cast<decltype(type)>(a.target)[target[k]]);
+            }
+        });
+        if (a.mask) {
+            with_dtype(q.mask_dtype, [&](auto *type) {
+#pragma unroll
+                for (int k = 0; k < U; k++) {
+                    if (in[k]) on[k] = widen<float>(static_cast<decltype(type)>(a.mask)[mask[k]]) != 0.0f;
+                }
+            });
+        }
+#pragma unroll
+        for (int k = 0; k < U; k++) x[k] = widen<A>(input[k]);
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The loss, alone or with its gradient
+
+// Where a loss goes: exactly one of the first four.
+template <class A> struct Losses {
+    A *each;        // every element's
+    A *rows;        // every span's mean
+    double *sums;   // every span's sum, and behind them, if there is a mask, every span's count: to be finished
+    A *loss;        // the result, from the only span
+    A *denominator; // what the losses' sum is divided by; null if nobody asks
+};
+
+// The sum of an earlier kernel's partial counts, in all threads of the block.
+__device__ __forceinline__ long long sum_counts(const long long *parts, int n, long long *scratch) {
+    long long count = 0;
+    const int threads = blockDim.x * blockDim.y;
+#pragma unroll 1
+    for (int i = threadIdx.x + blockDim.x * threadIdx.y; i < n; i += threads) count += parts[i];
+    return block_reduce<Sum>(count, scratch);
+}
+
+// What the sum of the losses is divided by for the mean: elements that the mask leaves, or groups.
+__device__ __forceinline__ double mean_divisor(bool masked, long long count, const Problem &q) {
+    return masked ? static_cast<double>(count) : static_cast<double>(q.elements / q.group.value);
+}
+
+// A sum of losses becomes the result.
+template <class A>
+__device__ __forceinline__ void write_result(double sum, bool masked, long long count, const Problem &q, A *loss, A *denominator) {
+    const double divisor = q.reduction == Reduction::Mean ? mean_divisor(masked, count, q) : 1.0;
+    *loss = static_cast<A>(sum / static_cast<double>(q.group.value) / divisor);
+    if (denominator) *denominator = static_cast<A>(divisor);
+}
+
+// `grad`, with GRAD: the gradient for an upstream gradient of ones. `counts`: the partial counts of the elements that the
+// mask leaves, null where the gradient does not need to know them beforehand.
+template <class Term, class In, bool DENSE, bool GRAD>
+__device__ __forceinline__ void loss_pass(const Arrays<In> &a, const long long *counts, int count_parts, const Losses<Acc<In>> &to,
+                                          In *grad, const Problem &q) {
+    using A = Acc<In>;
+    constexpr int N = LANES_16B<In>;
+    __shared__ double scratch[WARP];
+    __shared__ long long count_scratch[WARP];
+
+    const Formula<Term, A> formula(q);
+    const Span span(q);
+    A grad_scale = A(1);
+    if (GRAD) {
+        double divisor = 1.0;
+        if (q.reduction == Reduction::Mean) {
+            divisor = mean_divisor(counts, counts ? sum_counts(counts, count_parts, count_scratch) : 0, q);
+        }
+        grad_scale = static_cast<A>(1.0 / (divisor * static_cast<double>(q.group.value)));
+    }
+
+    A sum = A(0);
+    int count = 0;
+    if (DENSE) {
+        const In *target = static_cast<const In *>(a.target);
+        walk_dense<N, 2>(
+            span, q.phase,
+            [&](const int64_t(&start)[2], const bool(&in)[2]) {
+                Pack<In, N> x[2], t[2];
+#pragma unroll
+                for (int k = 0; k < 2; k++) {
+                    if (in[k]) x[k] = Pack<In, N>::load_const(a.input + start[k]);
+                    if (in[k]) t[k] = Pack<In, N>::load_const(target + start[k]);
+                }
+#pragma unroll
+                for (int k = 0; k < 2; k++) {
+                    if (!in[k]) continue;
+                    Pack<A, N> losses;
+                    Pack<In, N> grads;
+#pragma unroll
+                    for (int i = 0; i < N; i++) {
+                        const Value<A> v = formula.at(widen<A>(x[k].at[i]), widen<A>(t[k].at[i]), A(1));
+                        losses.at[i] = v.loss;
+                        sum += v.loss;
+                        if (GRAD) grads.at[i] = narrow<In>(v.grad * grad_scale);
+                    }
+                    if (A *each = opaque(to.each)) losses.store(each + start[k]);
+                    if (GRAD) grads.store(grad + start[k]);
+                }
+            },
+            [&](int64_t i) {
+                const Value<A> v = formula.at(widen<A>(a.input[i]), widen<A>(target[i]), A(1));
+                sum += v.loss;
+                if (A *each = opaque(to.each)) each[i] = v.loss;
+                if (GRAD) grad[i] = narrow<In>(v.grad * grad_scale);
+            });
+    } else {
+        constexpr int U = 4;
+        const int team = blockDim.x;
+#pragma unroll 1
+        for (int64_t at = span.first + threadIdx.x; at < span.last; at += static_cast<int64_t>(team) * U) {
+            const Elements<In, U> e(a, q, at, span.last, team);
+#pragma unroll
+            for (int k = 0; k < U; k++) {
+                if (!e.in[k]) continue;
+                const int64_t i = at + static_cast<int64_t>(k) * team;
+                const Value<A> v = formula.at(e.x[k], e.t[k], e.p[k]);
+                const A loss = e.on[k] ? v.loss * e.w[k] : A(0);
+                sum += loss;
+                count += e.on[k];
+                if (A *each = opaque(to.each)) each[i] = loss;
+                if (GRAD) grad[i] = narrow<In>(e.on[k] ? v.grad * e.w[k] * grad_scale : A(0));
+            }
+        }
+    }
+
+    const bool leader = threadIdx.x == 0;
+    if (to.each || to.rows) {
+        if (to.denominator && leader && span.index == 0) *to.denominator = A(1);
+        if (to.each) return;
+    }
+    const double total = team_reduce<Sum>(static_cast<double>(sum), blockDim.x, scratch);
+    if (to.rows) {
+        if (leader && span.first < q.elements) to.rows[span.index] = static_cast<A>(total / static_cast<double>(q.group.value));
+        return;
+    }
+    const long long counted = a.mask ? team_reduce<Sum>(static_cast<long long>(count), blockDim.x, count_scratch) : 0;
+    if (!leader) return;
+    if (to.sums) {
+        to.sums[span.index] = total;
+        if (a.mask) to.sums[gridDim.x + span.index] = static_cast<double>(counted);
+    } else {
+        write_result(total, a.mask, counted, q, to.loss, to.denominator);
+    }
+}
+
+// One block: the spans' sums, and their counts where there is a mask, become the loss and its denominator.
+template <class A>
+__device__ __forceinline__ void finish_pass(const double *sums, int spans, int masked, A *loss, A *denominator, const Problem &q) {
+    __shared__ double scratch[WARP];
+    double sum = 0, count = 0;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < spans; i += blockDim.x) {
+        sum += sums[i];
+        if (masked) count += sums[spans + i];
+    }
+    sum = block_reduce<Sum>(sum, scratch);
+    count = block_reduce<Sum>(count, scratch);
+    if (threadIdx.x == 0) write_result(sum, masked, static_cast<long long>(count), q, loss, denominator);
+}
+
+// The number of the span's elements whose mask is not 0, one number for each block.
+__device__ __forceinline__ void count_pass(const void *mask, long long *counts, const Problem &q) {
+    constexpr int U = 4;
+    __shared__ long long scratch[WARP];
+    const Span span(q);
+    long long count = 0;
+#pragma unroll 1
+    for (int64_t at = span.first + threadIdx.x; at < span.last; at += static_cast<int64_t>(blockDim.x) * U) {
+        int64_t offset[U];
+        bool in[U];
+#pragma unroll
+        for (int k = 0; k < U; k++) {
+            const int64_t i = at + static_cast<int64_t>(k) * blockDim.x;
+            in[k] = i < span.last;
+            offset[k] = in[k] ? Offsets(q, i).of[MASK] : 0;
+        }
+        with_dtype(q.mask_dtype, [&](auto *type) {
+#pragma unroll
+            for (int k = 0; k < U; k++) {
+                if (in[k]) count += widen<float>(static_cast<decltype(type)>(mask)[offset[k]]) != 0.0f;
+            }
+        });
+    }
+    count = block_reduce<Sum>(count, scratch);
+    if (threadIdx.x == 0) counts[blockIdx.x] = count;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The gradient, from the upstream gradient and the denominator that the loss's pass wrote
+
+// Of the input in its dtype, or BY_TARGET of the target in the arithmetic type.
+template <class Term, class In, bool DENSE, bool BY_TARGET, class Out>
+__device__ __forceinline__ void grad_pass(const Arrays<In> &a, const Acc<In> *upstream, const Acc<In> *denominator, Out *grad,
+                                          const Problem &q) {
+    using A = Acc<In>;
+    constexpr int N = LANES_16B<In>;
+    const Formula<Term, A> formula(q);
+    const Span span(q);
+    A scale = A(1) / (*denominator * static_cast<A>(q.group.value));
+    if (!q.upstream_each) scale *= *upstream;
+
+    if (DENSE) {
+        const In *target = static_cast<const In *>(a.target);
+        walk_dense<N, 2>(
+            span, q.phase,
+            [&](const int64_t(&start)[2], const bool(&in)[2]) {
+                Pack<In, N> x[2], t[2];
+#pragma unroll
+                for (int k = 0; k < 2; k++) {
+                    if (in[k]) x[k] = Pack<In, N>::load_const(a.input + start[k]);
+                    if (in[k]) t[k] = Pack<In, N>::load_const(target + start[k]);
+                }
+#pragma unroll
+                for (int k = 0; k < 2; k++) {
+                    if (!in[k]) continue;
+                    Pack<A, N> g;
+                    Pack<Out, N> grads;
+                    if (q.upstream_each) g = Pack<A, N>::load_const(upstream + start[k]);
+#pragma unroll
+                    for (int i = 0; i < N; i++) {
+                        const A v = formula.at(widen<A>(x[k].at[i]), widen<A>(t[k].at[i]), A(1)).grad;
+                        grads.at[i] = narrow<Out>(v * (q.upstream_each ? g.at[i] * scale : scale));
+                    }
+                    grads.store(grad + start[k]);
+                }
+            },
+            [&](int64_t i) {
+                const A v = formula.at(widen<A>(a.input[i]), widen<A>(target[i]), A(1)).grad;
+                grad[i] = narrow<Out>(v * (q.upstream_each ? upstream[i] * scale : scale));
+            });
+        return;
+    }
+    constexpr int U = 4;
+    const int team = blockDim.x;
+#pragma unroll 1
+    for (int64_t at = span.first + threadIdx.x; at < span.last; at += static_cast<int64_t>(team) * U) {
+        const Elements<In, U> e(a, q, at, span.last, team);
+#pragma unroll
+        for (int k = 0; k < U; k++) {
+            if (!e.in[k]) continue;
+            const int64_t i = at + static_cast<int64_t>(k) * team;
+            const A g = q.upstream_each ? upstream[divide(i, q.group, q.small)] * scale : scale;
+            const A v = BY_TARGET ? formula.by_target(e.x[k], e.t[k], e.p[k]) : formula.at(e.x[k], e.t[k], e.p[k]).grad;
+            grad[i] = narrow<Out>(e.on[k] ? v * e.w[k] * g : A(0));
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The check, for terms whose operands have a range
+
+// The lowest index of an element whose input or target is out of range; `bad` stays as it is where there is none.
+template <class Term, class In>
+__device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long long *bad, const Problem &q) {
+    const Span span(q);
+#pragma unroll 1
+    for (int64_t i = span.first + threadIdx.x; i < span.last; i += blockDim.x) {
+        const Elements<In, 1> e(a, q, i, span.last, 1);
+        if (Term::valid(e.x[0], e.t[0])) continue;
+        // an integer's minimum does not depend on the order
+        atomicMin(bad, static_cast<unsigned long long>(i));
+        return;
+    }
+}
+
+} // namespace fused_loss
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Entry points: <pass>_<term>_<variant>, in one module for each dtype
+
+#define LOGISTIC_OPERANDS                                                                                              \
+    const In *input, const void *target, const A *weight, const A *pos_weight, const void *mask
+
+#define LOGISTIC_KERNEL extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS)
+
+#define LOGISTIC_LOSS(NAME, Term, DENSE, GRAD)                                                                         \
+    LOGISTIC_KERNEL NAME(LOGISTIC_OPERANDS, const long long *counts, int count_parts, A *each, A *rows, double *sums,  \
+                         A *loss, A *denominator, In *grad, const __grid_constant__ fused_loss::Problem q) {           \
+        fused_loss::loss_pass<fused_loss::Term, In, DENSE, GRAD>({input, target, weight, pos_weight, mask}, counts,    \
+                                                                 count_parts, {each, rows, sums, loss, denominator},   \
+                                                                 grad, q);                                             \
+    }
+
+#define LOGISTIC_GRAD(NAME, Term, DENSE, BY_TARGET, Out)                                                               \
+    LOGISTIC_KERNEL NAME(LOGISTIC_OPERANDS, const A *upstream, const A *denominator, Out *grad,                        \
+                         const __grid_constant__ fused_loss::Problem q) {                                              \
+        fused_loss::grad_pass<fused_loss::Term, In, DENSE, BY_TARGET>({input, target, weight, pos_weight, mask},       \
+                                                                      upstream, denominator, grad, q);                 \
+    }
+
+#define LOGISTIC_TERM(Term, term)                                                                                      \
+    LOGISTIC_LOSS(loss_##term##_dense, Term, true, false)                                                              \
+    LOGISTIC_LOSS(loss_##term##_any, Term, false, false)                                                               \
+    LOGISTIC_LOSS(fused_##term##_dense, Term, true, true)                                                              \
+    LOGISTIC_LOSS(fused_##term##_any, Term, false, true)                                                               \
+    LOGISTIC_GRAD(grad_##term##_dense, Term, true, false, In)                                                          \
+    LOGISTIC_GRAD(grad_##term##_any, Term, false, false, In)                                                           \
+    LOGISTIC_GRAD(target_grad_##term##_any, Term, false, true, A)                                                      \
+    LOGISTIC_KERNEL check_##term##_any(LOGISTIC_OPERANDS, unsigned long long *bad,                                     \
+                                       const __grid_constant__ fused_loss::Problem q) {                                \
+        fused_loss::check_pass<fused_loss::Term, In>({input, target, weight, pos_weight, mask}, bad, q);               \
+    }
+
+// All kernels of the family for the dtype `In`, which the including file has defined.
+#define LOGISTIC_KERNELS                                                                                               \
+    using A = fused_loss::Acc<In>;                                                                                     \
+    FOR_EACH_TERM(LOGISTIC_TERM)                                                                                       \
+    LOGISTIC_KERNEL finish(const double *sums, int spans, int masked, A *loss, A *denominator,                         \
+                           const __grid_constant__ fused_loss::Problem q) {                                            \
+        fused_loss::finish_pass(sums, spans, masked, loss, denominator, q);                                            \
+    }                                                                                                                  \
+    LOGISTIC_KERNEL count_mask(const void *mask, long long *counts, const __grid_constant__ fused_loss::Problem q) {   \
+        fused_loss::count_pass(mask, counts, q);                                                                       \
+    }

@@ -1,0 +1,4 @@
+#include "logistic.cuh"
+
+using In = fused_loss::bf16;
+LOGISTIC_KERNELS

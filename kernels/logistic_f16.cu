@@ -1,0 +1,4 @@
+#include "logistic.cuh"
+
+using In = fused_loss::f16;
+LOGISTIC_KERNELS

@@ -1,0 +1,4 @@
+#include "logistic.cuh"
+
+using In = double;
+LOGISTIC_KERNELS

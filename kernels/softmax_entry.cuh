@@ -1,0 +1,136 @@
+// The kernels of the softmax family for one dtype, in two modules so that a device compiles only what it uses:
+// softmax_<dtype>.cu has those for class indices without options, softmax_general_<dtype>.cu those for all else. Such a
+// file defines LOGIT, the dtype's C++ type, and GENERAL_MODULE as 0 or 1, and includes this.
+//
+//   softmax_<pass>_<plain|general>_<rows|strided|cluster_n>
+//
+// Launch shapes are chosen in src/plan/softmax.rs.
+#include "softmax_rows.cuh"
+#include "softmax_strided.cuh"
+
+namespace fused_loss {
+namespace softmax {
+
+using X = LOGIT;
+using A = Acc<X>;
+
+constexpr int ROWS_THREADS = 256;
+// Blocks that a multiprocessor has room for, which limits the registers of a thread: 768 threads have 48 KB of loads in
+// flight. The general kernels compute more than they load, and a double takes two registers.
+constexpr int BLOCKS_OF[] = {sizeof(A) == 4 ? 3 : 2, 2, 2};
+
+#define REDUCE(NAME, DETAIL)                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[DETAIL])                                               \
+        softmax_reduce_##NAME##_rows(const Problem p, const X *x, const void *t, const A *weight, A *splits, A *loss,           \
+                                     A *statistics, double2 *partials, A *result, A *denominator) {                             \
+        reduce_rows<DETAIL>(p, x, t, weight, splits, {loss, statistics, partials, result, denominator});                        \
+    }                                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)                                                               \
+        softmax_reduce_##NAME##_strided(const Problem p, const X *x, const void *t, const A *weight, A *, A *loss,              \
+                                        A *statistics, double2 *partials, A *result, A *denominator) {                          \
+        reduce_strided<DETAIL>(p, x, t, weight, {loss, statistics, partials, result, denominator});                             \
+    }                                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(ROWS_THREADS)                                                                  \
+        softmax_merge_##NAME(const Problem p, const X *x, const void *t, const A *weight, const A *splits, int count, A *loss,  \
+                             A *statistics, A *result, A *denominator) {                                                        \
+        merge_splits<DETAIL>(p, x, t, weight, splits, count, {loss, statistics, nullptr, result, denominator});                 \
+    }
+
+// The backward: see `emit_rows` and `PlainGradient`.
+#define EMIT(NAME, RULE)                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[RULE::DETAIL])                                         \
+        softmax_emit_##NAME##_rows(const Problem p, const X *x, const void *t, const A *weight, const A *statistics,            \
+                                   const A *denominator, const A *upstream, X *out) {                                           \
+        emit_rows<RULE>(p, x, t, weight, statistics, denominator, upstream, out);                                               \
+    }                                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)                                                               \
+        softmax_emit_##NAME##_strided(const Problem p, const X *x, const void *t, const A *weight, const A *statistics,         \
+                                      const A *denominator, const A *upstream, X *out) {                                        \
+        emit_strided<RULE>(p, x, t, weight, statistics, denominator, upstream, out);                                            \
+    }
+
+// Loss and gradient in one pass.
+#define FUSED(NAME, RULE)                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[RULE::DETAIL])                                         \
+        softmax_fused_##NAME##_rows(const Problem p, const X *x, X *out, const void *t, const A *weight, const double *counts,  \
+                                    A *loss, A *statistics, double2 *partials, A *result) {                                     \
+        fused_rows<RULE, 1>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});                       \
+    }                                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)                                                               \
+        softmax_fused_##NAME##_strided(const Problem p, const X *x, X *out, const void *t, const A *weight,                     \
+                                       const double *counts, A *loss, A *statistics, double2 *partials, A *result) {            \
+        fused_strided<RULE>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});                       \
+    }
+
+#define FUSED_CLUSTER(NAME, RULE, N)                                                                                            \
+    extern "C" __global__ void __cluster_dims__(N, 1, 1) __launch_bounds__(ROWS_THREADS, BLOCKS_OF[RULE::DETAIL])               \
+        softmax_fused_##NAME##_cluster_##N(const Problem p, const X *x, X *out, const void *t, const A *weight,                 \
+                                           const double *counts, A *loss, A *statistics, double2 *partials, A *result) {        \
+        fused_rows<RULE, N>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});                       \
+    }
+
+#if GENERAL_MODULE
+
+REDUCE(general, GENERAL)
+EMIT(general, GeneralGradient)
+FUSED(general, GeneralGradient)
+#if __CUDA_ARCH__ >= 900
+FUSED_CLUSTER(general, GeneralGradient, 4)
+FUSED_CLUSTER(general, GeneralGradient, 8)
+#endif
+
+extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[STATISTICS])
+    softmax_statistics_rows(const Problem p, const X *x, const void *t, const A *weight, A *loss, A *lse, A *z_loss, A *entropy,
+                            uint32_t *argmax, uint8_t *correct) {
+    statistics_rows(p, x, t, weight, {loss, lse, z_loss, entropy, argmax, correct});
+}
+
+extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)
+    softmax_statistics_strided(const Problem p, const X *x, const void *t, const A *weight, A *loss, A *lse, A *z_loss, A *entropy,
+                               uint32_t *argmax, uint8_t *correct) {
+    statistics_strided(p, x, t, weight, {loss, lse, z_loss, entropy, argmax, correct});
+}
+
+extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)
+    softmax_target_gradient(const Problem p, const X *x, const A *weight, const A *statistics, const A *denominator,
+                            const A *upstream, A *out) {
+    target_gradient(p, x, weight, statistics, denominator, upstream, out);
+}
+
+#else
+
+REDUCE(plain, PLAIN)
+EMIT(plain, PlainGradient)
+FUSED(plain, PlainGradient)
+#if __CUDA_ARCH__ >= 900
+FUSED_CLUSTER(plain, PlainGradient, 4)
+FUSED_CLUSTER(plain, PlainGradient, 8)
+#endif
+
+extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[PLAIN])
+    softmax_log_softmax_rows(const Problem p, const X *x, X *out) {
+    log_softmax_rows(p, x, out);
+}
+
+extern "C" __global__ void __launch_bounds__(STRIDED_THREADS) softmax_log_softmax_strided(const Problem p, const X *x, X *out) {
+    log_softmax_strided(p, x, out);
+}
+
+extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)
+    softmax_log_softmax_backward(const Problem p, const X *y, const X *g, X *out) {
+    log_softmax_backward(p, y, g, out);
+}
+
+#endif
+
+extern "C" __global__ void __launch_bounds__(1024) softmax_count(const Problem p, const void *t, const A *weight, double *counts) {
+    count(p, t, weight, counts);
+}
+
+extern "C" __global__ void __launch_bounds__(1024)
+    softmax_finish(const Problem p, const double2 *partials, int count, A *result, A *denominator) {
+    finish<A>(p, partials, count, {nullptr, nullptr, nullptr, result, denominator});
+}
+
+} // namespace softmax
+} // namespace fused_loss

@@ -1,0 +1,3 @@
+#define LOGIT f16
+#define GENERAL_MODULE 0
+#include "softmax_entry.cuh"

@@ -1,0 +1,3 @@
+#define LOGIT double
+#define GENERAL_MODULE 0
+#include "softmax_entry.cuh"

@@ -1,0 +1,3 @@
+#define LOGIT float
+#define GENERAL_MODULE 1
+#include "softmax_entry.cuh"

@@ -1,0 +1,496 @@
+// Passes over rows of adjacent classes.
+//
+// A row is cut into aligned windows of 16 bytes, whatever the row's own alignment: with 50257 classes each row begins
+// somewhere else. A window is moved by one access; the few classes before the first and behind the last one, the edges, go
+// one to a thread. Where logits and gradient are not aligned alike, all classes of the gradient are edges. `Problem::team`
+// threads share a row: a part of a warp, so that a block has several rows, or a block.
+//
+// Bytes, with E those of the logits: `reduce` reads E; `emit` (the backward) reads E and writes E; `fused` reads E once,
+// keeps it in shared memory and writes E. None of them can do with less.
+#pragma once
+
+#include "softmax.cuh"
+
+namespace fused_loss {
+namespace softmax {
+
+// Windows that a thread loads before it uses the first: what keeps the memory busy.
+template <Detail D> constexpr int BATCH = D == PLAIN ? 4 : 1;
+
+// One row as windows and edges.
+template <class T> struct Windows {
+    static constexpr int N = LANES_16B<T>;
+    using Window = Pack<T, N>;
+
+    const T *row;  // class 0
+    int head;      // classes before window 0
+    int count;     // windows
+    int edges;     // classes before window 0 and behind the last one
+
+    __device__ __forceinline__ Windows(const T *row, int classes) : row(row) {
+        head = min((N - phase_of<T, N>(row)) % N, classes);
+        count = (classes - head) / N;
+        edges = classes - count * N;
+    }
+
+    // The windows for a pass that writes a row of as many classes to `out`.
+    __device__ __forceinline__ Windows written_to(const T *out) const {
+        Windows w = *this;
+        if (phase_of<T, N>(row) != phase_of<T, N>(out)) {
+            w.edges += w.count * N;
+            w.head = w.count = 0;
+        }
+        return w;
+    }
+
+    // A window's first class, and an edge's class.
+    __device__ __forceinline__ int first(int window) const { return head + window * N; }
+    __device__ __forceinline__ int edge(int i) const { return i < head ? i : i + count * N; }
+
+    // By which of `threads` threads, a power of two, a class is handled if the windows from `begin` to `end` (with the first
+    // one, the edges) are shared out; -1: it is not among those.
+    __device__ __forceinline__ int thread_of(int index, int begin, int end, int threads) const {
+        const int window = (index - head) / N;
+        if (index < head || window >= count) return begin == 0 ? (index < head ? index : index - count * N) & (threads - 1) : -1;
+        return window >= begin && window < end ? (window - begin) & (threads - 1) : -1;
+    }
+
+    // The windows i, i + step, … below `end`, and -inf behind it. All loads are issued before one is waited for.
+    template <int U> __device__ __forceinline__ void load(int i, int step, int end, Window (&to)[U]) const {
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            if (i + u * step < end) {
+                to[u] = Window::load(row + first(i + u * step));
+            } else {
+#pragma unroll
+                for (int k = 0; k < N; k++) to[u].at[k] = narrow<T>(-infinity<Acc<T>>());
+            }
+        }
+    }
+};
+
+// The windows that a thread keeps in shared memory: slot j of all threads side by side, so that neighbouring threads never
+// meet in a bank, and no thread waits for another.
+struct Kept {
+    uint4 *slots;  // this thread's slot 0
+    int count;     // all windows of the thread, or a multiple of any BATCH
+
+    __device__ __forceinline__ uint4 &at(int j) const { return slots[j * blockDim.x]; }
+};
+
+// Reduces the windows begin + thread, begin + thread + step, … below `end`; with the first window, the edges.
+template <Detail D, class T>
+__device__ __forceinline__ State<Acc<T>, D> reduce_windows(const Problem &p, const Operands<Acc<T>> &o, const Windows<T> &w, int thread, int step, int begin, int end, Kept kept) {
+    constexpr int U = BATCH<D>, N = Windows<T>::N;
+    State<Acc<T>, D> state = State<Acc<T>, D>::empty();
+    for (int i = begin + thread, j = 0; i < end; i += U * step, j += U) {
+        Pack<T, N> packs[U];
+        w.load(i, step, end, packs);
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            if (j + u < kept.count) kept.at(j + u) = *reinterpret_cast<const uint4 *>(packs[u].at);
+        }
+        absorb<D, T, U, N>(state, p, o, w.first(i), step * N, [&](int u, int k) { return widen<Acc<T>>(packs[u].at[k]); });
+    }
+    if (begin == 0) {
+        for (int i = thread; i < w.edges; i += step) {
+            const int c = w.edge(i);
+            const Acc<T> x = widen<Acc<T>>(w.row[c]);
+            absorb<D, T, 1, 1>(state, p, o, c, 0, [&](int, int) { return x; });
+        }
+    }
+    return state;
+}
+
+// Fills the windows and edges of a row that doesn't count.
+template <class T>
+__device__ __forceinline__ void fill_windows(const Windows<T> &w, T value, T *out, int thread, int step, int begin, int end) {
+    Pack<T, Windows<T>::N> pack;
+#pragma unroll
+    for (int k = 0; k < Windows<T>::N; k++) pack.at[k] = value;
+    for (int i = begin + thread; i < end; i += step) pack.store(out + w.first(i));
+    if (begin == 0) {
+        for (int i = thread; i < w.edges; i += step) out[w.edge(i)] = value;
+    }
+}
+
+// Writes the windows begin + thread, begin + thread + step, … below `end`; with the first window, the edges. From the last
+// to the first, as the last ones are still in the cache if the row was read before; the first ones from shared memory where
+// they were kept.
+template <class Rule, class T>
+__device__ __forceinline__ void emit_windows(const Problem &p, const Operands<Acc<T>> &o, const Windows<T> &w, const RowScalars<Acc<T>> &s, T *out, int thread, int step, int begin, int end, Kept kept) {
+    constexpr int U = BATCH<Rule::DETAIL>, N = Windows<T>::N;
+    if (s.kind != Kind::LIVE) {
+        fill_windows(w, narrow<T>(dead_value<Acc<T>>(s.kind)), out, thread, step, begin, end);
+        return;
+    }
+    T own = narrow<T>(Acc<T>(0));
+    if constexpr (Rule::OWN) {
+        // before this thread overwrites it
+        if (w.thread_of(s.target, begin, end, step) == thread) own = narrow<T>(Rule::template own_value<T>(s, widen<Acc<T>>(w.row[s.target])));
+    }
+    const int mine = begin + thread < end ? (end - begin - thread + step - 1) / step : 0;
+    for (int j = (mine + U - 1) / U * U - U; j >= 0; j -= U) {
+        const int i = begin + thread + j * step;
+        Pack<T, N> packs[U];
+        if (Rule::DETAIL >= GENERAL && p.log_probs) {
+            // the gradient doesn't depend on the input
+        } else if (j < kept.count) {
+#pragma unroll
+            for (int u = 0; u < U; u++) {
+                if (j + u < mine) *reinterpret_cast<uint4 *>(packs[u].at) = kept.at(j + u);
+            }
+        } else {
+            w.load(i, step, end, packs);
+        }
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            if (j + u >= mine) continue;
+            Acc<T> x[N], y[N];
+#pragma unroll
+            for (int k = 0; k < N; k++) x[k] = widen<Acc<T>>(packs[u].at[k]);
+            Rule::template emit<T>(p, o, s, w.first(i + u * step), x, y);
+#pragma unroll
+            for (int k = 0; k < N; k++) packs[u].at[k] = narrow<T>(y[k]);
+            const unsigned place = s.target - w.first(i + u * step);
+            if (Rule::OWN && place < N) {
+#pragma unroll
+                for (int k = 0; k < N; k++) {
+                    if (place == k) packs[u].at[k] = own;
+                }
+            }
+            packs[u].store(out + w.first(i + u * step));
+        }
+    }
+    if (begin == 0) {
+        for (int i = thread; i < w.edges; i += step) {
+            const int c = w.edge(i);
+            const Acc<T> x[1] = {widen<Acc<T>>(w.row[c])};
+            Acc<T> y[1];
+            Rule::template emit<T>(p, o, s, c, x, y);
+            out[c] = Rule::OWN && c == s.target ? own : narrow<T>(y[0]);
+        }
+    }
+}
+
+// A row's operands, and its own class's logit after scale and cap.
+template <Detail D, class T>
+__device__ __forceinline__ Acc<T> own_logit(const Problem &p, const T *row, const Target<Acc<T>> &target) {
+    using A = Acc<T>;
+    if (target.index < 0) return A(0);
+    const A x = widen<A>(row[target.index * p.x.class_stride]);
+    if constexpr (D >= GENERAL) {
+        A slope;
+        return p.log_probs ? x : transform(p, x, slope);
+    }
+    return x;
+}
+
+template <class A> __device__ __forceinline__ Operands<A> operands_of(const Problem &p, const void *t, const A *weight, int64_t row) {
+    return {t, weight, is_index(p.target) ? 0 : p.t.start(row)};
+}
+
+// Merges the states of a team's threads: all threads of the block call it, all get their team's state, and the scratch
+// memory of a state for each warp may be used again.
+template <class T, class A, Detail D>
+__device__ __forceinline__ State<A, D> merge_team(State<A, D> state, int team, State<A, D> *scratch) {
+    state = merge_lanes<T>(state, min(team, WARP));
+    if (team <= WARP) return state;
+    const int lane = threadIdx.x % WARP;
+    if (lane == 0) scratch[threadIdx.x / WARP] = state;
+    __syncthreads();
+    state = lane < team / WARP ? scratch[lane] : State<A, D>::empty();
+    __syncthreads();
+    return merge_lanes<T>(state, WARP);
+}
+
+// What a pass does for a row once its state is known, in one thread of its team: the loss, and what the backward needs.
+template <Detail D, class A>
+__device__ __forceinline__ double2 finish_row(const Problem &p, const Outputs<A> &out, const Target<A> &target, A x_t, const State<A, D> &state, int64_t row) {
+    const A loss = loss_of<D>(p, target, x_t, state);
+    if (out.loss) out.loss[row] = loss;
+    write_statistics<D>(p, out.statistics, row, state);
+    return {static_cast<double>(loss), static_cast<double>(target.weight)};
+}
+
+// Forward. Each team takes rows in turn; with gridDim.y > 1 a team of a whole block takes that part of its row, and leaves
+// the state for `merge_splits`. Reads E.
+template <Detail D, class T>
+__device__ __forceinline__ void reduce_rows(const Problem &p, const T *x, const void *t, const Acc<T> *weight, Acc<T> *splits, const Outputs<Acc<T>> &out) {
+    using A = Acc<T>;
+    __shared__ double scratch[WARP];
+    __shared__ State<A, D> states[WARP];
+    const int team = p.team, thread = threadIdx.x % team, teams = blockDim.x / team;
+    double2 total = {0, 0};
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * teams; first < p.rows; first += static_cast<int64_t>(gridDim.x) * teams) {
+        const int64_t row = first + threadIdx.x / team;
+        const bool exists = row < p.rows;
+        State<A, D> state = State<A, D>::empty();
+        Target<A> target = {Kind::IGNORED, -1, A(0), A(0)};
+        A x_t = A(0);
+        if (exists) {
+            target = read_target(p, t, weight, row);
+            const T *logits = x + p.x.start(row);
+            x_t = own_logit<D>(p, logits, target);
+            const Windows<T> w(logits, p.classes);
+            const int part = (w.count + gridDim.y - 1) / gridDim.y;
+            const int begin = min(w.count, static_cast<int>(blockIdx.y) * part), end = min(w.count, begin + part);
+            if (target.kind == Kind::LIVE && !(D >= GENERAL && p.log_probs)) {
+                state = reduce_windows<D>(p, operands_of(p, t, weight, row), w, thread, team, begin, end, {nullptr, 0});
+            }
+        }
+        state = merge_team<T>(state, team, states);
+        if (!exists || thread != 0) continue;
+        if (gridDim.y > 1) {
+            state.each([&](auto field, int i) { splits[(row * gridDim.y + blockIdx.y) * 4 + i] = field; });
+            continue;
+        }
+        const double2 one = finish_row<D>(p, out, target, x_t, state, row);
+        total.x += one.x, total.y += one.y;
+    }
+    if (gridDim.y == 1 && (out.partials || out.result || out.denominator)) finish_block(p, out, total.x, total.y, scratch);
+}
+
+// The second stage of a forward whose rows were split over blocks, in one block: a warp merges the states of a row.
+template <Detail D, class T>
+__device__ __forceinline__ void merge_splits(const Problem &p, const T *x, const void *t, const Acc<T> *weight, const Acc<T> *splits, int count, const Outputs<Acc<T>> &out) {
+    using A = Acc<T>;
+    __shared__ double scratch[WARP];
+    const int lane = threadIdx.x % WARP;
+    double2 total = {0, 0};
+    for (int64_t row = threadIdx.x / WARP; row < p.rows; row += blockDim.x / WARP) {
+        State<A, D> state = State<A, D>::empty();
+        for (int i = lane; i < count; i += WARP) {
+            State<A, D> part;
+            part.each([&](auto &field, int f) { field = splits[(row * count + i) * 4 + f]; });
+            state = merge<T>(state, part);
+        }
+        state = merge_lanes<T>(state, WARP);
+        if (lane != 0) continue;
+        const Target<A> target = read_target(p, t, weight, row);
+        const double2 one = finish_row<D>(p, out, target, own_logit<D>(p, x + p.x.start(row), target), state, row);
+        total.x += one.x, total.y += one.y;
+    }
+    finish_block(p, out, total.x, total.y, scratch);
+}
+
+// Row statistics: as the forward, with six numbers for each row.
+template <class A> struct StatisticsOutputs {
+    A *loss, *lse, *z_loss, *entropy;
+    uint32_t *argmax;
+    uint8_t *correct;
+};
+
+template <class A>
+__device__ __forceinline__ void write_row_statistics(const Problem &p, const StatisticsOutputs<A> &out, const Target<A> &target, A x_t, const State<A, STATISTICS> &state, int64_t row) {
+    const A log_sum = log_sum_of(state.max, state.rest);
+    const A lse = state.max + log_sum;
+    const bool kept = target.kind != Kind::IGNORED;
+    const int own = is_index(p.target) ? target.index : state.top_class;
+    const int argmax = state.argmax == NO_CLASS ? 0 : state.argmax;
+    out.loss[row] = loss_of<STATISTICS>(p, target, x_t, state);
+    out.lse[row] = kept ? lse : A(0);
+    out.z_loss[row] = kept ? z_loss_of(p, lse) : A(0);
+    out.entropy[row] = kept ? log_sum - state.moment / (A(1) + state.rest) : A(0);
+    out.argmax[row] = argmax;
+    out.correct[row] = kept && own == argmax;
+}
+
+template <class T>
+__device__ __forceinline__ void statistics_rows(const Problem &p, const T *x, const void *t, const Acc<T> *weight, const StatisticsOutputs<Acc<T>> &out) {
+    using A = Acc<T>;
+    __shared__ State<A, STATISTICS> states[WARP];
+    const int team = p.team, thread = threadIdx.x % team, teams = blockDim.x / team;
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * teams; first < p.rows; first += static_cast<int64_t>(gridDim.x) * teams) {
+        const int64_t row = first + threadIdx.x / team;
+        const bool exists = row < p.rows;
+        State<A, STATISTICS> state = State<A, STATISTICS>::empty();
+        Target<A> target = {Kind::IGNORED, -1, A(0), A(0)};
+        A x_t = A(0);
+        if (exists) {
+            target = read_target(p, t, weight, row);
+            const T *logits = x + p.x.start(row);
+            x_t = own_logit<STATISTICS>(p, logits, target);
+            const Windows<T> w(logits, p.classes);
+            state = reduce_windows<STATISTICS>(p, operands_of(p, t, weight, row), w, thread, team, 0, w.count, {nullptr, 0});
+        }
+        state = merge_team<T>(state, team, states);
+        if (exists && thread == 0) write_row_statistics(p, out, target, x_t, state, row);
+    }
+}
+
+// A row's numbers in the backward.
+template <class Rule, class A>
+__device__ __forceinline__ RowScalars<A> saved_scalars(const Problem &p, const Target<A> &target, const A *statistics, const A *denominator, const A *upstream, int64_t row) {
+    const A g = (upstream ? upstream[p.upstream_rows ? row : 0] : A(1)) / *denominator;
+    if (Rule::DETAIL >= GENERAL && p.log_probs) return RowScalars<A>::template gradient<Rule::DETAIL>(p, target, A(0), A(0), A(0), g);
+    const A mass = Rule::DETAIL >= GENERAL ? read_mass(p, statistics, row) : A(0);
+    return RowScalars<A>::template gradient<Rule::DETAIL>(p, target, statistics[row], statistics[p.rows + row], mass, g);
+}
+
+// Cross-entropy backward: upstream / denominator * (softmax - onehot) * weight. Reads E, writes E, one launch. A team has a
+// row; with gridDim.y > 1 a part of it. The gradient may replace the logits (x null).
+template <class Rule, class T>
+__device__ __forceinline__ void emit_rows(const Problem &p, const T *x, const void *t, const Acc<T> *weight, const Acc<T> *statistics, const Acc<T> *denominator, const Acc<T> *upstream, T *out) {
+    using A = Acc<T>;
+    if (!x) x = out;
+    const int team = p.team, thread = threadIdx.x % team, teams = blockDim.x / team;
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * teams; first < p.rows; first += static_cast<int64_t>(gridDim.x) * teams) {
+        const int64_t row = first + threadIdx.x / team;
+        if (row >= p.rows) continue;
+        const Target<A> target = read_target(p, t, weight, row);
+        const RowScalars<A> s = saved_scalars<Rule>(p, target, statistics, denominator, upstream, row);
+        T *to = out + row * p.classes;
+        const Windows<T> w = Windows<T>(x + p.x.start(row), p.classes).written_to(to);
+        const int part = (w.count + gridDim.y - 1) / gridDim.y;
+        const int begin = min(w.count, static_cast<int>(blockIdx.y) * part), end = min(w.count, begin + part);
+        emit_windows<Rule>(p, operands_of(p, t, weight, row), w, s, to, thread, team, begin, end, {nullptr, 0});
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Clusters: blocks of neighbouring multiprocessors that read each other's shared memory
+
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ unsigned cluster_rank() {
+    unsigned r;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The address of a shared variable in another block of the cluster.
+__device__ __forceinline__ uint32_t cluster_address(const void *local, unsigned rank) {
+    uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local)), remote;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    return remote;
+}
+__device__ __forceinline__ void cluster_load(float &v, uint32_t address) {
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void cluster_load(int &v, uint32_t address) {
+    asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void cluster_load(double &v, uint32_t address) {
+    asm volatile("ld.shared::cluster.f64 %0, [%1];" : "=d"(v) : "r"(address) : "memory");
+}
+#else
+// Without clusters these are never launched; they compile so that one source serves all architectures.
+__device__ __forceinline__ unsigned cluster_rank() { return 0; }
+__device__ __forceinline__ void cluster_sync() {}
+__device__ __forceinline__ uint32_t cluster_address(const void *, unsigned) { return 0; }
+template <class A> __device__ __forceinline__ void cluster_load(A &, uint32_t) {}
+#endif
+
+// What a block of a cluster shows to the others.
+template <class A, Detail D> struct Exchange {
+    State<A, D> state;
+    A own_logit;
+};
+
+// Merges the states of the blocks of a cluster, in the order of their ranks, and fetches the own logit from the block that
+// read it: all threads of all its blocks call it and get both. The blocks' `shared` may be used again.
+template <int CLUSTER, class T, class A, Detail D>
+__device__ __forceinline__ void merge_cluster(State<A, D> &state, A &own_logit, int owner, Exchange<A, D> *shared) {
+    if (threadIdx.x == 0) {
+        shared->state = state;
+        shared->own_logit = own_logit;
+    }
+    cluster_sync();
+    cluster_load(own_logit, cluster_address(&shared->own_logit, owner));
+    state = State<A, D>::empty();
+    for (int rank = 0; rank < CLUSTER; rank++) {
+        State<A, D> part;
+        part.each([&](auto &field, int) {
+            // a field's address in the other block is that in this one
+            const ptrdiff_t offset = reinterpret_cast<const char *>(&field) - reinterpret_cast<const char *>(&part);
+            cluster_load(field, cluster_address(reinterpret_cast<const char *>(&shared->state) + offset, rank));
+        });
+        state = merge<T>(state, part);
+    }
+    // nobody overwrites or leaves while others read
+    cluster_sync();
+}
+
+// Loss and gradient in one pass. A team (or a cluster of blocks) reads its row once, keeps `Problem::kept` windows a thread
+// in shared memory, merges the states, and writes the gradient from what it kept. What does not fit is read a second time,
+// most recent first, which the second-level cache serves. Reads E, writes E.
+//
+// The gradient may replace the logits (x null): a window is read, and written, by one thread alone, and the own logits are
+// read before the barriers (or the shuffles) of the merge.
+template <class Rule, int CLUSTER, class T>
+__device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, const void *t, const Acc<T> *weight, const double *counts, const Outputs<Acc<T>> &out) {
+    using A = Acc<T>;
+    constexpr Detail D = Rule::DETAIL;
+    extern __shared__ uint4 slots[];
+    __shared__ double scratch[WARP];
+    __shared__ State<A, D> states[WARP];
+    __shared__ Exchange<A, D> exchange;
+    if (!x) x = to;
+    const Kept kept = {slots + threadIdx.x, p.kept};
+    const int team = p.team, teams = blockDim.x / team;
+    const int blocks = gridDim.x / CLUSTER;
+    const int rank = CLUSTER > 1 ? cluster_rank() : 0;
+    const int thread = threadIdx.x % team + rank * blockDim.x, threads = team * CLUSTER;
+    const A upstream = A(1) / denominator_of(p, t, weight, counts, scratch);
+    double2 total = {0, 0};
+    for (int64_t first = static_cast<int64_t>(blockIdx.x / CLUSTER) * teams; first < p.rows; first += static_cast<int64_t>(blocks) * teams) {
+        const int64_t row = first + threadIdx.x / team;
+        const bool exists = row < p.rows;
+        State<A, D> state = State<A, D>::empty();
+        Target<A> target = {Kind::IGNORED, -1, A(0), A(0)};
+        A x_t = A(0);
+        int owner = 0;
+        const int64_t at = exists ? row : 0;
+        const T *logits = x + p.x.start(at);
+        T *gradient = to + at * p.classes;
+        const Windows<T> w(logits, p.classes);
+        const Operands<A> o = operands_of(p, t, weight, at);
+        if (exists) {
+            target = read_target(p, t, weight, row);
+            // in a cluster, by the block that will overwrite it
+            owner = w.thread_of(max(0, target.index), 0, w.count, threads) / blockDim.x;
+            if (CLUSTER == 1 || owner == rank) x_t = own_logit<D>(p, logits, target);
+            if (target.kind == Kind::LIVE && !(D >= GENERAL && p.log_probs)) state = reduce_windows<D>(p, o, w, thread, threads, 0, w.count, kept);
+        }
+        state = merge_team<T>(state, team, states);
+        if constexpr (CLUSTER > 1) merge_cluster<CLUSTER, T>(state, x_t, owner, &exchange);
+        if (!exists) continue;
+        if (thread == 0) {
+            const double2 one = finish_row<D>(p, out, target, x_t, state, row);
+            total.x += one.x, total.y += one.y;
+        }
+        RowScalars<A> s = RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(state), upstream);
+        const Windows<T> written = w.written_to(gradient);
+        emit_windows<Rule>(p, o, written, s, gradient, thread, threads, 0, written.count, kept);
+    }
+    if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch);
+}
+
+// log-softmax: x - m - log-sum. Reads E once, writes E; as `fused_rows` with another rule.
+template <class T>
+__device__ __forceinline__ void log_softmax_rows(const Problem &p, const T *x, T *to) {
+    using A = Acc<T>;
+    extern __shared__ uint4 slots[];
+    __shared__ State<A, PLAIN> states[WARP];
+    const Kept kept = {slots + threadIdx.x, p.kept};
+    const Operands<A> none = {nullptr, nullptr, 0};
+    const int team = p.team, thread = threadIdx.x % team, teams = blockDim.x / team;
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * teams; first < p.rows; first += static_cast<int64_t>(gridDim.x) * teams) {
+        const int64_t row = first + threadIdx.x / team;
+        const bool exists = row < p.rows;
+        const int64_t at = exists ? row : 0;
+        T *result = to + at * p.classes;
+        const Windows<T> w(x + p.x.start(at), p.classes);
+        State<A, PLAIN> state = State<A, PLAIN>::empty();
+        if (exists) state = reduce_windows<PLAIN>(p, none, w, thread, team, 0, w.count, kept);
+        state = merge_team<T>(state, team, states);
+        if (!exists) continue;
+        const Windows<T> written = w.written_to(result);
+        emit_windows<LogProbs>(p, none, written, RowScalars<A>::of(state.max, state.rest), result, thread, team, 0, written.count, kept);
+    }
+}
+
+} // namespace softmax
+} // namespace fused_loss

@@ -1,0 +1,185 @@
+// The formulas of the logistic family: one struct for each loss, over one element.
+//
+// A term has
+//   CHECKED          whether an input or target can be out of range
+//   valid(x, t)      whether they are in range; where not, the kernels write NaN in place of what the term computes
+//   at(x, t, p, o)   the loss and its derivative with respect to the input x
+//   by_target(...)   the loss's derivative with respect to the target t, before label smoothing
+// where t is the smoothed target, p the positive class's weight (1 without) and o the loss's options. A kernel that needs
+// only the loss or only the derivative calls `at` all the same: the compiler drops the other half.
+//
+// A new loss is one more struct here and one more line at the end.
+#pragma once
+
+#include "common.cuh"
+
+namespace fused_loss {
+
+// The numbers of a loss's options. Unused ones are 0.
+template <class A> struct TermOptions {
+    A alpha; // weight of the positive class, 1 - alpha of the negative; below 0: both 1
+    A gamma; // exponent of the probability of being wrong
+};
+
+template <class A> struct Value {
+    A loss;
+    A grad;
+};
+
+// c * v, where nothing counts nothing: 0 for c = 0 and an infinite v. NaN only from NaN.
+template <class A> __device__ __forceinline__ A times(A c, A v) { return c == A(0) && abs_(v) == infinity<A>() ? A(0) : c * v; }
+
+// ln(1 + z) for z in [0, 1] within 1 ulp, without the rounding of 1 + z and without a division: Cephes' logf, as on the CPU.
+__device__ __forceinline__ float log1p_unit(float z) {
+    const bool upper = z > 0.41421356f;
+    // 1 + z = 2 (1 + (z - 1) / 2) in the upper part: both forms of f are exact
+    const float f = upper ? (z - 1.0f) * 0.5f : z;
+    const float k = upper ? 1.0f : 0.0f;
+    const float s = f * f;
+    float p = 7.0376836e-2f;
+    p = fmaf(p, f, -1.151461e-1f);
+    p = fmaf(p, f, 1.1676999e-1f);
+    p = fmaf(p, f, -1.2420141e-1f);
+    p = fmaf(p, f, 1.4249323e-1f);
+    p = fmaf(p, f, -1.6668058e-1f);
+    p = fmaf(p, f, 2.0000715e-1f);
+    p = fmaf(p, f, -2.4999994e-1f);
+    p = fmaf(p, f, 3.3333331e-1f);
+    float y = p * f * s;
+    y = fmaf(k, -2.1219444e-4f, y);
+    y = fmaf(s, -0.5f, y);
+    return fmaf(k, 0.6933594f, f + y);
+}
+__device__ __forceinline__ double log1p_unit(double z) { return log1p(z); }
+
+// 1 / v for v in [1, 2], within 1 ulp.
+__device__ __forceinline__ float reciprocal(float v) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+__device__ __forceinline__ double reciprocal(double v) { return 1.0 / v; }
+
+// What the losses on logits are made of, from one exponential. With z = exp(-|x|) nothing overflows, and nothing cancels:
+// each of the four has the relative accuracy of its parts, for logits of any size.
+template <class A> struct Logit {
+    A part;         // ln(1 + z), which both softplus share
+    A softplus;     // ln(1 + exp(x)) = -ln sigmoid(-x)
+    A softplus_neg; // ln(1 + exp(-x)) = -ln sigmoid(x)
+    A sigmoid;      // 1 / (1 + exp(-x))
+    A sigmoid_neg;  // 1 / (1 + exp(x))
+
+    __device__ __forceinline__ explicit Logit(A x) {
+        const A z = exp_(-abs_(x));
+        part = log1p_unit(z);
+        // for a NaN the maxima are 0, but z is NaN
+        softplus = max_(x, A(0)) + part;
+        softplus_neg = max_(-x, A(0)) + part;
+        const A large = reciprocal(A(1) + z);
+        const A small = z * large;
+        sigmoid = x < A(0) ? small : large;
+        sigmoid_neg = x < A(0) ? large : small;
+    }
+};
+
+// -(t max(ln x, -100) + (1 - t) max(ln(1 - x), -100)) for a probability x.
+struct Bce {
+    static constexpr bool CHECKED = true;
+
+    template <class A> __device__ __forceinline__ static bool valid(A x, A t) { return unit(x) && unit(t); }
+    template <class A> __device__ __forceinline__ static bool unit(A v) { return v >= A(0) && v <= A(1); }
+
+    template <class A> __device__ __forceinline__ static Value<A> at(A x, A t, A, const TermOptions<A> &) {
+        const A yes = max_(log_(x), A(-100));
+        const A no = max_(log1p_(-x), A(-100));
+        return {-fma_(t, yes, (A(1) - t) * no), (x - t) / max_(x * (A(1) - x), A(1e-12))};
+    }
+
+    template <class A> __device__ __forceinline__ static A by_target(A x, A, A, const TermOptions<A> &) {
+        return max_(log1p_(-x), A(-100)) - max_(log_(x), A(-100));
+    }
+};
+
+// t p softplus(-x) + (1 - t) softplus(x) for a logit x. The derivative (p t + 1 - t) sigmoid(x) - p t is written as the
+// difference of its two classes' parts, so that a confident and right logit keeps its tiny gradient.
+struct BceWithLogits {
+    static constexpr bool CHECKED = false;
+
+    template <class A> __device__ __forceinline__ static bool valid(A, A) { return true; }
+
+    template <class A> __device__ __forceinline__ static Value<A> at(A x, A t, A p, const TermOptions<A> &) {
+        const Logit<A> l(x);
+        const A yes = t * p;
+        const A no = A(1) - t;
+        return {times(yes, l.softplus_neg) + times(no, l.softplus), no * l.sigmoid - yes * l.sigmoid_neg};
+    }
+
+    template <class A> __device__ __forceinline__ static A by_target(A x, A, A p, const TermOptions<A> &) {
+        // p softplus(-x) - softplus(x), with the shared part taken out so that p = 1 gives -x exactly
+        const Logit<A> l(x);
+        return (p - A(1)) * l.part + (times(p, max_(-x, A(0))) - max_(x, A(0)));
+    }
+};
+
+// a u^gamma ce with ce = t softplus(-x) + (1 - t) softplus(x), the probability of being wrong u = t sigmoid(-x) +
+// (1 - t) sigmoid(x) and a = alpha t + (1 - alpha) (1 - t), for a logit x.
+//
+// By x: a [u^gamma ce' + gamma u^gamma (u' / u) ce], where ce' = sigmoid(x) - t. For a label of exactly 0 or 1, u' / u is
+// sigmoid(-x) or -sigmoid(x): no division, so nothing is lost where u underflows, whatever gamma is.
+struct Focal {
+    static constexpr bool CHECKED = false;
+
+    template <class A> __device__ __forceinline__ static bool valid(A, A) { return true; }
+
+    template <class A> __device__ __forceinline__ static A wrong(const Logit<A> &l, A t) {
+        return fma_(t, l.sigmoid_neg, (A(1) - t) * l.sigmoid);
+    }
+
+    // u^gamma; 1 for gamma = 0, also of u = 0
+    template <class A> __device__ __forceinline__ static A power(const Logit<A> &l, A t, A u, A gamma) {
+        if (gamma == A(2)) return u * u;
+        if (gamma == A(0)) return A(1);
+        // ln u for the labels 0 and 1 without the rounding of u
+        const A ln = t == A(0) ? -l.softplus_neg : t == A(1) ? -l.softplus : log_(u);
+        return exp_(gamma * ln);
+    }
+
+    template <class A> __device__ __forceinline__ static A balance(A t, A alpha) {
+        return alpha < A(0) ? A(1) : fma_(alpha, t, (A(1) - alpha) * (A(1) - t));
+    }
+
+    template <class A> __device__ __forceinline__ static Value<A> at(A x, A t, A, const TermOptions<A> &o) {
+        const Logit<A> l(x);
+        const A no = A(1) - t;
+        const A ce = times(t, l.softplus_neg) + times(no, l.softplus);
+        const A u = wrong(l, t);
+        const A scale = balance(t, o.alpha) * power(l, t, u, o.gamma);
+        A ratio;
+        if (t == A(0)) ratio = l.sigmoid_neg;
+        else if (t == A(1)) ratio = -l.sigmoid;
+        else ratio = l.sigmoid * l.sigmoid_neg * (A(1) - A(2) * t) / u;
+        const A slope = no * l.sigmoid - t * l.sigmoid_neg;
+        return {times(scale, ce), scale * fma_(o.gamma, times(ratio, ce), slope)};
+    }
+
+    template <class A> __device__ __forceinline__ static A by_target(A x, A t, A, const TermOptions<A> &o) {
+        const Logit<A> l(x);
+        const A ce = times(t, l.softplus_neg) + times(A(1) - t, l.softplus);
+        const A u = wrong(l, t);
+        const A raised = power(l, t, u, o.gamma);
+        const A a = balance(t, o.alpha);
+        const A a_slope = o.alpha < A(0) ? A(0) : A(2) * o.alpha - A(1);
+        // ce / u tends to 1 where both underflow, that is where the label is right
+        const A per_wrong = u == A(0) ? A(1) : ce / u;
+        const A u_slope = l.sigmoid_neg - l.sigmoid;
+        return times(a_slope * raised, ce) + a * (times(o.gamma * raised * u_slope, per_wrong) - times(raised, x));
+    }
+};
+
+// TERM(type, name of its kernels)
+#define FOR_EACH_TERM(TERM)                                                                                            \
+    TERM(Bce, bce)                                                                                                     \
+    TERM(BceWithLogits, bce_with_logits)                                                                               \
+    TERM(Focal, focal)
+
+} // namespace fused_loss

@@ -1,0 +1,142 @@
+//! The units of work: segments of rows and tiles of rows, read in pieces that fit into the scratch memory, handed to the
+//! vectorised loops, and written.
+
+use super::kernels::{Detail, Emit, EmitBlock, EmitTile, ReduceBlock, ReduceTile, RowScalars, State};
+use super::rows::{BLOCK, DEPTH, Extra, LANES, Logits, Place, Scratch};
+use crate::cpu::element::{Element, Output, as_uninit};
+use crate::cpu::math::{Real, dispatch};
+use std::ops::Range;
+
+/// What a pass reads.
+pub(super) struct Operands<'k, 'a, T: Element> {
+    pub(super) logits: &'k Logits<'a, T>,
+    pub(super) extra: &'k Extra<'a, T::Acc>,
+}
+
+impl<T: Element> Operands<'_, '_, T> {
+    pub(super) fn reduce_segment(
+        &self,
+        detail: Detail,
+        row: usize,
+        classes: Range<usize>,
+        scratch: &mut Scratch<T::Acc>,
+    ) -> State<T::Acc> {
+        let mut state = State::EMPTY;
+        let Scratch { x, e, extra: q, .. } = scratch;
+        for class in classes.clone().step_by(BLOCK) {
+            let len = (classes.end - class).min(BLOCK);
+            let xs = self.logits.block(row, class, len, x, None);
+            let q = self.extra.load_block(row * self.logits.rows.classes + class, class, len, q);
+            let e = &mut e.as_flattened_mut()[..xs.len()];
+            dispatch(ReduceBlock { state: &mut state, class, xs, q, detail, e });
+        }
+        state
+    }
+
+    pub(super) fn reduce_tile(
+        &self,
+        detail: Detail,
+        place: &Place,
+        scratch: &mut Scratch<T::Acc>,
+    ) -> [State<T::Acc>; LANES] {
+        let mut states = [State::EMPTY; LANES];
+        let Scratch { x, extra: q, .. } = scratch;
+        for class in (0..self.logits.rows.classes).step_by(DEPTH) {
+            let classes = class..(class + DEPTH).min(self.logits.rows.classes);
+            let xs = self.logits.tile(place, &classes, x, None);
+            let q = place.load_extra(self.extra, &classes, q);
+            dispatch(ReduceTile { states: &mut states, class, xs, q, detail });
+        }
+        states
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn emit_segment<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
+        &self,
+        emit: &E,
+        scalars: &RowScalars<T::Acc>,
+        row: usize,
+        classes: Range<usize>,
+        out: &Output<O>,
+        scratch: &mut Scratch<T::Acc>,
+    ) {
+        let capped = E::IN_LOGITS && self.logits.softcap.is_some();
+        let Scratch { x, e, extra: q, slope } = scratch;
+        for class in classes.clone().step_by(BLOCK) {
+            let len = (classes.end - class).min(BLOCK);
+            let at = row * self.logits.rows.classes + class;
+            if !scalars.live {
+                // SAFETY: each segment of each row is emitted by one unit
+                unsafe { out.slice(at, len) }.fill(std::mem::MaybeUninit::new(O::from_acc(T::Acc::ZERO)));
+                continue;
+            }
+            let xs = self.logits.block(row, class, len, x, Some(slope));
+            let q = self.extra.load_block(at, class, len, q);
+            let slope = capped.then_some(slope.as_flattened());
+            if len == BLOCK {
+                // SAFETY: as above, and in place `xs` is a copy
+                let out = unsafe { out.slice(at, len) };
+                if let Some(out) = O::as_acc_mut(out) {
+                    dispatch(EmitBlock { emit, scalars, xs, q, slope, out });
+                    continue;
+                }
+            }
+            let e = &mut e.as_flattened_mut()[..xs.len()];
+            dispatch(EmitBlock { emit, scalars, xs, q, slope, out: as_uninit(e) });
+            // SAFETY: as above
+            O::narrow(&e[..len], unsafe { out.slice(at, len) });
+        }
+    }
+
+    pub(super) fn emit_tile<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
+        &self,
+        emit: &E,
+        scalars: &[RowScalars<T::Acc>; LANES],
+        place: &Place,
+        out: &Output<O>,
+        scratch: &mut Scratch<T::Acc>,
+    ) {
+        let capped = E::IN_LOGITS && self.logits.softcap.is_some();
+        let Scratch { x, e, extra: q, slope } = scratch;
+        for class in (0..self.logits.rows.classes).step_by(DEPTH) {
+            let classes = class..(class + DEPTH).min(self.logits.rows.classes);
+            let xs = self.logits.tile(place, &classes, x, Some(slope));
+            let q = place.load_extra(self.extra, &classes, q);
+            let slope = capped.then_some(&slope[..]);
+            let e = &mut e[..classes.len()];
+            dispatch(EmitTile { emit, scalars, xs, q, slope, out: e });
+            place.store(e, &classes, out);
+        }
+    }
+}
+
+impl Place {
+    /// Writes some classes of a tile.
+    fn store<O: Element>(&self, e: &[[O::Acc; LANES]], classes: &Range<usize>, out: &Output<O>) {
+        if self.write_adjacent && self.write_stride > 1 {
+            for (e, class) in e.iter().zip(classes.clone()) {
+                let at = self.write[0] + class * self.write_stride;
+                // SAFETY: each row is emitted by one unit, after its logits were copied into the scratch
+                O::narrow(&e[..self.lanes], unsafe { out.slice(at, self.lanes) });
+            }
+            return;
+        }
+        let mut row = [O::Acc::ZERO; DEPTH];
+        let row = &mut row[..classes.len()];
+        for lane in 0..self.lanes {
+            for (v, e) in row.iter_mut().zip(e) {
+                *v = e[lane];
+            }
+            if self.write_stride == 1 {
+                // SAFETY: as above
+                O::narrow(row, unsafe { out.slice(self.write[lane] + classes.start, row.len()) });
+            } else {
+                for (v, class) in row.iter().zip(classes.clone()) {
+                    // SAFETY: as above
+                    let out = unsafe { out.slice(self.write[lane] + class * self.write_stride, 1) };
+                    out[0].write(O::from_acc(*v));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! Launch plans of the softmax family: which kernels a pass runs, and their shapes.
+//!
+//! | row | forward | loss and gradient |
+//! | --- | --- | --- |
+//! | classes apart | a column of threads a row, neighbouring threads on neighbouring rows | the same |
+//! | up to `warp_bytes` | 1 to 32 lanes a row | the same, the row kept in shared memory |
+//! | up to `cluster_bytes` | a block a row | the same, the row kept in shared memory |
+//! | longer | a block a row | a cluster of 4 or 8 blocks a row; without clusters, a block that keeps what it can |
+//! | long, and few rows | several blocks a row, then a merge | the same, then the gradient as the backward makes it |
+//!
+//! Up to `lone_elements` logits one block does everything, so that there is no second launch.
+
+use super::Grid;
+
+/// Bytes that a thread moves at once, and the unit in which rows are shared out.
+const WINDOW: u64 = 16;
+/// Of the kernels for adjacent classes and for classes apart: the largest block.
+const ROWS_THREADS: u32 = 256;
+const STRIDED_THREADS: u32 = 256;
+/// What a thread keeps of a row is all or a multiple of this.
+const BATCH: u32 = 4;
+
+/// The cluster sizes that there are kernels for; 1 is a block without a cluster.
+const CLUSTERS: [u32; 3] = [1, 4, 8];
+
+/// What a plan depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Shape {
+    pub rows: u64,
+    pub classes: u64,
+    /// Bytes of a logit.
+    pub element: u64,
+    /// Whether a row's classes are next to each other.
+    pub adjacent: bool,
+}
+
+impl Shape {
+    fn row_bytes(&self) -> u64 {
+        self.classes * self.element
+    }
+
+    /// The most windows that a row can touch: one more than it fills if it begins inside of one.
+    fn windows(&self) -> u64 {
+        let per_window = WINDOW / self.element;
+        (self.classes + per_window - 1).div_ceil(per_window)
+    }
+}
+
+/// The device, as far as plans depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Device {
+    pub processors: u32,
+    /// Dynamic shared memory that a block can have.
+    pub shared_bytes: u32,
+    /// Whether the build has the cluster kernels and the device runs them.
+    pub clusters: bool,
+}
+
+/// Where the regimes meet. Tests lower them to reach each regime with small rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Thresholds {
+    /// The most rows, and logits, that one block works through alone.
+    pub lone_rows: u64,
+    pub lone_elements: u64,
+    /// The longest row that part of a warp takes.
+    pub warp_bytes: u64,
+    /// What a block of a cluster keeps of a row, at most; a longer row gets a larger cluster.
+    pub cluster_bytes: u64,
+    /// The shortest row that is split over blocks, and the bytes that a block gets of it.
+    pub split_bytes: u64,
+    /// The most rows whose count each block takes by itself.
+    pub count_rows: u64,
+    /// The most blocks of a grid that leaves a partial sum for each.
+    pub blocks: u32,
+}
+
+impl Default for Thresholds {
+    fn default() -> Self {
+        Thresholds {
+            lone_rows: 64,
+            lone_elements: 64 * 1024,
+            warp_bytes: 8 << 10,
+            cluster_bytes: 64 << 10,
+            split_bytes: 16 << 10,
+            count_rows: 1024,
+            blocks: 16 * 1024,
+        }
+    }
+}
+
+/// Which kernel a pass over rows runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    Rows,
+    Strided,
+    /// Blocks of a cluster.
+    Cluster(u32),
+}
+
+/// One launch over all rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Pass {
+    pub form: Form,
+    /// Threads that share a row, or each block's share of it.
+    pub team: u32,
+    /// Windows that a thread keeps in shared memory.
+    pub kept: u32,
+    pub grid: Grid,
+}
+
+impl Pass {
+    /// Blocks that share a row without being a cluster.
+    pub fn splits(&self) -> u32 {
+        self.grid.blocks[1]
+    }
+
+    pub fn blocks(&self) -> u32 {
+        self.grid.blocks[0] * self.grid.blocks[1]
+    }
+}
+
+/// Loss and gradient: in one pass, or with the rows split over blocks in a reduction, a merge and an emission.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fused {
+    OnePass(Pass),
+    Split { reduce: Pass, emit: Pass },
+}
+
+pub(crate) struct Planner {
+    pub device: Device,
+    pub thresholds: Thresholds,
+}
+
+impl Planner {
+    fn is_lone(&self, shape: &Shape) -> bool {
+        shape.rows <= self.thresholds.lone_rows && shape.rows * shape.classes <= self.thresholds.lone_elements
+    }
+
+    /// A forward: a loss, and what the backward needs, for each row. `may_split` unless the states can't be merged later.
+    pub fn reduce(&self, shape: &Shape, may_split: bool) -> Pass {
+        if !shape.adjacent {
+            return self.strided(shape);
+        }
+        match self.splits(shape) {
+            2.. if !may_split => self.block_per_row(shape, 1),
+            1 => self.rows(shape),
+            splits => self.block_per_row(shape, splits),
+        }
+    }
+
+    /// A forward that looks at one number of each row: a thread a row.
+    pub fn gather(&self, shape: &Shape) -> Pass {
+        let threads =
+            if shape.rows <= self.thresholds.count_rows { power_of_two(shape.rows, 32, STRIDED_THREADS) } else { 128 };
+        let blocks = match shape.rows <= self.thresholds.count_rows {
+            true => 1,
+            false => shape.rows.div_ceil(threads as u64).min(self.thresholds.blocks as u64) as u32,
+        };
+        let form = if shape.adjacent { Form::Rows } else { Form::Strided };
+        Pass { form, team: 1, kept: 0, grid: Grid::flat(blocks, threads) }
+    }
+
+    /// A backward. Its blocks need nothing of each other.
+    pub fn emit(&self, shape: &Shape) -> Pass {
+        if !shape.adjacent {
+            return self.strided(shape);
+        }
+        match self.splits(shape) {
+            1 => Pass { kept: 0, ..self.rows(shape) },
+            splits => self.block_per_row(shape, splits),
+        }
+    }
+
+    pub fn fused(&self, shape: &Shape) -> Fused {
+        if !shape.adjacent {
+            return Fused::OnePass(self.strided(shape));
+        }
+        if self.splits(shape) > 1 && !self.is_lone(shape) {
+            return Fused::Split { reduce: self.reduce(shape, true), emit: self.emit(shape) };
+        }
+        Fused::OnePass(self.one_pass(shape, true))
+    }
+
+    /// A pass that writes what it makes of each row, and that only `fused` runs in clusters.
+    pub fn one_pass(&self, shape: &Shape, may_cluster: bool) -> Pass {
+        if !shape.adjacent {
+            return self.strided(shape);
+        }
+        let mut pass = self.rows(shape);
+        let lone = pass.grid.blocks[0] == 1 && self.is_lone(shape);
+        let mut size = 1;
+        if may_cluster && self.device.clusters && !lone && pass.team == pass.grid.threads[0] {
+            let needed = shape.row_bytes().div_ceil(self.thresholds.cluster_bytes.max(1));
+            size = CLUSTERS.into_iter().find(|&size| needed <= size as u64).unwrap_or(CLUSTERS[CLUSTERS.len() - 1]);
+        }
+        if size > 1 {
+            pass.form = Form::Cluster(size);
+            pass.grid.blocks[0] *= size;
+        }
+        let threads = pass.grid.threads[0];
+        let windows = shape.windows().div_ceil((pass.team * size) as u64);
+        let room = self.device.shared_bytes as u64 / (threads as u64 * WINDOW);
+        let kept = if windows <= room { windows as u32 } else { room as u32 / BATCH * BATCH };
+        Pass { kept, grid: Grid { shared_bytes: kept * threads * WINDOW as u32, ..pass.grid }, ..pass }
+    }
+
+    /// Into how many parts a row is cut so that the whole device has work.
+    fn splits(&self, shape: &Shape) -> u32 {
+        let parts = shape.row_bytes() / self.thresholds.split_bytes.max(1);
+        let wanted = 2 * self.device.processors as u64 / shape.rows.max(1);
+        parts.min(wanted).clamp(1, 1024) as u32
+    }
+
+    fn block_per_row(&self, shape: &Shape, splits: u32) -> Pass {
+        let windows = shape.windows() / splits as u64;
+        let threads = power_of_two(windows / 8, 64, ROWS_THREADS);
+        let blocks = shape.rows.min(self.thresholds.blocks as u64) as u32;
+        let grid = Grid { blocks: [blocks, splits, 1], threads: [threads, 1, 1], shared_bytes: 0 };
+        Pass { form: Form::Rows, team: threads, kept: 0, grid }
+    }
+
+    fn rows(&self, shape: &Shape) -> Pass {
+        let lone = self.is_lone(shape);
+        if shape.row_bytes() > self.thresholds.warp_bytes && !(lone && shape.rows > 1) {
+            let pass = self.block_per_row(shape, 1);
+            return match lone {
+                true => Pass { grid: Grid { blocks: [1, 1, 1], ..pass.grid }, ..pass },
+                false => pass,
+            };
+        }
+        let team = power_of_two(shape.windows() / BATCH as u64, 1, 32);
+        let threads = if lone { power_of_two(shape.rows * team as u64, 32, ROWS_THREADS) } else { 128 };
+        let teams = (threads / team) as u64;
+        let blocks = if lone { 1 } else { shape.rows.div_ceil(teams).min(self.thresholds.blocks as u64) as u32 };
+        Pass { form: Form::Rows, team, kept: 0, grid: Grid::flat(blocks, threads) }
+    }
+
+    /// Neighbouring threads on neighbouring rows; several on one row where it is long, or where there are few rows.
+    fn strided(&self, shape: &Shape) -> Pass {
+        let least_width = power_of_two(shape.rows, 1, 32);
+        let depth = power_of_two(shape.classes / BATCH as u64, 1, STRIDED_THREADS / least_width);
+        // whole warps, but no wider than there are rows
+        let width = power_of_two(shape.rows, 32 / depth.min(32), STRIDED_THREADS / depth);
+        let blocks = shape.rows.div_ceil(width as u64).min(self.thresholds.blocks as u64) as u32;
+        let grid = Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0 };
+        Pass { form: Form::Strided, team: depth, kept: 0, grid }
+    }
+
+    /// The pass that takes any layout, for adjacent classes too: neighbouring threads on neighbouring classes then.
+    pub fn any_layout(&self, shape: &Shape) -> Pass {
+        if !shape.adjacent {
+            return self.strided(shape);
+        }
+        let depth = power_of_two(shape.classes, 1, STRIDED_THREADS);
+        let width = STRIDED_THREADS / depth;
+        let blocks = shape.rows.div_ceil(width as u64).min(self.thresholds.blocks as u64) as u32;
+        let grid = Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0 };
+        Pass { form: Form::Strided, team: depth, kept: 0, grid }
+    }
+
+    /// Blocks that count the rows ahead of a pass whose every block needs the count; 0 where each block counts by itself.
+    pub fn counts(&self, rows: u64, pass: &Pass) -> u32 {
+        if rows <= self.thresholds.count_rows || pass.blocks() == 1 {
+            return 0;
+        }
+        rows.div_ceil(self.thresholds.count_rows.max(1)).min(64) as u32
+    }
+}
+
+/// The smallest power of two that is at least `n`, within bounds that are powers of two.
+fn power_of_two(n: u64, least: u32, most: u32) -> u32 {
+    n.clamp(least as u64, most as u64).next_power_of_two() as u32
+}
