@@ -6,6 +6,7 @@ mod common;
 mod cross_entropy;
 mod errors;
 mod focal;
+mod linear_cross_entropy;
 mod multi_label;
 mod nll;
 mod properties;
