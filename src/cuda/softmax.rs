@@ -591,7 +591,8 @@ fn shape(rows: &Rows, dtype: DType) -> Shape {
         element: dtype.size_in_bytes() as u64,
         adjacent: rows.class_stride == 1,
         packed: rows.class_stride == 1
-            && (rows.inner == 1 || (rows.inner_stride == rows.classes && rows.outer_stride == rows.inner * rows.classes))
+            && (rows.inner == 1
+                || (rows.inner_stride == rows.classes && rows.outer_stride == rows.inner * rows.classes))
             && (rows.inner > 1 || rows.outer_stride == rows.classes || rows.outer == 1),
     }
 }

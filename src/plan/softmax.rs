@@ -168,7 +168,8 @@ impl Planner {
         if !shape.adjacent {
             return Some(self.strided(shape));
         }
-        let tile = shape.packed && shape.classes <= self.thresholds.tile_classes.min(TILE_CLASSES) && !self.is_lone(shape);
+        let tile =
+            shape.packed && shape.classes <= self.thresholds.tile_classes.min(TILE_CLASSES) && !self.is_lone(shape);
         tile.then(|| self.tile(shape))
     }
 

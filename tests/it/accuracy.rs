@@ -4,6 +4,10 @@
 //! hard targets and no smoothing; for log-softmax's gradient the unit is that of the larger of its two terms. The loss is
 //! every row's and the mean; its unit is f32's (f64's for f64). The unit of the gradient is the input's dtype's: half a unit
 //! is the rounding to it. In f64 the reference's own rounding is in the numbers.
+//!
+//! What f32 logits have more than 16-bit ones is the rounding of their difference to the row's maximum, which is exact for
+//! so few bits: at a difference of 40, half a unit is 2e-6, by which the exponential is off relatively, and with it a loss
+//! or gradient of 1e-17.
 
 use crate::common::{FLOATS, Random, arithmetic, devices, half_ulp, indices, tensor, values};
 use crate::reference::{self, CrossEntropy, Elements, Expected, Near, Targets, Term};
@@ -15,14 +19,14 @@ use candle_fused_loss::{
 
 /// The largest errors that are allowed on any device: loss and gradient for f16, bf16, f32, f64.
 const BOUNDS: [(&str, [(f64, f64); 4]); 8] = [
-    ("`CrossEntropyLoss`, class indices", [(4.0, 0.6), (4.0, 0.6), (4.0, 12.0), (4.0, 12.0)]),
-    ("`CrossEntropyLoss`, probabilities", [(4.0, 0.6), (4.0, 0.6), (4.0, 12.0), (4.0, 12.0)]),
+    ("`CrossEntropyLoss`, class indices", [(5.0, 0.6), (5.0, 0.6), (20.0, 40.0), (6.0, 8.0)]),
+    ("`CrossEntropyLoss`, probabilities", [(5.0, 0.6), (5.0, 0.6), (20.0, 40.0), (6.0, 8.0)]),
     ("`NllLoss`", [(1.0, 0.6), (1.0, 0.6), (1.0, 1.0), (1.0, 1.0)]),
-    ("`log_softmax`", [(0.6, 2.0), (0.6, 2.0), (2.0, 4.0), (2.0, 4.0)]),
-    ("`BceLoss`", [(3.0, 0.6), (3.0, 0.6), (3.0, 2.0), (3.0, 2.0)]),
-    ("`BceWithLogitsLoss`", [(3.0, 0.6), (3.0, 0.6), (3.0, 3.0), (3.0, 3.0)]),
-    ("`MultiLabelSoftMarginLoss`", [(3.0, 0.6), (3.0, 0.6), (3.0, 3.0), (3.0, 3.0)]),
-    ("`SigmoidFocalLoss`", [(24.0, 0.6), (24.0, 0.6), (24.0, 24.0), (24.0, 24.0)]),
+    ("`log_softmax`", [(0.6, 3.0), (0.6, 3.0), (20.0, 4.0), (6.0, 6.0)]),
+    ("`BceLoss`", [(2.0, 0.6), (2.0, 0.6), (2.0, 3.0), (2.0, 3.0)]),
+    ("`BceWithLogitsLoss`", [(3.0, 0.6), (3.0, 0.6), (3.0, 4.0), (5.0, 5.0)]),
+    ("`MultiLabelSoftMarginLoss`", [(3.0, 0.6), (3.0, 0.6), (3.0, 5.0), (7.0, 6.0)]),
+    ("`SigmoidFocalLoss`", [(24.0, 0.6), (24.0, 0.6), (24.0, 24.0), (16.0, 16.0)]),
 ];
 
 /// A line of the README's table.
@@ -104,7 +108,9 @@ fn element_errors(dtype: DType, n: usize, device: &Device) -> Result<[(f64, f64)
     let mut random = Random::new(82);
     let dims = [n / 10, 10];
     let x = tensor(&random.normals(n, 8.0), &dims, dtype, device)?;
-    let probs = tensor(&random.uniforms(n), &dims, dtype, device)?;
+    // away from the ends: the gradient there is beyond f16
+    let probs = random.uniforms(n).iter().map(|u| 0.001 + 0.998 * u).collect::<Vec<_>>();
+    let probs = tensor(&probs, &dims, dtype, device)?;
     let t = tensor(&random.labels(n).iter().map(|t| t.round()).collect::<Vec<_>>(), &dims, DType::U8, device)?;
     let (seen, seen_probs, labels) = (values(&x)?, values(&probs)?, values(&t)?);
     let reference = |term, group, x: &[f64], reduction| {

@@ -125,6 +125,18 @@ pub fn bits(tensor: &Tensor) -> Result<Vec<u64>> {
     Ok(values(tensor)?.into_iter().map(f64::to_bits).collect())
 }
 
+/// The same bits in both tensors; the first that differs is the message.
+#[track_caller]
+pub fn assert_same_bits(what: &str, got: &Tensor, want: &Tensor) -> Result<()> {
+    assert_eq!(got.dims(), want.dims(), "{what}: shape");
+    let (got, want) = (values(got)?, values(want)?);
+    let differs = |(got, want): (&f64, &f64)| got.to_bits() != want.to_bits();
+    if let Some(i) = got.iter().zip(&want).position(differs) {
+        panic!("{what}[{i}]: got {:e}, expected the bits of {:e}", got[i], want[i]);
+    }
+    Ok(())
+}
+
 /// How a tensor's elements lie in memory. What lies around them is NaN (99 in integers), to be noticed if it is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Memory {
@@ -241,6 +253,9 @@ pub fn compare(what: &str, got: &Tensor, want: &[Near], arithmetic: DType) -> Re
     Ok(())
 }
 
+/// A loss's one-pass gradient.
+pub type LossAndGrad<'a> = dyn Fn(&Tensor, &Tensor) -> Result<(Tensor, Tensor)> + 'a;
+
 /// One loss object with its reduction set, on one pair of tensors.
 pub struct Check<'a> {
     pub what: String,
@@ -248,7 +263,7 @@ pub struct Check<'a> {
     pub target: &'a Operand,
     pub loss_dims: Vec<usize>,
     pub forward: &'a dyn Fn(&Tensor, &Tensor) -> Result<Tensor>,
-    pub loss_and_grad: &'a dyn Fn(&Tensor, &Tensor) -> Result<(Tensor, Tensor)>,
+    pub loss_and_grad: &'a LossAndGrad<'a>,
     /// The reference for an upstream gradient.
     pub expected: &'a dyn Fn(&[f64]) -> Expected,
 }
@@ -278,7 +293,7 @@ impl Check<'_> {
             let grad = operand.grad(&grads)?;
             assert_eq!(grad.dtype(), operand.dtype(), "{what}: dtype of the {name}");
             compare(&format!("{what} {name}"), &grad, &operand.arriving(want, arithmetic), arithmetic)?;
-            assert_eq!(bits(&grad)?, bits(&operand.grad(&again)?)?, "{what}: the {name} the second time");
+            assert_same_bits(&format!("{what}: the {name} the second time"), &operand.grad(&again)?, &grad)?;
         }
 
         let (loss, grad) = (self.loss_and_grad)(&input.detached()?, &target.detached()?)?;

@@ -1,7 +1,8 @@
 //! Cross-entropy against the f64 reference: options, dtypes, shapes and layouts.
 
 use crate::common::{
-    Check, FLOATS, INDICES, Memory, Operand, REDUCTIONS, Random, arithmetic, bits, compare, devices, tensor, values,
+    Check, FLOATS, INDICES, Memory, Operand, REDUCTIONS, Random, arithmetic, assert_same_bits, compare, devices,
+    tensor, values,
 };
 use crate::reference::{self, Near, Targets};
 use Memory::{Contiguous, Odd, Repeated, Swapped, Window};
@@ -155,8 +156,8 @@ impl Case<'_> {
             let contiguous = logits.detached()?.copy()?.contiguous()?;
             let (one_loss, one_grad) = loss.loss_and_grad(&contiguous, &target.detached()?)?;
             let in_place = loss.loss_and_grad_inplace(&contiguous, &target.detached()?)?;
-            assert_eq!(bits(&in_place)?, bits(&one_loss)?, "{what}: in-place loss");
-            assert_eq!(bits(&contiguous)?, bits(&one_grad)?, "{what}: in-place gradient");
+            assert_same_bits(&format!("{what}: in-place loss"), &in_place, &one_loss)?;
+            assert_same_bits(&format!("{what}: in-place gradient"), &contiguous, &one_grad)?;
 
             if reduction == Reduction::None {
                 let got = loss.statistics(&logits.detached()?, &target.detached()?)?;

@@ -624,7 +624,9 @@ fn backward_twice_gives_the_same() -> Result<()> {
 }
 
 /// The losses whose target may be a float, as closures over (input, target).
-fn float_target_losses() -> [(&'static str, fn(&Tensor, &Tensor) -> Result<Tensor>); 5] {
+type Loss = fn(&Tensor, &Tensor) -> Result<Tensor>;
+
+fn float_target_losses() -> [(&'static str, Loss); 5] {
     [
         ("cross_entropy", cross_entropy),
         ("binary_cross_entropy", binary_cross_entropy),
