@@ -35,10 +35,6 @@ pub(crate) struct Rows {
 impl Rows {
     /// The rows along `axis`, or `None` where the other axes don't merge into two strides.
     pub fn of(layout: &Layout, axis: usize) -> Option<Self> {
-        if layout.stride()[axis] == 0 && layout.dims()[axis] > 1 && layout.shape().elem_count() > 0 {
-            // one logit for all classes: not worth a way of its own in a kernel
-            return None;
-        }
         let natural = Self::with_split(layout, axis, axis);
         if natural.is_some() || layout.stride()[axis] != 1 {
             return natural;
@@ -106,9 +102,11 @@ fn merge(axes: &[(usize, usize)]) -> Option<(usize, usize)> {
 
 /// The tensor itself where [`Rows::of`] describes it, else a contiguous copy.
 fn as_rows(tensor: &Tensor, axis: usize) -> Result<Tensor> {
+    // one logit broadcast to all classes is not worth a way of its own in a kernel
+    let broadcast = tensor.stride()[axis] == 0 && tensor.dims()[axis] > 1;
     match Rows::of(tensor.layout(), axis) {
-        Some(_) => Ok(tensor.clone()),
-        None => tensor.contiguous(),
+        Some(_) if !broadcast => Ok(tensor.clone()),
+        _ => tensor.contiguous(),
     }
 }
 
@@ -281,7 +279,11 @@ impl CrossEntropy {
 
     /// Both tensors as the kernels read them: logits and probabilities as rows, class indices contiguous.
     fn operands(&self, logits: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
-        let logits = as_rows(logits, self.axis)?;
+        let logits = match Rows::of(logits.layout(), self.axis) {
+            // NLL reads one number of a row, wherever it is
+            Some(_) if self.log_probs => logits.clone(),
+            _ => as_rows(logits, self.axis)?,
+        };
         let target = if target.dtype().is_float() {
             as_rows_like(target, self.axis, self.rows(logits.layout())?.split)?
         } else {
