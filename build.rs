@@ -62,7 +62,10 @@ mod cuda {
         })?;
         let known = toolkit.supported_architectures();
         if arch.base() < OLDEST {
-            return Err(format!("the CUDA kernels need compute capability 7.5 or newer, and CUDA_COMPUTE_CAP or the GPU says {}", arch.base()));
+            return Err(format!(
+                "the CUDA kernels need compute capability 7.5 or newer, and CUDA_COMPUTE_CAP or the GPU says {}",
+                arch.base()
+            ));
         }
         if !known.is_empty() && !known.contains(&arch.base()) {
             return Err(format!(

@@ -8,7 +8,10 @@ pub mod cross_entropy;
 mod cuda;
 mod device;
 pub mod focal;
+mod linear;
+pub mod linear_cross_entropy;
 mod logistic;
+mod matmul;
 pub mod multi_label;
 pub mod nll;
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
@@ -23,6 +26,7 @@ pub use candle_nn::loss::{huber, mse};
 pub use cross_entropy::{RowStatistics, cross_entropy};
 pub use device::best_device;
 pub use focal::sigmoid_focal;
+pub use linear_cross_entropy::{LinearGradients, linear_cross_entropy};
 pub use multi_label::multi_label_soft_margin;
 pub use nll::{log_softmax, nll};
 pub use reduction::{Fused, Reduction, Unfused};
@@ -39,3 +43,5 @@ pub type BceWithLogitsLoss = binary::BceWithLogitsLoss<Fused>;
 pub type MultiLabelSoftMarginLoss = multi_label::MultiLabelSoftMarginLoss<Fused>;
 /// Sigmoid focal loss with one kernel a pass: see [`focal::SigmoidFocalLoss`].
 pub type SigmoidFocalLoss = focal::SigmoidFocalLoss<Fused>;
+/// Cross-entropy of a linear layer's output, without the logits: see [`linear_cross_entropy::LinearCrossEntropyLoss`].
+pub type LinearCrossEntropyLoss = linear_cross_entropy::LinearCrossEntropyLoss<Fused>;

@@ -35,6 +35,10 @@ pub(crate) struct Rows {
 impl Rows {
     /// The rows along `axis`, or `None` where the other axes don't merge into two strides.
     pub fn of(layout: &Layout, axis: usize) -> Option<Self> {
+        if layout.stride()[axis] == 0 && layout.dims()[axis] > 1 && layout.shape().elem_count() > 0 {
+            // one logit for all classes: not worth a way of its own in a kernel
+            return None;
+        }
         let natural = Self::with_split(layout, axis, axis);
         if natural.is_some() || layout.stride()[axis] != 1 {
             return natural;
@@ -254,7 +258,13 @@ impl CrossEntropy {
     }
 
     /// As [`Self::loss_and_grad`], the gradient replacing the contiguous logits.
-    pub fn loss_and_grad_inplace(self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
+    pub fn loss_and_grad_inplace(mut self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
+        if logits.elem_count() == 0 {
+            // candle takes the strides of an empty tensor for a broadcast
+            return Ok(self.loss_and_grad(logits, target)?.0);
+        }
+        // weights may be a view of the logits, whose storage is locked while it is written
+        self.weight = self.weight.as_ref().map(Tensor::copy).transpose()?;
         let (_, target) = self.operands(logits, &target.detach())?;
         let op = LossAndGrad { problem: self, loss: OnceLock::new() };
         logits.inplace_op2(&target, &op)?;

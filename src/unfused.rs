@@ -22,6 +22,7 @@
 //! # }
 //! ```
 
+use crate::linear_cross_entropy::LinearGradients;
 use crate::logistic::{Logistic, Term};
 use crate::reduction::{Reduction, Unfused};
 use crate::softmax::CrossEntropy;
@@ -41,6 +42,9 @@ pub type BceWithLogitsLoss = crate::binary::BceWithLogitsLoss<Unfused>;
 pub type MultiLabelSoftMarginLoss = crate::multi_label::MultiLabelSoftMarginLoss<Unfused>;
 /// [`crate::SigmoidFocalLoss`] without a kernel.
 pub type SigmoidFocalLoss = crate::focal::SigmoidFocalLoss<Unfused>;
+
+/// [`crate::LinearCrossEntropyLoss`] without a kernel: all logits at once.
+pub type LinearCrossEntropyLoss = crate::linear_cross_entropy::LinearCrossEntropyLoss<Unfused>;
 
 /// Whether the tensor's device has no kernel.
 pub(crate) fn only(tensor: &Tensor) -> bool {
@@ -80,6 +84,11 @@ pub fn multi_label_soft_margin(logits: &Tensor, target: &Tensor) -> Result<Tenso
 /// [`crate::sigmoid_focal`] without a kernel.
 pub fn sigmoid_focal(logits: &Tensor, target: &Tensor) -> Result<Tensor> {
     SigmoidFocalLoss::new().forward(logits, target)
+}
+
+/// [`crate::linear_cross_entropy()`] without a kernel.
+pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, target: &Tensor) -> Result<Tensor> {
+    LinearCrossEntropyLoss::new().forward(hidden, weight, None, target)
 }
 
 /// [`crate::log_softmax`] without a kernel.
@@ -162,6 +171,37 @@ impl SigmoidFocalLoss {
     /// The loss, and its gradient in the logits for an upstream gradient of ones.
     pub fn loss_and_grad(&self, logits: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
         through_autograd(logits, |logits| self.forward(logits, target))
+    }
+}
+
+impl LinearCrossEntropyLoss {
+    /// As [`crate::linear_cross_entropy::LinearCrossEntropyLoss::forward`] with a kernel; the size of chunks means nothing.
+    pub fn forward(&self, hidden: &Tensor, weight: &Tensor, bias: Option<&Tensor>, target: &Tensor) -> Result<Tensor> {
+        let linear = self.options.problem("linear_cross_entropy", hidden, weight, bias, target)?;
+        let rows = target.elem_count();
+        let mut logits = hidden.reshape((rows, weight.dim(1)?))?.matmul(&weight.t()?)?;
+        if let Some(bias) = bias {
+            logits = logits.broadcast_add(bias)?;
+        }
+        let loss = softmax_family(&linear.problem, &logits, &target.flatten_all()?)?;
+        if linear.problem.reduction == Reduction::None { loss.reshape(target.shape()) } else { Ok(loss) }
+    }
+
+    /// The loss, and its gradients for an upstream gradient of ones.
+    pub fn loss_and_grad(
+        &self,
+        hidden: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        target: &Tensor,
+    ) -> Result<(Tensor, LinearGradients)> {
+        let var = |tensor: &Tensor| Var::from_tensor(&tensor.detach());
+        let (hidden, weight, bias) = (var(hidden)?, var(weight)?, bias.map(var).transpose()?);
+        let loss = self.forward(&hidden, &weight, bias.as_deref(), target)?;
+        let mut grads = loss.backward()?;
+        let mut grad = |of: &Var| grads.remove(of).map_or_else(|| of.zeros_like(), Ok);
+        let (hidden, weight, bias) = (grad(&hidden)?, grad(&weight)?, bias.as_ref().map(grad).transpose()?);
+        Ok((loss.detach(), LinearGradients { hidden, weight, bias }))
     }
 }
 

@@ -4,6 +4,7 @@
 //! fails for a reason that could have been seen here. Only the values of targets and probabilities are checked later, by
 //! the kernels that read them anyway.
 
+use crate::linear::Linear;
 use crate::logistic::{Logistic, Term};
 use crate::reduction::Reduction;
 use crate::softmax::CrossEntropy;
@@ -204,6 +205,82 @@ impl SoftmaxOptions {
             softcap: self.softcap,
             logit_scale: self.logit_scale,
             target_check: self.target_check,
+        })
+    }
+}
+
+/// The options of linear cross-entropy as the caller gave them.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct LinearOptions {
+    pub softmax: SoftmaxOptions,
+    pub chunk_rows: Option<usize>,
+}
+
+impl LinearOptions {
+    /// Checks all tensors against the options.
+    pub fn problem(
+        &self,
+        name: &'static str,
+        hidden: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        target: &Tensor,
+    ) -> Result<Linear> {
+        let options = &self.softmax;
+        options.check(name)?;
+        if self.chunk_rows == Some(0) {
+            bail!("{name}: chunk rows 0, expected at least one row in a chunk");
+        }
+        let arithmetic = arithmetic_dtype(name, "hidden states", hidden)?;
+        let (rows, features) = match hidden.dims() {
+            [] => bail!("{name}: scalar hidden states, expected shape (…, D)"),
+            [.., 0] => bail!("{name}: no features in hidden states of shape {:?}, expected some", hidden.dims()),
+            [rows @ .., features] => (rows, *features),
+        };
+        let classes = match weight.dims() {
+            [0, _] => bail!("{name}: no classes in a weight of shape {:?}, expected at least one", weight.dims()),
+            [classes, of] if *of == features => *classes,
+            _ => bail!(
+                "{name}: weight of shape {:?}, expected (V, {features}) for hidden states of shape {:?}",
+                weight.dims(),
+                hidden.dims()
+            ),
+        };
+        if let Some(bias) = bias
+            && bias.dims() != [classes]
+        {
+            bail!("{name}: bias of shape {:?}, expected ({classes}), one for each class", bias.dims());
+        }
+        for (what, tensor) in [("weight", Some(weight)), ("bias", bias)] {
+            let Some(tensor) = tensor else { continue };
+            same_device(name, what, tensor, hidden)?;
+            if tensor.dtype() != hidden.dtype() {
+                bail!("{name}: {what} of dtype {:?}, expected the hidden states' {:?}", tensor.dtype(), hidden.dtype());
+            }
+        }
+        same_device(name, "target", target, hidden)?;
+        if target.dims() != rows {
+            bail!("{name}: target of shape {:?}, expected class indices of shape {rows:?}", target.dims());
+        }
+        if !is_index(target.dtype()) {
+            bail!("{name}: class indices of dtype {:?}, expected u8, u32, i32 or i64", target.dtype());
+        }
+        Ok(Linear {
+            problem: CrossEntropy {
+                name,
+                axis: 1,
+                log_probs: false,
+                weight: class_weights(name, &options.weight, classes, hidden, arithmetic)?,
+                ignore_index: options.ignore_index,
+                label_smoothing: options.label_smoothing,
+                reduction: options.reduction,
+                normalizer: options.normalizer,
+                z_loss: options.z_loss,
+                softcap: options.softcap,
+                logit_scale: options.logit_scale,
+                target_check: options.target_check,
+            },
+            chunk_rows: self.chunk_rows,
         })
     }
 }

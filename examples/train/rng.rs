@@ -18,7 +18,7 @@ impl Rng {
     }
 
     /// Uniform in (0, 1], so that its logarithm is finite.
-    fn uniform(&mut self) -> f64 {
+    pub fn uniform(&mut self) -> f64 {
         ((self.next() >> 11) + 1) as f64 / (1u64 << 53) as f64
     }
 

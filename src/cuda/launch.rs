@@ -3,8 +3,10 @@
 use crate::plan::Grid;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice, WrapErr};
-use candle_core::{bail, DType, Layout, Result};
-use cudarc::driver::{CudaFunction, CudaSlice, CudaView, CudaViewMut, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg};
+use candle_core::{DType, Layout, Result, bail};
+use cudarc::driver::{
+    CudaFunction, CudaSlice, CudaView, CudaViewMut, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg,
+};
 use half::{bf16, f16};
 
 /// One compiled `kernels/*.cu`. Each device loads it at its first use and keeps it.
@@ -171,8 +173,14 @@ pub(crate) fn read_element(storage: &CudaStorage, layout: &Layout, mut element: 
         index += element % size * stride;
         element /= size;
     }
-    fn at<T: candle_core::WithDType + DeviceRepr>(device: &CudaDevice, slice: &CudaSlice<T>, index: usize) -> Result<f64> {
-        let Some(view) = slice.try_slice(index..index + 1) else { bail!("no element {index} in {} elements", slice.len()) };
+    fn at<T: candle_core::WithDType + DeviceRepr>(
+        device: &CudaDevice,
+        slice: &CudaSlice<T>,
+        index: usize,
+    ) -> Result<f64> {
+        let Some(view) = slice.try_slice(index..index + 1) else {
+            bail!("no element {index} in {} elements", slice.len())
+        };
         Ok(device.clone_dtoh(&view)?.first().map_or(f64::NAN, |v| v.to_f64()))
     }
     let device = &storage.device;
@@ -194,7 +202,11 @@ pub(crate) fn read_element(storage: &CudaStorage, layout: &Layout, mut element: 
 pub(crate) unsafe fn launch(builder: &mut LaunchArgs, grid: Grid) -> Result<()> {
     #[cfg(test)]
     LAUNCHES.with(|n| n.set(n.get() + 1));
-    let config = LaunchConfig { grid_dim: grid.blocks.into(), block_dim: grid.threads.into(), shared_mem_bytes: grid.shared_bytes };
+    let config = LaunchConfig {
+        grid_dim: grid.blocks.into(),
+        block_dim: grid.threads.into(),
+        shared_mem_bytes: grid.shared_bytes,
+    };
     // SAFETY: by this function's contract
     unsafe { builder.launch(config) }.w()?;
     Ok(())

@@ -94,7 +94,9 @@ impl<'a> Operands<'a> {
         match Axes::merge(&views) {
             Some(axes) => Ok(Operands { held, axes }),
             // candle's own kernels stop at this rank as well
-            None => bail!("{}: shape {:?} with strides that leave more than {MAX_AXES} axes", options.name, input.1.dims()),
+            None => {
+                bail!("{}: shape {:?} with strides that leave more than {MAX_AXES} axes", options.name, input.1.dims())
+            }
         }
     }
 
@@ -256,13 +258,16 @@ impl<'a> Call<'a> {
                 alloc(&self.device, self.accumulator(), losses)?,
                 alloc(&self.device, self.accumulator(), 1)?,
                 with_grad.then(|| alloc(&self.device, self.dtype, self.elements)).transpose()?,
-                two_stages.then(|| self.device.alloc::<f64>(spans.count as usize * (1 + masked as usize))).transpose()?,
+                two_stages
+                    .then(|| self.device.alloc::<f64>(spans.count as usize * (1 + masked as usize)))
+                    .transpose()?,
             )
         };
 
         let stream = self.device.cuda_stream();
         {
-            let function = self.module.function(&self.device, &self.kernel(if with_grad { "fused" } else { "loss" }, variant))?;
+            let function =
+                self.module.function(&self.device, &self.kernel(if with_grad { "fused" } else { "loss" }, variant))?;
             let mut builder = stream.launch_builder(&function);
             inputs.push(&mut builder);
             match counts {

@@ -5,6 +5,7 @@
 
 pub(crate) mod launch;
 pub(crate) mod logistic;
+pub(crate) mod matmul;
 pub(crate) mod softmax;
 
 /// The PTX of each `kernels/*.cu`: `kernels/logistic.cu` is `ptx::LOGISTIC`.

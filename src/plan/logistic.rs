@@ -157,7 +157,11 @@ impl Variant {
         let aligned_alike = at.input_address % 16 == at.target_address % 16;
         let outputs = !at.writes || phase == 0;
         let upstream = at.upstream_address.is_none_or(|address| address % 16 == 0 && phase == 0);
-        if at.plain && aligned_alike && outputs && upstream { Variant::Dense { phase: phase as i32 } } else { Variant::Any }
+        if at.plain && aligned_alike && outputs && upstream {
+            Variant::Dense { phase: phase as i32 }
+        } else {
+            Variant::Any
+        }
     }
 
     pub fn name(self) -> &'static str {
@@ -211,7 +215,11 @@ impl Spans {
         let team = rounds.next_power_of_two().min(THREADS);
         let teams = THREADS / team;
         let count = elements / row;
-        let grid = Grid { blocks: [count.div_ceil(teams) as u32, 1, 1], threads: [team as u32, teams as u32, 1], shared_bytes: 0 };
+        let grid = Grid {
+            blocks: [count.div_ceil(teams) as u32, 1, 1],
+            threads: [team as u32, teams as u32, 1],
+            shared_bytes: 0,
+        };
         Spans { span: row, count, grid }
     }
 
@@ -257,7 +265,9 @@ mod tests {
     fn axes_merge_where_all_strided_operands_allow() {
         // class weights against a contiguous input: the leading axes are one
         let dims = [2, 3, 4];
-        let axes = Axes::merge(&[view(&dims, &[12, 4, 1]), view(&dims, &[12, 4, 1]), view(&dims, &[0, 0, 1]), None, None]).unwrap();
+        let axes =
+            Axes::merge(&[view(&dims, &[12, 4, 1]), view(&dims, &[12, 4, 1]), view(&dims, &[0, 0, 1]), None, None])
+                .unwrap();
         assert_eq!((axes.axes, axes.contiguous), (2, 0b11011));
         assert_eq!(axes.size[..2], [Divisor::new(6), Divisor::new(4)]);
         assert_eq!(axes.stride[2][..2], [0, 1]);
@@ -302,7 +312,11 @@ mod tests {
         for variant in [Variant::Dense { phase: 0 }, Variant::Any] {
             for bytes in [2, 4, 8] {
                 for elements in [1, 31, 1023, 1 << 14, (1 << 14) + 1, 1_000_003, 1 << 26, (1 << 32) + 5] {
-                    for spans in [Spans::each(elements, variant, bytes), Spans::sum(elements, variant, bytes), Spans::count(elements)] {
+                    for spans in [
+                        Spans::each(elements, variant, bytes),
+                        Spans::sum(elements, variant, bytes),
+                        Spans::count(elements),
+                    ] {
                         assert_eq!(spans.count, elements.div_ceil(spans.span), "{elements} {spans:?}");
                         assert_eq!(spans.count, spans.grid.blocks[0] as u64);
                     }
@@ -319,7 +333,10 @@ mod tests {
         let dense = Variant::Dense { phase: 0 };
         assert_eq!(Spans::rows(20 * 1000, 20, dense, 2).grid.threads, [2, 128, 1]);
         assert_eq!(Spans::rows(20 * 1000, 20, Variant::Any, 2).grid.threads, [8, 32, 1]);
-        assert_eq!(Spans::rows(7, 1, Variant::Any, 4).grid, Grid { blocks: [1, 1, 1], threads: [1, 256, 1], shared_bytes: 0 });
+        assert_eq!(
+            Spans::rows(7, 1, Variant::Any, 4).grid,
+            Grid { blocks: [1, 1, 1], threads: [1, 256, 1], shared_bytes: 0 }
+        );
         assert_eq!(Spans::rows(1 << 20, 1 << 16, dense, 4).grid.threads, [256, 1, 1]);
     }
 }

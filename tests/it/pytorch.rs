@@ -5,12 +5,12 @@ use std::collections::{BTreeSet, HashMap};
 use std::str::FromStr;
 use std::sync::LazyLock;
 
-use anyhow::{anyhow, ensure, Context, Result};
+use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::safetensors::Load;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_fused_loss::{
-    log_softmax, BceLoss, BceWithLogitsLoss, CrossEntropyLoss, MultiLabelSoftMarginLoss, NllLoss, Reduction,
-    SigmoidFocalLoss,
+    BceLoss, BceWithLogitsLoss, CrossEntropyLoss, MultiLabelSoftMarginLoss, NllLoss, Reduction, SigmoidFocalLoss,
+    log_softmax,
 };
 use safetensors::SafeTensors;
 
@@ -113,11 +113,7 @@ impl Case {
     fn cancelling(&self) -> Result<Vec<f64>> {
         let input = self.tensor("input", &Device::Cpu)?;
         let classes = input.dim(input.rank().min(2) - 1)?;
-        if self.is("cross_entropy") && classes == 1 {
-            self.upstream()
-        } else {
-            Ok(Vec::new())
-        }
+        if self.is("cross_entropy") && classes == 1 { self.upstream() } else { Ok(Vec::new()) }
     }
 
     /// How far arithmetic may lead away from the record. Rounding of the result is apart, see [`compare`].

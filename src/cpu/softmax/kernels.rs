@@ -54,6 +54,14 @@ impl<A: Real> State<A> {
         self.max = max;
     }
 
+    /// As [`Self::absorb`] for the first part of a row, without an exponential.
+    #[inline(always)]
+    fn start(&mut self, part: Part<A>) {
+        let Part { max, tail, ties, linear, mass, moment, .. } = part;
+        let rest = if max == A::NEG_INFINITY { tail } else { tail + (ties - A::ONE) };
+        *self = State { max, rest, linear, mass, moment, argmax: self.argmax };
+    }
+
     /// Merges the state of the classes that follow.
     pub(super) fn merge(&mut self, next: &Self) {
         if next.max > self.max {
@@ -310,7 +318,7 @@ impl<A: Real> Kernel for ReduceTile<'_, A> {
             }
         }
         for lane in 0..LANES {
-            states[lane].absorb::<I>(Part {
+            let part = Part {
                 max: max[lane],
                 block_max: block_max[lane],
                 tail: tail[lane],
@@ -318,7 +326,12 @@ impl<A: Real> Kernel for ReduceTile<'_, A> {
                 linear: linear[lane],
                 mass: mass[lane],
                 moment: moment[lane],
-            });
+            };
+            if class == 0 {
+                states[lane].start(part);
+            } else {
+                states[lane].absorb::<I>(part);
+            }
         }
     }
 }
@@ -377,18 +390,32 @@ impl<A: Real, E: Emit<A>> Kernel for EmitTile<'_, A, E> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         let EmitTile { emit, scalars, xs, q, slope, out } = self;
+        // one array for each number, so that a vector of rows is loaded at once
+        let of = |number: fn(&RowScalars<A>) -> A| {
+            let mut lanes = [A::ZERO; LANES];
+            lanes.iter_mut().zip(scalars).for_each(|(to, row)| *to = number(row));
+            lanes
+        };
+        let (max, inverse, log_sum) = (of(|r| r.max), of(|r| r.inverse), of(|r| r.log_sum));
+        let (confident, slopes, mass, upstream) =
+            (of(|r| r.confident), of(|r| r.slope), of(|r| r.mass), of(|r| r.upstream));
+        let live = of(|r| if r.live { A::ONE } else { A::ZERO });
         for (i, (out, xs)) in out.iter_mut().zip(xs).enumerate() {
             let q = q.map_or([A::ZERO; LANES], |q| q[i]);
+            let chain = slope.map_or([A::ONE; LANES], |slope| slope[i]);
             for lane in 0..LANES {
-                out[lane] = emit.value::<I>(&scalars[lane], xs[lane], q[lane]);
-            }
-            if let Some(slope) = slope {
-                for lane in 0..LANES {
-                    out[lane] *= slope[i][lane];
-                }
-            }
-            for lane in 0..LANES {
-                out[lane] = if scalars[lane].live { out[lane] } else { A::ZERO };
+                let row = RowScalars {
+                    max: max[lane],
+                    inverse: inverse[lane],
+                    log_sum: log_sum[lane],
+                    confident: confident[lane],
+                    slope: slopes[lane],
+                    mass: mass[lane],
+                    upstream: upstream[lane],
+                    live: true,
+                };
+                let v = chain[lane] * emit.value::<I>(&row, xs[lane], q[lane]);
+                out[lane] = if live[lane] != A::ZERO { v } else { A::ZERO };
             }
         }
     }

@@ -7,8 +7,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 
 const FLOATS: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
 const REDUCTIONS: [Reduction; 3] = [Reduction::None, Reduction::Mean, Reduction::Sum];
-const TERMS: [Term; 3] =
-    [Term::Bce, Term::BceWithLogits, Term::Focal { alpha: Some(0.25), gamma: 1.5 }];
+const TERMS: [Term; 3] = [Term::Bce, Term::BceWithLogits, Term::Focal { alpha: Some(0.25), gamma: 1.5 }];
 
 fn cuda() -> Option<Device> {
     Device::new_cuda(0).ok()
@@ -185,7 +184,8 @@ fn sizes_around_the_launch_shapes() -> Result<()> {
 #[test]
 fn unaligned_offsets() -> Result<()> {
     let Some(device) = cuda() else { return Ok(()) };
-    let views: [View; 4] = [|t| t.narrow(0, 1, 500), |t| t.narrow(0, 3, 17), |t| t.narrow(0, 8, 505), |t| t.narrow(0, 11, 2)];
+    let views: [View; 4] =
+        [|t| t.narrow(0, 1, 500), |t| t.narrow(0, 3, 17), |t| t.narrow(0, 8, 505), |t| t.narrow(0, 11, 2)];
     for dtype in FLOATS {
         for (i, view) in views.into_iter().enumerate() {
             for reduction in REDUCTIONS {
@@ -202,7 +202,13 @@ fn unaligned_offsets() -> Result<()> {
         let run = |device: &Device| -> Result<Tensor> {
             problem.clone().forward(&x.to_device(device)?.narrow(0, 1, 290)?, &t.to_device(device)?.narrow(0, 2, 290)?)
         };
-        close("apart", "loss", if dtype == DType::F64 { DType::F64 } else { DType::F32 }, &run(&device)?, &run(&Device::Cpu)?)?;
+        close(
+            "apart",
+            "loss",
+            if dtype == DType::F64 { DType::F64 } else { DType::F32 },
+            &run(&device)?,
+            &run(&Device::Cpu)?,
+        )?;
     }
     Ok(())
 }
@@ -223,7 +229,14 @@ fn strides() -> Result<()> {
                 let n = 6 * 4 * 9;
                 let (x, t) = (tensor(inputs(term, n), &[6, 4, 9], dtype)?, tensor(labels(n), &[6, 4, 9], dtype)?);
                 for reduction in [Reduction::None, Reduction::Mean] {
-                    compare(&format!("{name} {term:?} {dtype:?} {reduction:?}"), &plain(term, reduction), &x, &t, view, &device)?;
+                    compare(
+                        &format!("{name} {term:?} {dtype:?} {reduction:?}"),
+                        &plain(term, reduction),
+                        &x,
+                        &t,
+                        view,
+                        &device,
+                    )?;
                 }
             }
         }
@@ -257,7 +270,10 @@ fn weights_masks_and_smoothing() -> Result<()> {
                 };
                 compare(&format!("all {dtype:?} {mask_dtype:?} {reduction:?}"), &problem, &x, &t, same, &device)?;
             }
-            let problem = Logistic { weight: broadcast(17, arithmetic)?, ..plain(Term::Focal { alpha: None, gamma: 2.0 }, reduction) };
+            let problem = Logistic {
+                weight: broadcast(17, arithmetic)?,
+                ..plain(Term::Focal { alpha: None, gamma: 2.0 }, reduction)
+            };
             compare(&format!("weights {dtype:?} {reduction:?}"), &problem, &x, &t, same, &device)?;
         }
     }
@@ -275,7 +291,8 @@ fn rows_are_averaged() -> Result<()> {
                     let shape = [rows, classes];
                     let arithmetic = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
                     let weight = tensor(uniform(classes, 5), &[classes], arithmetic)?.broadcast_as(&shape)?;
-                    let problem = Logistic { average_rows: true, weight: weighted.then_some(weight), ..plain(term, reduction) };
+                    let problem =
+                        Logistic { average_rows: true, weight: weighted.then_some(weight), ..plain(term, reduction) };
                     let x = tensor(inputs(term, rows * classes), &shape, dtype)?;
                     let t = tensor(labels(rows * classes), &shape, dtype)?;
                     let case = format!("{shape:?} {dtype:?} {reduction:?} weighted {weighted}");
@@ -292,7 +309,8 @@ fn target_dtypes() -> Result<()> {
     let Some(device) = cuda() else { return Ok(()) };
     let n = 600;
     let label: Vec<f64> = uniform(n, 11).iter().map(|u| u.round()).collect();
-    for target_dtype in [DType::U8, DType::U32, DType::I32, DType::I64, DType::F16, DType::BF16, DType::F32, DType::F64] {
+    for target_dtype in [DType::U8, DType::U32, DType::I32, DType::I64, DType::F16, DType::BF16, DType::F32, DType::F64]
+    {
         for dtype in [DType::BF16, DType::F32, DType::F64] {
             for term in TERMS {
                 let (x, t) = (tensor(inputs(term, n), &[n], dtype)?, tensor(label.clone(), &[n], target_dtype)?);
@@ -326,7 +344,8 @@ fn extreme_logits() -> Result<()> {
             let (x, t) = (tensor(x, &[n], dtype)?, tensor(t, &[n], dtype)?);
             // the target's gradient is infinite at an infinite logit
             let got = compare_without_target(&format!("{term:?} {dtype:?}"), &problem, &x, &t, same, &device)?;
-            for (i, ((x, loss), grad)) in values(&x)?.iter().zip(values(&got.loss)?).zip(values(&got.grad)?).enumerate() {
+            for (i, ((x, loss), grad)) in values(&x)?.iter().zip(values(&got.loss)?).zip(values(&got.grad)?).enumerate()
+            {
                 let finite = x.is_finite();
                 assert_eq!(loss.is_nan(), x.is_nan(), "{term:?} {dtype:?}: loss {i} at {x} is {loss}");
                 assert_eq!(grad.is_nan(), x.is_nan(), "{term:?} {dtype:?}: gradient {i} at {x} is {grad}");
@@ -362,7 +381,8 @@ fn masked_elements_leak_nothing() -> Result<()> {
     }
     // nothing left: the mean is NaN, the gradient 0
     let x = Tensor::new(&[1f32, f32::NAN], &device)?;
-    let problem = Logistic { mask: Some(Tensor::new(&[0u8, 0], &device)?), ..plain(Term::BceWithLogits, Reduction::Mean) };
+    let problem =
+        Logistic { mask: Some(Tensor::new(&[0u8, 0], &device)?), ..plain(Term::BceWithLogits, Reduction::Mean) };
     let (loss, grad) = problem.loss_and_grad(&x, &x)?;
     assert!(values(&loss)?[0].is_nan());
     assert_eq!(values(&grad)?, [0.0, 0.0]);

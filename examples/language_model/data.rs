@@ -1,0 +1,85 @@
+//! The text as pieces, and passages of it.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{Device, Tensor};
+
+use crate::pieces::Pieces;
+use crate::rng::Rng;
+
+/// Of this many chapters, one is held out.
+const HELD_OUT: usize = 10;
+
+pub struct Corpus {
+    pub pieces: Pieces,
+    train: Vec<u32>,
+    held_out: Vec<u32>,
+    /// Of the held-out text.
+    pub bytes: usize,
+}
+
+/// Passages `(B, T)` and what comes next at each place of them.
+pub struct Batch {
+    pub input: Tensor,
+    pub next: Tensor,
+}
+
+impl Corpus {
+    /// Reads the book; what is a piece is learned from the training chapters alone.
+    pub fn load(vocabulary: usize) -> Result<Self> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/data/king_james.txt");
+        let text = fs::read_to_string(&path).with_context(|| format!("{} (the repository has it)", path.display()))?;
+        let chapters = text.split_inclusive("\n\n").enumerate();
+        let (held_out, train): (Vec<_>, Vec<_>) = chapters.partition(|(index, _)| index % HELD_OUT == HELD_OUT - 1);
+        let joined = |chapters: Vec<(usize, &str)>| chapters.into_iter().map(|(_, text)| text).collect::<String>();
+        let (train, held_out) = (joined(train), joined(held_out));
+        let pieces = Pieces::learn(&train, vocabulary);
+        ensure!(pieces.len() == vocabulary, "the text has {} pieces, expected {vocabulary}", pieces.len());
+        Ok(Corpus { train: pieces.encode(&train), bytes: held_out.len(), held_out: pieces.encode(&held_out), pieces })
+    }
+
+    pub fn sentence(&self) -> String {
+        format!(
+            "{} pieces of words; {} in the text to learn from, {} held out",
+            self.pieces.len(),
+            self.train.len(),
+            self.held_out.len()
+        )
+    }
+
+    pub fn batches(&self, batch: usize, context: usize) -> usize {
+        (self.train.len() - 1) / context / batch
+    }
+
+    /// The training text once, in passages of random order that begin at a random place.
+    pub fn epoch(&self, batch: usize, context: usize, rng: &mut Rng, device: &Device) -> Result<Vec<Batch>> {
+        let count = self.batches(batch, context);
+        ensure!(count > 0, "{} pieces of text, expected {} for one step", self.train.len(), batch * context + 1);
+        let slack = self.train.len() - 1 - count * batch * context;
+        let first = rng.permutation(slack + 1)[0] as usize;
+        let order = rng.permutation(count * batch);
+        let starts = order.iter().map(|&place| first + place as usize * context).collect::<Vec<_>>();
+        starts.chunks(batch).map(|starts| passages(&self.train, starts, context, device)).collect()
+    }
+
+    /// The held-out text in its order, all but what is left of a batch.
+    pub fn held_out(&self, batch: usize, context: usize, device: &Device) -> Result<Vec<Batch>> {
+        let starts: Vec<usize> = (0..(self.held_out.len() - 1) / context).map(|place| place * context).collect();
+        starts.chunks(batch).map(|starts| passages(&self.held_out, starts, context, device)).collect()
+    }
+
+    /// Bytes that a held-out piece spells on average.
+    pub fn bytes_per_piece(&self) -> f64 {
+        self.bytes as f64 / self.held_out.len() as f64
+    }
+}
+
+fn passages(text: &[u32], starts: &[usize], context: usize, device: &Device) -> Result<Batch> {
+    let tensor = |shift: usize| -> Result<Tensor> {
+        let pieces: Vec<u32> = starts.iter().flat_map(|&s| &text[s + shift..s + shift + context]).copied().collect();
+        Ok(Tensor::from_vec(pieces, (starts.len(), context), device)?)
+    };
+    Ok(Batch { input: tensor(0)?, next: tensor(1)? })
+}
