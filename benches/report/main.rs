@@ -103,9 +103,14 @@ fn measure(options: &Options, machine: &Machine, out: &Path) -> Result<()> {
     println!("copy {:.1} GB/s, read {:.1} GB/s", copy.copy.rate(), copy.read.rate());
     table.share_of(copy.copy.rate());
 
-    let wanted = |name: &str| options.filter.is_empty() || options.filter.iter().any(|f| name.contains(f.as_str()));
-    let cases = cases(machine.device.is_cuda(), options.quick);
-    let cases: Vec<_> = cases.into_iter().filter(|case| wanted(&case.to_string())).collect();
+    let mut cases = cases(machine.device.is_cuda(), options.quick);
+    let names: Vec<String> = cases.iter().map(|case| case.to_string()).collect();
+    // a case's whole name means that case alone
+    let wanted = |name: &str| {
+        let matches = |f: &String| if names.contains(f) { name == f } else { name.contains(f.as_str()) };
+        options.filter.is_empty() || options.filter.iter().any(matches)
+    };
+    cases.retain(|case| wanted(&case.to_string()));
     let bar = ProgressBar::new(2 * cases.len() as u64);
     bar.set_style(ProgressStyle::with_template("{elapsed_precise} [{wide_bar}] {pos}/{len} {msg}")?);
     println!("{}", table::HEADING);

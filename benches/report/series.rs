@@ -41,7 +41,8 @@ pub struct Measured {
     pub method: String,
 }
 
-const MIN_SAMPLES: usize = 3;
+/// Of a call that takes no more than a tenth of the time there is; of a longer one a single sample may have to do.
+const MIN_SAMPLES: usize = 5;
 const MAX_SAMPLES: usize = 51;
 
 /// The calls of one sample: enough for the clock, and on a GPU enough that what one call leaves in the cache is written back
@@ -62,6 +63,7 @@ impl Series<'_> {
             implementation: Implementation,
             pass: Pass,
             calls: usize,
+            min_samples: usize,
             next: usize,
             peak_bytes: Option<usize>,
             samples: Result<Vec<f64>, String>,
@@ -72,23 +74,31 @@ impl Series<'_> {
                 continue;
             }
             inputs.prepare(pass)?;
-            // the first call loads, compiles, faults pages in and is counted; the second one is the estimate
+            // the first call loads, compiles, faults pages in and is counted; the second one is the estimate, unless the
+            // first one has shown that it takes long
+            let start = Instant::now();
             let (first, peak) = peak_of(|| inputs.call(implementation, pass, 0));
-            let estimate = first.and_then(|()| inputs.time(machine, implementation, pass, 1, 1));
-            let (calls, samples) = match estimate {
-                Ok(one) => (calls(machine, one), Ok(vec![])),
-                Err(e) => (1, Err(e.to_string().lines().next().unwrap_or_default().to_string())),
+            let first_time = start.elapsed();
+            let estimate = first.and_then(|()| match machine.device.is_cpu() && first_time > self.time / 10 {
+                true => Ok(first_time),
+                false => inputs.time(machine, implementation, pass, 1, 1),
+            });
+            let (one, samples) = match estimate {
+                Ok(one) => (one, Ok(vec![])),
+                Err(e) => (Duration::ZERO, Err(e.to_string().lines().next().unwrap_or_default().to_string())),
             };
+            let calls = calls(machine, one);
+            let min_samples = if one > self.time / 10 { 1 } else { MIN_SAMPLES };
             let peak_bytes = machine.device.is_cpu().then_some(peak);
-            contenders.push(Contender { implementation, pass, calls, next: 2, peak_bytes, samples });
+            contenders.push(Contender { implementation, pass, calls, min_samples, next: 2, peak_bytes, samples });
         }
         let started = Instant::now();
         for round in 0..MAX_SAMPLES {
-            if round >= MIN_SAMPLES && started.elapsed() > self.time {
-                break;
-            }
             for c in &mut contenders {
                 let Ok(samples) = &mut c.samples else { continue };
+                if round >= c.min_samples && started.elapsed() > self.time {
+                    continue;
+                }
                 match inputs.time(machine, c.implementation, c.pass, c.next, c.calls) {
                     Ok(time) => samples.push(time.as_secs_f64() * 1e6 / c.calls as f64),
                     Err(e) => c.samples = Err(e.to_string()),
