@@ -137,6 +137,31 @@ fn point_multi_label_soft_margin() -> Result<()> {
     })
 }
 
+/// What candle-nn's losses compute where they are right: the switch is one `use` line.
+#[test]
+fn candles_losses_have_the_same_values() -> Result<()> {
+    everywhere(|device| {
+        let mut random = Random::new(50);
+        let x = tensor(&random.normals(60, 1.0), &[12, 5], DType::F32, device)?;
+        let t = indices(&random.classes(12, 5), &[12], DType::U32, device)?;
+        let labels = random.labels(60).iter().map(|t| t.round()).collect::<Vec<_>>();
+        let labels = tensor(&labels, &[12, 5], DType::F32, device)?;
+        let y = log_softmax(&x, 1)?;
+        let close = |what: &str, ours: Tensor, candles: Tensor| -> Result<()> {
+            assert_eq!((ours.dims(), ours.dtype()), (candles.dims(), candles.dtype()), "{what}");
+            // candle rounds after each op
+            assert_near(what, &values(&ours)?, &values(&candles)?, 4.0 * F32);
+            Ok(())
+        };
+        close("cross_entropy", cross_entropy(&x, &t)?, candle_nn::loss::cross_entropy(&x, &t)?)?;
+        close("nll", nll(&y, &t)?, candle_nn::loss::nll(&y, &t)?)?;
+        let candles = candle_nn::loss::binary_cross_entropy_with_logit(&x, &labels)?;
+        close("binary_cross_entropy_with_logit", binary_cross_entropy_with_logit(&x, &labels)?, candles)?;
+        close("mse", candle_fused_loss::mse(&x, &labels)?, candle_nn::loss::mse(&x, &labels)?)?;
+        close("huber", candle_fused_loss::huber(&x, &labels, 1.0)?, candle_nn::loss::huber(&x, &labels, 1.0)?)
+    })
+}
+
 // ---- rows that break someone today
 
 #[test]
