@@ -118,9 +118,9 @@ fn measure(options: &Options, machine: &Machine, out: &Path) -> Result<()> {
     let mut left_out = vec![];
     for (i, &case) in cases.iter().enumerate() {
         bar.set_message(case.to_string());
-        // what is left, evenly over the cases that are left; twice that, because most need less than their part
+        // what is left, evenly over the two series of each case that is left
         let left = budget.saturating_sub(started.elapsed());
-        let each = (left / (cases.len() - i) as u32).min(Duration::from_secs(40));
+        let each = (left / (2 * (cases.len() - i)) as u32).min(Duration::from_secs(40));
         if left < Duration::from_secs(2) {
             left_out.push(case.to_string());
             continue;

@@ -49,6 +49,8 @@ pub fn draw_all(csv: &Path, rows: &[Row], mut done: impl FnMut()) -> Result<Vec<
 }
 
 fn panels(rows: &[Row], y: &'static str, logarithmic: bool, value: fn(&Row) -> Option<f64>) -> Vec<Panel> {
+    let is_large = |row: &Row| row.rows * row.classes >= 1 << 20;
+    let any_large = rows.iter().any(is_large);
     let mut panels: BTreeMap<(bool, String), Panel> = BTreeMap::new();
     for row in rows.iter().filter(|row| row.loss == "cross_entropy") {
         let Some(v) = value(row).filter(|v| v.is_finite() && *v > 0.0) else { continue };
@@ -61,7 +63,7 @@ fn panels(rows: &[Row], y: &'static str, logarithmic: bool, value: fn(&Row) -> O
             lines: BTreeMap::new(),
         });
         // only what fills the machine lies on a line; small problems measure the overhead
-        if row.rows * row.classes >= 1 << 20 || rows.len() < 100 {
+        if !any_large || is_large(row) {
             let label =
                 if gradient { format!("{} {}", row.implementation, row.pass) } else { row.implementation.clone() };
             panel.lines.entry(label).or_default().push((row.classes as f64, v));
