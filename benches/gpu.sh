@@ -46,8 +46,8 @@ step() { # name, limit in seconds, then what `start` gets
 }
 
 step tests 150 tests
-step report $((${SECONDS_REPORT:-200} + 30)) bench report --bench --out "$out" --device cuda --time-budget "${SECONDS_REPORT:-200}"
-step peers $((${SECONDS_PEERS:-120} + 30)) python benches/peers/peers.py --out "$out" --device cuda --time-budget "${SECONDS_PEERS:-120}"
+step report $((${SECONDS_REPORT:-160} + 30)) bench report --bench --out "$out" --device cuda --time-budget "${SECONDS_REPORT:-160}"
+step peers $((${SECONDS_PEERS:-90} + 30)) python benches/peers/peers.py --out "$out" --device cuda --time-budget "${SECONDS_PEERS:-90}"
 # last, because it takes what time is left: instrumented code is slow
 step memcheck "${SECONDS_MEMCHECK:-60}" sanitizer memcheck
 step racecheck "${SECONDS_RACECHECK:-60}" sanitizer racecheck
