@@ -1,15 +1,15 @@
 //! The softmax family: the launches of each pass. The kernels are in `kernels/softmax*.cuh`, the launch shapes come from
 //! [`plan::softmax`](crate::plan::softmax).
 
-use super::launch::{alloc, arithmetic, launch, output, push, push_output, Input, Module, Tag};
+use super::launch::{Input, Module, Tag, alloc, arithmetic, launch, output, push, push_output};
 use super::ptx;
-use crate::plan::softmax::{Device, Form, Fused, Pass, Planner, Shape, Thresholds};
 use crate::plan::Grid;
+use crate::plan::softmax::{Device, Form, Fused, Pass, Planner, Shape, Thresholds};
 use crate::reduction::Reduction;
-use crate::softmax::{cuda_tensor, Arg, CrossEntropy, Operand, Rows, Saved, Statistics};
+use crate::softmax::{Arg, CrossEntropy, Operand, Rows, Saved, Statistics, cuda_tensor};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice, WrapErr};
-use candle_core::{bail, DType, Layout, Result, Storage};
+use candle_core::{DType, Layout, Result, Storage, bail};
 use cudarc::driver::sys::{CUdevice_attribute as Attribute, CUfunction_attribute};
 use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, CudaViewMut, DeviceRepr, PushKernelArg};
 use std::sync::{Arc, OnceLock};
@@ -310,7 +310,8 @@ impl<'a> Task<'a> {
 
     fn detail(&self) -> Detail {
         let o = self.options;
-        let plain = !o.log_probs && o.label_smoothing == 0.0 && o.z_loss == 0.0 && o.softcap.is_none() && o.logit_scale == 1.0;
+        let plain =
+            !o.log_probs && o.label_smoothing == 0.0 && o.z_loss == 0.0 && o.softcap.is_none() && o.logit_scale == 1.0;
         match self.target.tag {
             Tag::U8 | Tag::U32 | Tag::I32 | Tag::I64 if plain => Detail::Plain,
             _ => Detail::General,
@@ -387,7 +388,8 @@ impl<'a> Task<'a> {
             let splits = output(&mut splits)?;
             let count = pass.splits() as i32;
             let grid = Grid::flat(1, MERGE_THREADS);
-            let function = self::function(device, self.module(), &format!("softmax_merge_{}", self.detail().name()), &grid)?;
+            let function =
+                self::function(device, self.module(), &format!("softmax_merge_{}", self.detail().name()), &grid)?;
             let mut builder = self.stream.launch_builder(&function);
             builder.arg(&problem).arg(&x.bytes).arg(&self.target.bytes);
             push(&mut builder, &self.weight);
@@ -414,7 +416,8 @@ impl<'a> Task<'a> {
             let mut bytes = partials.bytes()?;
             push_output(&mut builder, &mut bytes);
             let (mut no_result, mut no_denominator) = (None, None);
-            let (result, denominator) = if finish { (&mut no_result, &mut no_denominator) } else { (&mut result, &mut denominator) };
+            let (result, denominator) =
+                if finish { (&mut no_result, &mut no_denominator) } else { (&mut result, &mut denominator) };
             push_output(&mut builder, result);
             push_output(&mut builder, denominator);
             // SAFETY: the arguments are those of softmax_reduce_*, and the rows are inside of their tensors
@@ -428,7 +431,12 @@ impl<'a> Task<'a> {
     }
 
     /// The second stage of a scalar loss.
-    fn finish(&self, partials: &Partials, result: &mut Option<CudaViewMut<u8>>, denominator: &mut Option<CudaViewMut<u8>>) -> Result<()> {
+    fn finish(
+        &self,
+        partials: &Partials,
+        result: &mut Option<CudaViewMut<u8>>,
+        denominator: &mut Option<CudaViewMut<u8>>,
+    ) -> Result<()> {
         let Some(slice) = &partials.0 else { return Ok(()) };
         let count = (slice.len() / 2) as i32;
         let grid = Grid::flat(1, (count as u32).next_power_of_two().clamp(32, 1024));
@@ -462,7 +470,15 @@ impl<'a> Task<'a> {
 
     /// Writes the gradient from what the forward left, for an upstream gradient of ones where there is none; in place
     /// without `x`. One launch.
-    fn emit(&self, x: &Option<Input>, statistics: &Option<Input>, denominator: &Input, upstream: &Option<Input>, upstream_rows: bool, grad: &mut CudaViewMut<u8>) -> Result<()> {
+    fn emit(
+        &self,
+        x: &Option<Input>,
+        statistics: &Option<Input>,
+        denominator: &Input,
+        upstream: &Option<Input>,
+        upstream_rows: bool,
+        grad: &mut CudaViewMut<u8>,
+    ) -> Result<()> {
         let pass = self.planner.emit(&self.shape());
         let problem = Problem { upstream_rows: upstream_rows as i32, ..self.problem.on(&pass) };
         let name = format!("softmax_emit_{}_{}", self.detail().name(), form(&pass));
@@ -493,7 +509,8 @@ impl<'a> Task<'a> {
         // SAFETY: the launches below write all of it
         let mut loss = unsafe { self.numbers(if self.wants_rows() { rows } else { 1 })? };
         let mut loss_bytes = Some(output(&mut loss)?);
-        let (mut rows_loss, mut result) = if self.wants_rows() { (loss_bytes.take(), None) } else { (None, loss_bytes.take()) };
+        let (mut rows_loss, mut result) =
+            if self.wants_rows() { (loss_bytes.take(), None) } else { (None, loss_bytes.take()) };
         let finish = pass.blocks() > 1 && !self.wants_rows();
         // SAFETY: each block writes its element
         let mut partials = unsafe { Partials::new(&self.device, &pass, finish)? };
@@ -574,13 +591,20 @@ fn shape(rows: &Rows, dtype: DType) -> Shape {
         element: dtype.size_in_bytes() as u64,
         adjacent: rows.class_stride == 1,
         packed: rows.class_stride == 1
-            && (rows.inner == 1 || (rows.inner_stride == rows.classes && rows.outer_stride == rows.inner * rows.classes))
+            && (rows.inner == 1
+                || (rows.inner_stride == rows.classes && rows.outer_stride == rows.inner * rows.classes))
             && (rows.inner > 1 || rows.outer_stride == rows.classes || rows.outer == 1),
     }
 }
 
 /// The check that the CPU makes of every class index, at the price of waiting for the device.
-fn check_targets(options: &CrossEntropy, device: &CudaDevice, (target, layout): Arg<CudaStorage>, rows: usize, classes: usize) -> Result<()> {
+fn check_targets(
+    options: &CrossEntropy,
+    device: &CudaDevice,
+    (target, layout): Arg<CudaStorage>,
+    rows: usize,
+    classes: usize,
+) -> Result<()> {
     if rows == 0 {
         return Ok(());
     }
@@ -602,7 +626,11 @@ fn check_targets(options: &CrossEntropy, device: &CudaDevice, (target, layout): 
 }
 
 /// The loss, and what the backward needs.
-pub(crate) fn forward(options: &CrossEntropy, logits: Arg<CudaStorage>, target: Arg<CudaStorage>) -> Result<(CudaStorage, Saved)> {
+pub(crate) fn forward(
+    options: &CrossEntropy,
+    logits: Arg<CudaStorage>,
+    target: Arg<CudaStorage>,
+) -> Result<(CudaStorage, Saved)> {
     let (storage, layout) = logits;
     Task::run(options, (&storage.device, storage.dtype(), layout), target, |task| {
         let kinds = task.kinds();
@@ -660,7 +688,8 @@ pub(crate) fn backward(
             (Some(statistics), Operand::Target) => with_input(statistics, |statistics| {
                 let pass = task.planner.any_layout(&task.shape());
                 let problem = Problem { upstream_rows: upstream_rows as i32, ..task.problem.on(&pass) };
-                let function = function(&task.device, (Detail::General, task.dtype), "softmax_target_gradient", &pass.grid)?;
+                let function =
+                    function(&task.device, (Detail::General, task.dtype), "softmax_target_gradient", &pass.grid)?;
                 let mut builder = task.stream.launch_builder(&function);
                 builder.arg(&problem);
                 push(&mut builder, &x);
@@ -711,7 +740,12 @@ pub(crate) fn loss_and_grad_inplace(
             return Ok(task.wrap(task.reduced_nothing(0)?.loss));
         }
         let Some((start, end)) = layout.contiguous_offsets() else {
-            bail!("{}: strides {:?} of shape {:?}, expected contiguous logits", options.name, layout.stride(), layout.dims())
+            bail!(
+                "{}: strides {:?} of shape {:?}, expected contiguous logits",
+                options.name,
+                layout.stride(),
+                layout.dims()
+            )
         };
         let size = dtype.size_in_bytes();
         let mut all = output(&mut logits.slice)?;
@@ -736,7 +770,12 @@ pub(crate) fn statistics(
         if rows > 0 {
             let pass = task.planner.statistics(&task.shape());
             let problem = task.problem.on(&pass);
-            let function = function(&task.device, (Detail::General, task.dtype), &format!("softmax_statistics_{}", form(&pass)), &pass.grid)?;
+            let function = function(
+                &task.device,
+                (Detail::General, task.dtype),
+                &format!("softmax_statistics_{}", form(&pass)),
+                &pass.grid,
+            )?;
             let x = Input::new(storage, layout)?;
             let mut bytes = slices.iter_mut().map(output).collect::<Result<Vec<_>>>()?;
             let (mut argmax, mut correct) = (output(&mut argmax)?, output(&mut correct)?);
@@ -765,7 +804,8 @@ pub(crate) fn log_softmax(name: &str, logits: &CudaStorage, rows: &Rows) -> Resu
     if len > 0 {
         let pass = planner(device)?.one_pass(&shape(rows, dtype), false);
         let problem = Problem::of_rows(name, rows)?.on(&pass);
-        let function = function(device, (Detail::Plain, dtype), &format!("softmax_log_softmax_{}", form(&pass)), &pass.grid)?;
+        let function =
+            function(device, (Detail::Plain, dtype), &format!("softmax_log_softmax_{}", form(&pass)), &pass.grid)?;
         let x = Input::new(logits, &from(rows))?;
         let mut bytes = output(&mut out)?;
         let mut builder = stream.launch_builder(&function);

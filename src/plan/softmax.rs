@@ -182,13 +182,15 @@ impl Planner {
         if !shape.adjacent {
             return Some(self.strided(shape));
         }
-        let tile = shape.packed && shape.classes <= self.thresholds.tile_classes.min(TILE_CLASSES) && !self.is_lone(shape);
+        let tile =
+            shape.packed && shape.classes <= self.thresholds.tile_classes.min(TILE_CLASSES) && !self.is_lone(shape);
         tile.then(|| self.tile(shape))
     }
 
     /// A forward that looks at one number of each row: a thread a row.
     pub fn gather(&self, shape: &Shape) -> Pass {
-        let threads = if shape.rows <= self.thresholds.count_rows { power_of_two(shape.rows, 32, STRIDED_THREADS) } else { 128 };
+        let threads =
+            if shape.rows <= self.thresholds.count_rows { power_of_two(shape.rows, 32, STRIDED_THREADS) } else { 128 };
         let blocks = match shape.rows <= self.thresholds.count_rows {
             true => 1,
             false => shape.rows.div_ceil(threads as u64).min(self.thresholds.blocks as u64) as u32,
@@ -390,7 +392,12 @@ mod tests {
                         for adjacent in [true, false] {
                             let shape = Shape { rows: n, classes, element, adjacent, packed: adjacent };
                             let planner = planner(device);
-                            let mut passes = vec![planner.reduce(&shape), planner.emit(&shape), planner.gather(&shape), planner.statistics(&shape)];
+                            let mut passes = vec![
+                                planner.reduce(&shape),
+                                planner.emit(&shape),
+                                planner.gather(&shape),
+                                planner.statistics(&shape),
+                            ];
                             passes.extend([planner.one_pass(&shape, false), planner.any_layout(&shape)]);
                             match planner.fused(&shape) {
                                 Fused::OnePass(pass) => passes.push(pass),

@@ -23,7 +23,10 @@ fn regimes() -> Vec<(&'static str, Thresholds)> {
         ("warps", Thresholds { warp_bytes: 1 << 20, ..no_tiles }),
         ("warps, rows in turn", Thresholds { warp_bytes: 1 << 20, blocks: 1, ..no_tiles }),
         ("a block a row", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, ..no_tiles }),
-        ("blocks, rows in turn, counted ahead", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, blocks: 2, count_rows: 1, ..no_tiles }),
+        (
+            "blocks, rows in turn, counted ahead",
+            Thresholds { warp_bytes: 0, split_bytes: 1 << 20, blocks: 2, count_rows: 1, ..no_tiles },
+        ),
         ("cluster", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 512, ..no_tiles }),
         ("split rows", Thresholds { warp_bytes: 0, split_bytes: 256, ..no_tiles }),
     ]
@@ -94,7 +97,16 @@ fn tolerance(dtype: DType) -> f64 {
 fn assert_close(what: &str, got: &Tensor, expected: &Tensor, tolerance: f64) {
     assert_eq!(got.dims(), expected.dims(), "{what}");
     assert_eq!(got.dtype(), expected.dtype(), "{what}");
-    let values = |t: &Tensor| t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+    let values = |t: &Tensor| {
+        t.to_device(&Device::Cpu)
+            .unwrap()
+            .to_dtype(DType::F64)
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f64>()
+            .unwrap()
+    };
     let (got, expected) = (values(got), values(expected));
     let largest = expected.iter().filter(|v| v.is_finite()).fold(0f64, |m, v| m.max(v.abs()));
     for (i, (g, e)) in got.iter().zip(&expected).enumerate() {
@@ -112,7 +124,13 @@ fn with_weight_on(options: &CrossEntropy, device: &Device, dtype: DType) -> Resu
 }
 
 /// Compares all passes of one problem on both devices. `view` makes the logits of the operand that is on the device.
-fn compare(what: &str, options: &CrossEntropy, logits: &Tensor, target: &Tensor, view: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
+fn compare(
+    what: &str,
+    options: &CrossEntropy,
+    logits: &Tensor,
+    target: &Tensor,
+    view: impl Fn(&Tensor) -> Result<Tensor>,
+) -> Result<()> {
     let gpu = Device::new_cuda(0)?;
     let dtype = logits.dtype();
     let on = |device: &Device| -> Result<_> {
@@ -128,10 +146,24 @@ fn compare(what: &str, options: &CrossEntropy, logits: &Tensor, target: &Tensor,
         let (loss, grad) = options.clone().loss_and_grad(&x, &target)?;
         let own = x.detach().force_contiguous()?;
         let inplace_loss = options.clone().loss_and_grad_inplace(&own, &target)?;
-        let mut results = vec![("forward", forward), ("backward", backward), ("loss", loss), ("gradient", grad), ("loss in place", inplace_loss), ("gradient in place", own)];
+        let mut results = vec![
+            ("forward", forward),
+            ("backward", backward),
+            ("loss", loss),
+            ("gradient", grad),
+            ("loss in place", inplace_loss),
+            ("gradient in place", own),
+        ];
         if !options.log_probs {
             let (loss, s) = options.statistics(&x, &target)?;
-            results.extend([("row loss", loss), ("lse", s.lse), ("z-loss", s.z_loss), ("entropy", s.entropy), ("argmax", s.argmax), ("correct", s.correct)]);
+            results.extend([
+                ("row loss", loss),
+                ("lse", s.lse),
+                ("z-loss", s.z_loss),
+                ("entropy", s.entropy),
+                ("argmax", s.argmax),
+                ("correct", s.correct),
+            ]);
         }
         Ok(results)
     };
@@ -156,7 +188,11 @@ fn regimes_match_the_cpu() -> Result<()> {
             let logits = random(&[rows, classes], 1, dtype)?;
             let target = indices(rows, classes, 2)?;
             compare(regime, &plain(), &logits, &target, |x| Ok(x.clone()))?;
-            let weighted = CrossEntropy { weight: Some(random(&[classes], 7, DType::F32)?.abs()?), reduction: Reduction::None, ..plain() };
+            let weighted = CrossEntropy {
+                weight: Some(random(&[classes], 7, DType::F32)?.abs()?),
+                reduction: Reduction::None,
+                ..plain()
+            };
             compare(regime, &weighted, &logits, &target, |x| Ok(x.clone()))?;
         }
     }
@@ -181,7 +217,9 @@ fn probability_targets_match_the_cpu() -> Result<()> {
     for (regime, thresholds) in regimes() {
         THRESHOLDS.set(thresholds);
         let (rows, classes) = (3, 70);
-        for (dtype, of_target) in [(DType::F32, DType::F32), (DType::BF16, DType::F32), (DType::F16, DType::F16), (DType::F64, DType::BF16)] {
+        for (dtype, of_target) in
+            [(DType::F32, DType::F32), (DType::BF16, DType::F32), (DType::F16, DType::F16), (DType::F64, DType::BF16)]
+        {
             let logits = random(&[rows, classes], 1, dtype)?;
             let target = random(&[rows, classes], 3, of_target)?.abs()?;
             compare(regime, &plain(), &logits, &target, |x| Ok(x.clone()))?;
@@ -287,7 +325,8 @@ fn bad_targets_stay_in_their_rows() -> Result<()> {
             let (loss, grad) = options.clone().loss_and_grad(&logits, &target)?;
             let (loss_without, grad_without) = options.clone().loss_and_grad(&logits, &good)?;
             for (what, with, without) in [("loss", loss, loss_without), ("gradient", grad, grad_without)] {
-                let (with, without) = (with.reshape((4, ()))?.to_vec2::<f32>()?, without.reshape((4, ()))?.to_vec2::<f32>()?);
+                let (with, without) =
+                    (with.reshape((4, ()))?.to_vec2::<f32>()?, without.reshape((4, ()))?.to_vec2::<f32>()?);
                 for row in 0..4 {
                     let right = if row == 1 { with[row].iter().all(|v| v.is_nan()) } else { with[row] == without[row] };
                     assert!(right, "{regime}: {what} of row {row} with target {bad}");
@@ -295,7 +334,10 @@ fn bad_targets_stay_in_their_rows() -> Result<()> {
             }
             let checked = CrossEntropy { target_check: true, ..options };
             let on_gpu = checked.clone().forward(&logits, &target).unwrap_err().to_string();
-            let on_cpu = checked.forward(&logits.to_device(&Device::Cpu)?, &target.to_device(&Device::Cpu)?).unwrap_err().to_string();
+            let on_cpu = checked
+                .forward(&logits.to_device(&Device::Cpu)?, &target.to_device(&Device::Cpu)?)
+                .unwrap_err()
+                .to_string();
             assert_eq!(on_gpu.lines().next(), on_cpu.lines().next());
         }
         let narrow = Tensor::new(&[1u8, 200, 3, 4], &gpu)?;
@@ -423,7 +465,13 @@ fn sizes_match_the_cpu() -> Result<()> {
 #[test]
 fn rows_that_are_not_kept_match_the_cpu() -> Result<()> {
     for cluster_bytes in [0, 1 << 30] {
-        THRESHOLDS.set(Thresholds { lone_rows: 0, split_bytes: 1 << 30, shared_bytes: Some(256 * 16 * 4), cluster_bytes, ..Thresholds::default() });
+        THRESHOLDS.set(Thresholds {
+            lone_rows: 0,
+            split_bytes: 1 << 30,
+            shared_bytes: Some(256 * 16 * 4),
+            cluster_bytes,
+            ..Thresholds::default()
+        });
         let classes = 70_003;
         let logits = random(&[1, classes], 1, DType::BF16)?;
         compare("not kept", &plain(), &logits, &indices(1, classes, 2)?, |x| Ok(x.clone()))?;
@@ -462,9 +510,19 @@ fn log_softmax_matches_the_cpu() -> Result<()> {
                     Ok((y, grads.get(&x).unwrap().clone()))
                 };
                 let (got, expected) = (on(&gpu)?, on(&Device::Cpu)?);
-                assert_close(&format!("{regime}: log_softmax {dtype:?} {dims:?}"), &got.0, &expected.0, tolerance(dtype));
+                assert_close(
+                    &format!("{regime}: log_softmax {dtype:?} {dims:?}"),
+                    &got.0,
+                    &expected.0,
+                    tolerance(dtype),
+                );
                 // computed from the rounded log-probabilities
-                assert_close(&format!("{regime}: its gradient {dtype:?} {dims:?}"), &got.1, &expected.1, 2.0 * tolerance(dtype));
+                assert_close(
+                    &format!("{regime}: its gradient {dtype:?} {dims:?}"),
+                    &got.1,
+                    &expected.1,
+                    2.0 * tolerance(dtype),
+                );
             }
         }
     }
