@@ -541,15 +541,15 @@ template <class A> __device__ __forceinline__ void write_result(const Problem &p
 }
 
 // Ends a kernel whose threads hold the losses and weights of their rows: a grid of one block has the result, others leave
-// partial sums for `finish`. All threads of the block call it.
+// partial sums for `finish`, at their index. All threads of the block call it.
 template <class A>
-__device__ __forceinline__ void finish_block(const Problem &p, const Outputs<A> &out, double loss, double weight, double *scratch) {
+__device__ __forceinline__ void finish_block(const Problem &p, const Outputs<A> &out, double loss, double weight, double *scratch, int index) {
     loss = block_reduce<Sum>(loss, scratch);
     weight = block_reduce<Sum>(weight, scratch);
     if (threadIdx.x + threadIdx.y != 0) return;
     if (out.partials) {
-        out.partials[blockIdx.x] = {loss, weight};
-    } else if (blockIdx.x == 0) {
+        out.partials[index] = {loss, weight};
+    } else if (index == 0) {
         // the only block; or there is no scalar loss, and the denominator is a constant
         write_result(p, out, {loss, weight});
     }

@@ -17,6 +17,13 @@ namespace softmax {
 // Windows that a thread loads before it uses the first: what keeps the memory busy.
 template <Detail D> constexpr int BATCH = D == PLAIN ? 4 : 1;
 
+// Stores a window in one access: left to itself, the compiler sometimes makes four of it.
+template <class T, int N> __device__ __forceinline__ void store_window(T *to, const Pack<T, N> &window) {
+    static_assert(sizeof(window.at) == 16, "a window is 16 bytes");
+    const uint4 v = *reinterpret_cast<const uint4 *>(window.at);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // One row as windows and edges.
 template <class T> struct Windows {
     static constexpr int N = LANES_16B<T>;
@@ -108,7 +115,7 @@ __device__ __forceinline__ void fill_windows(const Windows<T> &w, T value, T *ou
     Pack<T, Windows<T>::N> pack;
 #pragma unroll
     for (int k = 0; k < Windows<T>::N; k++) pack.at[k] = value;
-    for (int i = begin + thread; i < end; i += step) pack.store(out + w.first(i));
+    for (int i = begin + thread; i < end; i += step) store_window(out + w.first(i), pack);
     if (begin == 0) {
         for (int i = thread; i < w.edges; i += step) out[w.edge(i)] = value;
     }
@@ -159,7 +166,7 @@ __device__ __forceinline__ void emit_windows(const Problem &p, const Operands<Ac
                     if (place == k) packs[u].at[k] = own;
                 }
             }
-            packs[u].store(out + w.first(i + u * step));
+            store_window(out + w.first(i + u * step), packs[u]);
         }
     }
     if (begin == 0) {
@@ -248,7 +255,7 @@ __device__ __forceinline__ void reduce_rows(const Problem &p, const T *x, const 
         const double2 one = finish_row<D>(p, out, target, x_t, state, row);
         total.x += one.x, total.y += one.y;
     }
-    if (gridDim.y == 1 && (out.partials || out.result || out.denominator)) finish_block(p, out, total.x, total.y, scratch);
+    if (gridDim.y == 1 && (out.partials || out.result || out.denominator)) finish_block(p, out, total.x, total.y, scratch, blockIdx.x);
 }
 
 // The second stage of a forward whose rows were split over blocks, in one block: a warp merges the states of a row.
@@ -271,7 +278,7 @@ __device__ __forceinline__ void merge_splits(const Problem &p, const T *x, const
         const double2 one = finish_row<D>(p, out, target, own_logit<D>(p, x + p.x.start(row), target), state, row);
         total.x += one.x, total.y += one.y;
     }
-    finish_block(p, out, total.x, total.y, scratch);
+    finish_block(p, out, total.x, total.y, scratch, blockIdx.x);
 }
 
 // Row statistics: as the forward, with six numbers for each row.
@@ -465,7 +472,8 @@ __device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, 
         const Windows<T> written = w.written_to(gradient);
         emit_windows<Rule>(p, o, written, s, gradient, thread, threads, 0, written.count, kept);
     }
-    if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch);
+    // in a cluster, the first block has the losses
+    if (rank == 0 && (out.partials || out.result)) finish_block(p, out, total.x, total.y, scratch, blockIdx.x / CLUSTER);
 }
 
 // log-softmax: x - m - log-sum. Reads E once, writes E; as `fused_rows` with another rule.

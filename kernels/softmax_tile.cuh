@@ -35,7 +35,7 @@ template <class T> struct Tile {
     // Stores the tile; all threads of the block call it, after a barrier.
     __device__ __forceinline__ void store(T *to) const {
         const Windows<T> w = Windows<T>(data, size).written_to(to);
-        for (int i = threadIdx.x; i < w.count; i += blockDim.x) Pack<T, N>::load(data + w.first(i)).store(to + w.first(i));
+        for (int i = threadIdx.x; i < w.count; i += blockDim.x) store_window(to + w.first(i), Pack<T, N>::load(data + w.first(i)));
         for (int i = threadIdx.x; i < w.edges; i += blockDim.x) to[w.edge(i)] = data[w.edge(i)];
     }
 };
@@ -121,7 +121,7 @@ __device__ __forceinline__ void reduce_tiles(const Problem &p, const T *x, const
         const double2 one = finish_row<D>(p, out, target, x_t, state, row);
         total.x += one.x, total.y += one.y;
     });
-    if (out.partials || out.result || out.denominator) finish_block(p, out, total.x, total.y, scratch);
+    if (out.partials || out.result || out.denominator) finish_block(p, out, total.x, total.y, scratch, blockIdx.x);
 }
 
 // Backward. Reads E, writes E.
@@ -158,7 +158,7 @@ __device__ __forceinline__ void fused_tiles(const Problem &p, const T *x, T *to,
         }
         emit_lane<Rule>(p, o, RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(state), upstream), l);
     });
-    if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch);
+    if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch, blockIdx.x);
 }
 
 // log-softmax. Reads E, writes E.

@@ -55,17 +55,6 @@ impl Tag {
 // SAFETY: an i32 to the device
 unsafe impl DeviceRepr for Tag {}
 
-/// The suffix of a kernel's name for a storage dtype.
-pub(crate) fn suffix(dtype: DType) -> Result<&'static str> {
-    Ok(match dtype {
-        DType::F16 => "f16",
-        DType::BF16 => "bf16",
-        DType::F32 => "f32",
-        DType::F64 => "f64",
-        other => bail!("no loss kernel computes in dtype {other:?}"),
-    })
-}
-
 /// The dtype of the arithmetic, the sums and the losses of an input of `dtype`.
 pub(crate) fn arithmetic(dtype: DType) -> DType {
     match dtype {

@@ -176,7 +176,7 @@ impl<'a> Call<'a> {
             },
             target_dtype: tag(inputs.0[1].as_ref()),
             mask_dtype: tag(inputs.mask()),
-            small: (self.elements < 1 << 31) as i32,
+            small: (self.elements < wide_indices_from()) as i32,
             phase: match variant {
                 Variant::Dense { phase } => phase,
                 Variant::Any => 0,
@@ -365,6 +365,15 @@ impl<'a> Call<'a> {
             _ => bail!("{name}: {what} {} at element {at}, expected a number in [0, 1]", v as f32),
         }
     }
+}
+
+/// From how many elements on the kernels divide indices in 64 bits.
+fn wide_indices_from() -> usize {
+    #[cfg(test)]
+    if let Some(elements) = tests::WIDE_INDICES_FROM.get() {
+        return elements;
+    }
+    1 << 31
 }
 
 /// A few numbers that the host knows.

@@ -565,15 +565,15 @@ impl<'a> Task<'a> {
 /// Threads of the block that merges split rows, a warp for each.
 const MERGE_THREADS: u32 = 256;
 
-/// A partial sum (loss, weight) for each block of a pass.
+/// The partial sums (loss, weight) of a pass.
 struct Partials(Option<CudaSlice<f64>>);
 
 impl Partials {
     /// # Safety
-    /// It is not initialised: each block writes its element before anything reads it.
+    /// It is not initialised: the pass writes them before anything reads one.
     unsafe fn new(device: &CudaDevice, pass: &Pass, wanted: bool) -> Result<Self> {
         // SAFETY: by this function's contract
-        Ok(Partials(if wanted { Some(unsafe { device.alloc::<f64>(2 * pass.blocks() as usize)? }) } else { None }))
+        Ok(Partials(if wanted { Some(unsafe { device.alloc::<f64>(2 * pass.partials() as usize)? }) } else { None }))
     }
 
     fn bytes(&mut self) -> Result<Option<CudaViewMut<'_, u8>>> {

@@ -9,7 +9,7 @@
 //! | longer | a block a row | a cluster of 4 or 8 blocks a row; without clusters, a block that keeps what it can |
 //! | long, and few rows | several blocks a row, then a merge | the same, then the gradient as the backward makes it |
 //!
-//! Up to `lone_elements` logits one block does everything, so that there is no second launch.
+//! Up to `lone_rows` rows of `lone_classes` classes one block does everything, so that there is no second launch.
 
 use super::Grid;
 
@@ -17,6 +17,8 @@ use super::Grid;
 const WINDOW: u64 = 16;
 /// Of the kernels for adjacent classes and for classes apart: the largest block.
 const ROWS_THREADS: u32 = 256;
+/// A block of teams that are parts of warps.
+const WARPS_THREADS: u32 = 128;
 const STRIDED_THREADS: u32 = 256;
 /// What a thread keeps of a row is all or a multiple of this.
 const BATCH: u32 = 4;
@@ -66,9 +68,10 @@ pub(crate) struct Device {
 /// Where the regimes meet. Tests lower them to reach each regime with small rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Thresholds {
-    /// The most rows, and logits, that one block works through alone.
+    /// The most rows, of so many classes, that one block works through alone; a single row may be longer.
     pub lone_rows: u64,
-    pub lone_elements: u64,
+    pub lone_classes: u64,
+    pub lone_row: u64,
     /// The most classes of a row that is worked through in tiles, up to 64.
     pub tile_classes: u64,
     /// The longest row that part of a warp takes.
@@ -89,7 +92,8 @@ impl Default for Thresholds {
     fn default() -> Self {
         Thresholds {
             lone_rows: 64,
-            lone_elements: 64 * 1024,
+            lone_classes: 1024,
+            lone_row: 32 * 1024,
             tile_classes: TILE_CLASSES,
             warp_bytes: 8 << 10,
             cluster_bytes: 64 << 10,
@@ -131,6 +135,14 @@ impl Pass {
     pub fn blocks(&self) -> u32 {
         self.grid.blocks[0] * self.grid.blocks[1]
     }
+
+    /// Partial sums that a pass leaves: one for each block, or for each cluster.
+    pub fn partials(&self) -> u32 {
+        match self.form {
+            Form::Cluster(size) => self.blocks() / size,
+            _ => self.blocks(),
+        }
+    }
 }
 
 /// Loss and gradient: in one pass, or with the rows split over blocks in a reduction, a merge and an emission.
@@ -147,12 +159,14 @@ pub(crate) struct Planner {
 
 impl Planner {
     fn is_lone(&self, shape: &Shape) -> bool {
-        shape.rows <= self.thresholds.lone_rows && shape.rows * shape.classes <= self.thresholds.lone_elements
+        let longest = if shape.rows == 1 { self.thresholds.lone_row } else { self.thresholds.lone_classes };
+        shape.rows <= self.thresholds.lone_rows && shape.classes <= longest
     }
 
     /// A forward: a loss, and what the backward needs, for each row.
     pub fn reduce(&self, shape: &Shape) -> Pass {
         self.special(shape).unwrap_or_else(|| match self.splits(shape) {
+            _ if self.is_lone(shape) => self.lone(shape),
             1 => self.rows(shape),
             splits => self.block_per_row(shape, splits),
         })
@@ -187,7 +201,10 @@ impl Planner {
 
     /// A backward. Its blocks need nothing of each other.
     pub fn emit(&self, shape: &Shape) -> Pass {
-        self.reduce(shape)
+        self.special(shape).unwrap_or_else(|| match self.splits(shape) {
+            1 => self.rows(shape),
+            splits => self.block_per_row(shape, splits),
+        })
     }
 
     pub fn fused(&self, shape: &Shape) -> Fused {
@@ -205,8 +222,8 @@ impl Planner {
         if let Some(pass) = self.special(shape) {
             return pass;
         }
-        let mut pass = self.rows(shape);
-        let lone = pass.grid.blocks[0] == 1 && self.is_lone(shape);
+        let lone = self.is_lone(shape);
+        let mut pass = if lone { self.lone(shape) } else { self.rows(shape) };
         let mut size = 1;
         if may_cluster && self.device.clusters && !lone && pass.team == pass.grid.threads[0] {
             let needed = shape.row_bytes().div_ceil(self.thresholds.cluster_bytes.max(1));
@@ -240,19 +257,22 @@ impl Planner {
     }
 
     fn rows(&self, shape: &Shape) -> Pass {
-        let lone = self.is_lone(shape);
-        if shape.row_bytes() > self.thresholds.warp_bytes && !(lone && shape.rows > 1) {
-            let pass = self.block_per_row(shape, 1);
-            return match lone {
-                true => Pass { grid: Grid { blocks: [1, 1, 1], ..pass.grid }, ..pass },
-                false => pass,
-            };
+        if shape.row_bytes() > self.thresholds.warp_bytes {
+            return self.block_per_row(shape, 1);
         }
         let team = power_of_two(shape.windows() / BATCH as u64, 1, 32);
-        let threads = if lone { power_of_two(shape.rows * team as u64, 32, ROWS_THREADS) } else { 128 };
-        let teams = (threads / team) as u64;
-        let blocks = if lone { 1 } else { shape.rows.div_ceil(teams).min(self.thresholds.blocks as u64) as u32 };
-        Pass { form: Form::Rows, team, kept: 0, grid: Grid::flat(blocks, threads) }
+        let blocks = shape.rows.div_ceil((WARPS_THREADS / team) as u64).min(self.thresholds.blocks as u64) as u32;
+        Pass { form: Form::Rows, team, kept: 0, grid: Grid::flat(blocks, WARPS_THREADS) }
+    }
+
+    /// All rows in one block.
+    fn lone(&self, shape: &Shape) -> Pass {
+        let Pass { form, team, kept, grid } = self.rows(shape);
+        let threads = match team {
+            ..=32 => power_of_two(shape.rows * team as u64, 32, ROWS_THREADS),
+            _ => grid.threads[0],
+        };
+        Pass { form, team, kept, grid: Grid::flat(1, threads) }
     }
 
     /// Lanes enough for the row, and as many rows as a block has lanes for.
@@ -297,4 +317,118 @@ impl Planner {
 /// The smallest power of two that is at least `n`, within bounds that are powers of two.
 fn power_of_two(n: u64, least: u32, most: u32) -> u32 {
     n.clamp(least as u64, most as u64).next_power_of_two() as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const H100: Device = Device { processors: 132, shared_bytes: 225 << 10, clusters: true };
+    const A100: Device = Device { processors: 108, shared_bytes: 161 << 10, clusters: false };
+
+    fn planner(device: Device) -> Planner {
+        Planner { device, thresholds: Thresholds::default() }
+    }
+
+    fn rows(rows: u64, classes: u64, element: u64) -> Shape {
+        Shape { rows, classes, element, adjacent: true, packed: true }
+    }
+
+    fn one_pass(device: Device, shape: Shape) -> Pass {
+        match planner(device).fused(&shape) {
+            Fused::OnePass(pass) => pass,
+            split => panic!("{shape:?}: {split:?}"),
+        }
+    }
+
+    #[test]
+    fn regimes() {
+        // (rows, classes, bytes of a logit), the kernel, threads that share a row
+        let table = [
+            ((65536, 10, 2), Form::Tile, 2),
+            ((65536, 64, 2), Form::Tile, 8),
+            ((65536, 65, 2), Form::Rows, 2),
+            ((32768, 256, 2), Form::Rows, 8),
+            ((65536, 1000, 2), Form::Rows, 32),
+            ((65536, 1000, 4), Form::Rows, 32),
+            ((4096, 8192, 2), Form::Rows, 128),
+            ((4096, 32_000, 2), Form::Rows, 256),
+            ((4096, 32_000, 4), Form::Cluster(4), 256),
+            ((16384, 50_257, 2), Form::Cluster(4), 256),
+            ((8192, 128_256, 2), Form::Cluster(4), 256),
+            ((8192, 262_144, 2), Form::Cluster(8), 256),
+            ((64, 1000, 2), Form::Rows, 32),
+        ];
+        for ((n, classes, element), form, team) in table {
+            let pass = one_pass(H100, rows(n, classes, element));
+            assert_eq!((pass.form, pass.team), (form, team), "{n} x {classes}, {element} bytes");
+        }
+        assert_eq!(one_pass(A100, rows(8192, 128_256, 2)).form, Form::Rows);
+        let apart = Shape { adjacent: false, packed: false, ..rows(1 << 20, 21, 4) };
+        assert_eq!(one_pass(H100, apart).form, Form::Strided);
+        assert!(matches!(planner(H100).fused(&rows(2, 128_256, 2)), Fused::Split { .. }));
+    }
+
+    #[test]
+    fn up_to_64_rows_of_1000_classes_take_one_block() {
+        for n in [1, 5, 64] {
+            for classes in [1, 10, 1000] {
+                for element in [2, 4, 8] {
+                    let shape = rows(n, classes, element);
+                    assert_eq!(planner(H100).reduce(&shape).blocks(), 1);
+                    assert_eq!(one_pass(H100, shape).blocks(), 1);
+                }
+            }
+        }
+    }
+
+    /// What the kernels rely on, over the whole range of shapes.
+    #[test]
+    fn launches_are_possible() {
+        for device in [H100, A100, Device { processors: 40, shared_bytes: 62 << 10, clusters: false }] {
+            for n in [1, 2, 3, 31, 33, 64, 65, 1000, 100_000, 1 << 33] {
+                for classes in [1, 2, 9, 64, 65, 1000, 5000, 32_000, 50_257, 128_256, 1 << 24, (1 << 31) - 1] {
+                    for element in [2, 4, 8] {
+                        for adjacent in [true, false] {
+                            let shape = Shape { rows: n, classes, element, adjacent, packed: adjacent };
+                            let planner = planner(device);
+                            let mut passes = vec![
+                                planner.reduce(&shape),
+                                planner.emit(&shape),
+                                planner.gather(&shape),
+                                planner.statistics(&shape),
+                            ];
+                            passes.extend([planner.one_pass(&shape, false), planner.any_layout(&shape)]);
+                            match planner.fused(&shape) {
+                                Fused::OnePass(pass) => passes.push(pass),
+                                Fused::Split { reduce, emit } => passes.extend([reduce, emit]),
+                            }
+                            for pass in passes {
+                                check(&pass, &shape, &device);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn check(pass: &Pass, shape: &Shape, device: &Device) {
+        let threads = pass.grid.threads.iter().product::<u32>();
+        let what = format!("{shape:?}: {pass:?}");
+        assert!(threads.is_power_of_two() && (32..=256).contains(&threads), "{what}");
+        assert!(pass.grid.shared_bytes <= device.shared_bytes, "{what}");
+        assert!(pass.grid.blocks.iter().all(|&n| n > 0) && pass.grid.blocks[1] <= 65535, "{what}");
+        match pass.form {
+            Form::Rows => {
+                assert!(pass.team.is_power_of_two() && (pass.team <= 32 || pass.team == threads), "{what}");
+                assert!(pass.splits() == 1 || pass.team == threads, "{what}");
+            }
+            Form::Cluster(size) => {
+                assert!(device.clusters && pass.team == threads && pass.grid.blocks[0] % size == 0, "{what}");
+            }
+            Form::Tile => assert!(shape.classes <= 8 * pass.team as u64, "{what}"),
+            Form::Strided => assert_eq!(pass.splits(), 1, "{what}"),
+        }
+    }
 }

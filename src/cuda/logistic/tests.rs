@@ -4,6 +4,12 @@ use crate::cuda::launch::LAUNCHES;
 use crate::logistic::{Logistic, Term};
 use crate::reduction::Reduction;
 use candle_core::{DType, Device, Result, Tensor, Var};
+use std::cell::Cell;
+
+thread_local! {
+    /// Lets a test reach the regime of 2^31 elements with few.
+    pub(super) static WIDE_INDICES_FROM: Cell<Option<usize>> = const { Cell::new(None) };
+}
 
 const FLOATS: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
 const REDUCTIONS: [Reduction; 3] = [Reduction::None, Reduction::Mean, Reduction::Sum];
@@ -241,6 +247,21 @@ fn strides() -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+#[test]
+fn wide_indices() -> Result<()> {
+    let Some(device) = cuda() else { return Ok(()) };
+    WIDE_INDICES_FROM.set(Some(0));
+    let n = 6 * 4 * 9;
+    let term = Term::BceWithLogits;
+    let (x, t) = (tensor(inputs(term, n), &[6, 4, 9], DType::F32)?, tensor(labels(n), &[6, 4, 9], DType::F32)?);
+    for average_rows in [false, true] {
+        let problem = Logistic { average_rows, ..plain(term, Reduction::None) };
+        compare("transposed", &problem, &x, &t, |t| t.transpose(0, 2), &device)?;
+    }
+    WIDE_INDICES_FROM.set(None);
     Ok(())
 }
 
