@@ -28,9 +28,11 @@ enum Operand { INPUT, TARGET, WEIGHT, POS_WEIGHT, MASK, OPERANDS };
 
 enum class Reduction : int { None = 0, Mean = 1, Sum = 2 };
 
-// A divisor, and what replaces the division by it for dividends below 2^31: (mulhi(n, magic) + n) >> shift.
+// A divisor, and what replaces the division by it: (mulhi(n, magic) + n) >> shift, in 32 bits for dividends below 2^31 and
+// in 64 bits for all others.
 struct Divisor {
     int64_t value;
+    uint64_t wide_magic;
     uint32_t magic;
     uint32_t shift;
 };
@@ -44,7 +46,7 @@ struct Problem {
     Reduction reduction;
     DType target_dtype;
     DType mask_dtype;
-    int small;         // elements < 2^31: divide by multiplication
+    int small;         // elements < 2^31: divide in 32 bits
     int phase;         // dense: elements from the last 16-byte boundary to the first element
     int upstream_each; // the upstream gradient has a value for each group, not one for all
     int contiguous;    // bit i: operand i is contiguous, its strides are not looked at
@@ -55,17 +57,18 @@ struct Problem {
 };
 
 __device__ __forceinline__ int64_t divide(int64_t n, const Divisor &d, int small) {
-    if (!small) return n / d.value;
+    const uint64_t wide = static_cast<uint64_t>(n);
+    if (!small) return static_cast<int64_t>((__umul64hi(wide, d.wide_magic) + wide) >> d.shift);
     const uint32_t v = static_cast<uint32_t>(n);
     return (__umulhi(v, d.magic) + v) >> d.shift;
 }
 
-// The same pointer, of which the compiler cannot know that it is the same in every round of a loop. Otherwise it would write
-// out the loop twice, with the pointer and without; all those loops together are what the driver has to compile when it
-// loads the module.
-template <class T> __device__ __forceinline__ T *opaque(T *p) {
-    asm volatile("" : "+l"(p));
-    return p;
+// The same value, of which the compiler cannot know that it is the same in every round of a loop. Otherwise it would write
+// out the loop twice, for either value; all those loops together are what the driver has to compile when it loads the module.
+__device__ __forceinline__ bool opaque(bool value) {
+    int v = value;
+    asm volatile("" : "+r"(v));
+    return v;
 }
 
 // The pointers of the operands, null where absent.
@@ -182,8 +185,8 @@ template <class In, int U> struct Elements {
             if (!in[k]) continue;
             const Offsets offsets(q, i);
             input[k] = a.input[offsets.of[INPUT]];
-            if (const A *weight = opaque(a.weight)) w[k] = weight[offsets.of[WEIGHT]];
-            if (const A *pos_weight = opaque(a.pos_weight)) p[k] = pos_weight[offsets.of[POS_WEIGHT]];
+            if (opaque(a.weight)) w[k] = a.weight[offsets.of[WEIGHT]];
+            if (opaque(a.pos_weight)) p[k] = a.pos_weight[offsets.of[POS_WEIGHT]];
             target[k] = offsets.of[TARGET];
             mask[k] = offsets.of[MASK];
         }
@@ -286,14 +289,14 @@ __device__ __forceinline__ void loss_pass(const Arrays<In> &a, const long long *
                         sum += v.loss;
                         if (GRAD) grads.at[i] = narrow<In>(v.grad * grad_scale);
                     }
-                    if (A *each = opaque(to.each)) losses.store(each + start[k]);
+                    if (opaque(to.each)) losses.store(to.each + start[k]);
                     if (GRAD) grads.store(grad + start[k]);
                 }
             },
             [&](int64_t i) {
                 const Value<A> v = formula.at(widen<A>(a.input[i]), widen<A>(target[i]), A(1));
                 sum += v.loss;
-                if (A *each = opaque(to.each)) each[i] = v.loss;
+                if (opaque(to.each)) to.each[i] = v.loss;
                 if (GRAD) grad[i] = narrow<In>(v.grad * grad_scale);
             });
     } else {
@@ -310,7 +313,7 @@ __device__ __forceinline__ void loss_pass(const Arrays<In> &a, const long long *
                 const A loss = e.on[k] ? v.loss * e.w[k] : A(0);
                 sum += loss;
                 count += e.on[k];
-                if (A *each = opaque(to.each)) each[i] = loss;
+                if (opaque(to.each)) to.each[i] = loss;
                 if (GRAD) grad[i] = narrow<In>(e.on[k] ? v.grad * e.w[k] * grad_scale : A(0));
             }
         }

@@ -2,11 +2,12 @@
 // softmax_<dtype>.cu has those for class indices without options, softmax_general_<dtype>.cu those for all else. Such a
 // file defines LOGIT, the dtype's C++ type, and GENERAL_MODULE as 0 or 1, and includes this.
 //
-//   softmax_<pass>_<plain|general>_<rows|strided|cluster_n>
+//   softmax_<pass>_<plain|general>_<rows|tile|strided|cluster_n>
 //
 // Launch shapes are chosen in src/plan/softmax.rs.
 #include "softmax_rows.cuh"
 #include "softmax_strided.cuh"
+#include "softmax_tile.cuh"
 
 namespace fused_loss {
 namespace softmax {
@@ -19,54 +20,69 @@ constexpr int ROWS_THREADS = 256;
 // flight. The general kernels compute more than they load, and a double takes two registers.
 constexpr int BLOCKS_OF[] = {sizeof(A) == 4 ? 3 : 2, 2, 2};
 
-#define REDUCE(NAME, DETAIL)                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[DETAIL])                                               \
-        softmax_reduce_##NAME##_rows(const Problem p, const X *x, const void *t, const A *weight, A *splits, A *loss,           \
-                                     A *statistics, double2 *partials, A *result, A *denominator) {                             \
-        reduce_rows<DETAIL>(p, x, t, weight, splits, {loss, statistics, partials, result, denominator});                        \
-    }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)                                                               \
-        softmax_reduce_##NAME##_strided(const Problem p, const X *x, const void *t, const A *weight, A *, A *loss,              \
-                                        A *statistics, double2 *partials, A *result, A *denominator) {                          \
-        reduce_strided<DETAIL>(p, x, t, weight, {loss, statistics, partials, result, denominator});                             \
-    }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(ROWS_THREADS)                                                                  \
-        softmax_merge_##NAME(const Problem p, const X *x, const void *t, const A *weight, const A *splits, int count, A *loss,  \
-                             A *statistics, A *result, A *denominator) {                                                        \
-        merge_splits<DETAIL>(p, x, t, weight, splits, count, {loss, statistics, nullptr, result, denominator});                 \
+#define REDUCE(NAME, DETAIL)                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[DETAIL])                                              \
+        softmax_reduce_##NAME##_rows(const Problem p, const X *x, const void *t, const A *weight, A *splits, A *loss,          \
+                                     A *statistics, double2 *partials, A *result, A *denominator) {                            \
+        reduce_rows<DETAIL>(p, x, t, weight, splits, {loss, statistics, partials, result, denominator});                       \
+    }                                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)                                                              \
+        softmax_reduce_##NAME##_strided(const Problem p, const X *x, const void *t, const A *weight, A *, A *loss,             \
+                                        A *statistics, double2 *partials, A *result, A *denominator) {                         \
+        reduce_strided<DETAIL>(p, x, t, weight, {loss, statistics, partials, result, denominator});                            \
+    }                                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(TILE_THREADS)                                                                 \
+        softmax_reduce_##NAME##_tile(const Problem p, const X *x, const void *t, const A *weight, A *, A *loss,                \
+                                        A *statistics, double2 *partials, A *result, A *denominator) {                         \
+        reduce_tiles<DETAIL>(p, x, t, weight, {loss, statistics, partials, result, denominator});                              \
+    }                                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(ROWS_THREADS)                                                                 \
+        softmax_merge_##NAME(const Problem p, const X *x, const void *t, const A *weight, const A *splits, int count, A *loss, \
+                             A *statistics, A *result, A *denominator) {                                                       \
+        merge_splits<DETAIL>(p, x, t, weight, splits, count, {loss, statistics, nullptr, result, denominator});                \
     }
 
 // The backward: see `emit_rows` and `PlainGradient`.
-#define EMIT(NAME, RULE)                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[RULE::DETAIL])                                         \
-        softmax_emit_##NAME##_rows(const Problem p, const X *x, const void *t, const A *weight, const A *statistics,            \
-                                   const A *denominator, const A *upstream, X *out) {                                           \
-        emit_rows<RULE>(p, x, t, weight, statistics, denominator, upstream, out);                                               \
-    }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)                                                               \
-        softmax_emit_##NAME##_strided(const Problem p, const X *x, const void *t, const A *weight, const A *statistics,         \
-                                      const A *denominator, const A *upstream, X *out) {                                        \
-        emit_strided<RULE>(p, x, t, weight, statistics, denominator, upstream, out);                                            \
+#define EMIT(NAME, RULE)                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[RULE::DETAIL])                                        \
+        softmax_emit_##NAME##_rows(const Problem p, const X *x, const void *t, const A *weight, const A *statistics,           \
+                                   const A *denominator, const A *upstream, X *out) {                                          \
+        emit_rows<RULE>(p, x, t, weight, statistics, denominator, upstream, out);                                              \
+    }                                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)                                                              \
+        softmax_emit_##NAME##_strided(const Problem p, const X *x, const void *t, const A *weight, const A *statistics,        \
+                                      const A *denominator, const A *upstream, X *out) {                                       \
+        emit_strided<RULE>(p, x, t, weight, statistics, denominator, upstream, out);                                           \
+    }                                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(TILE_THREADS)                                                                 \
+        softmax_emit_##NAME##_tile(const Problem p, const X *x, const void *t, const A *weight, const A *statistics,           \
+                                      const A *denominator, const A *upstream, X *out) {                                       \
+        emit_tiles<RULE>(p, x, t, weight, statistics, denominator, upstream, out);                                             \
     }
 
 // Loss and gradient in one pass.
-#define FUSED(NAME, RULE)                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[RULE::DETAIL])                                         \
-        softmax_fused_##NAME##_rows(const Problem p, const X *x, X *out, const void *t, const A *weight, const double *counts,  \
-                                    A *loss, A *statistics, double2 *partials, A *result) {                                     \
-        fused_rows<RULE, 1>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});                       \
-    }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)                                                               \
-        softmax_fused_##NAME##_strided(const Problem p, const X *x, X *out, const void *t, const A *weight,                     \
-                                       const double *counts, A *loss, A *statistics, double2 *partials, A *result) {            \
-        fused_strided<RULE>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});                       \
+#define FUSED(NAME, RULE)                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[RULE::DETAIL])                                        \
+        softmax_fused_##NAME##_rows(const Problem p, const X *x, X *out, const void *t, const A *weight, const double *counts, \
+                                    A *loss, A *statistics, double2 *partials, A *result) {                                    \
+        fused_rows<RULE, 1>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});                      \
+    }                                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)                                                              \
+        softmax_fused_##NAME##_strided(const Problem p, const X *x, X *out, const void *t, const A *weight,                    \
+                                       const double *counts, A *loss, A *statistics, double2 *partials, A *result) {           \
+        fused_strided<RULE>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});                      \
+    }                                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(TILE_THREADS)                                                                 \
+        softmax_fused_##NAME##_tile(const Problem p, const X *x, X *out, const void *t, const A *weight,                       \
+                                       const double *counts, A *loss, A *statistics, double2 *partials, A *result) {           \
+        fused_tiles<RULE>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});                        \
     }
 
-#define FUSED_CLUSTER(NAME, RULE, N)                                                                                            \
-    extern "C" __global__ void __cluster_dims__(N, 1, 1) __launch_bounds__(ROWS_THREADS, BLOCKS_OF[RULE::DETAIL])               \
-        softmax_fused_##NAME##_cluster_##N(const Problem p, const X *x, X *out, const void *t, const A *weight,                 \
-                                           const double *counts, A *loss, A *statistics, double2 *partials, A *result) {        \
-        fused_rows<RULE, N>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});                       \
+#define FUSED_CLUSTER(NAME, RULE, N)                                                                                           \
+    extern "C" __global__ void __cluster_dims__(N, 1, 1) __launch_bounds__(ROWS_THREADS, BLOCKS_OF[RULE::DETAIL])              \
+        softmax_fused_##NAME##_cluster_##N(const Problem p, const X *x, X *out, const void *t, const A *weight,                \
+                                           const double *counts, A *loss, A *statistics, double2 *partials, A *result) {       \
+        fused_rows<RULE, N>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});                      \
     }
 
 #if GENERAL_MODULE
@@ -114,6 +130,10 @@ extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[PLAIN])
 
 extern "C" __global__ void __launch_bounds__(STRIDED_THREADS) softmax_log_softmax_strided(const Problem p, const X *x, X *out) {
     log_softmax_strided(p, x, out);
+}
+
+extern "C" __global__ void __launch_bounds__(TILE_THREADS) softmax_log_softmax_tile(const Problem p, const X *x, X *out) {
+    log_softmax_tiles(p, x, out);
 }
 
 extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)

@@ -13,7 +13,7 @@ namespace softmax {
 
 constexpr int STRIDED_THREADS = 256;
 // Classes that a thread loads before it uses the first.
-constexpr int STRIDED_BATCH = 4;
+template <Detail D> constexpr int STRIDED_BATCH = D == PLAIN ? 4 : 2;
 
 // Where a row's gradient is written: in the order (outer, class, inner), or (outer, inner, class).
 struct Written {
@@ -37,7 +37,7 @@ template <int U, class T> __device__ __forceinline__ void load_classes(const Pro
 // This thread's share of a row.
 template <Detail D, class T>
 __device__ __forceinline__ State<Acc<T>, D> reduce_classes(const Problem &p, const Operands<Acc<T>> &o, const T *row) {
-    constexpr int U = STRIDED_BATCH;
+    constexpr int U = STRIDED_BATCH<D>;
     State<Acc<T>, D> state = State<Acc<T>, D>::empty();
     for (int c = threadIdx.y; c < p.classes; c += U * blockDim.y) {
         Acc<T> x[U][1];
@@ -70,7 +70,7 @@ __device__ __forceinline__ State<A, D> merge_column(State<A, D> state, State<A, 
 template <class Rule, class T>
 __device__ __forceinline__ void emit_classes(const Problem &p, const Operands<Acc<T>> &o, const RowScalars<Acc<T>> &s, const T *row, T *out, const Written &written) {
     using A = Acc<T>;
-    constexpr int U = STRIDED_BATCH;
+    constexpr int U = STRIDED_BATCH<Rule::DETAIL>;
     const bool live = s.kind == Kind::LIVE;
     for (int c = threadIdx.y; c < p.classes; c += U * blockDim.y) {
         A x[U][1];

@@ -102,9 +102,11 @@ fn merge(axes: &[(usize, usize)]) -> Option<(usize, usize)> {
 
 /// The tensor itself where [`Rows::of`] describes it, else a contiguous copy.
 fn as_rows(tensor: &Tensor, axis: usize) -> Result<Tensor> {
+    // one logit broadcast to all classes is not worth a way of its own in a kernel
+    let broadcast = tensor.stride()[axis] == 0 && tensor.dims()[axis] > 1;
     match Rows::of(tensor.layout(), axis) {
-        Some(_) => Ok(tensor.clone()),
-        None => tensor.contiguous(),
+        Some(_) if !broadcast => Ok(tensor.clone()),
+        _ => tensor.contiguous(),
     }
 }
 
@@ -254,7 +256,13 @@ impl CrossEntropy {
     }
 
     /// As [`Self::loss_and_grad`], the gradient replacing the contiguous logits.
-    pub fn loss_and_grad_inplace(self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
+    pub fn loss_and_grad_inplace(mut self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
+        if logits.elem_count() == 0 {
+            // candle takes the strides of an empty tensor for a broadcast
+            return Ok(self.loss_and_grad(logits, target)?.0);
+        }
+        // weights may be a view of the logits, whose storage is locked while it is written
+        self.weight = self.weight.as_ref().map(Tensor::copy).transpose()?;
         let (_, target) = self.operands(logits, &target.detach())?;
         let op = LossAndGrad { problem: self, loss: OnceLock::new() };
         logits.inplace_op2(&target, &op)?;
@@ -271,7 +279,11 @@ impl CrossEntropy {
 
     /// Both tensors as the kernels read them: logits and probabilities as rows, class indices contiguous.
     fn operands(&self, logits: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
-        let logits = as_rows(logits, self.axis)?;
+        let logits = match Rows::of(logits.layout(), self.axis) {
+            // NLL reads one number of a row, wherever it is
+            Some(_) if self.log_probs => logits.clone(),
+            _ => as_rows(logits, self.axis)?,
+        };
         let target = if target.dtype().is_float() {
             as_rows_like(target, self.axis, self.rows(logits.layout())?.split)?
         } else {

@@ -66,6 +66,7 @@ struct Problem {
     mass: f64,
     scale: f64,
     softcap: f64,
+    inverse_cap: f64,
     z_loss: f64,
     normalizer: f64,
     classes: i32,
@@ -98,6 +99,7 @@ impl Problem {
             mass: 0.0,
             scale: 1.0,
             softcap: 0.0,
+            inverse_cap: 0.0,
             z_loss: 0.0,
             normalizer: 1.0,
             classes,
@@ -188,6 +190,7 @@ fn function(device: &CudaDevice, (detail, dtype): (Detail, DType), name: &str, g
 fn form(pass: &Pass) -> String {
     match pass.form {
         Form::Rows => "rows".to_string(),
+        Form::Tile => "tile".to_string(),
         Form::Strided => "strided".to_string(),
         Form::Cluster(size) => format!("cluster_{size}"),
     }
@@ -241,6 +244,7 @@ impl<'a> Task<'a> {
         problem.mass = if !indices || (smoothing != 0.0 && options.weight.is_some()) { f64::NAN } else { smoothing };
         problem.scale = options.logit_scale;
         problem.softcap = options.softcap.unwrap_or(0.0);
+        problem.inverse_cap = options.softcap.map_or(0.0, |cap| 1.0 / cap);
         problem.z_loss = options.z_loss;
         problem.log_probs = options.log_probs as i32;
         problem.class_last = rows.class_last() as i32;
@@ -348,7 +352,7 @@ impl<'a> Task<'a> {
         let shape = self.shape();
         let pass = match self.options.log_probs {
             true => self.planner.gather(&shape),
-            false => self.planner.reduce(&shape, true),
+            false => self.planner.reduce(&shape),
         };
         let rows = self.rows.count();
         let device = &self.device;
@@ -586,6 +590,10 @@ fn shape(rows: &Rows, dtype: DType) -> Shape {
         classes: rows.classes as u64,
         element: dtype.size_in_bytes() as u64,
         adjacent: rows.class_stride == 1,
+        packed: rows.class_stride == 1
+            && (rows.inner == 1
+                || (rows.inner_stride == rows.classes && rows.outer_stride == rows.inner * rows.classes))
+            && (rows.inner > 1 || rows.outer_stride == rows.classes || rows.outer == 1),
     }
 }
 
@@ -760,7 +768,7 @@ pub(crate) fn statistics(
             (slices, alloc(&task.device, DType::U32, rows.max(1))?, alloc(&task.device, DType::U8, rows.max(1))?)
         };
         if rows > 0 {
-            let pass = task.planner.reduce(&task.shape(), false);
+            let pass = task.planner.statistics(&task.shape());
             let problem = task.problem.on(&pass);
             let function = function(
                 &task.device,

@@ -20,20 +20,20 @@ const ROUNDS_OF_ONE_BLOCK: u64 = 4;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Divisor {
     value: i64,
+    wide_magic: u64,
     magic: u32,
     shift: u32,
 }
 
 impl Divisor {
-    /// For a dividend n below 2^31, `n / value = (mulhi(n, magic) + n) >> shift` (Granlund and Montgomery, 1994).
+    /// `n / value = (mulhi(n, magic) + n) >> shift` in b bits for a dividend n below 2^(b-1), with
+    /// `magic = 2^b (2^shift - value) / value + 1` and `2^shift` the power of two from `value` on (Granlund and Montgomery,
+    /// 1994). A divisor from 2^31 on is not needed in 32 bits.
     pub fn new(value: usize) -> Self {
-        let mut divisor = Divisor { value: value as i64, magic: 0, shift: 0 };
-        if (1..1 << 31).contains(&value) {
-            divisor.shift = value.next_power_of_two().trailing_zeros();
-            let value = value as u64;
-            divisor.magic = ((((1u64 << divisor.shift) - value) << 32) / value + 1) as u32;
-        }
-        divisor
+        let value = value.max(1) as u64;
+        let shift = value.next_power_of_two().trailing_zeros();
+        let magic = |bits: u32| (((1u128 << shift) - value as u128) << bits) / value as u128 + 1;
+        Divisor { value: value as i64, wide_magic: magic(64) as u64, magic: magic(32) as u32, shift }
     }
 }
 
@@ -246,6 +246,14 @@ mod tests {
                 // the kernel's sum is 32-bit
                 let quotient = mulhi.checked_add(n as u32).map(|s| s >> d.shift);
                 assert_eq!(quotient, Some((n / value) as u32), "{n} / {value}");
+            }
+            let wide = values.iter().map(|&v| v as u64 * 0x7FFF_FFFF).chain([0, 1, 1 << 40, (1 << 63) - 1]);
+            for n in wide
+                .flat_map(|v| [v, v / value as u64 * value as u64, (v / value as u64 * value as u64).saturating_sub(1)])
+            {
+                let mulhi = ((n as u128 * d.wide_magic as u128) >> 64) as u64;
+                let quotient = mulhi.checked_add(n).map(|s| s >> d.shift);
+                assert_eq!(quotient, Some(n / value as u64), "{n} / {value}");
             }
         }
     }

@@ -3,6 +3,7 @@
 //! | row | forward | loss and gradient |
 //! | --- | --- | --- |
 //! | classes apart | a column of threads a row, neighbouring threads on neighbouring rows | the same |
+//! | up to `tile_classes`, without gaps | tiles of whole rows in shared memory, 1 to 8 lanes a row | the same |
 //! | up to `warp_bytes` | 1 to 32 lanes a row | the same, the row kept in shared memory |
 //! | up to `cluster_bytes` | a block a row | the same, the row kept in shared memory |
 //! | longer | a block a row | a cluster of 4 or 8 blocks a row; without clusters, a block that keeps what it can |
@@ -19,6 +20,10 @@ const ROWS_THREADS: u32 = 256;
 const STRIDED_THREADS: u32 = 256;
 /// What a thread keeps of a row is all or a multiple of this.
 const BATCH: u32 = 4;
+/// Of the kernels for tiles: a block, the classes of a lane, and the most classes of a row.
+const TILE_THREADS: u32 = 256;
+const TILE_DEPTH: u64 = 8;
+const TILE_CLASSES: u64 = 64;
 
 /// The cluster sizes that there are kernels for; 1 is a block without a cluster.
 const CLUSTERS: [u32; 3] = [1, 4, 8];
@@ -32,6 +37,8 @@ pub(crate) struct Shape {
     pub element: u64,
     /// Whether a row's classes are next to each other.
     pub adjacent: bool,
+    /// Whether the rows are too, in their order.
+    pub packed: bool,
 }
 
 impl Shape {
@@ -62,6 +69,8 @@ pub(crate) struct Thresholds {
     /// The most rows, and logits, that one block works through alone.
     pub lone_rows: u64,
     pub lone_elements: u64,
+    /// The most classes of a row that is worked through in tiles, up to 64.
+    pub tile_classes: u64,
     /// The longest row that part of a warp takes.
     pub warp_bytes: u64,
     /// What a block of a cluster keeps of a row, at most; a longer row gets a larger cluster.
@@ -72,6 +81,8 @@ pub(crate) struct Thresholds {
     pub count_rows: u64,
     /// The most blocks of a grid that leaves a partial sum for each.
     pub blocks: u32,
+    /// Less shared memory than the device has.
+    pub shared_bytes: Option<u32>,
 }
 
 impl Default for Thresholds {
@@ -79,11 +90,13 @@ impl Default for Thresholds {
         Thresholds {
             lone_rows: 64,
             lone_elements: 64 * 1024,
+            tile_classes: TILE_CLASSES,
             warp_bytes: 8 << 10,
             cluster_bytes: 64 << 10,
             split_bytes: 16 << 10,
             count_rows: 1024,
             blocks: 16 * 1024,
+            shared_bytes: None,
         }
     }
 }
@@ -92,6 +105,7 @@ impl Default for Thresholds {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Form {
     Rows,
+    Tile,
     Strided,
     /// Blocks of a cluster.
     Cluster(u32),
@@ -136,16 +150,27 @@ impl Planner {
         shape.rows <= self.thresholds.lone_rows && shape.rows * shape.classes <= self.thresholds.lone_elements
     }
 
-    /// A forward: a loss, and what the backward needs, for each row. `may_split` unless the states can't be merged later.
-    pub fn reduce(&self, shape: &Shape, may_split: bool) -> Pass {
-        if !shape.adjacent {
-            return self.strided(shape);
-        }
-        match self.splits(shape) {
-            2.. if !may_split => self.block_per_row(shape, 1),
+    /// A forward: a loss, and what the backward needs, for each row.
+    pub fn reduce(&self, shape: &Shape) -> Pass {
+        self.special(shape).unwrap_or_else(|| match self.splits(shape) {
             1 => self.rows(shape),
             splits => self.block_per_row(shape, splits),
+        })
+    }
+
+    /// Row statistics, which are not made of parts of rows.
+    pub fn statistics(&self, shape: &Shape) -> Pass {
+        if shape.adjacent { self.rows(shape) } else { self.strided(shape) }
+    }
+
+    /// The passes of rows that are not simply rows.
+    fn special(&self, shape: &Shape) -> Option<Pass> {
+        if !shape.adjacent {
+            return Some(self.strided(shape));
         }
+        let tile =
+            shape.packed && shape.classes <= self.thresholds.tile_classes.min(TILE_CLASSES) && !self.is_lone(shape);
+        tile.then(|| self.tile(shape))
     }
 
     /// A forward that looks at one number of each row: a thread a row.
@@ -162,29 +187,23 @@ impl Planner {
 
     /// A backward. Its blocks need nothing of each other.
     pub fn emit(&self, shape: &Shape) -> Pass {
-        if !shape.adjacent {
-            return self.strided(shape);
-        }
-        match self.splits(shape) {
-            1 => Pass { kept: 0, ..self.rows(shape) },
-            splits => self.block_per_row(shape, splits),
-        }
+        self.reduce(shape)
     }
 
     pub fn fused(&self, shape: &Shape) -> Fused {
-        if !shape.adjacent {
-            return Fused::OnePass(self.strided(shape));
+        if let Some(pass) = self.special(shape) {
+            return Fused::OnePass(pass);
         }
         if self.splits(shape) > 1 && !self.is_lone(shape) {
-            return Fused::Split { reduce: self.reduce(shape, true), emit: self.emit(shape) };
+            return Fused::Split { reduce: self.reduce(shape), emit: self.emit(shape) };
         }
         Fused::OnePass(self.one_pass(shape, true))
     }
 
     /// A pass that writes what it makes of each row, and that only `fused` runs in clusters.
     pub fn one_pass(&self, shape: &Shape, may_cluster: bool) -> Pass {
-        if !shape.adjacent {
-            return self.strided(shape);
+        if let Some(pass) = self.special(shape) {
+            return pass;
         }
         let mut pass = self.rows(shape);
         let lone = pass.grid.blocks[0] == 1 && self.is_lone(shape);
@@ -199,7 +218,8 @@ impl Planner {
         }
         let threads = pass.grid.threads[0];
         let windows = shape.windows().div_ceil((pass.team * size) as u64);
-        let room = self.device.shared_bytes as u64 / (threads as u64 * WINDOW);
+        let shared = self.thresholds.shared_bytes.unwrap_or(self.device.shared_bytes);
+        let room = shared as u64 / (threads as u64 * WINDOW);
         let kept = if windows <= room { windows as u32 } else { room as u32 / BATCH * BATCH };
         Pass { kept, grid: Grid { shared_bytes: kept * threads * WINDOW as u32, ..pass.grid }, ..pass }
     }
@@ -233,6 +253,13 @@ impl Planner {
         let teams = (threads / team) as u64;
         let blocks = if lone { 1 } else { shape.rows.div_ceil(teams).min(self.thresholds.blocks as u64) as u32 };
         Pass { form: Form::Rows, team, kept: 0, grid: Grid::flat(blocks, threads) }
+    }
+
+    /// Lanes enough for the row, and as many rows as a block has lanes for.
+    fn tile(&self, shape: &Shape) -> Pass {
+        let lanes = power_of_two(shape.classes.div_ceil(TILE_DEPTH), 1, 8);
+        let blocks = shape.rows.div_ceil((TILE_THREADS / lanes) as u64).min(self.thresholds.blocks as u64) as u32;
+        Pass { form: Form::Tile, team: lanes, kept: 0, grid: Grid::flat(blocks, TILE_THREADS) }
     }
 
     /// Neighbouring threads on neighbouring rows; several on one row where it is long, or where there are few rows.

@@ -1,5 +1,16 @@
 //! The integration tests, one binary. Every test body runs on every device that works here.
 
+mod accuracy;
+mod binary;
 mod common;
+mod cross_entropy;
+mod errors;
+mod focal;
 mod linear_cross_entropy;
+mod multi_label;
+mod nll;
+mod properties;
 mod pytorch;
+mod reference;
+mod semantics;
+mod threads;

@@ -14,17 +14,21 @@ thread_local! {
 /// Regimes by the thresholds that send small rows there. `lone_rows: 0` keeps them out of the single block.
 fn regimes() -> Vec<(&'static str, Thresholds)> {
     let usual = Thresholds { lone_rows: 0, ..Thresholds::default() };
+    let no_tiles = Thresholds { tile_classes: 0, ..usual };
     vec![
         ("lone block", Thresholds::default()),
-        ("warps", Thresholds { warp_bytes: 1 << 20, ..usual }),
-        ("warps, rows in turn", Thresholds { warp_bytes: 1 << 20, blocks: 1, ..usual }),
-        ("a block a row", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, ..usual }),
+        // with more classes than a tile has, the next regime
+        ("tiles", usual),
+        ("tiles in turn, counted ahead", Thresholds { blocks: 1, count_rows: 1, ..usual }),
+        ("warps", Thresholds { warp_bytes: 1 << 20, ..no_tiles }),
+        ("warps, rows in turn", Thresholds { warp_bytes: 1 << 20, blocks: 1, ..no_tiles }),
+        ("a block a row", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, ..no_tiles }),
         (
             "blocks, rows in turn, counted ahead",
-            Thresholds { warp_bytes: 0, split_bytes: 1 << 20, blocks: 2, count_rows: 1, ..usual },
+            Thresholds { warp_bytes: 0, split_bytes: 1 << 20, blocks: 2, count_rows: 1, ..no_tiles },
         ),
-        ("cluster", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 512, ..usual }),
-        ("split rows", Thresholds { warp_bytes: 0, split_bytes: 256, ..usual }),
+        ("cluster", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 512, ..no_tiles }),
+        ("split rows", Thresholds { warp_bytes: 0, split_bytes: 256, ..no_tiles }),
     ]
 }
 
@@ -253,6 +257,312 @@ fn unaligned_rows_match_the_cpu() -> Result<()> {
                 compare("narrowed", &plain(), &logits, &indices(3, classes, 2)?, |x| x.narrow(1, offset, classes))?;
             }
         }
+    }
+    Ok(())
+}
+
+/// Values whose probabilities are known: what a row of these gives is NaN, 0 or tiny, in that row alone.
+#[test]
+fn extreme_rows_match_the_cpu() -> Result<()> {
+    let (inf, nan) = (f32::INFINITY, f32::NAN);
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        let classes = 41;
+        let mut rows = vec![numbers(classes, 1); 9];
+        rows[0] = vec![-inf; classes];
+        rows[1][7] = nan;
+        rows[2][3] = inf;
+        rows[3] = vec![-inf; classes];
+        rows[3][40] = 2.0;
+        // confident: a loss of about 1e-7
+        rows[4] = vec![0.0; classes];
+        rows[4][5] = 20.0;
+        // a common offset, and ties
+        rows[5] = vec![1e8; classes];
+        rows[6][..20].fill(-inf);
+        rows[7].fill(nan);
+        let target = Tensor::new(&[0i64, 1, 2, 40, 5, 6, 30, -100, 8], &Device::Cpu)?;
+        for dtype in FLOATS {
+            let logits = Tensor::new(rows.concat(), &Device::Cpu)?.reshape((9, classes))?.to_dtype(dtype)?;
+            for options in [plain(), CrossEntropy { label_smoothing: 0.1, z_loss: 0.1, ..plain() }] {
+                let options = CrossEntropy { reduction: Reduction::None, ..options };
+                compare(regime, &options, &logits, &target, |x| Ok(x.clone()))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Confident rows keep their relative accuracy: with a sum of all terms, log(1 + 2e-9) and 1 - p would be 0.
+#[test]
+fn confident_rows_are_accurate() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    for (_, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        let logits = Tensor::new(&[[20f32, 0., 0.]], &gpu)?;
+        let target = Tensor::new(&[0u32], &gpu)?;
+        let (loss, grad) = plain().loss_and_grad(&logits, &target)?;
+        let grad = grad.flatten_all()?.to_vec1::<f32>()?;
+        assert!((loss.to_scalar::<f32>()? / 4.122_307e-9 - 1.0).abs() < 1e-6);
+        assert!((grad[0] / -4.122_307e-9 - 1.0).abs() < 1e-6);
+        assert!((grad[1] / 2.061_153_6e-9 - 1.0).abs() < 1e-6);
+    }
+    Ok(())
+}
+
+/// A bad target: NaN in its row, the other rows as they are without it, and the device survives.
+#[test]
+fn bad_targets_stay_in_their_rows() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        let classes = 37;
+        let logits = random(&[4, classes], 1, DType::F32)?.to_device(&gpu)?;
+        let good = Tensor::new(&[1i64, 2, 3, 4], &gpu)?;
+        for bad in [-1, classes as i64, 1 << 32, (1 << 32) + 1, i64::MIN] {
+            let target = Tensor::new(&[1i64, bad, 3, 4], &gpu)?;
+            let options = CrossEntropy { reduction: Reduction::None, ..plain() };
+            let (loss, grad) = options.clone().loss_and_grad(&logits, &target)?;
+            let (loss_without, grad_without) = options.clone().loss_and_grad(&logits, &good)?;
+            for (what, with, without) in [("loss", loss, loss_without), ("gradient", grad, grad_without)] {
+                let (with, without) =
+                    (with.reshape((4, ()))?.to_vec2::<f32>()?, without.reshape((4, ()))?.to_vec2::<f32>()?);
+                for row in 0..4 {
+                    let right = if row == 1 { with[row].iter().all(|v| v.is_nan()) } else { with[row] == without[row] };
+                    assert!(right, "{regime}: {what} of row {row} with target {bad}");
+                }
+            }
+            let checked = CrossEntropy { target_check: true, ..options };
+            let on_gpu = checked.clone().forward(&logits, &target).unwrap_err().to_string();
+            let on_cpu = checked
+                .forward(&logits.to_device(&Device::Cpu)?, &target.to_device(&Device::Cpu)?)
+                .unwrap_err()
+                .to_string();
+            assert_eq!(on_gpu.lines().next(), on_cpu.lines().next());
+        }
+        let narrow = Tensor::new(&[1u8, 200, 3, 4], &gpu)?;
+        assert!(plain().forward(&logits, &narrow)?.to_scalar::<f32>()?.is_nan());
+    }
+    Ok(())
+}
+
+#[test]
+fn all_rows_ignored() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        let logits = Tensor::full(f32::NAN, (3, 50), &gpu)?;
+        let target = Tensor::new(&[7u32, 7, 7], &gpu)?;
+        let (loss, grad) = CrossEntropy { ignore_index: 7, ..plain() }.loss_and_grad(&logits, &target)?;
+        assert!(loss.to_scalar::<f32>()?.is_nan(), "{regime}");
+        assert!(grad.flatten_all()?.to_vec1::<f32>()?.iter().all(|&g| g == 0.0), "{regime}");
+    }
+    Ok(())
+}
+
+/// Nothing is launched for no rows.
+#[test]
+fn no_rows() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    let logits = Var::zeros((0, 5), DType::F32, &gpu)?;
+    let target = Tensor::zeros(0, DType::U32, &gpu)?;
+    let before = launches();
+    for reduction in [Reduction::Mean, Reduction::Sum, Reduction::None] {
+        let options = CrossEntropy { reduction, ..plain() };
+        let forward = options.clone().forward(&logits, &target)?;
+        let (loss, grad) = options.clone().loss_and_grad(&logits, &target)?;
+        assert_eq!(grad.dims(), [0, 5]);
+        match reduction {
+            Reduction::Mean => assert!(forward.to_scalar::<f32>()?.is_nan() && loss.to_scalar::<f32>()?.is_nan()),
+            Reduction::Sum => assert!(forward.to_scalar::<f32>()? == 0.0 && loss.to_scalar::<f32>()? == 0.0),
+            Reduction::None => assert!(forward.dims() == [0] && loss.dims() == [0]),
+        }
+        options.statistics(&logits, &target)?;
+    }
+    assert_eq!(launches(), before);
+    Ok(())
+}
+
+fn launches() -> usize {
+    crate::cuda::launch::LAUNCHES.get()
+}
+
+/// Launches of a call.
+fn launches_of<R>(call: impl FnOnce() -> Result<R>) -> Result<usize> {
+    let before = launches();
+    call()?;
+    Ok(launches() - before)
+}
+
+/// The work that a call may make the driver do: one launch up to 64 rows of 1000 classes, mean included.
+#[test]
+fn launch_counts() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        let lone = regime == "lone block";
+        for reduction in [Reduction::Mean, Reduction::Sum, Reduction::None] {
+            let options = CrossEntropy { reduction, ..plain() };
+            let logits = Var::from_tensor(&random(&[64, 130], 1, DType::F32)?.to_device(&gpu)?)?;
+            let target = indices(64, 130, 2)?.to_device(&gpu)?;
+            let forward = launches_of(|| options.clone().forward(&logits, &target))?;
+            assert!(forward <= if lone { 1 } else { 2 }, "{regime}, {reduction:?}: {forward} launches of forward");
+            let both = launches_of(|| options.clone().loss_and_grad(&logits, &target))?;
+            assert!(both <= if lone { 1 } else { 3 }, "{regime}, {reduction:?}: {both} launches of loss_and_grad");
+            let loss = options.clone().forward(&logits, &target)?.sum_all()?;
+            assert_eq!(launches_of(|| loss.backward())?, 1, "{regime}, {reduction:?}: launches of backward");
+        }
+    }
+    THRESHOLDS.set(Thresholds::default());
+    let logits = random(&[64, 1000], 1, DType::BF16)?.to_device(&gpu)?;
+    let target = indices(64, 1000, 2)?.to_device(&gpu)?;
+    assert_eq!(launches_of(|| plain().forward(&logits, &target))?, 1);
+    assert_eq!(launches_of(|| plain().loss_and_grad(&logits, &target))?, 1);
+    Ok(())
+}
+
+/// Every number of classes that a tile can have, with more rows than a block has.
+#[test]
+fn tiles_match_the_cpu() -> Result<()> {
+    THRESHOLDS.set(Thresholds { lone_rows: 0, ..Thresholds::default() });
+    for (i, classes) in (1..=65).enumerate() {
+        let dtype = FLOATS[i % 4];
+        let rows = 300 / (classes / 8 + 1);
+        let logits = random(&[rows + 1, classes], 1, dtype)?;
+        // from the second row on: unaligned as a whole
+        compare("tiles", &plain(), &logits, &indices(rows, classes, 2)?, |x| x.narrow(0, 1, rows))?;
+        let some = random(&[9, classes], 1, dtype)?;
+        compare("tiles", &everything(classes)?, &some, &indices(9, classes, 2)?, |x| Ok(x.clone()))?;
+    }
+    Ok(())
+}
+
+/// Sizes next to a warp, to a window and to a regime's edge, and vocabularies.
+#[test]
+fn sizes_match_the_cpu() -> Result<()> {
+    THRESHOLDS.set(Thresholds::default());
+    for classes in [1, 2, 3, 7, 8, 9, 31, 32, 33, 63, 64, 65, 1000, 1001, 4095, 5003] {
+        let logits = random(&[3, classes], 1, DType::BF16)?;
+        compare("sizes", &plain(), &logits, &indices(3, classes, 2)?, |x| Ok(x.clone()))?;
+    }
+    THRESHOLDS.set(Thresholds { lone_rows: 0, ..Thresholds::default() });
+    for classes in [1, 3, 9, 33, 64, 65, 1001, 4095, 5003] {
+        let logits = random(&[7, classes], 1, DType::F32)?;
+        compare("sizes", &plain(), &logits, &indices(7, classes, 2)?, |x| Ok(x.clone()))?;
+    }
+    // in clusters, and split over blocks
+    for split_bytes in [1 << 30, 16 << 10] {
+        THRESHOLDS.set(Thresholds { split_bytes, ..Thresholds::default() });
+        for classes in [32_000, 50_257] {
+            let logits = random(&[2, classes], 1, DType::BF16)?;
+            compare("sizes", &plain(), &logits, &indices(2, classes, 2)?, |x| Ok(x.clone()))?;
+        }
+    }
+    Ok(())
+}
+
+/// A row longer than the shared memory for it is read a second time.
+#[test]
+fn rows_that_are_not_kept_match_the_cpu() -> Result<()> {
+    for cluster_bytes in [0, 1 << 30] {
+        THRESHOLDS.set(Thresholds {
+            lone_rows: 0,
+            split_bytes: 1 << 30,
+            shared_bytes: Some(256 * 16 * 4),
+            cluster_bytes,
+            ..Thresholds::default()
+        });
+        let classes = 70_003;
+        let logits = random(&[1, classes], 1, DType::BF16)?;
+        compare("not kept", &plain(), &logits, &indices(1, classes, 2)?, |x| Ok(x.clone()))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn nll_matches_the_cpu() -> Result<()> {
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        for dtype in FLOATS {
+            let options = CrossEntropy { name: "nll", log_probs: true, ignore_index: 1, ..plain() };
+            let logits = random(&[6, 45], 1, dtype)?;
+            compare(regime, &options, &logits, &indices(6, 45, 2)?, |x| Ok(x.clone()))?;
+            let weighted = CrossEntropy { weight: Some(random(&[45], 7, DType::F32)?), ..options };
+            let middle = random(&[2, 45, 5], 1, dtype)?;
+            compare(regime, &weighted, &middle, &indices(10, 45, 2)?.reshape((2, 5))?, |x| Ok(x.clone()))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn log_softmax_matches_the_cpu() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        for dtype in FLOATS {
+            for (dims, axis) in [(vec![4, 77], 1), (vec![3, 13, 6], 1), (vec![3, 4, 19], 2), (vec![33], 0)] {
+                let on = |device: &Device| -> Result<(Tensor, Tensor)> {
+                    let x = Var::from_tensor(&random(&dims, 1, dtype)?.to_device(device)?)?;
+                    let y = crate::softmax::log_softmax("log_softmax", x.as_tensor(), axis)?;
+                    let upstream = random(&dims, 9, dtype)?.to_device(device)?;
+                    let grads = (&y * upstream)?.sum_all()?.backward()?;
+                    Ok((y, grads.get(&x).unwrap().clone()))
+                };
+                let (got, expected) = (on(&gpu)?, on(&Device::Cpu)?);
+                assert_close(
+                    &format!("{regime}: log_softmax {dtype:?} {dims:?}"),
+                    &got.0,
+                    &expected.0,
+                    tolerance(dtype),
+                );
+                // computed from the rounded log-probabilities
+                assert_close(
+                    &format!("{regime}: its gradient {dtype:?} {dims:?}"),
+                    &got.1,
+                    &expected.1,
+                    2.0 * tolerance(dtype),
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn target_gradient_matches_the_cpu() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        for dims in [vec![3, 29], vec![2, 29, 4]] {
+            for options in [plain(), everything(29)?] {
+                let on = |device: &Device| -> Result<Tensor> {
+                    let options = with_weight_on(&options, device, DType::F32)?;
+                    let x = random(&dims, 1, DType::BF16)?.to_device(device)?;
+                    let target = Var::from_tensor(&random(&dims, 2, DType::F32)?.abs()?.to_device(device)?)?;
+                    let grads = options.forward(&x, target.as_tensor())?.backward()?;
+                    Ok(grads.get(&target).unwrap().clone())
+                };
+                assert_close(&format!("{regime}: {dims:?}"), &on(&gpu)?, &on(&Device::Cpu)?, 4e-6);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The same call gives the same bits.
+#[test]
+fn results_are_reproducible() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        let logits = random(&[20, 200], 1, DType::F32)?.to_device(&gpu)?;
+        let target = indices(20, 200, 2)?.to_device(&gpu)?;
+        let one = || -> Result<_> {
+            let (loss, grad) = plain().loss_and_grad(&logits, &target)?;
+            Ok((loss.to_scalar::<f32>()?.to_bits(), grad.flatten_all()?.to_vec1::<f32>()?))
+        };
+        assert!(one()? == one()?, "{regime}");
     }
     Ok(())
 }

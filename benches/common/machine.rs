@@ -1,0 +1,79 @@
+//! The device a bench runs on, and its clock.
+
+use candle_core::{Device, Result};
+use std::time::{Duration, Instant};
+
+pub struct Machine {
+    pub device: Device,
+    /// The hardware's name: the CPU's model or the GPU's.
+    pub name: String,
+    /// The last-level cache.
+    pub cache_bytes: usize,
+    pub clock: Clock,
+}
+
+pub enum Clock {
+    Host,
+    #[cfg(feature = "cuda")]
+    Gpu(super::gpu::Clock),
+}
+
+impl Clock {
+    /// The time that what `work` starts takes on the device.
+    pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
+        match self {
+            Clock::Host => {
+                let start = Instant::now();
+                work()?;
+                Ok(start.elapsed())
+            }
+            #[cfg(feature = "cuda")]
+            Clock::Gpu(clock) => clock.time(work),
+        }
+    }
+}
+
+impl Machine {
+    pub fn cpu() -> Self {
+        Machine { device: Device::Cpu, name: cpu_name(), cache_bytes: cpu_cache_bytes(), clock: Clock::Host }
+    }
+
+    /// The GPU where one works and this is a build for it, else the CPU.
+    pub fn best() -> Result<Self> {
+        Self::of(candle_fused_loss::best_device())
+    }
+
+    pub fn of(device: Device) -> Result<Self> {
+        match &device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(cuda) => super::gpu::machine(cuda),
+            Device::Cpu => Ok(Self::cpu()),
+            _ => candle_core::bail!("the benches know the CPU and CUDA"),
+        }
+    }
+}
+
+/// "AMD EPYC 9654 96-Core Processor", or what the kernel has instead of a name.
+fn cpu_name() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let value = |key: &str| {
+        let line = info.lines().find(|line| line.split(':').next().is_some_and(|k| k.trim() == key))?;
+        line.split_once(':').map(|(_, value)| value.trim().to_string())
+    };
+    let name = value("model name").unwrap_or_else(|| std::env::consts::ARCH.to_string());
+    // some virtual machines hide the model's number; family and model still say which it is
+    match (value("cpu family"), value("model")) {
+        (Some(family), Some(model)) if !name.chars().any(|c| c.is_ascii_digit()) => {
+            format!("{name} family {family} model {model}")
+        }
+        _ => name,
+    }
+}
+
+fn cpu_cache_bytes() -> usize {
+    let read = |index| {
+        let text = std::fs::read_to_string(format!("/sys/devices/system/cpu/cpu0/cache/index{index}/size")).ok()?;
+        text.trim().strip_suffix('K')?.parse::<usize>().ok()
+    };
+    (0..5).filter_map(read).max().unwrap_or(32 << 10) << 10
+}

@@ -1,0 +1,124 @@
+//! Pictures, made of a CSV file's rows and nothing else.
+
+use crate::table::Row;
+use anyhow::Result;
+use plotters::prelude::*;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+const WIDTH: u32 = 620;
+const HEIGHT: u32 = 420;
+const COLOURS: [RGBColor; 8] = [
+    RGBColor(31, 119, 180),
+    RGBColor(214, 39, 40),
+    RGBColor(44, 160, 44),
+    RGBColor(148, 103, 189),
+    RGBColor(255, 127, 14),
+    RGBColor(23, 190, 207),
+    RGBColor(140, 86, 75),
+    RGBColor(127, 127, 127),
+];
+
+struct Panel {
+    title: String,
+    y: &'static str,
+    logarithmic: bool,
+    /// By label: the classes, and the value at them.
+    lines: BTreeMap<String, Vec<(f64, f64)>>,
+}
+
+/// One picture for each kind of value, a panel for each dtype and kind of pass of cross-entropy.
+pub fn draw_all(csv: &Path, rows: &[Row], mut done: impl FnMut()) -> Result<Vec<PathBuf>> {
+    type Value = fn(&Row) -> Option<f64>;
+    let kinds: [(&str, &str, bool, Value); 3] = [
+        ("time", "ns a logit", true, |r| Some(r.p50_us * 1e3 / (r.rows * r.classes) as f64)),
+        ("bandwidth", "minimum bytes / time, share of copy bandwidth", false, |r| r.share_of_copy),
+        ("memory", "peak allocation, bytes a logit", false, |r| Some(r.peak_bytes? / (r.rows * r.classes) as f64)),
+    ];
+    let mut written = vec![];
+    for (name, y, logarithmic, value) in kinds {
+        let panels = panels(rows, y, logarithmic, value);
+        if !panels.is_empty() {
+            let path = csv.with_extension(format!("{name}.svg"));
+            draw(&path, &panels)?;
+            written.push(path);
+        }
+        done();
+    }
+    Ok(written)
+}
+
+fn panels(rows: &[Row], y: &'static str, logarithmic: bool, value: fn(&Row) -> Option<f64>) -> Vec<Panel> {
+    let mut panels: BTreeMap<(bool, String), Panel> = BTreeMap::new();
+    for row in rows.iter().filter(|row| row.loss == "cross_entropy") {
+        let Some(v) = value(row).filter(|v| v.is_finite() && *v > 0.0) else { continue };
+        let gradient = row.pass != "forward";
+        let what = if gradient { "with gradient" } else { "forward" };
+        let panel = panels.entry((gradient, row.dtype.clone())).or_insert_with(|| Panel {
+            title: format!("cross-entropy {}, {what}: {}, {}", row.dtype, row.device, row.date),
+            y,
+            logarithmic,
+            lines: BTreeMap::new(),
+        });
+        // only what fills the machine lies on a line; small problems measure the overhead
+        if row.rows * row.classes >= 1 << 20 || rows.len() < 100 {
+            let label =
+                if gradient { format!("{} {}", row.implementation, row.pass) } else { row.implementation.clone() };
+            panel.lines.entry(label).or_default().push((row.classes as f64, v));
+        }
+    }
+    let mut panels: Vec<Panel> = panels.into_values().filter(|panel| !panel.lines.is_empty()).collect();
+    for line in panels.iter_mut().flat_map(|panel| panel.lines.values_mut()) {
+        line.sort_by(|a, b| a.0.total_cmp(&b.0));
+    }
+    panels
+}
+
+fn draw(path: &Path, panels: &[Panel]) -> Result<()> {
+    let columns = panels.len().clamp(1, 2);
+    let lines = panels.len().div_ceil(columns);
+    let root = SVGBackend::new(path, (WIDTH * columns as u32, HEIGHT * lines as u32)).into_drawing_area();
+    root.fill(&WHITE)?;
+    for (panel, area) in panels.iter().zip(root.split_evenly((lines, columns))) {
+        let points = || panel.lines.values().flatten();
+        let range = |of: fn(&(f64, f64)) -> f64| {
+            points().map(of).fold((f64::INFINITY, 0f64), |(low, high), v| (low.min(v), high.max(v)))
+        };
+        let ((x0, x1), (y0, y1)) = (range(|p| p.0), range(|p| p.1));
+        let x = (x0 / 1.3..x1 * 1.3).log_scale();
+        let mut chart = ChartBuilder::on(&area);
+        chart.caption(&panel.title, ("sans-serif", 14)).margin(8).x_label_area_size(36).y_label_area_size(56);
+        if panel.logarithmic {
+            finish(chart.build_cartesian_2d(x, (y0 / 1.5..y1 * 1.5).log_scale())?, panel)?;
+        } else {
+            finish(chart.build_cartesian_2d(x, 0.0..y1 * 1.1)?, panel)?;
+        }
+    }
+    root.present()?;
+    Ok(())
+}
+
+fn finish<'a, Y>(
+    mut chart: ChartContext<'a, SVGBackend<'a>, Cartesian2d<LogCoord<f64>, Y>>,
+    panel: &Panel,
+) -> Result<()>
+where
+    Y: Ranged<ValueType = f64> + plotters::coord::ranged1d::ValueFormatter<f64>,
+{
+    let y_label = |v: &f64| if *v >= 0.01 { format!("{v:.2}") } else { format!("{v:.0e}") };
+    let mut mesh = chart.configure_mesh();
+    mesh.x_desc("classes V")
+        .y_desc(panel.y)
+        .x_label_formatter(&|v| format!("{v:.0}"))
+        .y_label_formatter(&y_label)
+        .draw()?;
+    for ((label, line), colour) in panel.lines.iter().zip(COLOURS.iter().cycle()) {
+        let path = LineSeries::new(line.iter().copied(), colour.stroke_width(2)).point_size(3);
+        chart
+            .draw_series(path)?
+            .label(label)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(2)));
+    }
+    chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK.mix(0.3)).draw()?;
+    Ok(())
+}

@@ -1,0 +1,119 @@
+//! One interleaved series of measurements.
+
+use crate::common::case::{Case, Implementation, Pass};
+use crate::common::machine::Machine;
+use crate::common::work::Inputs;
+use crate::memory::peak_of;
+use anyhow::Result;
+use std::time::{Duration, Instant};
+
+pub struct Series<'a> {
+    pub case: Case,
+    pub kind: &'a [(Implementation, Pass)],
+    /// How long the samples may take, all together.
+    pub time: Duration,
+}
+
+/// The quantiles of samples, in microseconds a call.
+#[derive(Clone, Copy)]
+pub struct Times {
+    pub p20: f64,
+    pub p50: f64,
+    pub p80: f64,
+}
+
+impl Times {
+    pub fn of(mut samples: Vec<f64>) -> Self {
+        samples.sort_by(f64::total_cmp);
+        let at = |q: f64| samples[((samples.len() - 1) as f64 * q).round() as usize];
+        Times { p20: at(0.2), p50: at(0.5), p80: at(0.8) }
+    }
+}
+
+pub struct Measured {
+    pub implementation: Implementation,
+    pub pass: Pass,
+    /// Or why there are none.
+    pub times: Result<Times, String>,
+    /// On the CPU.
+    pub peak_bytes: Option<usize>,
+    /// The clock, the calls in a sample and the samples.
+    pub method: String,
+}
+
+/// Of a call that takes no more than a tenth of the time there is; of a longer one a single sample may have to do.
+const MIN_SAMPLES: usize = 5;
+const MAX_SAMPLES: usize = 51;
+
+/// The calls of one sample: enough for the clock, and on a GPU enough that what one call leaves in the cache is written back
+/// in the next one's time. Calls that are shorter than it takes to enqueue them are timed one by one.
+fn calls(machine: &Machine, one: Duration) -> usize {
+    let us = (one.as_secs_f64() * 1e6).max(0.05);
+    match machine.device.is_cpu() {
+        true => ((500.0 / us) as usize).clamp(1, 2000),
+        false if us < 30.0 => 1,
+        false => ((500.0 / us) as usize).clamp(1, 8),
+    }
+}
+
+impl Series<'_> {
+    pub fn measure(&self, machine: &Machine) -> Result<Vec<Measured>> {
+        let mut inputs = Inputs::new(self.case, machine)?;
+        struct Contender {
+            implementation: Implementation,
+            pass: Pass,
+            calls: usize,
+            min_samples: usize,
+            next: usize,
+            peak_bytes: Option<usize>,
+            samples: Result<Vec<f64>, String>,
+        }
+        let mut contenders = vec![];
+        for &(implementation, pass) in self.kind {
+            if !self.case.exists(implementation, pass) {
+                continue;
+            }
+            inputs.prepare(pass)?;
+            // the first call loads, compiles, faults pages in and is counted; the second one is the estimate, unless the
+            // first one has shown that it takes long
+            let start = Instant::now();
+            let (first, peak) = peak_of(|| inputs.call(implementation, pass, 0));
+            let first_time = start.elapsed();
+            let estimate = first.and_then(|()| match machine.device.is_cpu() && first_time > self.time / 10 {
+                true => Ok(first_time),
+                false => inputs.time(machine, implementation, pass, 1, 1),
+            });
+            let (one, samples) = match estimate {
+                Ok(one) => (one, Ok(vec![])),
+                Err(e) => (Duration::ZERO, Err(e.to_string().lines().next().unwrap_or_default().to_string())),
+            };
+            let calls = calls(machine, one);
+            let min_samples = if one > self.time / 10 { 1 } else { MIN_SAMPLES };
+            let peak_bytes = machine.device.is_cpu().then_some(peak);
+            contenders.push(Contender { implementation, pass, calls, min_samples, next: 2, peak_bytes, samples });
+        }
+        let started = Instant::now();
+        for round in 0..MAX_SAMPLES {
+            for c in &mut contenders {
+                let Ok(samples) = &mut c.samples else { continue };
+                if round >= c.min_samples && started.elapsed() > self.time {
+                    continue;
+                }
+                match inputs.time(machine, c.implementation, c.pass, c.next, c.calls) {
+                    Ok(time) => samples.push(time.as_secs_f64() * 1e6 / c.calls as f64),
+                    Err(e) => c.samples = Err(e.to_string()),
+                }
+                c.next += c.calls;
+            }
+        }
+        let clock = if machine.device.is_cpu() { "host" } else { "events" };
+        let measured = contenders.into_iter().map(|c| Measured {
+            implementation: c.implementation,
+            pass: c.pass,
+            method: format!("{clock} {}x{}", c.samples.as_ref().map_or(0, Vec::len), c.calls),
+            times: c.samples.map(Times::of),
+            peak_bytes: c.peak_bytes,
+        });
+        Ok(measured.collect())
+    }
+}

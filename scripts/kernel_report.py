@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+"""What the compiler made of the kernels: registers, spills and the widths of global accesses, without a GPU.
+
+    scripts/kernel_report.py [--arch 90a] [--only REGEX] [kernels/FILE.cu ...]
+
+Compiles each file as build.rs does, assembles the PTX and disassembles the result. Prints one line for each kernel: registers
+of a thread, bytes of static shared memory, bytes spilled, and how many global loads and stores there are of each width in
+bits (in the code, not in time). Exits with 1 if a kernel spills.
+
+Needs nvcc and ptxas (the CUDA toolkit) and nvdisasm (the toolkit, or `pip install nvidia-cuda-nvdisasm`), on PATH or in the
+environment of this Python.
+"""
+
+import argparse
+import collections
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def tool(name):
+    """The path of a CUDA tool: on PATH, or where NVIDIA's wheels put it."""
+    found = shutil.which(name)
+    if found:
+        return found
+    for path in pathlib.Path(sysconfig.get_paths()["purelib"]).glob(f"nvidia/*/bin/{name}"):
+        return str(path)
+    sys.exit(f"{name} not found: install the CUDA toolkit, or `pip install nvidia-cuda-{name}`")
+
+
+def run(*command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def resources(log):
+    """Registers, shared memory and spilled bytes of each kernel, from ptxas -v."""
+    kernels, name = {}, None
+    for line in log.splitlines():
+        if found := re.search(r"Compiling entry function '(\w+)'", line):
+            name = found[1]
+            kernels[name] = {"registers": 0, "shared": 0, "spilled": 0}
+        if name is None:
+            continue
+        if found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            kernels[name]["spilled"] += int(found[1]) + int(found[2])
+        if found := re.search(r"Used (\d+) registers", line):
+            kernels[name]["registers"] = int(found[1])
+        if found := re.search(r"(\d+) bytes smem", line):
+            kernels[name]["shared"] = int(found[1])
+    return kernels
+
+
+def accesses(assembly):
+    """Global loads and stores of each kernel: {kernel: ({bits: loads}, {bits: stores})}."""
+    kernels, name = {}, None
+    for line in assembly.splitlines():
+        if found := re.match(r"\s*\.section\s+\.text\.(\w+)", line):
+            name = found[1]
+            kernels[name] = (collections.Counter(), collections.Counter())
+        elif found := re.search(r"\b(LDG|STG)((?:\.\w+)*)", line):
+            if name is None:
+                continue
+            suffixes = found[2].split(".")
+            bits = next((int(s) for s in suffixes if s in ("64", "128", "256")), None)
+            bits = bits or next((int(s[1:]) for s in suffixes if s in ("U8", "S8", "U16", "S16")), 32)
+            kernels[name][found[1] == "STG"][bits] += 1
+    return kernels
+
+
+def widths(counter):
+    return " ".join(f"{bits}x{counter[bits]}" for bits in sorted(counter, reverse=True)) or "-"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="90a", help="compute capability (default: %(default)s)")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only kernels whose name matches")
+    parser.add_argument("files", nargs="*", type=pathlib.Path, help="default: all of kernels/*.cu")
+    args = parser.parse_args()
+    nvcc, ptxas, nvdisasm = tool("nvcc"), tool("ptxas"), tool("nvdisasm")
+
+    spilling = 0
+    for source in args.files or sorted((ROOT / "kernels").glob("*.cu")):
+        with tempfile.TemporaryDirectory() as folder:
+            ptx, cubin = f"{folder}/k.ptx", f"{folder}/k.cubin"
+            gencode = f"-gencode=arch=compute_{args.arch},code=sm_{args.arch}"
+            run(nvcc, gencode, "-std=c++17", "-O3", "--ptx", "-o", ptx, str(source))
+            log = run(ptxas, f"-arch=sm_{args.arch}", "-v", "-o", cubin, ptx)
+            moved = accesses(run(nvdisasm, "-c", cubin))
+        print(f"\n{source.name}, sm_{args.arch}")
+        print(f"{'kernel':36} {'regs':>5} {'smem':>6} {'spilled':>7}  {'loads':28} stores")
+        for name, used in sorted(resources(log).items()):
+            if not re.search(args.only, name):
+                continue
+            loads, stores = moved.get(name, ({}, {}))
+            spilling += used["spilled"] > 0
+            print(
+                f"{name:36} {used['registers']:5} {used['shared']:6} {used['spilled']:7}"
+                f"  {widths(loads):28} {widths(stores)}"
+            )
+    if spilling:
+        sys.exit(f"\n{spilling} kernels spill registers")
+
+
+if __name__ == "__main__":
+    main()

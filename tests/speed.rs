@@ -1,0 +1,78 @@
+//! That the kernels are still a multiple faster than candle's own losses. Only ratios of one run are compared, so the machine
+//! doesn't matter; the bounds are a fraction of what is measured on a quiet one.
+
+use candle_core::{Device, Result, Tensor, Var};
+use candle_fused_loss as fused;
+use std::time::Instant;
+
+const ROUNDS: usize = 7;
+const ATTEMPTS: usize = 3;
+
+/// The median over several turns of each work's seconds.
+fn medians(works: &[&dyn Fn() -> Result<()>]) -> Result<Vec<f64>> {
+    let mut samples = vec![vec![]; works.len()];
+    for round in 0..=ROUNDS {
+        for (work, samples) in works.iter().zip(&mut samples) {
+            let start = Instant::now();
+            work()?;
+            // the first turn is the warm-up
+            if round > 0 {
+                samples.push(start.elapsed().as_secs_f64());
+            }
+        }
+    }
+    let median = |mut samples: Vec<f64>| {
+        samples.sort_by(f64::total_cmp);
+        samples[samples.len() / 2]
+    };
+    Ok(samples.into_iter().map(median).collect())
+}
+
+/// Fails if `ours` isn't at least `bound` times as fast as `candles`; a busy machine gets several attempts.
+fn assert_faster(
+    what: &str,
+    bound: f64,
+    ours: &dyn Fn() -> Result<()>,
+    candles: &dyn Fn() -> Result<()>,
+) -> Result<()> {
+    let mut ratios = vec![];
+    for _ in 0..ATTEMPTS {
+        let times = medians(&[ours, candles])?;
+        let ratio = times[1] / times[0];
+        println!("{what}: {:.2} ms against {:.2} ms, {ratio:.1} times as fast", times[0] * 1e3, times[1] * 1e3);
+        if ratio >= bound {
+            return Ok(());
+        }
+        ratios.push(ratio);
+    }
+    panic!("{what}: {ratios:.2?} times as fast as candle in {ATTEMPTS} attempts, expected at least {bound}")
+}
+
+fn logits(rows: usize, classes: usize) -> Result<Var> {
+    Var::from_tensor(&Tensor::randn(0f32, 2., (rows, classes), &Device::Cpu)?)
+}
+
+// one test, so that nothing else of this binary runs at the same time
+#[test]
+#[cfg_attr(debug_assertions, ignore = "says nothing about unoptimised code")]
+fn kernels_are_faster_than_candle() -> Result<()> {
+    let device = &Device::Cpu;
+    let (rows, classes) = (256, 8192);
+    let logits = logits(rows, classes)?;
+    let plain = logits.as_detached_tensor();
+    let target = Tensor::arange(0u32, rows as u32, device)?;
+    let ours = || fused::cross_entropy(&plain, &target).map(|_| ());
+    let candles = || candle_nn::loss::cross_entropy(&plain, &target).map(|_| ());
+    assert_faster("cross-entropy forward", 3.0, &ours, &candles)?;
+    let ours = || fused::cross_entropy(&logits, &target)?.backward().map(|_| ());
+    let candles = || candle_nn::loss::cross_entropy(&logits, &target)?.backward().map(|_| ());
+    assert_faster("cross-entropy forward and backward", 2.0, &ours, &candles)?;
+
+    let target = Tensor::rand(0f32, 1., (rows, classes), device)?.round()?;
+    let ours = || fused::binary_cross_entropy_with_logits(&plain, &target).map(|_| ());
+    let candles = || candle_nn::loss::binary_cross_entropy_with_logit(&plain, &target).map(|_| ());
+    assert_faster("binary cross-entropy with logits forward", 2.0, &ours, &candles)?;
+    let ours = || fused::binary_cross_entropy_with_logits(&logits, &target)?.backward().map(|_| ());
+    let candles = || candle_nn::loss::binary_cross_entropy_with_logit(&logits, &target)?.backward().map(|_| ());
+    assert_faster("binary cross-entropy with logits forward and backward", 2.0, &ours, &candles)
+}
