@@ -28,7 +28,7 @@ pub struct Options {
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(2..))]
     pub context: u32,
     /// Passes over the text
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..))]
     pub epochs: u32,
     /// Where to train
     #[arg(long, value_enum, default_value_t = DeviceName::Best)]

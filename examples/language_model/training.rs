@@ -19,7 +19,7 @@ const LEARNING_RATE: f64 = 3e-3;
 const WARM_UP: usize = 20;
 const QUICK_STEPS: usize = 12;
 /// A run that doesn't get below this many nats a piece did not learn.
-const THRESHOLD: f64 = 4.6;
+const THRESHOLD: f64 = 4.4;
 
 pub struct Outcome {
     pub model: Model,
