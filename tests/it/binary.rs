@@ -109,8 +109,8 @@ impl Case<'_> {
         }
         if options.ignore_mask {
             let (mask, _) = operand(self, device, random, |r| (r.below(3) > 0) as u8 as f64)?;
-            // of any dtype
-            let mask = mask.detach().to_dtype(random.pick(&TARGETS))?;
+            // of any dtype; converted on the CPU, because candle has no such kernel for every pair
+            let mask = mask.detach().to_device(&Device::Cpu)?.to_dtype(random.pick(&TARGETS))?.to_device(device)?;
             reference.mask = Some(values(&mask.broadcast_as(dims)?)?);
             logits = logits.with_ignore_mask(mask);
         }
