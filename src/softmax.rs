@@ -12,7 +12,8 @@ use crate::reduction::Reduction;
 use candle_core::CudaStorage;
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Error, InplaceOp2, Layout, Result, Shape, Storage, Tensor, bail,
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Error, InplaceOp2, Layout, Result, Shape, Storage,
+    Tensor, bail,
 };
 use std::sync::{Arc, OnceLock};
 
@@ -116,6 +117,15 @@ fn as_rows_like(tensor: &Tensor, axis: usize, split: usize) -> Result<Tensor> {
         Some(_) => Ok(tensor.clone()),
         None => tensor.contiguous(),
     }
+}
+
+/// Class indices one after the other.
+fn contiguous_indices(target: &Tensor) -> Result<Tensor> {
+    if target.dtype() == DType::I32 && target.device().is_cuda() && !target.is_contiguous() {
+        // candle has no kernel that copies or casts i32 with strides: the one case that goes through the host
+        return target.to_device(&Device::Cpu)?.contiguous()?.to_device(target.device());
+    }
+    target.contiguous()
 }
 
 /// The rows of a tensor that went through [`as_rows`].
@@ -287,7 +297,7 @@ impl CrossEntropy {
         let target = if target.dtype().is_float() {
             as_rows_like(target, self.axis, self.rows(logits.layout())?.split)?
         } else {
-            target.contiguous()?
+            contiguous_indices(target)?
         };
         Ok((logits, target))
     }

@@ -106,8 +106,10 @@ impl<A: Real> Term<A> for BceWithLogits {
 
     #[inline(always)]
     fn target_grad<I: Isa>(self, x: A, _: A, p: A) -> A {
-        let logit = Logit::new::<I>(x);
-        p * logit.softplus_neg - logit.softplus
+        // p softplus(-x) - softplus(x) with the logarithm that both have taken out
+        let log = (-x.abs()).vexp::<I>().vln_1p_unit::<I>();
+        let (negative, positive) = if x > A::ZERO { (A::ZERO, x) } else { (-x, A::ZERO) };
+        (p - A::ONE) * log + scaled(p, negative) - positive
     }
 }
 
@@ -188,7 +190,7 @@ impl<A: Real> Term<A> for Focal<A> {
         // ce / u stays finite where both vanish: both are sigmoids of the same large |x| then, and ce / u -> 1
         let per_u = if u == A::ZERO { A::ONE } else { cross_entropy / u };
         let u_slope = logit.sigmoid_neg - logit.sigmoid;
-        let slope = (logit.softplus_neg - logit.softplus) + self.gamma * per_u * u_slope;
+        let slope = -x + scaled(self.gamma, per_u * u_slope);
         scaled(modulation, alpha_slope * cross_entropy + alpha * slope)
     }
 }

@@ -4,6 +4,8 @@ mod accuracy;
 mod binary;
 mod common;
 mod cross_entropy;
+#[cfg(feature = "cuda")]
+mod cuda_softmax;
 mod errors;
 mod focal;
 mod linear_cross_entropy;
