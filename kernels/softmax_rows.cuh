@@ -241,7 +241,9 @@ __device__ __forceinline__ void reduce_rows(const Problem &p, const T *x, const 
             x_t = own_logit<D>(p, logits, target);
             const Windows<T> w(logits, p.classes);
             const int part = (w.count + gridDim.y - 1) / gridDim.y;
-            const int begin = min(w.count, static_cast<int>(blockIdx.y) * part), end = min(w.count, begin + part);
+            // only the first part begins at 0, also where there is no window at all
+            const int begin = blockIdx.y == 0 ? 0 : max(1, min(w.count, static_cast<int>(blockIdx.y) * part));
+            const int end = min(w.count, begin + part);
             if (target.kind == Kind::LIVE && !(D >= GENERAL && p.log_probs)) {
                 state = reduce_windows<D>(p, operands_of(p, t, weight, row), w, thread, team, begin, end, {nullptr, 0});
             }
@@ -350,7 +352,9 @@ __device__ __forceinline__ void emit_rows(const Problem &p, const T *x, const vo
         T *to = out + row * p.classes;
         const Windows<T> w = Windows<T>(x + p.x.start(row), p.classes).written_to(to);
         const int part = (w.count + gridDim.y - 1) / gridDim.y;
-        const int begin = min(w.count, static_cast<int>(blockIdx.y) * part), end = min(w.count, begin + part);
+        // only the first part begins at 0, also where there is no window at all
+        const int begin = blockIdx.y == 0 ? 0 : max(1, min(w.count, static_cast<int>(blockIdx.y) * part));
+        const int end = min(w.count, begin + part);
         emit_windows<Rule>(p, operands_of(p, t, weight, row), w, s, to, thread, team, begin, end, {nullptr, 0});
     }
 }

@@ -248,7 +248,8 @@ fn strided_logits_match_the_cpu() -> Result<()> {
 
 #[test]
 fn unaligned_rows_match_the_cpu() -> Result<()> {
-    for thresholds in [Thresholds::default(), Thresholds { warp_bytes: 0, lone_rows: 0, ..Thresholds::default() }] {
+    let split = Thresholds { warp_bytes: 0, lone_rows: 0, split_bytes: 16, ..Thresholds::default() };
+    for thresholds in [Thresholds::default(), Thresholds { split_bytes: 1 << 20, ..split }, split] {
         THRESHOLDS.set(thresholds);
         let classes = 45;
         for dtype in FLOATS {
