@@ -401,7 +401,6 @@ impl<'a> Task<'a> {
             push_output(&mut builder, &mut denominator);
             // SAFETY: the arguments are those of softmax_merge_*
             unsafe { launch(&mut builder, grid)? };
-            drop((rows_loss, result, denominator, statistics));
             return Ok(reduced);
         }
         // without a scalar loss the first block knows the denominator already
@@ -426,7 +425,6 @@ impl<'a> Task<'a> {
         if finish {
             self.finish(&partials, &mut result, &mut denominator)?;
         }
-        drop((rows_loss, result, denominator, statistics));
         Ok(reduced)
     }
 
@@ -539,7 +537,6 @@ impl<'a> Task<'a> {
         if finish {
             self.finish(&partials, &mut result, &mut None)?;
         }
-        drop((rows_loss, result));
         Ok(self.wrap(loss))
     }
 
@@ -701,7 +698,6 @@ pub(crate) fn backward(
                 unsafe { launch(&mut builder, pass.grid) }
             }),
         })?;
-        drop(bytes);
         Ok(task.wrap(grad))
     })
 }
@@ -722,7 +718,6 @@ pub(crate) fn loss_and_grad(
         }
         let mut bytes = output(&mut grad)?;
         let loss = task.loss_and_grad(Some(Input::new(storage, layout)?), &mut bytes)?;
-        drop(bytes);
         Ok((loss, task.wrap(grad)))
     })
 }

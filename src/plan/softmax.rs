@@ -425,7 +425,7 @@ mod tests {
                 assert!(pass.splits() == 1 || pass.team == threads, "{what}");
             }
             Form::Cluster(size) => {
-                assert!(device.clusters && pass.team == threads && pass.grid.blocks[0] % size == 0, "{what}");
+                assert!(device.clusters && pass.team == threads && pass.grid.blocks[0].is_multiple_of(size), "{what}");
             }
             Form::Tile => assert!(shape.classes <= 8 * pass.team as u64, "{what}"),
             Form::Strided => assert_eq!(pass.splits(), 1, "{what}"),

@@ -267,8 +267,17 @@ proptest! {
             for target in [t, soft] {
                 let (loss, grad) = ce.loss_and_grad(&x, &target)?;
                 let (other_loss, other_grad) = ce.loss_and_grad(&permuted(&x)?, &permuted(&target)?)?;
-                assert_same_bits("loss", &other_loss, &permuted(&loss)?)?;
-                assert_same_bits("gradient", &other_grad, &permuted(&grad)?)?;
+                let (loss, grad) = (permuted(&loss)?, permuted(&grad)?);
+                if device.is_cpu() {
+                    assert_same_bits("loss", &other_loss, &loss)?;
+                    assert_same_bits("gradient", &other_grad, &grad)?;
+                } else {
+                    // on CUDA a row's place decides how it is aligned, and with that the order of its sum
+                    let largest = batch.x.iter().fold(1.0, |m: f64, x| m.max(x.abs()));
+                    let relative = 64.0 * largest * epsilon(arithmetic(dtype));
+                    assert_close("loss", &other_loss, &loss, relative, dtype)?;
+                    assert_close("gradient", &other_grad, &grad, relative.max(epsilon(dtype)), dtype)?;
+                }
             }
             Ok(())
         });
@@ -374,6 +383,10 @@ proptest! {
                     ("focal", focal.loss_and_grad(&x, &soft)?, other_focal.loss_and_grad(&x, &soft)?),
                     ("log_softmax", through_graph(&x, |x| log_softmax(x, 1))?, through_graph(&x, |x| unfused::log_softmax(x, 1))?),
                 ] {
+                    // candle's powf in f64 is off on the software GPU; tests/it/focal.rs compares there with f64 loops
+                    if name == "focal" && !device.is_cpu() {
+                        continue;
+                    }
                     assert_eq!(got.0.dims(), want.0.dims(), "{name}");
                     assert_close(&format!("{name} loss {dtype:?}"), &got.0, &want.0, relative, dtype)?;
                     // gradients are differences of terms of the size of the weights, or of a row's probabilities
