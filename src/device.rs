@@ -4,8 +4,9 @@ use candle_core::Device;
 
 /// The first CUDA device that works, else the CPU.
 ///
-/// Without the `cuda` feature this is the CPU. With it, a machine whose driver is missing, broken or without a device gets
-/// the CPU too, silently: ask [`Device::is_cuda`] where it matters.
+/// Without the `cuda` feature this is the CPU. With it, a machine whose driver is broken or has no device gets the CPU too,
+/// silently: ask [`Device::is_cuda`] where it matters. A program built with `cuda` is linked to the driver's library, as
+/// candle is, and does not start where that is missing.
 ///
 /// # Example
 /// ```
@@ -30,7 +31,7 @@ pub fn best_device() -> Device {
 /// Device 0 if it can be created and computes something right.
 #[cfg(feature = "cuda")]
 fn working_cuda_device() -> Option<Device> {
-    // the driver is loaded on first use, and a missing library panics there
+    // an error of the driver can be a panic in the layers between
     let found = std::panic::catch_unwind(|| {
         let device = Device::new_cuda(0).ok()?;
         let sum = candle_core::Tensor::new(&[1f32, 2.], &device).ok()?.sum_all().ok()?.to_scalar::<f32>().ok()?;
