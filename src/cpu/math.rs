@@ -126,7 +126,7 @@ pub(crate) fn max_of<A: Real>(xs: &[A]) -> A {
             *m = m.max_or_self(x);
         }
     }
-    lanes.into_iter().fold(A::NEG_INFINITY, A::max_or_self)
+    fold_lanes(lanes, A::max_or_self)
 }
 
 /// The sum of a slice whose length is a multiple of [`LANES`], in a fixed order.
@@ -138,11 +138,22 @@ pub(crate) fn sum_of<A: Real>(xs: &[A]) -> A {
             *sum += x;
         }
     }
+    sum_lanes(lanes)
+}
+
+/// The sum of all lanes.
+#[inline(always)]
+pub(crate) fn sum_lanes<A: Real>(lanes: [A; LANES]) -> A {
+    fold_lanes(lanes, |a, b| a + b)
+}
+
+/// All lanes by halves, which the machine can do in vectors.
+#[inline(always)]
+fn fold_lanes<A: Real>(mut lanes: [A; LANES], f: impl Fn(A, A) -> A) -> A {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
-            let upper = lanes[i + width];
-            lanes[i] += upper;
+            lanes[i] = f(lanes[i], lanes[i + width]);
         }
         width /= 2;
     }

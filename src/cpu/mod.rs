@@ -3,29 +3,12 @@
 pub(crate) mod element;
 pub(crate) mod logistic;
 pub(crate) mod math;
+mod parallel;
 pub(crate) mod softmax;
 mod terms;
 
 use math::Real;
-use rayon::prelude::*;
-use std::ops::Range;
-
-/// Elements a task takes: 256 KB of f32, which outlives the cost of a task many times and leaves enough of them.
-const TASK_ELEMENTS: usize = 64 * 1024;
-/// Up to here waking other threads costs more than they save.
-const SERIAL_ELEMENTS: usize = 16 * 1024;
-
-/// Covers `0..units` with ranges, in parallel where there is enough work. Every unit is independent of every other.
-fn for_each_task(units: usize, elements_per_unit: usize, task: impl Fn(Range<usize>) + Sync) {
-    if units == 0 {
-        return;
-    }
-    if units == 1 || units.saturating_mul(elements_per_unit) <= SERIAL_ELEMENTS {
-        return task(0..units);
-    }
-    let step = (TASK_ELEMENTS / elements_per_unit.max(1)).clamp(1, units.div_ceil(2));
-    (0..units.div_ceil(step)).into_par_iter().for_each(|i| task(i * step..((i + 1) * step).min(units)));
-}
+use parallel::for_each_task;
 
 /// The sum in an order that only the length decides.
 fn sum_in_order<A: Real>(values: &[A]) -> f64 {

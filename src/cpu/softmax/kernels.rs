@@ -2,7 +2,7 @@
 //! on the instruction set, and nothing that depends on the storage type.
 
 use super::rows::LANES;
-use crate::cpu::math::{Baseline, Isa, Kernel, Real, max_of, sum_of};
+use crate::cpu::math::{Baseline, Isa, Kernel, Real, max_of, sum_lanes};
 use std::mem::MaybeUninit;
 
 /// What a row is reduced to.
@@ -211,8 +211,6 @@ pub(super) struct ReduceBlock<'k, A> {
     pub(super) xs: &'k [A],
     pub(super) q: Option<&'k [A]>,
     pub(super) detail: Detail,
-    /// Scratch memory as long as the block.
-    pub(super) e: &'k mut [A],
 }
 
 impl<A: Real> Kernel for ReduceBlock<'_, A> {
@@ -220,38 +218,52 @@ impl<A: Real> Kernel for ReduceBlock<'_, A> {
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let ReduceBlock { state, class, xs, q, detail, e } = self;
+        let ReduceBlock { state, class, xs, q, detail } = self;
         let block_max = max_of(xs);
         let max = state.max.max_or_self(block_max);
         let reference = if max == A::NEG_INFINITY { A::ZERO } else { max };
-        for (e, &x) in e.iter_mut().zip(xs) {
-            let v = (x - reference).vexp::<I>();
-            *e = if x == max { A::ZERO } else { v };
+        let (mut tail, mut ties) = ([A::ZERO; LANES], [A::ZERO; LANES]);
+        for xs in xs.chunks_exact(LANES) {
+            for lane in 0..LANES {
+                let v = (xs[lane] - reference).vexp::<I>();
+                let tie = xs[lane] == max;
+                tail[lane] += if tie { A::ZERO } else { v };
+                ties[lane] += if tie { A::ONE } else { A::ZERO };
+            }
         }
-        let mut part =
-            Part { max, block_max, tail: sum_of(e), ties: A::ZERO, linear: A::ZERO, mass: A::ZERO, moment: A::ZERO };
+        let mut part = Part {
+            max,
+            block_max,
+            tail: sum_lanes(tail),
+            ties: sum_lanes(ties),
+            linear: A::ZERO,
+            mass: A::ZERO,
+            moment: A::ZERO,
+        };
         if detail == Detail::Statistics {
             if block_max > state.max {
                 state.argmax = (class + xs.iter().position(|&x| x == block_max).unwrap_or(0)) as u32;
             }
-            for (e, &x) in e.iter_mut().zip(xs) {
-                *e = if *e == A::ZERO { A::ZERO } else { *e * (x - reference) };
+            let mut moment = [A::ZERO; LANES];
+            for xs in xs.chunks_exact(LANES) {
+                for lane in 0..LANES {
+                    let d = xs[lane] - reference;
+                    let v = d.vexp::<I>();
+                    moment[lane] += if v == A::ZERO { A::ZERO } else { v * d };
+                }
             }
-            part.moment = sum_of(e);
-        }
-        if block_max == max {
-            for (e, &x) in e.iter_mut().zip(xs) {
-                *e = if x == max { A::ONE } else { A::ZERO };
-            }
-            part.ties = sum_of(e);
+            part.moment = sum_lanes(moment);
         }
         if let Some(q) = q {
-            part.mass = sum_of(q);
-            for ((e, &x), &q) in e.iter_mut().zip(xs).zip(q) {
-                let v = q * (x - reference);
-                *e = if q == A::ZERO { A::ZERO } else { v };
+            let (mut linear, mut mass) = ([A::ZERO; LANES], [A::ZERO; LANES]);
+            for (xs, q) in xs.chunks_exact(LANES).zip(q.chunks_exact(LANES)) {
+                for lane in 0..LANES {
+                    let v = q[lane] * (xs[lane] - reference);
+                    linear[lane] += if q[lane] == A::ZERO { A::ZERO } else { v };
+                    mass[lane] += q[lane];
+                }
             }
-            part.linear = sum_of(e);
+            (part.linear, part.mass) = (sum_lanes(linear), sum_lanes(mass));
         }
         state.absorb::<I>(part);
     }

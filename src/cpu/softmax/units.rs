@@ -22,13 +22,12 @@ impl<T: Element> Operands<'_, '_, T> {
         scratch: &mut Scratch<T::Acc>,
     ) -> State<T::Acc> {
         let mut state = State::EMPTY;
-        let Scratch { x, e, extra: q, .. } = scratch;
+        let Scratch { x, extra: q, .. } = scratch;
         for class in classes.clone().step_by(BLOCK) {
             let len = (classes.end - class).min(BLOCK);
             let xs = self.logits.block(row, class, len, x, None);
             let q = self.extra.load_block(row * self.logits.rows.classes + class, class, len, q);
-            let e = &mut e.as_flattened_mut()[..xs.len()];
-            dispatch(ReduceBlock { state: &mut state, class, xs, q, detail, e });
+            dispatch(ReduceBlock { state: &mut state, class, xs, q, detail });
         }
         state
     }
