@@ -1,6 +1,6 @@
 //! Storage types and how the kernels read and write them: in blocks of the arithmetic type, through any strides.
 
-use super::math::{Isa, Kernel, Real, dispatch};
+use super::math::{Ahead, Isa, Kernel, Real, dispatch};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Result, WithDType, bail};
 use half::slice::HalfFloatSliceExt;
@@ -157,6 +157,12 @@ unsafe impl<T: Sync> Send for Input<'_, T> {}
 impl<'a, T> Input<'a, T> {
     pub fn new(data: &'a [T]) -> Self {
         Input { data: data.as_ptr(), len: data.len(), marker: PhantomData }
+    }
+
+    /// The memory from an element on, which need not exist.
+    #[inline(always)]
+    pub fn ahead(&self, start: usize) -> Ahead<T> {
+        Ahead(self.data.wrapping_add(start))
     }
 
     /// The slice, valid as long as nobody writes to it through an [`Output`] of the same buffer.

@@ -2,7 +2,7 @@
 //! on the instruction set, and nothing that depends on the storage type.
 
 use super::rows::LANES;
-use crate::cpu::math::{Baseline, Isa, Kernel, Real, max_of, sum_lanes};
+use crate::cpu::math::{Ahead, Baseline, Isa, Kernel, Real, max_of, sum_lanes};
 use std::mem::MaybeUninit;
 
 /// What a row is reduced to.
@@ -204,31 +204,34 @@ pub(super) enum Detail {
 }
 
 /// Adds a block of a row's classes, a multiple of [`LANES`] long, to the row's state.
-pub(super) struct ReduceBlock<'k, A> {
+pub(super) struct ReduceBlock<'k, A, T> {
     pub(super) state: &'k mut State<A>,
     /// The first class of the block.
     pub(super) class: usize,
     pub(super) xs: &'k [A],
     pub(super) q: Option<&'k [A]>,
     pub(super) detail: Detail,
+    /// What will be read next: fetched while the exponentials of this block are computed.
+    pub(super) next: Ahead<T>,
 }
 
-impl<A: Real> Kernel for ReduceBlock<'_, A> {
+impl<A: Real, T> Kernel for ReduceBlock<'_, A, T> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let ReduceBlock { state, class, xs, q, detail } = self;
+        let ReduceBlock { state, class, xs, q, detail, next } = self;
         let block_max = max_of(xs);
         let max = state.max.max_or_self(block_max);
         let reference = if max == A::NEG_INFINITY { A::ZERO } else { max };
         let (mut tail, mut ties) = ([A::ZERO; LANES], [A::ZERO; LANES]);
-        for xs in xs.chunks_exact(LANES) {
+        for (i, xs) in xs.chunks_exact(LANES).enumerate() {
+            next.fetch(i);
             for lane in 0..LANES {
                 let v = (xs[lane] - reference).vexp::<I>();
                 let tie = xs[lane] == max;
-                tail[lane] += if tie { A::ZERO } else { v };
-                ties[lane] += if tie { A::ONE } else { A::ZERO };
+                tail[lane] = if tie { tail[lane] } else { tail[lane] + v };
+                ties[lane] = if tie { ties[lane] + A::ONE } else { ties[lane] };
             }
         }
         let mut part = Part {
@@ -301,8 +304,8 @@ impl<A: Real> Kernel for ReduceTile<'_, A> {
             for lane in 0..LANES {
                 let v = (xs[lane] - reference[lane]).vexp::<I>();
                 let tie = xs[lane] == max[lane];
-                tail[lane] += if tie { A::ZERO } else { v };
-                ties[lane] += if tie { A::ONE } else { A::ZERO };
+                tail[lane] = if tie { tail[lane] } else { tail[lane] + v };
+                ties[lane] = if tie { ties[lane] + A::ONE } else { ties[lane] };
             }
         }
         let mut moment = [A::ZERO; LANES];

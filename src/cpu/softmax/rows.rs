@@ -6,7 +6,7 @@ use crate::cpu::element::{Element, Input, Source};
 use crate::cpu::for_each_task;
 /// Rows in a tile; also the multiple to which a block is padded, so that no vector loop has a remainder.
 pub(super) use crate::cpu::math::LANES;
-use crate::cpu::math::{Real, dispatch};
+use crate::cpu::math::{Ahead, Real, dispatch};
 use crate::softmax::Rows;
 use std::ops::Range;
 
@@ -149,6 +149,11 @@ impl<'a, T: Element> Logits<'a, T> {
             let mut scratch = Scratch::new();
             units.for_each(|unit| pass.unit(unit, &mut scratch));
         });
+    }
+
+    /// The logits from a class of a row on, which may be those of the next row.
+    pub(super) fn after(&self, row: usize, class: usize) -> Ahead<T> {
+        self.x.ahead(self.rows.start(row) + class)
     }
 
     /// Scale, then soft cap; `slope` gets the soft cap's derivative.

@@ -27,7 +27,8 @@ impl<T: Element> Operands<'_, '_, T> {
             let len = (classes.end - class).min(BLOCK);
             let xs = self.logits.block(row, class, len, x, None);
             let q = self.extra.load_block(row * self.logits.rows.classes + class, class, len, q);
-            dispatch(ReduceBlock { state: &mut state, class, xs, q, detail });
+            let next = self.logits.after(row, class + len);
+            dispatch(ReduceBlock { state: &mut state, class, xs, q, detail, next });
         }
         state
     }
