@@ -76,7 +76,11 @@ impl Rows {
 
     /// The storage index of a row's class 0.
     pub fn start(&self, row: usize) -> usize {
-        self.offset + row / self.inner * self.outer_stride + row % self.inner * self.inner_stride
+        match self.inner {
+            // the usual case, without a division
+            1 => self.offset + row * self.outer_stride,
+            inner => self.offset + row / inner * self.outer_stride + row % inner * self.inner_stride,
+        }
     }
 
     /// Sizes and strides in the order (outer, inner, class) or (outer, class, inner).

@@ -5,6 +5,7 @@
 //! [`Kernel`] once for each instruction set that `pulp` knows (AVX-512, AVX2 with FMA, NEON, baseline) and picks one at
 //! run time; because every function is `#[inline(always)]`, the loops of the kernel are vectorised with those features.
 
+use std::hint::black_box;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub, SubAssign};
 
 /// A computation that is compiled once for each instruction set.
@@ -139,12 +140,12 @@ impl<T> Ahead<T> {
 /// Accumulators of a vectorised reduction: two AVX-512 vectors of f32.
 pub(crate) const LANES: usize = 32;
 
-/// The largest of a slice whose length is a multiple of [`LANES`], NaN left out; -inf if there is none.
+/// The largest of a slice whose end is padded with -inf, NaN left out; -inf if there is none.
 #[inline(always)]
-pub(crate) fn max_of<A: Real>(xs: &[A]) -> A {
+pub(crate) fn max_of<A: Real>(xs: &[A], end: &[A; LANES]) -> A {
     let mut lanes = [A::NEG_INFINITY; LANES];
-    for chunk in xs.chunks_exact(LANES) {
-        for (m, &x) in lanes.iter_mut().zip(chunk) {
+    for xs in vectors(xs, end) {
+        for (m, &x) in lanes.iter_mut().zip(xs) {
             *m = m.max_or_self(x);
         }
     }
@@ -169,18 +170,40 @@ pub(crate) fn sum_lanes<A: Real>(lanes: [A; LANES]) -> A {
     fold_lanes(lanes, |a, b| a + b)
 }
 
-/// All lanes by halves, an array for each: the compiler keeps them in vectors.
+/// All lanes in a fixed order.
+///
+/// The steps in between are kept in memory: LLVM makes vectors of a step that ends in stores, but takes one that ends in a
+/// single number apart into scalars, some hundred instructions of them.
 #[inline(always)]
 fn fold_lanes<A: Real>(lanes: [A; LANES], f: impl Fn(A, A) -> A) -> A {
-    #[inline(always)]
-    fn halve<A: Real, const FROM: usize, const TO: usize>(from: [A; FROM], f: &impl Fn(A, A) -> A) -> [A; TO] {
-        std::array::from_fn(|i| f(from[i], from[i + TO]))
+    const HALF: usize = LANES / 2;
+    const STEP: usize = HALF / 4;
+    let half: [A; HALF] = black_box(std::array::from_fn(|i| f(lanes[i], lanes[i + HALF])));
+    let four: [A; STEP] =
+        black_box(std::array::from_fn(|i| f(f(half[i], half[i + STEP]), f(half[i + 2 * STEP], half[i + 3 * STEP]))));
+    f(f(four[0], four[2]), f(four[1], four[3]))
+}
+
+/// The last [`LANES`] elements of a slice, with `fill` for those that are in its whole [`LANES`] already or don't exist.
+#[inline(always)]
+pub(crate) fn end_of<A: Copy>(xs: &[A], fill: A) -> [A; LANES] {
+    let end = xs.len() % LANES;
+    match xs.last_chunk::<LANES>() {
+        // one load, and a mask: a copy of `end` elements would be a call, and its result not yet in one piece when it is read
+        Some(last) => std::array::from_fn(|lane| if lane < LANES - end { fill } else { last[lane] }),
+        None => {
+            let mut padded = [fill; LANES];
+            padded[LANES - end..].copy_from_slice(xs);
+            padded
+        }
     }
-    let lanes: [A; LANES / 2] = halve(lanes, &f);
-    let lanes: [A; LANES / 4] = halve(lanes, &f);
-    let lanes: [A; LANES / 8] = halve(lanes, &f);
-    let lanes: [A; LANES / 16] = halve(lanes, &f);
-    f(lanes[0], lanes[1])
+}
+
+/// All elements of a slice in vectors of [`LANES`]: the whole ones, then [`end_of`].
+#[inline(always)]
+pub(crate) fn vectors<'x, A>(xs: &'x [A], end: &'x [A; LANES]) -> impl Iterator<Item = &'x [A; LANES]> {
+    let count = xs.len() / LANES;
+    (0..count + 1).map(move |i| if i < count { xs[i * LANES..].first_chunk().unwrap_or(end) } else { end })
 }
 
 /// Coefficients of tanh(x)/x in powers of x^2, the highest first: 2^(2n) (2^(2n) - 1) B_2n / (2n)!, enough for f64 at 1/4.

@@ -2,8 +2,9 @@
 //! on the instruction set, and nothing that depends on the storage type.
 
 use super::rows::LANES;
-use crate::cpu::math::{Ahead, Baseline, Isa, Kernel, Real, max_of, sum_lanes};
+use crate::cpu::math::{Ahead, Baseline, Isa, Kernel, Real, end_of, max_of, sum_lanes, vectors};
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 /// What a row is reduced to.
 #[derive(Clone, Copy)]
@@ -18,6 +19,8 @@ pub(super) struct State<A> {
     /// `sum exp(x - m) (x - m)`, for the entropy.
     pub(super) moment: A,
     pub(super) argmax: u32,
+    /// `log sum exp(x - m)`, NaN where the row has no finite maximum: once the row is complete.
+    pub(super) log_sum: A,
 }
 
 /// A block's contribution to a [`State`], relative to `max`, the maximum of the block and of the row so far.
@@ -33,8 +36,20 @@ pub(super) struct Part<A> {
 }
 
 impl<A: Real> State<A> {
-    pub(super) const EMPTY: Self =
-        State { max: A::NEG_INFINITY, rest: A::ZERO, linear: A::ZERO, mass: A::ZERO, moment: A::ZERO, argmax: 0 };
+    pub(super) const EMPTY: Self = State {
+        max: A::NEG_INFINITY,
+        rest: A::ZERO,
+        linear: A::ZERO,
+        mass: A::ZERO,
+        moment: A::ZERO,
+        argmax: 0,
+        log_sum: A::NAN,
+    };
+
+    /// The state of a row that is complete.
+    pub(super) fn complete(self) -> Self {
+        State { log_sum: log_sum(self.max, self.rest), ..self }
+    }
 
     /// Branch-free, for one row in each lane.
     #[inline(always)]
@@ -59,7 +74,7 @@ impl<A: Real> State<A> {
     fn start(&mut self, part: Part<A>) {
         let Part { max, tail, ties, linear, mass, moment, .. } = part;
         let rest = if max == A::NEG_INFINITY { tail } else { tail + (ties - A::ONE) };
-        *self = State { max, rest, linear, mass, moment, argmax: self.argmax };
+        *self = State { max, rest, linear, mass, moment, ..*self };
     }
 
     /// Merges the state of the classes that follow.
@@ -96,7 +111,7 @@ pub(super) struct RowScalars<A> {
     pub(super) max: A,
     /// `1 / sum exp(x - m)`
     pub(super) inverse: A,
-    /// `log sum exp(x - m)`
+    /// `log sum exp(x - m)`, where an emission needs it
     pub(super) log_sum: A,
     /// `rest / (1 + rest)`: 1 - p of the most probable class
     pub(super) confident: A,
@@ -128,7 +143,7 @@ impl<A: Real> RowScalars<A> {
         RowScalars {
             max,
             inverse: A::ONE / total,
-            log_sum: log_sum(max, rest),
+            log_sum: A::NAN,
             confident: rest / total,
             slope: A::ZERO,
             mass: A::ZERO,
@@ -203,9 +218,11 @@ pub(super) enum Detail {
     Statistics,
 }
 
-/// Adds a block of a row's classes, a multiple of [`LANES`] long, to the row's state.
+/// Adds a block of a row's classes to the row's state.
 pub(super) struct ReduceBlock<'k, A, T> {
     pub(super) state: &'k mut State<A>,
+    /// Whether the state is still empty.
+    pub(super) first: bool,
     /// The first class of the block.
     pub(super) class: usize,
     pub(super) xs: &'k [A],
@@ -220,18 +237,19 @@ impl<A: Real, T> Kernel for ReduceBlock<'_, A, T> {
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let ReduceBlock { state, class, xs, q, detail, next } = self;
-        let block_max = max_of(xs);
+        let ReduceBlock { state, first, class, xs, q, detail, next } = self;
+        let end = end_of(xs, A::NEG_INFINITY);
+        let block_max = max_of(xs, &end);
         let max = state.max.max_or_self(block_max);
         let reference = if max == A::NEG_INFINITY { A::ZERO } else { max };
         let (mut tail, mut ties) = ([A::ZERO; LANES], [A::ZERO; LANES]);
-        for (i, xs) in xs.chunks_exact(LANES).enumerate() {
+        for (i, xs) in vectors(xs, &end).enumerate() {
             next.fetch(i);
             for lane in 0..LANES {
                 let v = (xs[lane] - reference).vexp::<I>();
                 let tie = xs[lane] == max;
-                tail[lane] = if tie { tail[lane] } else { tail[lane] + v };
-                ties[lane] = if tie { ties[lane] + A::ONE } else { ties[lane] };
+                tail[lane] += if tie { A::ZERO } else { v };
+                ties[lane] += if tie { A::ONE } else { A::ZERO };
             }
         }
         let mut part = Part {
@@ -248,7 +266,7 @@ impl<A: Real, T> Kernel for ReduceBlock<'_, A, T> {
                 state.argmax = (class + xs.iter().position(|&x| x == block_max).unwrap_or(0)) as u32;
             }
             let mut moment = [A::ZERO; LANES];
-            for xs in xs.chunks_exact(LANES) {
+            for xs in vectors(xs, &end) {
                 for lane in 0..LANES {
                     let d = xs[lane] - reference;
                     let v = d.vexp::<I>();
@@ -259,7 +277,7 @@ impl<A: Real, T> Kernel for ReduceBlock<'_, A, T> {
         }
         if let Some(q) = q {
             let (mut linear, mut mass) = ([A::ZERO; LANES], [A::ZERO; LANES]);
-            for (xs, q) in xs.chunks_exact(LANES).zip(q.chunks_exact(LANES)) {
+            for (xs, q) in vectors(xs, &end).zip(vectors(q, &end_of(q, A::ZERO))) {
                 for lane in 0..LANES {
                     let v = q[lane] * (xs[lane] - reference);
                     linear[lane] += if q[lane] == A::ZERO { A::ZERO } else { v };
@@ -268,15 +286,72 @@ impl<A: Real, T> Kernel for ReduceBlock<'_, A, T> {
             }
             (part.linear, part.mass) = (sum_lanes(linear), sum_lanes(mass));
         }
-        state.absorb::<I>(part);
+        if first {
+            state.start(part);
+        } else {
+            state.absorb::<I>(part);
+        }
+    }
+}
+
+/// The states of a tile's rows, a vector for each number.
+#[derive(Clone, Copy)]
+pub(super) struct States<A> {
+    max: [A; LANES],
+    rest: [A; LANES],
+    linear: [A; LANES],
+    mass: [A; LANES],
+    moment: [A; LANES],
+    argmax: [u32; LANES],
+    log_sum: [A; LANES],
+}
+
+impl<A: Real> States<A> {
+    pub(super) const EMPTY: Self = {
+        let State { max, rest, linear, mass, moment, argmax, log_sum } = State::EMPTY;
+        States {
+            max: [max; LANES],
+            rest: [rest; LANES],
+            linear: [linear; LANES],
+            mass: [mass; LANES],
+            moment: [moment; LANES],
+            argmax: [argmax; LANES],
+            log_sum: [log_sum; LANES],
+        }
+    };
+
+    #[inline(always)]
+    pub(super) fn get(&self, lane: usize) -> State<A> {
+        State {
+            max: self.max[lane],
+            rest: self.rest[lane],
+            linear: self.linear[lane],
+            mass: self.mass[lane],
+            moment: self.moment[lane],
+            argmax: self.argmax[lane],
+            log_sum: self.log_sum[lane],
+        }
+    }
+
+    #[inline(always)]
+    fn set(&mut self, lane: usize, state: State<A>) {
+        let State { max, rest, linear, mass, moment, argmax, log_sum } = state;
+        self.max[lane] = max;
+        self.rest[lane] = rest;
+        self.linear[lane] = linear;
+        self.mass[lane] = mass;
+        self.moment[lane] = moment;
+        self.argmax[lane] = argmax;
+        self.log_sum[lane] = log_sum;
     }
 }
 
 /// Adds some classes of a tile's rows to the rows' states.
 pub(super) struct ReduceTile<'k, A> {
-    pub(super) states: &'k mut [State<A>; LANES],
-    /// The first class.
-    pub(super) class: usize,
+    pub(super) states: &'k mut States<A>,
+    /// The classes of the piece, and how many a row has.
+    pub(super) classes: Range<usize>,
+    pub(super) of: usize,
     pub(super) xs: &'k [[A; LANES]],
     pub(super) q: Option<&'k [[A; LANES]]>,
     pub(super) detail: Detail,
@@ -287,7 +362,7 @@ impl<A: Real> Kernel for ReduceTile<'_, A> {
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let ReduceTile { states, class, xs, q, detail } = self;
+        let ReduceTile { states, classes, of, xs, q, detail } = self;
         let mut block_max = [A::NEG_INFINITY; LANES];
         for xs in xs {
             for (m, &x) in block_max.iter_mut().zip(xs) {
@@ -296,7 +371,7 @@ impl<A: Real> Kernel for ReduceTile<'_, A> {
         }
         let (mut max, mut reference) = ([A::ZERO; LANES], [A::ZERO; LANES]);
         for lane in 0..LANES {
-            max[lane] = states[lane].max.max_or_self(block_max[lane]);
+            max[lane] = states.max[lane].max_or_self(block_max[lane]);
             reference[lane] = if max[lane] == A::NEG_INFINITY { A::ZERO } else { max[lane] };
         }
         let (mut tail, mut ties) = ([A::ZERO; LANES], [A::ZERO; LANES]);
@@ -304,20 +379,20 @@ impl<A: Real> Kernel for ReduceTile<'_, A> {
             for lane in 0..LANES {
                 let v = (xs[lane] - reference[lane]).vexp::<I>();
                 let tie = xs[lane] == max[lane];
-                tail[lane] = if tie { tail[lane] } else { tail[lane] + v };
-                ties[lane] = if tie { ties[lane] + A::ONE } else { ties[lane] };
+                tail[lane] += if tie { A::ZERO } else { v };
+                ties[lane] += if tie { A::ONE } else { A::ZERO };
             }
         }
         let mut moment = [A::ZERO; LANES];
         if detail == Detail::Statistics {
-            let mut top = states.map(|state| state.max);
-            for (class, xs) in (class..).zip(xs) {
+            let mut top = states.max;
+            for (class, xs) in classes.clone().zip(xs) {
                 for lane in 0..LANES {
                     let d = xs[lane] - reference[lane];
                     let v = d.vexp::<I>();
                     moment[lane] += if v == A::ZERO { A::ZERO } else { v * d };
                     if xs[lane] > top[lane] {
-                        (top[lane], states[lane].argmax) = (xs[lane], class as u32);
+                        (top[lane], states.argmax[lane]) = (xs[lane], class as u32);
                     }
                 }
             }
@@ -332,20 +407,32 @@ impl<A: Real> Kernel for ReduceTile<'_, A> {
                 }
             }
         }
-        for lane in 0..LANES {
-            let part = Part {
-                max: max[lane],
-                block_max: block_max[lane],
-                tail: tail[lane],
-                ties: ties[lane],
-                linear: linear[lane],
-                mass: mass[lane],
-                moment: moment[lane],
-            };
-            if class == 0 {
-                states[lane].start(part);
-            } else {
-                states[lane].absorb::<I>(part);
+        let part = |lane: usize| Part {
+            max: max[lane],
+            block_max: block_max[lane],
+            tail: tail[lane],
+            ties: ties[lane],
+            linear: linear[lane],
+            mass: mass[lane],
+            moment: moment[lane],
+        };
+        if classes.start == 0 {
+            for lane in 0..LANES {
+                let mut state = states.get(lane);
+                state.start(part(lane));
+                states.set(lane, state);
+            }
+        } else {
+            for lane in 0..LANES {
+                let mut state = states.get(lane);
+                state.absorb::<I>(part(lane));
+                states.set(lane, state);
+            }
+        }
+        if classes.end == of {
+            for lane in 0..LANES {
+                let log_sum = A::of(states.rest[lane].to_f64().vln_1p::<I>());
+                states.log_sum[lane] = if states.max[lane].is_finite() { log_sum } else { A::NAN };
             }
         }
     }
@@ -368,21 +455,21 @@ impl<A: Real, E: Emit<A>> Kernel for EmitBlock<'_, A, E> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         let EmitBlock { emit, scalars, xs, q, slope, out } = self;
-        match (q, slope) {
-            (None, None) => {
-                for (out, &x) in out.iter_mut().zip(xs) {
+        // whole vectors, then what is left together with elements before it, which are emitted again as they are
+        let whole = xs.len() - xs.len() % LANES;
+        let rest = if whole == xs.len() { whole } else { xs.len().saturating_sub(LANES) };
+        for range in [0..whole, rest..xs.len()] {
+            let out = out[range.clone()].iter_mut().zip(&xs[range.clone()]);
+            match (q, slope) {
+                (None, None) => out.for_each(|(out, &x)| {
                     out.write(emit.value::<I>(scalars, x, A::ZERO));
-                }
-            }
-            (Some(q), None) => {
-                for ((out, &x), &q) in out.iter_mut().zip(xs).zip(q) {
+                }),
+                (Some(q), None) => out.zip(&q[range]).for_each(|((out, &x), &q)| {
                     out.write(emit.value::<I>(scalars, x, q));
-                }
-            }
-            (q, Some(slope)) => {
-                for (i, ((out, &x), &slope)) in out.iter_mut().zip(xs).zip(slope).enumerate() {
-                    out.write(slope * emit.value::<I>(scalars, x, q.map_or(A::ZERO, |q| q[i])));
-                }
+                }),
+                (q, Some(slope)) => out.zip(&slope[range.clone()]).enumerate().for_each(|(i, ((out, &x), &slope))| {
+                    out.write(slope * emit.value::<I>(scalars, x, q.map_or(A::ZERO, |q| q[range.start + i])));
+                }),
             }
         }
     }

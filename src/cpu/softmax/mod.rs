@@ -133,7 +133,9 @@ pub(crate) fn backward(
                 Some(weight) => Extra::Weights { factor: keep, weight },
             };
             let scalars = |row: usize| {
-                let mut scalars = RowScalars::new(statistics[row], statistics[rows + row]);
+                let (max, rest) = (statistics[row], statistics[rows + row]);
+                let mut scalars = RowScalars::new(max, rest);
+                scalars.log_sum = log_sum(max, rest);
                 scalars.upstream = upstream_of(upstream, row, denominator);
                 scalars
             };
@@ -213,9 +215,8 @@ struct StatisticsWriter<'p, 'a, T: Element> {
 impl<T: Element> Finish<T::Acc> for StatisticsWriter<'_, '_, T> {
     fn finish(&self, row: usize, state: &State<T::Acc>) {
         let target = self.problem.targets.row(row);
-        let log_sum = log_sum(state.max, state.rest);
-        let lse = state.max + log_sum;
-        let entropy = log_sum - state.moment / (T::Acc::ONE + state.rest);
+        let lse = state.max + state.log_sum;
+        let entropy = state.log_sum - state.moment / (T::Acc::ONE + state.rest);
         let ignored = matches!(target, RowTarget::Ignored);
         let kept = |v: T::Acc| if ignored { T::Acc::ZERO } else { v };
         let correct = match target {
@@ -302,7 +303,6 @@ struct LogSoftmax<'p, 'a, T: Element> {
 
 impl<T: Element> UnitPass<T::Acc> for LogSoftmax<'_, '_, T> {
     fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
-        let scalars = |state: &State<T::Acc>| RowScalars::new(state.max, state.rest);
         let none = &Extra::None;
         match self.engine {
             Engine::Blocks { .. } => {
@@ -315,7 +315,7 @@ impl<T: Element> UnitPass<T::Acc> for LogSoftmax<'_, '_, T> {
                 );
                 Operands { logits: self.logits, extra: none }.emit_segment(
                     &LogProbs,
-                    &scalars(&state),
+                    &log_probs_scalars(&state.complete()),
                     unit,
                     classes,
                     self.out,
@@ -325,18 +325,22 @@ impl<T: Element> UnitPass<T::Acc> for LogSoftmax<'_, '_, T> {
             Engine::Tiles => {
                 let place = Place::new(&self.logits.rows, unit);
                 let states = Operands { logits: self.logits, extra: none }.reduce_tile(Detail::Loss, &place, scratch);
-                let lanes = place.scalars(|row| scalars(&states[row - place.first]));
+                let lanes = place.scalars(|row| log_probs_scalars(&states.get(row - place.first)));
                 Operands { logits: self.logits, extra: none }.emit_tile(&LogProbs, &lanes, &place, self.out, scratch);
             }
         }
     }
 }
 
-struct MaxAndRest<'p, A>(PerRow<'p, (A, A)>);
+fn log_probs_scalars<A: Real>(state: &State<A>) -> RowScalars<A> {
+    RowScalars { log_sum: state.log_sum, ..RowScalars::new(state.max, state.rest) }
+}
 
-impl<A: Real> Finish<A> for MaxAndRest<'_, A> {
+struct KeepScalars<'p, A>(PerRow<'p, RowScalars<A>>);
+
+impl<A: Real> Finish<A> for KeepScalars<'_, A> {
     fn finish(&self, row: usize, state: &State<A>) {
-        self.0.set(row, (state.max, state.rest));
+        self.0.set(row, log_probs_scalars(state));
     }
 }
 
@@ -347,11 +351,9 @@ pub(crate) fn log_softmax(name: &str, logits: &CpuStorage, rows: &Rows) -> Resul
         let engine = logits.engine();
         T::to_cpu_storage_owned(match engine {
             Engine::Blocks { segments: 2.. } => {
-                let mut states = vec![(T::Acc::ZERO, T::Acc::ZERO); rows.count()];
-                Reduce::run(&logits, &Extra::None, Detail::Loss, MaxAndRest(PerRow::new(&mut states)));
-                EmitAll::run(&logits, &Extra::None, LogProbs, |row: usize| {
-                    RowScalars::new(states[row].0, states[row].1)
-                })
+                let mut scalars = vec![RowScalars::DEAD; rows.count()];
+                Reduce::run(&logits, &Extra::None, Detail::Loss, KeepScalars(PerRow::new(&mut scalars)));
+                EmitAll::run(&logits, &Extra::None, LogProbs, |row: usize| scalars[row])
             }
             // SAFETY: every row is emitted whole
             _ => unsafe {

@@ -40,7 +40,7 @@ impl<'p, 'a, T: Element, F: Finish<T::Acc>> Reduce<'p, 'a, T, F> {
         for (row, parts) in parts.chunks(segments).enumerate() {
             let mut state = parts[0];
             parts[1..].iter().for_each(|part| state.merge(part));
-            finish.finish(row, &state);
+            finish.finish(row, &state.complete());
         }
     }
 }
@@ -77,15 +77,15 @@ impl<T: Element, F: Finish<T::Acc>> UnitPass<T::Acc> for Reduce<'_, '_, T, F> {
                         // SAFETY: this unit alone writes its element
                         unsafe { parts.slice(unit, 1)[0].write(state) };
                     }
-                    None => self.finish.finish(row, &state),
+                    None => self.finish.finish(row, &state.complete()),
                 }
             }
             Engine::Tiles => {
                 let place = Place::new(&self.logits.rows, unit);
                 let states =
                     Operands { logits: self.logits, extra: self.extra }.reduce_tile(self.detail, &place, scratch);
-                for (lane, state) in states[..place.lanes].iter().enumerate() {
-                    self.finish.finish(place.first + lane, state);
+                for lane in 0..place.lanes {
+                    self.finish.finish(place.first + lane, &states.get(lane));
                 }
             }
         }

@@ -34,6 +34,7 @@ impl<'a> Indices<'a> {
         })
     }
 
+    #[inline(always)]
     pub(super) fn get(&self, row: usize) -> i64 {
         match self {
             Indices::U8(t) => t[row] as i64,
@@ -167,7 +168,7 @@ impl<'a, T: Element> Problem<'a, T> {
             let x = self.logits.get(row, class).0;
             return if own == zero { zero } else { -own * x };
         }
-        let log_sum = log_sum(state.max, state.rest);
+        let log_sum = state.log_sum;
         let mut loss = if own == zero {
             // still NaN in a row without a softmax
             zero * log_sum
@@ -204,9 +205,10 @@ impl<'a, T: Element> Problem<'a, T> {
         let mut scalars = RowScalars::new(max, rest);
         scalars.upstream = upstream * self.logits.scale;
         scalars.mass = own + mass;
-        let lse = scalars.max + scalars.log_sum;
-        let z = self.options.z_loss;
-        scalars.slope = if z == 0.0 { scalars.mass } else { scalars.mass + T::Acc::of(2.0 * z) * lse };
+        scalars.slope = match self.options.z_loss {
+            0.0 => scalars.mass,
+            z => scalars.mass + T::Acc::of(2.0 * z) * (scalars.max + log_sum(max, rest)),
+        };
         scalars
     }
 
@@ -473,12 +475,12 @@ impl<T: Element> UnitPass<T::Acc> for Fused<'_, '_, T> {
                     classes.clone(),
                     scratch,
                 );
-                self.problem.emit_gradient_segment(&finish(unit, &state), unit, classes, self.out, scratch);
+                self.problem.emit_gradient_segment(&finish(unit, &state.complete()), unit, classes, self.out, scratch);
             }
             Engine::Tiles => {
                 let place = Place::new(&logits.rows, unit);
                 let states = Operands { logits, extra: &targets.extra }.reduce_tile(Detail::Loss, &place, scratch);
-                let lanes = place.scalars(|row| finish(row, &states[row - place.first]));
+                let lanes = place.scalars(|row| finish(row, &states.get(row - place.first)));
                 self.problem.emit_gradient_tile(&lanes, &place, self.out, scratch);
             }
         }

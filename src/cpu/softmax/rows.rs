@@ -60,15 +60,13 @@ impl<A: Real> Extra<'_, A> {
         matches!(self, Extra::None)
     }
 
-    /// As [`Self::load`], padded with 0 to a multiple of [`LANES`]; `None` where there are no values.
+    /// As [`Self::load`]; `None` where there are no values.
     pub(super) fn load_block<'s>(&self, at: usize, class: usize, len: usize, to: &'s mut Tile<A>) -> Option<&'s [A]> {
         if self.is_none() {
             return None;
         }
-        let padded = len.next_multiple_of(LANES);
-        let to = &mut to.as_flattened_mut()[..padded];
-        self.load(at, class, &mut to[..len]);
-        to[len..].fill(A::ZERO);
+        let to = &mut to.as_flattened_mut()[..len];
+        self.load(at, class, to);
         Some(to)
     }
 
@@ -175,7 +173,7 @@ impl<'a, T: Element> Logits<'a, T> {
         (x[0], slope[0])
     }
 
-    /// A block of adjacent classes, padded with -inf to a multiple of [`LANES`].
+    /// A block of adjacent classes.
     pub(super) fn block<'s>(
         &'s self,
         row: usize,
@@ -185,19 +183,16 @@ impl<'a, T: Element> Logits<'a, T> {
         slope: Option<&mut Tile<T::Acc>>,
     ) -> &'s [T::Acc] {
         let src = self.x.slice(self.rows.start(row) + class, len);
-        if len == BLOCK
-            && !self.in_place
+        if !self.in_place
             && !self.is_transformed()
             && let Some(src) = T::as_acc(src)
         {
             return src;
         }
-        let to = to.as_flattened_mut();
-        T::widen(src, &mut to[..len]);
-        self.transform(&mut to[..len], slope.map(|s| &mut s.as_flattened_mut()[..len]));
-        let padded = len.next_multiple_of(LANES);
-        to[len..padded].fill(T::Acc::NEG_INFINITY);
-        &to[..padded]
+        let to = &mut to.as_flattened_mut()[..len];
+        T::widen(src, to);
+        self.transform(to, slope.map(|s| &mut s.as_flattened_mut()[..len]));
+        to
     }
 
     /// A tile of `lanes` rows and `classes`; the lanes without a row are -inf.
@@ -221,8 +216,11 @@ impl<'a, T: Element> Logits<'a, T> {
         } else {
             for lane in 0..place.lanes {
                 let src = self.x.slice(place.read[lane] + classes.start * stride, (depth - 1) * stride + 1);
-                for (to, x) in to.iter_mut().zip(src.iter().step_by(stride)) {
-                    to[lane] = x.to_acc();
+                // a loop of its own for the usual stride
+                if stride == 1 {
+                    to.iter_mut().zip(src).for_each(|(to, x)| to[lane] = x.to_acc());
+                } else {
+                    to.iter_mut().zip(src.iter().step_by(stride)).for_each(|(to, x)| to[lane] = x.to_acc());
                 }
             }
         }

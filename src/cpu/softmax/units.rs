@@ -1,7 +1,7 @@
 //! The units of work: segments of rows and tiles of rows, read in pieces that fit into the scratch memory, handed to the
 //! vectorised loops, and written.
 
-use super::kernels::{Detail, Emit, EmitBlock, EmitTile, ReduceBlock, ReduceTile, RowScalars, State};
+use super::kernels::{Detail, Emit, EmitBlock, EmitTile, ReduceBlock, ReduceTile, RowScalars, State, States};
 use super::rows::{BLOCK, DEPTH, Extra, LANES, Logits, Place, Scratch};
 use crate::cpu::element::{Element, Output, as_uninit};
 use crate::cpu::math::{Real, dispatch};
@@ -28,24 +28,21 @@ impl<T: Element> Operands<'_, '_, T> {
             let xs = self.logits.block(row, class, len, x, None);
             let q = self.extra.load_block(row * self.logits.rows.classes + class, class, len, q);
             let next = self.logits.after(row, class + len);
-            dispatch(ReduceBlock { state: &mut state, class, xs, q, detail, next });
+            let first = class == classes.start;
+            dispatch(ReduceBlock { state: &mut state, first, class, xs, q, detail, next });
         }
         state
     }
 
-    pub(super) fn reduce_tile(
-        &self,
-        detail: Detail,
-        place: &Place,
-        scratch: &mut Scratch<T::Acc>,
-    ) -> [State<T::Acc>; LANES] {
-        let mut states = [State::EMPTY; LANES];
+    pub(super) fn reduce_tile(&self, detail: Detail, place: &Place, scratch: &mut Scratch<T::Acc>) -> States<T::Acc> {
+        let mut states = States::EMPTY;
         let Scratch { x, extra: q, .. } = scratch;
-        for class in (0..self.logits.rows.classes).step_by(DEPTH) {
-            let classes = class..(class + DEPTH).min(self.logits.rows.classes);
+        let of = self.logits.rows.classes;
+        for class in (0..of).step_by(DEPTH) {
+            let classes = class..(class + DEPTH).min(of);
             let xs = self.logits.tile(place, &classes, x, None);
             let q = place.load_extra(self.extra, &classes, q);
-            dispatch(ReduceTile { states: &mut states, class, xs, q, detail });
+            dispatch(ReduceTile { states: &mut states, classes, of, xs, q, detail });
         }
         states
     }
@@ -73,18 +70,15 @@ impl<T: Element> Operands<'_, '_, T> {
             let xs = self.logits.block(row, class, len, x, Some(slope));
             let q = self.extra.load_block(at, class, len, q);
             let slope = capped.then_some(slope.as_flattened());
-            if len == BLOCK {
-                // SAFETY: as above, and in place `xs` is a copy
-                let out = unsafe { out.slice(at, len) };
-                if let Some(out) = O::as_acc_mut(out) {
-                    dispatch(EmitBlock { emit, scalars, xs, q, slope, out });
-                    continue;
-                }
+            // SAFETY: as above, and in place `xs` is a copy
+            let out = unsafe { out.slice(at, len) };
+            if let Some(out) = O::as_acc_mut(out) {
+                dispatch(EmitBlock { emit, scalars, xs, q, slope, out });
+                continue;
             }
-            let e = &mut e.as_flattened_mut()[..xs.len()];
+            let e = &mut e.as_flattened_mut()[..len];
             dispatch(EmitBlock { emit, scalars, xs, q, slope, out: as_uninit(e) });
-            // SAFETY: as above
-            O::narrow(&e[..len], unsafe { out.slice(at, len) });
+            O::narrow(e, out);
         }
     }
 
