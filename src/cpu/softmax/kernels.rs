@@ -218,83 +218,7 @@ pub(super) enum Detail {
     Statistics,
 }
 
-/// Adds a block of a row's classes to the row's state.
-pub(super) struct ReduceBlock<'k, A, T> {
-    pub(super) state: &'k mut State<A>,
-    /// Whether the state is still empty.
-    pub(super) first: bool,
-    /// The first class of the block.
-    pub(super) class: usize,
-    pub(super) xs: &'k [A],
-    pub(super) q: Option<&'k [A]>,
-    pub(super) detail: Detail,
-    /// What will be read next: fetched while the exponentials of this block are computed.
-    pub(super) next: Ahead<T>,
-}
-
-impl<A: Real, T> Kernel for ReduceBlock<'_, A, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<I: Isa>(self) {
-        let ReduceBlock { state, first, class, xs, q, detail, next } = self;
-        let end = end_of(xs, A::NEG_INFINITY);
-        let block_max = max_of(xs, &end);
-        let max = state.max.max_or_self(block_max);
-        let reference = if max == A::NEG_INFINITY { A::ZERO } else { max };
-        let (mut tail, mut ties) = ([A::ZERO; LANES], [A::ZERO; LANES]);
-        for (i, xs) in vectors(xs, &end).enumerate() {
-            next.fetch(i);
-            for lane in 0..LANES {
-                let v = (xs[lane] - reference).vexp::<I>();
-                let tie = xs[lane] == max;
-                tail[lane] += if tie { A::ZERO } else { v };
-                ties[lane] += if tie { A::ONE } else { A::ZERO };
-            }
-        }
-        let mut part = Part {
-            max,
-            block_max,
-            tail: sum_lanes(tail),
-            ties: sum_lanes(ties),
-            linear: A::ZERO,
-            mass: A::ZERO,
-            moment: A::ZERO,
-        };
-        if detail == Detail::Statistics {
-            if block_max > state.max {
-                state.argmax = (class + xs.iter().position(|&x| x == block_max).unwrap_or(0)) as u32;
-            }
-            let mut moment = [A::ZERO; LANES];
-            for xs in vectors(xs, &end) {
-                for lane in 0..LANES {
-                    let d = xs[lane] - reference;
-                    let v = d.vexp::<I>();
-                    moment[lane] += if v == A::ZERO { A::ZERO } else { v * d };
-                }
-            }
-            part.moment = sum_lanes(moment);
-        }
-        if let Some(q) = q {
-            let (mut linear, mut mass) = ([A::ZERO; LANES], [A::ZERO; LANES]);
-            for (xs, q) in vectors(xs, &end).zip(vectors(q, &end_of(q, A::ZERO))) {
-                for lane in 0..LANES {
-                    let v = q[lane] * (xs[lane] - reference);
-                    linear[lane] += if q[lane] == A::ZERO { A::ZERO } else { v };
-                    mass[lane] += q[lane];
-                }
-            }
-            (part.linear, part.mass) = (sum_lanes(linear), sum_lanes(mass));
-        }
-        if first {
-            state.start(part);
-        } else {
-            state.absorb::<I>(part);
-        }
-    }
-}
-
-/// The states of a tile's rows, a vector for each number.
+/// The states of up to [`LANES`] rows, a vector for each number.
 #[derive(Clone, Copy)]
 pub(super) struct States<A> {
     max: [A; LANES],
@@ -343,6 +267,106 @@ impl<A: Real> States<A> {
         self.moment[lane] = moment;
         self.argmax[lane] = argmax;
         self.log_sum[lane] = log_sum;
+    }
+
+    /// Makes the states those of rows that are complete.
+    #[inline(always)]
+    fn complete<I: Isa>(&mut self) {
+        for lane in 0..LANES {
+            let log_sum = A::of(self.rest[lane].to_f64().vln_1p::<I>());
+            self.log_sum[lane] = if self.max[lane].is_finite() { log_sum } else { A::NAN };
+        }
+    }
+}
+
+/// Adds a block of some rows' classes to the rows' states.
+///
+/// A short row is a chain of dependent steps (a maximum, exponentials, a sum) that takes several times as long as its
+/// instructions; a processor overlaps the chains of rows that are close to each other in the code.
+pub(super) struct ReduceBlocks<'k, A, T> {
+    pub(super) states: &'k mut States<A>,
+    /// The classes of the blocks, of all those that are reduced.
+    pub(super) block: Range<usize>,
+    pub(super) of: Range<usize>,
+    /// A block of each row.
+    pub(super) xs: &'k [&'k [A]],
+    /// The extra numbers of each row, if there are any.
+    pub(super) q: Option<&'k [&'k [A]]>,
+    pub(super) detail: Detail,
+    /// What will be read next: fetched while the exponentials of these blocks are computed.
+    pub(super) next: Ahead<T>,
+}
+
+impl<A: Real, T> Kernel for ReduceBlocks<'_, A, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let ReduceBlocks { states, block, of, xs, q, detail, next } = self;
+        let mut block_max = [A::NEG_INFINITY; LANES];
+        for (max, xs) in block_max.iter_mut().zip(xs) {
+            *max = max_of(xs, &end_of(xs, A::NEG_INFINITY));
+        }
+        for (row, xs) in xs.iter().enumerate() {
+            let end = end_of(xs, A::NEG_INFINITY);
+            let mut state = states.get(row);
+            let max = state.max.max_or_self(block_max[row]);
+            let reference = if max == A::NEG_INFINITY { A::ZERO } else { max };
+            let (mut tail, mut ties) = ([A::ZERO; LANES], [A::ZERO; LANES]);
+            for (i, xs) in vectors(xs, &end).enumerate() {
+                next.fetch(row * block.len() + i * LANES);
+                for lane in 0..LANES {
+                    let v = (xs[lane] - reference).vexp::<I>();
+                    let tie = xs[lane] == max;
+                    tail[lane] += if tie { A::ZERO } else { v };
+                    ties[lane] += if tie { A::ONE } else { A::ZERO };
+                }
+            }
+            let mut part = Part {
+                max,
+                block_max: block_max[row],
+                tail: sum_lanes(tail),
+                ties: sum_lanes(ties),
+                linear: A::ZERO,
+                mass: A::ZERO,
+                moment: A::ZERO,
+            };
+            if detail == Detail::Statistics {
+                if block_max[row] > state.max {
+                    state.argmax = (block.start + xs.iter().position(|&x| x == max).unwrap_or(0)) as u32;
+                }
+                let mut moment = [A::ZERO; LANES];
+                for xs in vectors(xs, &end) {
+                    for lane in 0..LANES {
+                        let d = xs[lane] - reference;
+                        let v = d.vexp::<I>();
+                        moment[lane] += if v == A::ZERO { A::ZERO } else { v * d };
+                    }
+                }
+                part.moment = sum_lanes(moment);
+            }
+            if let Some(q) = q {
+                let q = q[row];
+                let (mut linear, mut mass) = ([A::ZERO; LANES], [A::ZERO; LANES]);
+                for (xs, q) in vectors(xs, &end).zip(vectors(q, &end_of(q, A::ZERO))) {
+                    for lane in 0..LANES {
+                        let v = q[lane] * (xs[lane] - reference);
+                        linear[lane] += if q[lane] == A::ZERO { A::ZERO } else { v };
+                        mass[lane] += q[lane];
+                    }
+                }
+                (part.linear, part.mass) = (sum_lanes(linear), sum_lanes(mass));
+            }
+            if block.start == of.start {
+                state.start(part);
+            } else {
+                state.absorb::<I>(part);
+            }
+            states.set(row, state);
+        }
+        if block.end == of.end {
+            states.complete::<I>();
+        }
     }
 }
 
@@ -430,10 +454,7 @@ impl<A: Real> Kernel for ReduceTile<'_, A> {
             }
         }
         if classes.end == of {
-            for lane in 0..LANES {
-                let log_sum = A::of(states.rest[lane].to_f64().vln_1p::<I>());
-                states.log_sum[lane] = if states.max[lane].is_finite() { log_sum } else { A::NAN };
-            }
+            states.complete::<I>();
         }
     }
 }

@@ -25,7 +25,7 @@ use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType, bail};
 use kernels::{Detail, LogProbs, LogProbsGradient, RowScalars, State, TargetGradient, log_sum};
 use passes::{EmitAll, Finish, PerRow, Reduce, UnitPass};
 use problem::{Problem, RowResults, RowTarget, upstream_of};
-use rows::{Engine, Extra, LANES, Logits, Place, Scratch};
+use rows::{Engine, Extra, LANES, Logits, Place, Scratch, Strip};
 use units::Operands;
 
 /// Calls `body` with the storage's elements as a slice of their own type.
@@ -305,22 +305,14 @@ impl<T: Element> UnitPass<T::Acc> for LogSoftmax<'_, '_, T> {
     fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
         let none = &Extra::None;
         match self.engine {
-            Engine::Blocks { .. } => {
-                let classes = 0..self.logits.rows.classes;
-                let state = Operands { logits: self.logits, extra: none }.reduce_segment(
-                    Detail::Loss,
-                    unit,
-                    classes.clone(),
-                    scratch,
-                );
-                Operands { logits: self.logits, extra: none }.emit_segment(
-                    &LogProbs,
-                    &log_probs_scalars(&state.complete()),
-                    unit,
-                    classes,
-                    self.out,
-                    scratch,
-                );
+            Engine::Blocks { rows, segments } => {
+                let strip = Strip::new(unit, rows, segments, &self.logits.rows);
+                let operands = Operands { logits: self.logits, extra: none };
+                let states = operands.reduce_strip(Detail::Loss, &strip, scratch);
+                for (lane, row) in strip.rows.enumerate() {
+                    let scalars = log_probs_scalars(&states.get(lane));
+                    operands.emit_segment(&LogProbs, &scalars, row, strip.classes.clone(), self.out, scratch);
+                }
             }
             Engine::Tiles => {
                 let place = Place::new(&self.logits.rows, unit);
@@ -350,7 +342,7 @@ pub(crate) fn log_softmax(name: &str, logits: &CpuStorage, rows: &Rows) -> Resul
         let logits = Logits::new(Input::new(data), *rows);
         let engine = logits.engine();
         T::to_cpu_storage_owned(match engine {
-            Engine::Blocks { segments: 2.. } => {
+            Engine::Blocks { segments: 2.., .. } => {
                 let mut scalars = vec![RowScalars::DEAD; rows.count()];
                 Reduce::run(&logits, &Extra::None, Detail::Loss, KeepScalars(PerRow::new(&mut scalars)));
                 EmitAll::run(&logits, &Extra::None, LogProbs, |row: usize| scalars[row])

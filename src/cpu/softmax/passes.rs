@@ -1,11 +1,10 @@
 //! Passes over all rows, cut into units of work that run in parallel.
 
 use super::kernels::{Detail, Emit, RowScalars, State};
-use super::rows::{Engine, Extra, Logits, Place, SEGMENT, Scratch};
+use super::rows::{Engine, Extra, Logits, Place, Scratch, Strip};
 use super::units::Operands;
 use crate::cpu::element::{Element, Output, build};
 use crate::cpu::math::Real;
-use std::ops::Range;
 
 /// One pass over the logits, cut into units that don't depend on each other.
 pub(super) trait UnitPass<A: Real>: Sync {
@@ -31,7 +30,7 @@ pub(super) struct Reduce<'p, 'a, T: Element, F> {
 impl<'p, 'a, T: Element, F: Finish<T::Acc>> Reduce<'p, 'a, T, F> {
     pub(super) fn run(logits: &'p Logits<'a, T>, extra: &'p Extra<'a, T::Acc>, detail: Detail, finish: F) {
         let engine = logits.engine();
-        let Engine::Blocks { segments: segments @ 2.. } = engine else {
+        let Engine::Blocks { segments: segments @ 2.., .. } = engine else {
             return logits.for_each_unit(engine, &Reduce { logits, extra, engine, detail, finish, parts: None });
         };
         let mut parts = vec![State::EMPTY; logits.units(engine)];
@@ -49,35 +48,20 @@ impl<A: Real> Finish<A> for () {
     fn finish(&self, _: usize, _: &State<A>) {}
 }
 
-/// The row and the classes of a unit.
-#[inline(always)]
-pub(super) fn segment(unit: usize, segments: usize, classes: usize) -> (usize, Range<usize>) {
-    match segments {
-        1 => (unit, 0..classes),
-        _ => {
-            let start = unit % segments * SEGMENT;
-            (unit / segments, start..(start + SEGMENT).min(classes))
-        }
-    }
-}
-
 impl<T: Element, F: Finish<T::Acc>> UnitPass<T::Acc> for Reduce<'_, '_, T, F> {
     fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
         match self.engine {
-            Engine::Blocks { segments } => {
-                let (row, classes) = segment(unit, segments, self.logits.rows.classes);
-                let state = Operands { logits: self.logits, extra: self.extra }.reduce_segment(
-                    self.detail,
-                    row,
-                    classes,
-                    scratch,
-                );
-                match &self.parts {
-                    Some(parts) => {
-                        // SAFETY: this unit alone writes its element
-                        unsafe { parts.slice(unit, 1)[0].write(state) };
-                    }
-                    None => self.finish.finish(row, &state.complete()),
+            Engine::Blocks { rows, segments } => {
+                let strip = Strip::new(unit, rows, segments, &self.logits.rows);
+                let operands = Operands { logits: self.logits, extra: self.extra };
+                let states = operands.reduce_strip(self.detail, &strip, scratch);
+                if let Some(parts) = &self.parts {
+                    // SAFETY: this unit alone writes its element
+                    unsafe { parts.slice(unit, 1)[0].write(states.get(0)) };
+                    return;
+                }
+                for (lane, row) in strip.rows.enumerate() {
+                    self.finish.finish(row, &states.get(lane));
                 }
             }
             Engine::Tiles => {
@@ -143,11 +127,13 @@ where
 {
     fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
         match self.engine {
-            Engine::Blocks { segments } => {
-                let (row, classes) = segment(unit, segments, self.logits.rows.classes);
-                let scalars = (self.scalars)(row);
-                Operands { logits: self.logits, extra: self.extra }
-                    .emit_segment(&self.emit, &scalars, row, classes, self.out, scratch);
+            Engine::Blocks { rows, segments } => {
+                let strip = Strip::new(unit, rows, segments, &self.logits.rows);
+                let operands = Operands { logits: self.logits, extra: self.extra };
+                for row in strip.rows {
+                    let scalars = (self.scalars)(row);
+                    operands.emit_segment(&self.emit, &scalars, row, strip.classes.clone(), self.out, scratch);
+                }
             }
             Engine::Tiles => {
                 let place = Place::new(&self.logits.rows, unit);

@@ -1,8 +1,8 @@
 //! Cross-entropy and NLL on one pair of tensors: targets, losses and gradients of rows.
 
 use super::kernels::{Detail, Emit, LogitsGradient, RowScalars, State, log_sum};
-use super::passes::{Finish, PerRow, Reduce, UnitPass, segment};
-use super::rows::{Engine, Extra, LANES, Logits, Place, Scratch};
+use super::passes::{Finish, PerRow, Reduce, UnitPass};
+use super::rows::{Engine, Extra, LANES, Logits, Place, Scratch, Strip};
 use super::units::Operands;
 use crate::cpu::element::{Element, Input, Output, Strided, source};
 use crate::cpu::math::{Baseline, Real};
@@ -403,7 +403,7 @@ impl<'a, T: Element> Problem<'a, T> {
         let denominator = self.denominator()?;
         let acc_denominator = T::Acc::of(denominator);
         let engine = self.logits.engine();
-        let rows_in_parts = matches!(engine, Engine::Blocks { segments } if segments > 1);
+        let rows_in_parts = matches!(engine, Engine::Blocks { segments: 2.., .. });
         let loss = if rows_in_parts || self.options.log_probs {
             let results = self.reduce();
             self.emit_gradient(&results.statistics, &[T::Acc::ONE], acc_denominator, out);
@@ -429,9 +429,12 @@ pub(super) struct EmitGradient<'p, 'a, T: Element, S> {
 impl<T: Element, S: Fn(usize) -> RowScalars<T::Acc> + Sync> UnitPass<T::Acc> for EmitGradient<'_, '_, T, S> {
     fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
         match self.engine {
-            Engine::Blocks { segments } => {
-                let (row, classes) = segment(unit, segments, self.problem.rows().classes);
-                self.problem.emit_gradient_segment(&(self.scalars)(row), row, classes, self.out, scratch);
+            Engine::Blocks { rows, segments } => {
+                let strip = Strip::new(unit, rows, segments, self.problem.rows());
+                for row in strip.rows {
+                    let scalars = (self.scalars)(row);
+                    self.problem.emit_gradient_segment(&scalars, row, strip.classes.clone(), self.out, scratch);
+                }
             }
             Engine::Tiles => {
                 let place = Place::new(self.problem.rows(), unit);
@@ -467,15 +470,13 @@ impl<T: Element> UnitPass<T::Acc> for Fused<'_, '_, T> {
             self.problem.scalars(row, state.max, state.rest, state.mass, self.upstream)
         };
         match self.engine {
-            Engine::Blocks { .. } => {
-                let classes = 0..logits.rows.classes;
-                let state = Operands { logits, extra: &targets.extra }.reduce_segment(
-                    Detail::Loss,
-                    unit,
-                    classes.clone(),
-                    scratch,
-                );
-                self.problem.emit_gradient_segment(&finish(unit, &state.complete()), unit, classes, self.out, scratch);
+            Engine::Blocks { rows, segments } => {
+                let strip = Strip::new(unit, rows, segments, &logits.rows);
+                let states = Operands { logits, extra: &targets.extra }.reduce_strip(Detail::Loss, &strip, scratch);
+                for (lane, row) in strip.rows.enumerate() {
+                    let scalars = finish(row, &states.get(lane));
+                    self.problem.emit_gradient_segment(&scalars, row, strip.classes.clone(), self.out, scratch);
+                }
             }
             Engine::Tiles => {
                 let place = Place::new(&logits.rows, unit);

@@ -15,11 +15,11 @@ pub(super) const DEPTH: usize = 64;
 /// Classes in a block.
 pub(super) const BLOCK: usize = LANES * DEPTH;
 /// Rows of more classes than this are worked through in blocks.
-pub(super) const TILE_MAX_CLASSES: usize = 64;
+const TILE_MAX_CLASSES: usize = 64;
 /// Classes a task takes where there are fewer rows than would keep all threads busy.
-pub(super) const SEGMENT: usize = 8 * BLOCK;
+const SEGMENT: usize = 8 * BLOCK;
 /// Fewer rows than this are split into segments if they are long.
-pub(super) const FEW_ROWS: usize = 16;
+const FEW_ROWS: usize = 16;
 
 pub(super) type Tile<A> = [[A; LANES]; DEPTH];
 
@@ -61,11 +61,10 @@ impl<A: Real> Extra<'_, A> {
     }
 
     /// As [`Self::load`]; `None` where there are no values.
-    pub(super) fn load_block<'s>(&self, at: usize, class: usize, len: usize, to: &'s mut Tile<A>) -> Option<&'s [A]> {
+    pub(super) fn load_block<'s>(&self, at: usize, class: usize, to: &'s mut [A]) -> Option<&'s [A]> {
         if self.is_none() {
             return None;
         }
-        let to = &mut to.as_flattened_mut()[..len];
         self.load(at, class, to);
         Some(to)
     }
@@ -112,10 +111,30 @@ pub(super) struct Logits<'a, T: Element> {
 /// How the work is divided; by the shape alone, so that the bits of a result don't depend on the number of threads.
 #[derive(Clone, Copy)]
 pub(super) enum Engine {
-    /// A unit is a segment of a row.
-    Blocks { segments: usize },
+    /// A unit is a [`Strip`]: so many whole rows, or one of so many segments of a row.
+    Blocks { rows: usize, segments: usize },
     /// A unit is [`LANES`] rows.
     Tiles,
+}
+
+/// Some classes of some rows: one row, or all classes of rows that together are a block at most.
+pub(super) struct Strip {
+    pub(super) rows: Range<usize>,
+    pub(super) classes: Range<usize>,
+}
+
+impl Strip {
+    pub(super) fn new(unit: usize, rows: usize, segments: usize, of: &Rows) -> Self {
+        let row = unit / segments * rows;
+        let classes = match segments {
+            1 => 0..of.classes,
+            _ => {
+                let start = unit % segments * SEGMENT;
+                start..(start + SEGMENT).min(of.classes)
+            }
+        };
+        Strip { rows: row..(row + rows).min(of.count()), classes }
+    }
 }
 
 impl<'a, T: Element> Logits<'a, T> {
@@ -129,12 +148,15 @@ impl<'a, T: Element> Logits<'a, T> {
             return Engine::Tiles;
         }
         let split = self.rows.count() < FEW_ROWS && classes > 2 * SEGMENT;
-        Engine::Blocks { segments: if split { classes.div_ceil(SEGMENT) } else { 1 } }
+        Engine::Blocks {
+            rows: (BLOCK / classes).clamp(1, LANES),
+            segments: if split { classes.div_ceil(SEGMENT) } else { 1 },
+        }
     }
 
     pub(super) fn units(&self, engine: Engine) -> usize {
         match engine {
-            Engine::Blocks { segments } => self.rows.count() * segments,
+            Engine::Blocks { rows, segments } => self.rows.count().div_ceil(rows) * segments,
             Engine::Tiles => self.rows.count().div_ceil(LANES),
         }
     }
@@ -173,25 +195,23 @@ impl<'a, T: Element> Logits<'a, T> {
         (x[0], slope[0])
     }
 
-    /// A block of adjacent classes.
+    /// A block of adjacent classes, in `to` unless it can be read where it is.
     pub(super) fn block<'s>(
         &'s self,
         row: usize,
         class: usize,
-        len: usize,
-        to: &'s mut Tile<T::Acc>,
-        slope: Option<&mut Tile<T::Acc>>,
+        to: &'s mut [T::Acc],
+        slope: Option<&mut [T::Acc]>,
     ) -> &'s [T::Acc] {
-        let src = self.x.slice(self.rows.start(row) + class, len);
+        let src = self.x.slice(self.rows.start(row) + class, to.len());
         if !self.in_place
             && !self.is_transformed()
             && let Some(src) = T::as_acc(src)
         {
             return src;
         }
-        let to = &mut to.as_flattened_mut()[..len];
         T::widen(src, to);
-        self.transform(to, slope.map(|s| &mut s.as_flattened_mut()[..len]));
+        self.transform(to, slope);
         to
     }
 

@@ -1,8 +1,8 @@
 //! The units of work: segments of rows and tiles of rows, read in pieces that fit into the scratch memory, handed to the
 //! vectorised loops, and written.
 
-use super::kernels::{Detail, Emit, EmitBlock, EmitTile, ReduceBlock, ReduceTile, RowScalars, State, States};
-use super::rows::{BLOCK, DEPTH, Extra, LANES, Logits, Place, Scratch};
+use super::kernels::{Detail, Emit, EmitBlock, EmitTile, ReduceBlocks, ReduceTile, RowScalars, States};
+use super::rows::{BLOCK, DEPTH, Extra, LANES, Logits, Place, Scratch, Strip};
 use crate::cpu::element::{Element, Output, as_uninit};
 use crate::cpu::math::{Real, dispatch};
 use std::ops::Range;
@@ -14,24 +14,30 @@ pub(super) struct Operands<'k, 'a, T: Element> {
 }
 
 impl<T: Element> Operands<'_, '_, T> {
-    pub(super) fn reduce_segment(
-        &self,
-        detail: Detail,
-        row: usize,
-        classes: Range<usize>,
-        scratch: &mut Scratch<T::Acc>,
-    ) -> State<T::Acc> {
-        let mut state = State::EMPTY;
+    pub(super) fn reduce_strip(&self, detail: Detail, strip: &Strip, scratch: &mut Scratch<T::Acc>) -> States<T::Acc> {
+        let mut states = States::EMPTY;
         let Scratch { x, extra: q, .. } = scratch;
-        for class in classes.clone().step_by(BLOCK) {
-            let len = (classes.end - class).min(BLOCK);
-            let xs = self.logits.block(row, class, len, x, None);
-            let q = self.extra.load_block(row * self.logits.rows.classes + class, class, len, q);
-            let next = self.logits.after(row, class + len);
-            let first = class == classes.start;
-            dispatch(ReduceBlock { state: &mut state, first, class, xs, q, detail, next });
+        let (x, q) = (x.as_flattened_mut(), q.as_flattened_mut());
+        let (rows, of) = (&strip.rows, &strip.classes);
+        for class in of.clone().step_by(BLOCK) {
+            let block = class..(class + BLOCK).min(of.end);
+            let (mut xs, mut qs): ([&[_]; LANES], [&[_]; LANES]) = ([&[]; LANES], [&[]; LANES]);
+            let pieces = x.chunks_mut(block.len()).zip(q.chunks_mut(block.len()));
+            for ((row, (x, q)), (xs, qs)) in rows.clone().zip(pieces).zip(xs.iter_mut().zip(&mut qs)) {
+                *xs = self.logits.block(row, class, x, None);
+                *qs = self.extra.load_block(row * self.logits.rows.classes + class, class, q).unwrap_or(&[]);
+            }
+            dispatch(ReduceBlocks {
+                states: &mut states,
+                next: self.logits.after(rows.end - 1, block.end),
+                xs: &xs[..rows.len()],
+                q: (!self.extra.is_none()).then_some(&qs[..rows.len()]),
+                block,
+                of: of.clone(),
+                detail,
+            });
         }
-        state
+        states
     }
 
     pub(super) fn reduce_tile(&self, detail: Detail, place: &Place, scratch: &mut Scratch<T::Acc>) -> States<T::Acc> {
@@ -59,6 +65,8 @@ impl<T: Element> Operands<'_, '_, T> {
     ) {
         let capped = E::IN_LOGITS && self.logits.softcap.is_some();
         let Scratch { x, e, extra: q, slope } = scratch;
+        let (x, e, q, slope) =
+            (x.as_flattened_mut(), e.as_flattened_mut(), q.as_flattened_mut(), slope.as_flattened_mut());
         for class in classes.clone().step_by(BLOCK) {
             let len = (classes.end - class).min(BLOCK);
             let at = row * self.logits.rows.classes + class;
@@ -67,16 +75,17 @@ impl<T: Element> Operands<'_, '_, T> {
                 unsafe { out.slice(at, len) }.fill(std::mem::MaybeUninit::new(O::from_acc(T::Acc::ZERO)));
                 continue;
             }
-            let xs = self.logits.block(row, class, len, x, Some(slope));
-            let q = self.extra.load_block(at, class, len, q);
-            let slope = capped.then_some(slope.as_flattened());
+            let slope = &mut slope[..len];
+            let xs = self.logits.block(row, class, &mut x[..len], Some(slope));
+            let q = self.extra.load_block(at, class, &mut q[..len]);
+            let slope = capped.then_some(&*slope);
             // SAFETY: as above, and in place `xs` is a copy
             let out = unsafe { out.slice(at, len) };
             if let Some(out) = O::as_acc_mut(out) {
                 dispatch(EmitBlock { emit, scalars, xs, q, slope, out });
                 continue;
             }
-            let e = &mut e.as_flattened_mut()[..len];
+            let e = &mut e[..len];
             dispatch(EmitBlock { emit, scalars, xs, q, slope, out: as_uninit(e) });
             O::narrow(e, out);
         }
