@@ -336,6 +336,36 @@ impl Strided {
 /// An operand of any dtype that is read in blocks of the arithmetic type.
 pub(crate) trait Source<A>: Sync {
     fn load(&self, start: usize, dst: &mut [A]);
+
+    /// The elements themselves where they lie one after the other as they are.
+    fn borrow(&self, _start: usize, _len: usize) -> Option<&[A]> {
+        None
+    }
+
+    /// The next `dst.len()` elements from the `start`-th on, in `dst` unless they can be read where they are.
+    fn read<'s>(&'s self, start: usize, dst: &'s mut [A]) -> &'s [A] {
+        if let Some(elements) = self.borrow(start, dst.len()) {
+            return elements;
+        }
+        self.load(start, dst);
+        dst
+    }
+}
+
+/// An operand of the arithmetic type.
+struct OwnSource<'a, A> {
+    data: Input<'a, A>,
+    order: Strided,
+}
+
+impl<A: Real + Element<Acc = A>> Source<A> for OwnSource<'_, A> {
+    fn load(&self, start: usize, dst: &mut [A]) {
+        self.order.load(&self.data, start, dst)
+    }
+
+    fn borrow(&self, start: usize, len: usize) -> Option<&[A]> {
+        self.order.contiguous_start().map(|first| self.data.slice(first + start, len))
+    }
 }
 
 struct FloatSource<'a, T> {
@@ -345,7 +375,7 @@ struct FloatSource<'a, T> {
 
 impl<T: Element, A: Real> Source<A> for FloatSource<'_, T> {
     fn load(&self, start: usize, dst: &mut [A]) {
-        // through the storage type's own arithmetic type; where that is A, the detour over f64 compiles to nothing
+        // through the storage type's own arithmetic type
         let mut piece = [T::Acc::ZERO; 64];
         for (i, dst) in dst.chunks_mut(64).enumerate() {
             let piece = &mut piece[..dst.len()];
@@ -373,7 +403,13 @@ impl<T: WithDType, A: Real> Source<A> for IntSource<'_, T> {
 }
 
 /// The elements of an operand in the given order, whatever its dtype.
-pub(crate) fn source<'a, A: Real>(storage: &'a CpuStorage, order: Strided) -> Result<Box<dyn Source<A> + 'a>> {
+pub(crate) fn source<'a, A: Real + Element<Acc = A>>(
+    storage: &'a CpuStorage,
+    order: Strided,
+) -> Result<Box<dyn Source<A> + 'a>> {
+    if let Ok(data) = A::cpu_storage_as_slice(storage) {
+        return Ok(Box::new(OwnSource { data: Input::new(data), order }));
+    }
     fn float<'a, T: Element, A: Real>(data: &'a [T], order: Strided) -> Box<dyn Source<A> + 'a> {
         Box::new(FloatSource { data: Input::new(data), order })
     }

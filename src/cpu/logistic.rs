@@ -1,39 +1,39 @@
 //! The logistic family on the CPU: one loop over blocks of elements for every loss, pass, dtype and layout.
 //!
 //! A unit of work is a whole number of groups (elements that are averaged into one loss; single elements but for
-//! multi-label soft margin), about [`BLOCK`] elements. Its operands are read into scratch blocks of the arithmetic type, the
-//! [`Term`] is mapped over them, and what is needed of the result is summed or written.
+//! multi-label soft margin), about [`BLOCK`] elements. Its operands are read in blocks of the arithmetic type, the [`Term`] is
+//! mapped over them, and what is needed of the result is summed or written.
 
-use super::element::{Element, Input, Output, Source, Strided, source, with_room};
+use super::element::{Element, Output, Source, Strided, source, with_room};
 use super::math::{Isa, Kernel, LANES, Real, dispatch, sum_of};
-use super::softmax::{acc_slice, with_floats};
+use super::softmax::acc_slice;
 use super::terms::{Bce, BceWithLogits, Focal, Term};
 use super::{for_each_task, sum_in_order};
 use crate::logistic::{Logistic, Term as Formula};
 use crate::reduction::Reduction;
 use crate::softmax::{Arg, Operand};
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, Layout, Result, Storage, StorageRef, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor, WithDType, bail};
+use half::{bf16, f16};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Elements in a block, a multiple of the lanes that [`sum_of`] adds at a time.
-const BLOCK: usize = 2048;
+const BLOCK: usize = 1024;
 
 /// The operands of one call.
-struct Problem<'a, T: Element> {
+struct Problem<'a, A> {
     options: &'a Logistic,
-    x: Input<'a, T>,
-    x_order: Strided,
-    target: Box<dyn Source<T::Acc> + 'a>,
-    weight: Option<Box<dyn Source<T::Acc> + 'a>>,
-    pos_weight: Option<Box<dyn Source<T::Acc> + 'a>>,
-    mask: Option<Box<dyn Source<T::Acc> + 'a>>,
+    x: Box<dyn Source<A> + 'a>,
+    target: Box<dyn Source<A> + 'a>,
+    weight: Option<Box<dyn Source<A> + 'a>>,
+    pos_weight: Option<Box<dyn Source<A> + 'a>>,
+    mask: Option<Box<dyn Source<A> + 'a>>,
     len: usize,
     group: usize,
     /// Target smoothing: `keep * t + spread`.
-    keep: T::Acc,
-    spread: T::Acc,
+    keep: A,
+    spread: A,
 }
 
 /// The optional operands, locked for the time of a call.
@@ -50,7 +50,9 @@ impl<'a> Guards<'a> {
     }
 }
 
-fn guarded<'a, A: Real>(guard: &'a Option<(StorageRef<'a>, &'a Layout)>) -> Result<Option<Box<dyn Source<A> + 'a>>> {
+fn guarded<'a, A: Real + Element<Acc = A>>(
+    guard: &'a Option<(StorageRef<'a>, &'a Layout)>,
+) -> Result<Option<Box<dyn Source<A> + 'a>>> {
     let Some((storage, layout)) = guard else { return Ok(None) };
     match &**storage {
         Storage::Cpu(storage) => Ok(Some(source(storage, Strided::of(layout))?)),
@@ -58,42 +60,47 @@ fn guarded<'a, A: Real>(guard: &'a Option<(StorageRef<'a>, &'a Layout)>) -> Resu
     }
 }
 
+/// A block of a term's operands; without `p`, all positive weights are 1.
+#[derive(Clone, Copy)]
+struct Block<'s, A> {
+    x: &'s [A],
+    t: &'s [A],
+    p: Option<&'s [A]>,
+}
+
+/// Room for the operands of a block that can't be read where they are, and for what is computed of it.
 struct Scratch<A> {
     x: [A; BLOCK],
     t: [A; BLOCK],
     p: [A; BLOCK],
-    w: [A; BLOCK],
-    mask: [A; BLOCK],
+    factor: [A; BLOCK],
     value: [A; BLOCK],
 }
 
 impl<A: Real> Scratch<A> {
     fn new() -> Self {
         let block = [A::ZERO; BLOCK];
-        Scratch { x: block, t: block, p: block, w: block, mask: block, value: block }
+        Scratch { x: block, t: block, p: block, factor: block, value: block }
     }
 }
 
-impl<'a, T: Element> Problem<'a, T> {
+impl<'a, A: Real + Element<Acc = A>> Problem<'a, A> {
     fn new(
         options: &'a Logistic,
-        data: &'a [T],
-        layout: &Layout,
+        input: Arg<'a, CpuStorage>,
         target: Arg<'a, CpuStorage>,
         guards: &'a Guards<'a>,
     ) -> Result<Self> {
-        let of = <T::Acc as Real>::of;
         Ok(Problem {
-            x: Input::new(data),
-            x_order: Strided::of(layout),
+            x: source(input.0, Strided::of(input.1))?,
             target: source(target.0, Strided::of(target.1))?,
             weight: guarded(&guards.weight)?,
             pos_weight: guarded(&guards.pos_weight)?,
             mask: guarded(&guards.mask)?,
-            len: layout.shape().elem_count(),
-            group: options.group(layout),
-            keep: of(1.0 - options.label_smoothing),
-            spread: of(options.label_smoothing / 2.0),
+            len: input.1.shape().elem_count(),
+            group: options.group(input.1),
+            keep: A::of(1.0 - options.label_smoothing),
+            spread: A::of(options.label_smoothing / 2.0),
             options,
         })
     }
@@ -111,40 +118,27 @@ impl<'a, T: Element> Problem<'a, T> {
         self.groups().div_ceil(self.groups_per_unit())
     }
 
-    /// Reads the operands of the elements `at .. at + len`, a block at most.
-    #[inline(always)]
-    fn load(&self, at: usize, len: usize, s: &mut Scratch<T::Acc>) {
-        self.x_order.load(&self.x, at, &mut s.x[..len]);
-        self.target.load(at, &mut s.t[..len]);
-        if self.spread != T::Acc::ZERO {
-            for t in &mut s.t[..len] {
-                *t = self.keep * *t + self.spread;
-            }
-        }
-        match &self.pos_weight {
-            Some(p) => p.load(at, &mut s.p[..len]),
-            None => s.p[..len].fill(T::Acc::ONE),
-        }
-        if let Some(w) = &self.weight {
-            w.load(at, &mut s.w[..len]);
-        }
-        if let Some(mask) = &self.mask {
-            mask.load(at, &mut s.mask[..len]);
-        }
+    /// Reads a block of the term's operands, in the memory given unless they can be read where they are.
+    fn load<'s>(&'s self, at: usize, x: &'s mut [A], t: &'s mut [A], p: &'s mut [A]) -> Block<'s, A> {
+        let t = if self.spread == A::ZERO {
+            self.target.read(at, t)
+        } else {
+            self.target.load(at, t);
+            t.iter_mut().for_each(|t| *t = self.keep * *t + self.spread);
+            t
+        };
+        Block { x: self.x.read(at, x), t, p: self.pos_weight.as_ref().map(|source| source.read(at, p)) }
     }
 
-    /// Applies weight and mask to a block of values.
-    #[inline(always)]
-    fn weigh(&self, len: usize, s: &mut Scratch<T::Acc>) {
-        if self.weight.is_some() {
-            for (v, &w) in s.value[..len].iter_mut().zip(&s.w) {
-                *v *= w;
-            }
+    /// Applies weight and mask to the values of a block.
+    fn weigh(&self, at: usize, values: &mut [A], factor: &mut [A]) {
+        let factor = &mut factor[..values.len()];
+        if let Some(weight) = &self.weight {
+            values.iter_mut().zip(weight.read(at, factor)).for_each(|(v, &w)| *v *= w);
         }
-        if self.mask.is_some() {
-            for (v, &m) in s.value[..len].iter_mut().zip(&s.mask) {
-                *v = if m == T::Acc::ZERO { T::Acc::ZERO } else { *v };
-            }
+        if let Some(mask) = &self.mask {
+            let apply = |(v, &m): (&mut A, &A)| *v = if m == A::ZERO { A::ZERO } else { *v };
+            values.iter_mut().zip(mask.read(at, factor)).for_each(apply);
         }
     }
 
@@ -155,18 +149,17 @@ impl<'a, T: Element> Problem<'a, T> {
         }
         let Some(mask) = &self.mask else { return self.groups() as f64 };
         let mut count = 0usize;
-        let mut block = [T::Acc::ZERO; 256];
+        let mut block = [A::ZERO; 256];
         for at in (0..self.len).step_by(block.len()) {
             let block = &mut block[..(self.len - at).min(256)];
-            mask.load(at, block);
-            count += block.iter().filter(|&&m| m != T::Acc::ZERO).count();
+            count += mask.read(at, block).iter().filter(|&&m| m != A::ZERO).count();
         }
         count as f64
     }
 
     /// What each element's loss is multiplied by before the reduction: groups are averaged.
-    fn share(&self) -> T::Acc {
-        T::Acc::of(1.0 / self.group as f64)
+    fn share(&self) -> A {
+        A::of(1.0 / self.group as f64)
     }
 }
 
@@ -193,8 +186,8 @@ enum Function {
 struct Map<'k, A, F> {
     term: F,
     function: Function,
-    len: usize,
-    scratch: &'k mut Scratch<A>,
+    block: Block<'k, A>,
+    values: &'k mut [A],
 }
 
 impl<A: Real, F: Term<A>> Kernel for Map<'_, A, F> {
@@ -202,30 +195,44 @@ impl<A: Real, F: Term<A>> Kernel for Map<'_, A, F> {
 
     #[inline(always)]
     fn run<I: Isa>(self) -> bool {
-        let Map { term, function, len, scratch: Scratch { x, t, p, value, .. } } = self;
-        let operands = value[..len].iter_mut().zip(&*x).zip(&*t).zip(&*p);
+        let Map { term, function, block, values } = self;
         match function {
             Function::Loss => {
-                for (((v, &x), &t), &p) in operands {
-                    *v = term.loss::<I>(x, t, p);
-                }
-                !F::PROBABILITIES
-                    || x[..len]
-                        .iter()
-                        .zip(&*t)
-                        .fold(true, |good, (&x, &t)| good & is_probability(x) & is_probability(t))
+                block.map(values, |x, t, p| term.loss::<I>(x, t, p));
+                let operands = block.x.iter().zip(block.t);
+                !F::PROBABILITIES || operands.fold(true, |good, (&x, &t)| good & is_probability(x) & is_probability(t))
             }
             Function::Gradient(Operand::Logits) => {
-                for (((v, &x), &t), &p) in operands {
-                    *v = term.grad::<I>(x, t, p);
-                }
+                block.map(values, |x, t, p| term.grad::<I>(x, t, p));
                 true
             }
             Function::Gradient(Operand::Target) => {
-                for (((v, &x), &t), &p) in operands {
-                    *v = term.target_grad::<I>(x, t, p);
-                }
+                block.map(values, |x, t, p| term.target_grad::<I>(x, t, p));
                 true
+            }
+        }
+    }
+}
+
+impl<A: Real> Block<'_, A> {
+    #[inline(always)]
+    fn map(&self, values: &mut [A], f: impl Fn(A, A, A) -> A) {
+        let operands = values.iter_mut().zip(self.x).zip(self.t);
+        match self.p {
+            None => operands.for_each(|((v, &x), &t)| *v = f(x, t, A::ONE)),
+            Some(p) => operands.zip(p).for_each(|(((v, &x), &t), &p)| *v = f(x, t, p)),
+        }
+    }
+
+    /// Maps a function of the options' term over the block.
+    fn values(self, formula: Formula, function: Function, values: &mut [A]) -> bool {
+        let block = self;
+        match formula {
+            Formula::Bce => dispatch(Map { term: Bce, function, block, values }),
+            Formula::BceWithLogits => dispatch(Map { term: BceWithLogits, function, block, values }),
+            Formula::Focal { alpha, gamma } => {
+                let term = Focal { alpha: alpha.map(A::of), gamma: A::of(gamma) };
+                dispatch(Map { term, function, block, values })
             }
         }
     }
@@ -236,131 +243,106 @@ fn is_probability<A: Real>(v: A) -> bool {
     (v >= A::ZERO) & (v <= A::ONE)
 }
 
-impl<A: Real> Scratch<A> {
-    /// Maps a function of the options' term over the first `len` elements.
-    fn map(&mut self, formula: Formula, function: Function, len: usize) -> bool {
-        let scratch = self;
-        match formula {
-            Formula::Bce => dispatch(Map { term: Bce, function, len, scratch }),
-            Formula::BceWithLogits => dispatch(Map { term: BceWithLogits, function, len, scratch }),
-            Formula::Focal { alpha, gamma } => {
-                let term = Focal { alpha: alpha.map(A::of), gamma: A::of(gamma) };
-                dispatch(Map { term, function, len, scratch })
-            }
-        }
-    }
+/// The sum of the first `len` of a block's values, in vectors.
+struct Sum<'k, A> {
+    values: &'k mut [A; BLOCK],
+    len: usize,
+}
 
-    fn sum(&mut self, len: usize) -> A {
-        let padded = len.next_multiple_of(LANES);
-        self.value[len..padded].fill(A::ZERO);
-        sum_of(&self.value[..padded])
+impl<A: Real> Kernel for Sum<'_, A> {
+    type Output = A;
+
+    #[inline(always)]
+    fn run<I: Isa>(self) -> A {
+        let padded = self.len.next_multiple_of(LANES);
+        self.values[self.len..padded].fill(A::ZERO);
+        sum_of(&self.values[..padded])
     }
 }
 
 /// One pass over the elements.
-struct Pass<'p, 'a, T: Element, O> {
-    problem: &'p Problem<'a, T>,
+struct Pass<'p, 'a, A, O> {
+    problem: &'p Problem<'a, A>,
     /// One loss for each group if the reduction is none, else one partial sum for each unit; absent in a backward.
-    losses: Option<&'p Output<'p, T::Acc>>,
-    values: Values<'p, T::Acc>,
+    losses: Option<&'p Output<'p, A>>,
+    values: Values<'p, A>,
     out: &'p Output<'p, O>,
     /// The first element that is no probability.
     bad: AtomicUsize,
 }
 
-impl<T: Element, O: Element<Acc = T::Acc>> Pass<'_, '_, T, O> {
-    fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
+impl<A: Real + Element<Acc = A>, O: Element<Acc = A>> Pass<'_, '_, A, O> {
+    fn unit(&self, unit: usize, scratch: &mut Scratch<A>) {
         let problem = self.problem;
         let groups = unit * problem.groups_per_unit()..((unit + 1) * problem.groups_per_unit()).min(problem.groups());
         let elements = groups.start * problem.group..groups.end * problem.group;
-        let mut sum = T::Acc::ZERO;
+        let mut sum = A::ZERO;
         for at in elements.clone().step_by(BLOCK) {
             let len = (elements.end - at).min(BLOCK);
-            problem.load(at, len, scratch);
+            let Scratch { x, t, p, factor, value } = scratch;
+            let block = problem.load(at, &mut x[..len], &mut t[..len], &mut p[..len]);
             if let Some(losses) = self.losses {
-                sum += self.block_losses(losses, &groups, at, len, scratch);
+                if !block.values(problem.options.term, Function::Loss, &mut value[..len]) {
+                    let bad = |(&x, &t): (&A, &A)| !(is_probability(x) & is_probability(t));
+                    let first = block.x.iter().zip(block.t).position(bad);
+                    self.bad.fetch_min(at + first.unwrap_or(0), Ordering::Relaxed);
+                }
+                problem.weigh(at, &mut value[..len], factor);
+                sum += self.reduce(losses, &groups, at, len, value);
             }
             if let Values::Gradient { of, upstream, denominator } = self.values {
-                self.block_gradient(of, upstream, denominator, at, len, scratch);
+                let values = &mut value[..len];
+                block.values(problem.options.term, Function::Gradient(of), values);
+                self.chain(of, upstream, denominator, at, values);
+                problem.weigh(at, values, factor);
+                // SAFETY: an element is written by the unit it belongs to
+                O::narrow(values, unsafe { self.out.slice(at, len) });
             }
         }
         let Some(losses) = self.losses else { return };
         let reduced = problem.options.reduction != Reduction::None;
         if reduced || problem.group > BLOCK {
-            let share = if reduced { T::Acc::ONE } else { problem.share() };
+            let share = if reduced { A::ONE } else { problem.share() };
             // SAFETY: this unit alone writes its element
             unsafe { losses.slice(unit, 1)[0].write(sum * share) };
         }
     }
 
     /// The losses of a block: written, or their sum.
-    fn block_losses(
-        &self,
-        losses: &Output<T::Acc>,
-        groups: &Range<usize>,
-        at: usize,
-        len: usize,
-        scratch: &mut Scratch<T::Acc>,
-    ) -> T::Acc {
+    fn reduce(&self, losses: &Output<A>, groups: &Range<usize>, at: usize, len: usize, values: &mut [A; BLOCK]) -> A {
         let problem = self.problem;
-        if !scratch.map(problem.options.term, Function::Loss, len) {
-            let bad = |(&x, &t): (&T::Acc, &T::Acc)| !(is_probability(x) & is_probability(t));
-            let first = scratch.x[..len].iter().zip(&scratch.t).position(bad);
-            self.bad.fetch_min(at + first.unwrap_or(0), Ordering::Relaxed);
-        }
-        problem.weigh(len, scratch);
         if problem.options.reduction != Reduction::None || problem.group > BLOCK {
-            return scratch.sum(len);
+            return dispatch(Sum { values, len });
         }
         if problem.group == 1 {
             // SAFETY: a group is written by the unit it belongs to
-            T::Acc::narrow(&scratch.value[..len], unsafe { losses.slice(at, len) });
-            return T::Acc::ZERO;
+            A::narrow(&values[..len], unsafe { losses.slice(at, len) });
+            return A::ZERO;
         }
-        for (group, values) in groups.clone().zip(scratch.value[..len].chunks(problem.group)) {
+        for (group, values) in groups.clone().zip(values[..len].chunks(problem.group)) {
             let sum = values.iter().fold(0f64, |sum, v| sum + v.to_f64());
             // SAFETY: as above
-            unsafe { losses.slice(group, 1)[0].write(T::Acc::of(sum / problem.group as f64)) };
+            unsafe { losses.slice(group, 1)[0].write(A::of(sum / problem.group as f64)) };
         }
-        T::Acc::ZERO
+        A::ZERO
     }
 
-    /// Writes the gradient of a block.
-    fn block_gradient(
-        &self,
-        of: Operand,
-        upstream: &[T::Acc],
-        denominator: T::Acc,
-        at: usize,
-        len: usize,
-        scratch: &mut Scratch<T::Acc>,
-    ) {
+    /// Multiplies the derivatives of a block by those of what comes after the term.
+    fn chain(&self, of: Operand, upstream: &[A], denominator: A, at: usize, values: &mut [A]) {
         let problem = self.problem;
-        scratch.map(problem.options.term, Function::Gradient(of), len);
-        let chain = if of == Operand::Target { problem.keep } else { T::Acc::ONE };
-        let factor = chain * problem.share() / denominator;
-        let values = &mut scratch.value[..len];
+        let smoothing = if of == Operand::Target { problem.keep } else { A::ONE };
+        let factor = smoothing * problem.share() / denominator;
         match upstream {
             [upstream] => values.iter_mut().for_each(|v| *v *= *upstream * factor),
-            _ if problem.group == 1 => {
-                values.iter_mut().zip(&upstream[at..at + len]).for_each(|(v, &g)| *v *= g * factor)
-            }
+            _ if problem.group == 1 => values.iter_mut().zip(&upstream[at..]).for_each(|(v, &g)| *v *= g * factor),
             _ => values.iter_mut().enumerate().for_each(|(i, v)| *v *= upstream[(at + i) / problem.group] * factor),
         }
-        problem.weigh(len, scratch);
-        // SAFETY: an element is written by the unit it belongs to
-        O::narrow(&scratch.value[..len], unsafe { self.out.slice(at, len) });
     }
 }
 
-impl<'a, T: Element> Problem<'a, T> {
+impl<'a, A: Real + Element<Acc = A>> Problem<'a, A> {
     /// Runs a pass.
-    fn run<O: Element<Acc = T::Acc>>(
-        &self,
-        losses: Option<&Output<T::Acc>>,
-        values: Values<T::Acc>,
-        out: &Output<O>,
-    ) -> Result<()> {
+    fn run<O: Element<Acc = A>>(&self, losses: Option<&Output<A>>, values: Values<A>, out: &Output<O>) -> Result<()> {
         let pass = Pass { problem: self, losses, values, out, bad: AtomicUsize::new(usize::MAX) };
         for_each_task(self.units(), self.groups_per_unit() * self.group, |units| {
             let mut scratch = Scratch::new();
@@ -370,31 +352,39 @@ impl<'a, T: Element> Problem<'a, T> {
         if at == usize::MAX {
             return Ok(());
         }
-        let (mut x, mut t) = ([T::Acc::ZERO], [T::Acc::ZERO]);
-        self.x_order.load(&self.x, at, &mut x);
+        let (mut x, mut t) = ([A::ZERO], [A::ZERO]);
+        self.x.load(at, &mut x);
         self.target.load(at, &mut t);
         let (what, value) = if is_probability(x[0]) { ("target", t[0]) } else { ("probability", x[0]) };
         bail!("{}: {what} {value} at element {at}, expected a number in [0, 1]", self.options.name)
     }
 
     /// Computes the losses, and what else `values` asks for, and reduces the losses.
-    fn losses<O: Element<Acc = T::Acc>>(
-        &self,
-        denominator: f64,
-        values: Values<T::Acc>,
-        out: &Output<O>,
-    ) -> Result<CpuStorage> {
+    fn losses<O: Element<Acc = A>>(&self, denominator: f64, values: Values<A>, out: &Output<O>) -> Result<CpuStorage> {
         let none = self.options.reduction == Reduction::None;
         let count = if none { self.groups() } else { self.units() };
-        let mut losses = vec![T::Acc::ZERO; count];
+        let mut losses = vec![A::ZERO; count];
         self.run(Some(&Output::in_place(&mut losses).1), values, out)?;
-        Ok(T::Acc::to_cpu_storage_owned(if none {
+        Ok(A::to_cpu_storage_owned(if none {
             losses
         } else {
             let sum = sum_in_order(&losses) / self.group.max(1) as f64;
-            vec![T::Acc::of(sum / denominator)]
+            vec![A::of(sum / denominator)]
         }))
     }
+}
+
+/// Calls `body::<T>` for the storage's dtype.
+macro_rules! for_dtype {
+    ($options:expr, $input:expr, $body:ident ( $($argument:expr),* )) => {
+        match $input.0.dtype() {
+            DType::F16 => $body::<f16>($($argument),*),
+            DType::BF16 => $body::<bf16>($($argument),*),
+            DType::F32 => $body::<f32>($($argument),*),
+            DType::F64 => $body::<f64>($($argument),*),
+            other => bail!("{}: unsupported dtype {other:?}, expected f16, bf16, f32 or f64", $options.name),
+        }
+    };
 }
 
 /// The loss, and what its sum was divided by.
@@ -405,17 +395,16 @@ pub(crate) fn forward(
 ) -> Result<(CpuStorage, CpuStorage)> {
     fn run<T: Element>(
         options: &Logistic,
-        data: &[T],
-        layout: &Layout,
+        input: Arg<CpuStorage>,
         target: Arg<CpuStorage>,
     ) -> Result<(CpuStorage, CpuStorage)> {
         let guards = Guards::new(options);
-        let problem = Problem::new(options, data, layout, target, &guards)?;
+        let problem = Problem::<T::Acc>::new(options, input, target, &guards)?;
         let denominator = problem.denominator();
         let loss = problem.losses(denominator, Values::None, &Output::<T>::new(&mut vec![], 0))?;
         Ok((loss, T::Acc::to_cpu_storage_owned(vec![T::Acc::of(denominator)])))
     }
-    with_floats!(options.name, input.0, data => run(options, data, input.1, target))
+    for_dtype!(options, input, run(options, input, target))
 }
 
 /// The gradient of the input in its dtype, or of the target in the arithmetic dtype, in row-major order.
@@ -427,9 +416,9 @@ pub(crate) fn backward(
     target: Arg<CpuStorage>,
     upstream: Arg<CpuStorage>,
 ) -> Result<CpuStorage> {
-    fn gradient<T: Element, O: Element<Acc = T::Acc>>(
-        problem: &Problem<T>,
-        values: Values<T::Acc>,
+    fn gradient<A: Real + Element<Acc = A>, O: Element<Acc = A>>(
+        problem: &Problem<A>,
+        values: Values<A>,
     ) -> Result<CpuStorage> {
         let mut grad = with_room(problem.len);
         problem.run(None, values, &Output::<O>::new(&mut grad, problem.len))?;
@@ -441,20 +430,20 @@ pub(crate) fn backward(
         options: &Logistic,
         denominator: &Tensor,
         of: Operand,
-        (data, layout): (&[T], &Layout),
+        input: Arg<CpuStorage>,
         target: Arg<CpuStorage>,
         upstream: Arg<CpuStorage>,
     ) -> Result<CpuStorage> {
         let guards = Guards::new(options);
-        let problem = Problem::new(options, data, layout, target, &guards)?;
+        let problem = Problem::<T::Acc>::new(options, input, target, &guards)?;
         let upstream = acc_slice(upstream.0, upstream.1)?;
         let values = Values::Gradient { of, upstream, denominator: denominator.to_scalar()? };
         match of {
-            Operand::Logits => gradient::<T, T>(&problem, values),
-            Operand::Target => gradient::<T, T::Acc>(&problem, values),
+            Operand::Logits => gradient::<T::Acc, T>(&problem, values),
+            Operand::Target => gradient::<T::Acc, T::Acc>(&problem, values),
         }
     }
-    with_floats!(options.name, input.0, data => run(options, denominator, of, (data, input.1), target, upstream))
+    for_dtype!(options, input, run(options, denominator, of, input, target, upstream))
 }
 
 /// The loss and the gradient of the input, in row-major order.
@@ -465,12 +454,11 @@ pub(crate) fn loss_and_grad(
 ) -> Result<(CpuStorage, CpuStorage)> {
     fn run<T: Element>(
         options: &Logistic,
-        data: &[T],
-        layout: &Layout,
+        input: Arg<CpuStorage>,
         target: Arg<CpuStorage>,
     ) -> Result<(CpuStorage, CpuStorage)> {
         let guards = Guards::new(options);
-        let problem = Problem::new(options, data, layout, target, &guards)?;
+        let problem = Problem::<T::Acc>::new(options, input, target, &guards)?;
         let denominator = problem.denominator();
         let values =
             Values::Gradient { of: Operand::Logits, upstream: &[T::Acc::ONE], denominator: T::Acc::of(denominator) };
@@ -480,5 +468,5 @@ pub(crate) fn loss_and_grad(
         unsafe { grad.set_len(problem.len) };
         Ok((loss, T::to_cpu_storage_owned(grad)))
     }
-    with_floats!(options.name, input.0, data => run(options, data, input.1, target))
+    for_dtype!(options, input, run(options, input, target))
 }

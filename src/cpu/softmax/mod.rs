@@ -40,7 +40,6 @@ macro_rules! with_floats {
         }
     };
 }
-pub(super) use with_floats;
 
 /// A slice of a tensor of this crate's own, contiguous and in the arithmetic type.
 pub(super) fn acc_slice<'a, A: Real>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [A]> {
