@@ -529,15 +529,10 @@ mod tests {
         let inputs: Vec<f64> = (-4000..4000).map(|i| (i as f64) * (i as f64).abs() * 4.3e-5 + 1e-3).collect();
         for (x, got) in inputs.iter().zip(dispatch(All(inputs.clone()))) {
             let t = x.tanh();
-            let want = [
-                Some(x.min(700.0).exp()).filter(|e| *e >= f64::MIN_POSITIVE).unwrap_or(0.0),
-                x.abs().ln(),
-                x.abs().ln_1p(),
-                t,
-                (1.0 / x.cosh()).powi(2),
-            ];
+            let want = [x.min(700.0).exp(), x.abs().ln(), x.abs().ln_1p(), t, (1.0 / x.cosh()).powi(2)];
             for (i, (g, w)) in got.into_iter().zip(want).enumerate() {
-                let same = g == w || (g - w).abs() <= 2e-15 * w.abs() + 1e-323;
+                // an exponential that is not a normal number is 0, and the slope of tanh has four times it
+                let same = g == w || (g - w).abs() <= 2e-15 * w.abs() + 4.0 * f64::MIN_POSITIVE;
                 assert!(same, "function {i} at {x}: got {g}, expected {w}");
             }
         }

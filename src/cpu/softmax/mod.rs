@@ -317,7 +317,15 @@ impl<T: Element> UnitPass<T::Acc> for LogSoftmax<'_, '_, T> {
                 let place = Place::new(&self.logits.rows, unit);
                 let states = Operands { logits: self.logits, extra: none }.reduce_tile(Detail::Loss, &place, scratch);
                 let lanes = place.scalars(|row| log_probs_scalars(&states.get(row - place.first)));
-                Operands { logits: self.logits, extra: none }.emit_tile(&LogProbs, &lanes, &place, self.out, scratch);
+                Operands { logits: self.logits, extra: none }.emit_tile(
+                    &LogProbs,
+                    &lanes,
+                    &place,
+                    &[None; LANES],
+                    true,
+                    self.out,
+                    scratch,
+                );
             }
         }
     }

@@ -259,29 +259,25 @@ impl<'a, T: Element> Problem<'a, T> {
         &self,
         scalars: &[RowScalars<T::Acc>; LANES],
         place: &Place,
+        reduced: bool,
         out: &Output<T>,
         scratch: &mut Scratch<T::Acc>,
     ) {
         let mut own = [None; LANES];
         for (lane, own) in own.iter_mut().enumerate().take(place.lanes) {
-            let row = place.first + lane;
-            if let RowTarget::Class(class, weight) = self.targets.row(row) {
-                *own = Some((class, self.own_gradient(&scalars[lane], row, class, weight)));
+            if let RowTarget::Class(class, weight) = self.targets.row(place.first + lane) {
+                *own = Some((class, weight));
             }
         }
         Operands { logits: &self.logits, extra: &self.targets.extra }.emit_tile(
             &LogitsGradient,
             scalars,
             place,
+            &own,
+            reduced,
             out,
             scratch,
         );
-        for (lane, own) in own.iter().enumerate() {
-            if let Some((class, g)) = own {
-                // SAFETY: this unit alone writes the row, and no slice of it is alive
-                unsafe { out.slice(place.write[lane] + class * place.write_stride, 1)[0].write(T::from_acc(*g)) };
-            }
-        }
     }
 }
 
@@ -439,7 +435,7 @@ impl<T: Element, S: Fn(usize) -> RowScalars<T::Acc> + Sync> UnitPass<T::Acc> for
             Engine::Tiles => {
                 let place = Place::new(self.problem.rows(), unit);
                 let lanes = place.scalars(&self.scalars);
-                self.problem.emit_gradient_tile(&lanes, &place, self.out, scratch);
+                self.problem.emit_gradient_tile(&lanes, &place, false, self.out, scratch);
             }
         }
     }
@@ -482,7 +478,7 @@ impl<T: Element> UnitPass<T::Acc> for Fused<'_, '_, T> {
                 let place = Place::new(&logits.rows, unit);
                 let states = Operands { logits, extra: &targets.extra }.reduce_tile(Detail::Loss, &place, scratch);
                 let lanes = place.scalars(|row| finish(row, &states.get(row - place.first)));
-                self.problem.emit_gradient_tile(&lanes, &place, self.out, scratch);
+                self.problem.emit_gradient_tile(&lanes, &place, true, self.out, scratch);
             }
         }
     }

@@ -91,20 +91,44 @@ impl<T: Element> Operands<'_, '_, T> {
         }
     }
 
+    /// `own`: a class of each row and what is added to its extra number. `reduced`: whether the scratch memory is as
+    /// [`Self::reduce_tile`] of the same tile left it.
+    #[allow(clippy::too_many_arguments)]
     pub(super) fn emit_tile<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
         &self,
         emit: &E,
         scalars: &[RowScalars<T::Acc>; LANES],
         place: &Place,
+        own: &[Option<(usize, T::Acc)>; LANES],
+        reduced: bool,
         out: &Output<O>,
         scratch: &mut Scratch<T::Acc>,
     ) {
         let capped = E::IN_LOGITS && self.logits.softcap.is_some();
         let Scratch { x, e, extra: q, slope } = scratch;
-        for class in (0..self.logits.rows.classes).step_by(DEPTH) {
-            let classes = class..(class + DEPTH).min(self.logits.rows.classes);
-            let xs = self.logits.tile(place, &classes, x, Some(slope));
-            let q = place.load_extra(self.extra, &classes, q);
+        let of = self.logits.rows.classes;
+        let loaded = reduced && of <= DEPTH && !capped;
+        let has_own = own.iter().any(Option::is_some);
+        for class in (0..of).step_by(DEPTH) {
+            let classes = class..(class + DEPTH).min(of);
+            if !loaded {
+                self.logits.tile(place, &classes, x, Some(slope));
+                place.load_extra(self.extra, &classes, q);
+            }
+            if has_own {
+                if self.extra.is_none() {
+                    q[..classes.len()].as_flattened_mut().fill(T::Acc::ZERO);
+                }
+                for (lane, own) in own.iter().enumerate() {
+                    if let Some((class, weight)) = own
+                        && classes.contains(class)
+                    {
+                        q[class - classes.start][lane] += *weight;
+                    }
+                }
+            }
+            let xs = &x[..classes.len()];
+            let q = (has_own || !self.extra.is_none()).then_some(&q[..classes.len()]);
             let slope = capped.then_some(&slope[..]);
             let e = &mut e[..classes.len()];
             dispatch(EmitTile { emit, scalars, xs, q, slope, out: e });
