@@ -83,6 +83,18 @@ impl Rows {
         }
     }
 
+    /// Where a row's class 0 is written, and how far apart its classes are.
+    pub fn written_start(&self, row: usize) -> usize {
+        match self.class_last() {
+            true => row * self.classes,
+            false => row / self.inner * self.classes * self.inner + row % self.inner,
+        }
+    }
+
+    pub fn written_stride(&self) -> usize {
+        if self.class_last() { 1 } else { self.inner }
+    }
+
     /// Sizes and strides in the order (outer, inner, class) or (outer, class, inner).
     pub fn axes(&self, class_last: bool) -> [(usize, usize); 3] {
         let outer = (self.outer, self.outer_stride);

@@ -25,7 +25,7 @@ use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType, bail};
 use kernels::{Detail, LogProbs, LogProbsGradient, RowScalars, State, TargetGradient, log_sum};
 use passes::{EmitAll, Finish, PerRow, Reduce, UnitPass};
 use problem::{Problem, RowResults, RowTarget, upstream_of};
-use rows::{Engine, Extra, LANES, Logits, Place, Scratch, Strip};
+use rows::{BLOCK, Engine, Extra, LANES, Logits, Place, Scratch, Strip};
 use units::Operands;
 
 /// Calls `body` with the storage's elements as a slice of their own type.
@@ -237,11 +237,11 @@ impl<T: Element> Problem<'_, T> {
     fn most_probable(&self, row: usize) -> usize {
         let Extra::Dense { source, .. } = &self.targets.extra else { return 0 };
         let rows = self.rows();
-        let place = Place::new(rows, row / LANES);
+        let (start, stride) = (rows.written_start(row), rows.written_stride());
         let mut best = (T::Acc::NEG_INFINITY, 0);
         for class in 0..rows.classes {
             let mut t = [T::Acc::ZERO];
-            source.load(place.write[row % LANES] + class * place.write_stride, &mut t);
+            source.load(start + class * stride, &mut t);
             if t[0] > best.0 {
                 best = (t[0], class);
             }
@@ -376,14 +376,14 @@ pub(crate) fn log_softmax_backward(
         let extra = Extra::Dense { source, keep: one, spread: T::Acc::ZERO, weight: None };
         let logits = Logits::new(Input::new(data), *rows);
         let mass = |row: usize| {
-            let place = Place::new(rows, row / LANES);
-            let mut block = [T::Acc::ZERO; LANES];
+            let (start, stride) = (rows.written_start(row), rows.written_stride());
+            let mut block = [T::Acc::ZERO; BLOCK];
             let mut lanes = [0f64; LANES];
-            for class in (0..rows.classes).step_by(LANES) {
-                let len = (rows.classes - class).min(LANES);
-                place.load_row(&extra, row % LANES, class..class + len, &mut block[..len]);
-                for (sum, v) in lanes.iter_mut().zip(&block[..len]) {
-                    *sum += v.to_f64();
+            for class in (0..rows.classes).step_by(BLOCK) {
+                let block = &mut block[..(rows.classes - class).min(BLOCK)];
+                extra.load_apart(start + class * stride, stride, class, block);
+                for block in block.chunks(LANES) {
+                    lanes.iter_mut().zip(block).for_each(|(sum, v)| *sum += v.to_f64());
                 }
             }
             T::Acc::of(lanes.iter().sum())

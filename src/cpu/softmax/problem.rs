@@ -381,15 +381,12 @@ impl<'a, T: Element> Problem<'a, T> {
         let rows = self.rows();
         // SAFETY: no other slice of the output is alive
         unsafe { out.slice(0, rows.count() * rows.classes) }.fill(MaybeUninit::new(T::from_acc(T::Acc::ZERO)));
-        for unit in 0..self.logits.units(Engine::Tiles) {
-            let place = Place::new(rows, unit);
-            for lane in 0..place.lanes {
-                let row = place.first + lane;
-                if let RowTarget::Class(class, own) = self.targets.row(row) {
-                    let g = -(own * upstream_of(upstream, row, denominator));
-                    // SAFETY: as above
-                    unsafe { out.slice(place.write[lane] + class * place.write_stride, 1)[0].write(T::from_acc(g)) };
-                }
+        for row in 0..rows.count() {
+            if let RowTarget::Class(class, own) = self.targets.row(row) {
+                let g = -(own * upstream_of(upstream, row, denominator));
+                let at = rows.written_start(row) + class * rows.written_stride();
+                // SAFETY: as above
+                unsafe { out.slice(at, 1)[0].write(T::from_acc(g)) };
             }
         }
     }

@@ -96,6 +96,16 @@ impl<A: Real> Extra<'_, A> {
             }
         }
     }
+
+    /// As [`Self::load`], of elements that are `stride` apart.
+    pub(super) fn load_apart(&self, at: usize, stride: usize, class: usize, dst: &mut [A]) {
+        if stride == 1 {
+            return self.load(at, class, dst);
+        }
+        for (i, d) in dst.iter_mut().enumerate() {
+            self.load(at + i * stride, class + i, std::slice::from_mut(d));
+        }
+    }
 }
 
 /// The logits and how a pass reads them.
@@ -272,21 +282,15 @@ impl Place {
         let first = unit * LANES;
         let lanes = (rows.count() - first).min(LANES);
         let (mut read, mut write) = ([0; LANES], [0; LANES]);
-        let class_last = rows.class_last();
         for lane in 0..lanes {
-            let row = first + lane;
-            read[lane] = rows.start(row);
-            write[lane] = if class_last {
-                row * rows.classes
-            } else {
-                row / rows.inner * rows.classes * rows.inner + row % rows.inner
-            };
+            read[lane] = rows.start(first + lane);
+            write[lane] = rows.written_start(first + lane);
         }
         let adjacent = |at: &[usize; LANES]| (1..lanes).all(|l| at[l] == at[0] + l);
         Place {
             first,
             lanes,
-            write_stride: if class_last { 1 } else { rows.inner },
+            write_stride: rows.written_stride(),
             // one row alone is better read along its classes
             read_adjacent: lanes > 1 && adjacent(&read),
             write_adjacent: lanes > 1 && adjacent(&write),
@@ -316,7 +320,8 @@ impl Place {
                 let mut row = [A::ZERO; DEPTH];
                 let row = &mut row[..classes.len()];
                 for lane in 0..self.lanes {
-                    self.load_row(extra, lane, classes.clone(), row);
+                    let at = self.write[lane] + classes.start * self.write_stride;
+                    extra.load_apart(at, self.write_stride, classes.start, row);
                     for (to, &v) in to.iter_mut().zip(row.iter()) {
                         to[lane] = v;
                     }
@@ -324,15 +329,5 @@ impl Place {
             }
         }
         Some(to)
-    }
-
-    /// The extra numbers of some classes of one row.
-    pub(super) fn load_row<A: Real>(&self, extra: &Extra<A>, lane: usize, classes: Range<usize>, row: &mut [A]) {
-        if self.write_stride == 1 {
-            return extra.load(self.write[lane] + classes.start, classes.start, row);
-        }
-        for (v, class) in row.iter_mut().zip(classes) {
-            extra.load(self.write[lane] + class * self.write_stride, class, std::slice::from_mut(v));
-        }
     }
 }
