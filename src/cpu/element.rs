@@ -11,27 +11,20 @@ use std::mem::MaybeUninit;
 /// A floating-point storage type and the type its arithmetic is done in.
 pub(crate) trait Element: WithDType {
     type Acc: Real + Element<Acc = Self::Acc>;
+    /// Whether `to_acc` and `from_acc` are arithmetic that vector loops can do on the way.
+    const INLINE: bool;
 
     fn to_acc(self) -> Self::Acc;
     fn from_acc(v: Self::Acc) -> Self;
     fn widen(src: &[Self], dst: &mut [Self::Acc]);
     fn narrow(src: &[Self::Acc], dst: &mut [MaybeUninit<Self>]);
-
-    /// The slice itself where storage and arithmetic type are the same.
-    #[inline(always)]
-    fn as_acc(_: &[Self]) -> Option<&[Self::Acc]> {
-        None
-    }
-    #[inline(always)]
-    fn as_acc_mut(_: &mut [MaybeUninit<Self>]) -> Option<&mut [MaybeUninit<Self::Acc>]> {
-        None
-    }
 }
 
 macro_rules! own_arithmetic {
     ($t:ty) => {
         impl Element for $t {
             type Acc = $t;
+            const INLINE: bool = true;
             #[inline(always)]
             fn to_acc(self) -> $t {
                 self
@@ -50,14 +43,6 @@ macro_rules! own_arithmetic {
                     d.write(s);
                 }
             }
-            #[inline(always)]
-            fn as_acc(src: &[$t]) -> Option<&[$t]> {
-                Some(src)
-            }
-            #[inline(always)]
-            fn as_acc_mut(dst: &mut [MaybeUninit<$t>]) -> Option<&mut [MaybeUninit<$t>]> {
-                Some(dst)
-            }
         }
     };
 }
@@ -66,6 +51,7 @@ own_arithmetic!(f64);
 
 impl Element for bf16 {
     type Acc = f32;
+    const INLINE: bool = true;
     #[inline(always)]
     fn to_acc(self) -> f32 {
         f32::from_bits((self.to_bits() as u32) << 16)
@@ -109,6 +95,8 @@ impl Element for bf16 {
 
 impl Element for f16 {
     type Acc = f32;
+    // there is an instruction, but `half` asks each time whether this machine has it
+    const INLINE: bool = false;
     #[inline(always)]
     fn to_acc(self) -> f32 {
         self.to_f32()

@@ -142,18 +142,6 @@ impl<T> Ahead<T> {
 /// Accumulators of a vectorised reduction: two AVX-512 vectors of f32.
 pub(crate) const LANES: usize = 32;
 
-/// The largest of a slice whose end is padded with -inf, NaN left out; -inf if there is none.
-#[inline(always)]
-pub(crate) fn max_of<A: Real>(xs: &[A], end: &[A; LANES]) -> A {
-    let mut lanes = [A::NEG_INFINITY; LANES];
-    for xs in vectors(xs, end) {
-        for (m, &x) in lanes.iter_mut().zip(xs) {
-            *m = m.max_or_self(x);
-        }
-    }
-    fold_lanes(lanes, A::max_or_self)
-}
-
 /// The sum of a slice whose length is a multiple of [`LANES`], in a fixed order.
 #[inline(always)]
 pub(crate) fn sum_of<A: Real>(xs: &[A]) -> A {
@@ -164,6 +152,12 @@ pub(crate) fn sum_of<A: Real>(xs: &[A]) -> A {
         }
     }
     sum_lanes(lanes)
+}
+
+/// The largest of all lanes, NaN left out.
+#[inline(always)]
+pub(crate) fn max_lanes<A: Real>(lanes: [A; LANES]) -> A {
+    fold_lanes(lanes, A::max_or_self)
 }
 
 /// The sum of all lanes.

@@ -1,8 +1,8 @@
-//! The vectorised loops, on blocks of a row and on tiles of rows that are already in the arithmetic type: all that depends
-//! on the instruction set, and nothing that depends on the storage type.
+//! The vectorised loops on blocks of rows and on tiles of rows: all that depends on the instruction set.
 
 use super::rows::LANES;
-use crate::cpu::math::{Ahead, Baseline, Isa, Kernel, Real, end_of, max_of, sum_lanes, vectors};
+use crate::cpu::element::Element;
+use crate::cpu::math::{Ahead, Baseline, Isa, Kernel, Real, end_of, max_lanes, sum_lanes, vectors};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -283,13 +283,18 @@ impl<A: Real> States<A> {
 ///
 /// A short row is a chain of dependent steps (a maximum, exponentials, a sum) that takes several times as long as its
 /// instructions; a processor overlaps the chains of rows that are close to each other in the code.
-pub(super) struct ReduceBlocks<'k, A, T> {
+pub(super) struct ReduceBlocks<'k, A, S, T> {
+    pub(super) blocks: Blocks<'k, A, T>,
+    /// A block of each row, in its storage type or in the arithmetic type.
+    pub(super) xs: &'k [&'k [S]],
+}
+
+/// All of a [`ReduceBlocks`] but the logits.
+pub(super) struct Blocks<'k, A, T> {
     pub(super) states: &'k mut States<A>,
     /// The classes of the blocks, of all those that are reduced.
     pub(super) block: Range<usize>,
     pub(super) of: Range<usize>,
-    /// A block of each row.
-    pub(super) xs: &'k [&'k [A]],
     /// The extra numbers of each row, if there are any.
     pub(super) q: Option<&'k [&'k [A]]>,
     pub(super) detail: Detail,
@@ -297,18 +302,25 @@ pub(super) struct ReduceBlocks<'k, A, T> {
     pub(super) next: Ahead<T>,
 }
 
-impl<A: Real, T> Kernel for ReduceBlocks<'_, A, T> {
+impl<A: Real, S: Element<Acc = A>, T> Kernel for ReduceBlocks<'_, A, S, T> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let ReduceBlocks { states, block, of, xs, q, detail, next } = self;
+        let ReduceBlocks { blocks: Blocks { states, block, of, q, detail, next }, xs } = self;
         let mut block_max = [A::NEG_INFINITY; LANES];
+        let nothing = S::from_acc(A::NEG_INFINITY);
         for (max, xs) in block_max.iter_mut().zip(xs) {
-            *max = max_of(xs, &end_of(xs, A::NEG_INFINITY));
+            let mut lanes = [A::NEG_INFINITY; LANES];
+            for xs in vectors(xs, &end_of(xs, nothing)) {
+                for lane in 0..LANES {
+                    lanes[lane] = lanes[lane].max_or_self(xs[lane].to_acc());
+                }
+            }
+            *max = max_lanes(lanes);
         }
         for (row, xs) in xs.iter().enumerate() {
-            let end = end_of(xs, A::NEG_INFINITY);
+            let end = end_of(xs, nothing);
             let mut state = states.get(row);
             let max = state.max.max_or_self(block_max[row]);
             let reference = if max == A::NEG_INFINITY { A::ZERO } else { max };
@@ -316,8 +328,9 @@ impl<A: Real, T> Kernel for ReduceBlocks<'_, A, T> {
             for (i, xs) in vectors(xs, &end).enumerate() {
                 next.fetch(row * block.len() + i * LANES);
                 for lane in 0..LANES {
-                    let v = (xs[lane] - reference).vexp::<I>();
-                    let tie = xs[lane] == max;
+                    let x = xs[lane].to_acc();
+                    let v = (x - reference).vexp::<I>();
+                    let tie = x == max;
                     tail[lane] += if tie { A::ZERO } else { v };
                     ties[lane] += if tie { A::ONE } else { A::ZERO };
                 }
@@ -333,12 +346,12 @@ impl<A: Real, T> Kernel for ReduceBlocks<'_, A, T> {
             };
             if detail == Detail::Statistics {
                 if block_max[row] > state.max {
-                    state.argmax = (block.start + xs.iter().position(|&x| x == max).unwrap_or(0)) as u32;
+                    state.argmax = (block.start + xs.iter().position(|x| x.to_acc() == max).unwrap_or(0)) as u32;
                 }
                 let mut moment = [A::ZERO; LANES];
                 for xs in vectors(xs, &end) {
                     for lane in 0..LANES {
-                        let d = xs[lane] - reference;
+                        let d = xs[lane].to_acc() - reference;
                         let v = d.vexp::<I>();
                         moment[lane] += if v == A::ZERO { A::ZERO } else { v * d };
                     }
@@ -350,7 +363,7 @@ impl<A: Real, T> Kernel for ReduceBlocks<'_, A, T> {
                 let (mut linear, mut mass) = ([A::ZERO; LANES], [A::ZERO; LANES]);
                 for (xs, q) in vectors(xs, &end).zip(vectors(q, &end_of(q, A::ZERO))) {
                     for lane in 0..LANES {
-                        let v = q[lane] * (xs[lane] - reference);
+                        let v = q[lane] * (xs[lane].to_acc() - reference);
                         linear[lane] += if q[lane] == A::ZERO { A::ZERO } else { v };
                         mass[lane] += q[lane];
                     }
@@ -460,17 +473,18 @@ impl<A: Real> Kernel for ReduceTile<'_, A> {
 }
 
 /// Emits a value for each logit of a block.
-pub(super) struct EmitBlock<'k, A, E> {
+pub(super) struct EmitBlock<'k, A, S, O, E> {
     pub(super) emit: &'k E,
     pub(super) scalars: &'k RowScalars<A>,
-    pub(super) xs: &'k [A],
+    /// In its storage type or in the arithmetic type, as the output.
+    pub(super) xs: &'k [S],
     pub(super) q: Option<&'k [A]>,
     /// The derivative of the soft cap.
     pub(super) slope: Option<&'k [A]>,
-    pub(super) out: &'k mut [MaybeUninit<A>],
+    pub(super) out: &'k mut [MaybeUninit<O>],
 }
 
-impl<A: Real, E: Emit<A>> Kernel for EmitBlock<'_, A, E> {
+impl<A: Real, S: Element<Acc = A>, O: Element<Acc = A>, E: Emit<A>> Kernel for EmitBlock<'_, A, S, O, E> {
     type Output = ();
 
     #[inline(always)]
@@ -483,13 +497,15 @@ impl<A: Real, E: Emit<A>> Kernel for EmitBlock<'_, A, E> {
             let out = out[range.clone()].iter_mut().zip(&xs[range.clone()]);
             match (q, slope) {
                 (None, None) => out.for_each(|(out, &x)| {
-                    out.write(emit.value::<I>(scalars, x, A::ZERO));
+                    out.write(O::from_acc(emit.value::<I>(scalars, x.to_acc(), A::ZERO)));
                 }),
                 (Some(q), None) => out.zip(&q[range]).for_each(|((out, &x), &q)| {
-                    out.write(emit.value::<I>(scalars, x, q));
+                    out.write(O::from_acc(emit.value::<I>(scalars, x.to_acc(), q)));
                 }),
                 (q, Some(slope)) => out.zip(&slope[range.clone()]).enumerate().for_each(|(i, ((out, &x), &slope))| {
-                    out.write(slope * emit.value::<I>(scalars, x, q.map_or(A::ZERO, |q| q[range.start + i])));
+                    out.write(O::from_acc(
+                        slope * emit.value::<I>(scalars, x.to_acc(), q.map_or(A::ZERO, |q| q[range.start + i])),
+                    ));
                 }),
             }
         }

@@ -205,24 +205,20 @@ impl<'a, T: Element> Logits<'a, T> {
         (x[0], slope[0])
     }
 
-    /// A block of adjacent classes, in `to` unless it can be read where it is.
-    pub(super) fn block<'s>(
-        &'s self,
-        row: usize,
-        class: usize,
-        to: &'s mut [T::Acc],
-        slope: Option<&mut [T::Acc]>,
-    ) -> &'s [T::Acc] {
-        let src = self.x.slice(self.rows.start(row) + class, to.len());
-        if !self.in_place
-            && !self.is_transformed()
-            && let Some(src) = T::as_acc(src)
-        {
-            return src;
-        }
-        T::widen(src, to);
+    /// Whether the vectorised loops can take the logits as they are stored.
+    pub(super) fn is_read_directly(&self) -> bool {
+        T::INLINE && !self.is_transformed()
+    }
+
+    /// Adjacent classes of a row, as they are stored.
+    pub(super) fn stored(&self, row: usize, classes: &Range<usize>) -> &[T] {
+        self.x.slice(self.rows.start(row) + classes.start, classes.len())
+    }
+
+    /// Loads adjacent classes of a row from `class` on.
+    pub(super) fn load(&self, row: usize, class: usize, to: &mut [T::Acc], slope: Option<&mut [T::Acc]>) {
+        T::widen(self.stored(row, &(class..class + to.len())), to);
         self.transform(to, slope);
-        to
     }
 
     /// A tile of `lanes` rows and `classes`; the lanes without a row are -inf.

@@ -1,10 +1,11 @@
 //! The units of work: segments of rows and tiles of rows, read in pieces that fit into the scratch memory, handed to the
 //! vectorised loops, and written.
 
-use super::kernels::{Detail, Emit, EmitBlock, EmitTile, ReduceBlocks, ReduceTile, RowScalars, States};
+use super::kernels::{Blocks, Detail, Emit, EmitBlock, EmitTile, ReduceBlocks, ReduceTile, RowScalars, States};
 use super::rows::{BLOCK, DEPTH, Extra, LANES, Logits, Place, Scratch, Strip};
 use crate::cpu::element::{Element, Output, as_uninit};
 use crate::cpu::math::{Real, dispatch};
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// What a pass reads.
@@ -18,24 +19,33 @@ impl<T: Element> Operands<'_, '_, T> {
         let mut states = States::EMPTY;
         let Scratch { x, extra: q, .. } = scratch;
         let (x, q) = (x.as_flattened_mut(), q.as_flattened_mut());
-        let (rows, of) = (&strip.rows, &strip.classes);
+        let (rows, of) = (strip.rows.clone(), &strip.classes);
         for class in of.clone().step_by(BLOCK) {
             let block = class..(class + BLOCK).min(of.end);
-            let (mut xs, mut qs): ([&[_]; LANES], [&[_]; LANES]) = ([&[]; LANES], [&[]; LANES]);
-            let pieces = x.chunks_mut(block.len()).zip(q.chunks_mut(block.len()));
-            for ((row, (x, q)), (xs, qs)) in rows.clone().zip(pieces).zip(xs.iter_mut().zip(&mut qs)) {
-                *xs = self.logits.block(row, class, x, None);
+            let mut qs: [&[_]; LANES] = [&[]; LANES];
+            for ((row, q), qs) in rows.clone().zip(q.chunks_mut(block.len())).zip(&mut qs) {
                 *qs = self.extra.load_block(row * self.logits.rows.classes + class, class, q).unwrap_or(&[]);
             }
-            dispatch(ReduceBlocks {
+            let blocks = Blocks {
                 states: &mut states,
                 next: self.logits.after(rows.end - 1, block.end),
-                xs: &xs[..rows.len()],
                 q: (!self.extra.is_none()).then_some(&qs[..rows.len()]),
-                block,
+                block: block.clone(),
                 of: of.clone(),
                 detail,
-            });
+            };
+            if self.logits.is_read_directly() {
+                let mut xs: [&[_]; LANES] = [&[]; LANES];
+                rows.clone().zip(&mut xs).for_each(|(row, xs)| *xs = self.logits.stored(row, &block));
+                dispatch(ReduceBlocks { blocks, xs: &xs[..rows.len()] });
+            } else {
+                let mut xs: [&[_]; LANES] = [&[]; LANES];
+                for ((row, x), xs) in rows.clone().zip(x.chunks_mut(block.len())).zip(&mut xs) {
+                    self.logits.load(row, class, x, None);
+                    *xs = x;
+                }
+                dispatch(ReduceBlocks { blocks, xs: &xs[..rows.len()] });
+            }
         }
         states
     }
@@ -72,22 +82,20 @@ impl<T: Element> Operands<'_, '_, T> {
             let at = row * self.logits.rows.classes + class;
             if !scalars.live {
                 // SAFETY: each segment of each row is emitted by one unit
-                unsafe { out.slice(at, len) }.fill(std::mem::MaybeUninit::new(O::from_acc(T::Acc::ZERO)));
+                unsafe { out.slice(at, len) }.fill(MaybeUninit::new(O::from_acc(T::Acc::ZERO)));
                 continue;
             }
-            let slope = &mut slope[..len];
-            let xs = self.logits.block(row, class, &mut x[..len], Some(slope));
             let q = self.extra.load_block(at, class, &mut q[..len]);
-            let slope = capped.then_some(&*slope);
-            // SAFETY: as above, and in place `xs` is a copy
+            // SAFETY: as above; where the output replaces the logits, a copy of them is read
             let out = unsafe { out.slice(at, len) };
-            if let Some(out) = O::as_acc_mut(out) {
-                dispatch(EmitBlock { emit, scalars, xs, q, slope, out });
-                continue;
+            if self.logits.is_read_directly() && !self.logits.in_place {
+                let xs = self.logits.stored(row, &(class..class + len));
+                emit_block(emit, scalars, xs, q, None, out, &mut e[..len]);
+            } else {
+                let (x, slope) = (&mut x[..len], &mut slope[..len]);
+                self.logits.load(row, class, x, Some(slope));
+                emit_block(emit, scalars, x, q, capped.then_some(&*slope), out, &mut e[..len]);
             }
-            let e = &mut e[..len];
-            dispatch(EmitBlock { emit, scalars, xs, q, slope, out: as_uninit(e) });
-            O::narrow(e, out);
         }
     }
 
@@ -135,6 +143,23 @@ impl<T: Element> Operands<'_, '_, T> {
             place.store(e, &classes, out);
         }
     }
+}
+
+/// Emits a block, by way of `e` if the output's type can't be written directly.
+fn emit_block<S: Element, O: Element<Acc = S::Acc>, E: Emit<S::Acc>>(
+    emit: &E,
+    scalars: &RowScalars<S::Acc>,
+    xs: &[S],
+    q: Option<&[S::Acc]>,
+    slope: Option<&[S::Acc]>,
+    out: &mut [MaybeUninit<O>],
+    e: &mut [S::Acc],
+) {
+    if O::INLINE {
+        return dispatch(EmitBlock { emit, scalars, xs, q, slope, out });
+    }
+    dispatch(EmitBlock { emit, scalars, xs, q, slope, out: as_uninit(e) });
+    O::narrow(e, out);
 }
 
 impl Place {
