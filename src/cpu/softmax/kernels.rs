@@ -120,6 +120,8 @@ pub(super) struct RowScalars<A> {
     pub(super) mass: A,
     /// Upstream gradient over the denominator.
     pub(super) upstream: A,
+    /// The target class, and what it adds to its q.
+    pub(super) own: Option<(usize, A)>,
     /// Whether the row counts; what it emits is 0 otherwise.
     pub(super) live: bool,
 }
@@ -133,6 +135,7 @@ impl<A: Real> RowScalars<A> {
         slope: A::ZERO,
         mass: A::ZERO,
         upstream: A::ZERO,
+        own: None,
         live: false,
     };
 
@@ -148,6 +151,7 @@ impl<A: Real> RowScalars<A> {
             slope: A::ZERO,
             mass: A::ZERO,
             upstream: A::ONE,
+            own: None,
             live: true,
         }
     }
@@ -551,6 +555,7 @@ impl<A: Real, E: Emit<A>> Kernel for EmitTile<'_, A, E> {
                     slope: slopes[lane],
                     mass: mass[lane],
                     upstream: upstream[lane],
+                    own: None,
                     live: true,
                 };
                 let v = chain[lane] * emit.value::<I>(&row, xs[lane], q[lane]);

@@ -223,7 +223,7 @@ impl<T: Element> Finish<T::Acc> for StatisticsWriter<'_, '_, T> {
             RowTarget::Class(class, _) => class == state.argmax as usize,
             RowTarget::Probabilities => self.problem.most_probable(row) == state.argmax as usize,
         };
-        self.loss.set(row, self.problem.loss(row, state));
+        self.loss.set(row, self.problem.loss(row, target, state));
         self.lse.set(row, kept(lse));
         self.z_loss.set(row, kept(self.problem.z_loss(lse)));
         self.entropy.set(row, kept(entropy));
@@ -317,15 +317,8 @@ impl<T: Element> UnitPass<T::Acc> for LogSoftmax<'_, '_, T> {
                 let place = Place::new(&self.logits.rows, unit);
                 let states = Operands { logits: self.logits, extra: none }.reduce_tile(Detail::Loss, &place, scratch);
                 let lanes = place.scalars(|row| log_probs_scalars(&states.get(row - place.first)));
-                Operands { logits: self.logits, extra: none }.emit_tile(
-                    &LogProbs,
-                    &lanes,
-                    &place,
-                    &[None; LANES],
-                    true,
-                    self.out,
-                    scratch,
-                );
+                Operands { logits: self.logits, extra: none }
+                    .emit_tile(&LogProbs, &lanes, &place, true, self.out, scratch);
             }
         }
     }

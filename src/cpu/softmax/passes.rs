@@ -1,7 +1,7 @@
 //! Passes over all rows, cut into units of work that run in parallel.
 
 use super::kernels::{Detail, Emit, RowScalars, State};
-use super::rows::{Engine, Extra, LANES, Logits, Place, Scratch, Strip};
+use super::rows::{Engine, Extra, Logits, Place, Scratch, Strip};
 use super::units::Operands;
 use crate::cpu::element::{Element, Output, build};
 use crate::cpu::math::Real;
@@ -138,15 +138,8 @@ where
             Engine::Tiles => {
                 let place = Place::new(&self.logits.rows, unit);
                 let lanes = place.scalars(&self.scalars);
-                Operands { logits: self.logits, extra: self.extra }.emit_tile(
-                    &self.emit,
-                    &lanes,
-                    &place,
-                    &[None; LANES],
-                    false,
-                    self.out,
-                    scratch,
-                );
+                Operands { logits: self.logits, extra: self.extra }
+                    .emit_tile(&self.emit, &lanes, &place, false, self.out, scratch);
             }
         }
     }

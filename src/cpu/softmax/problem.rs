@@ -57,6 +57,7 @@ pub(super) struct Targets<'a, A> {
     pub(super) classes: usize,
 }
 
+#[derive(Clone, Copy)]
 pub(super) enum RowTarget<A> {
     Ignored,
     /// The class, inside the row by [`Targets::check`], and its weight times `keep`.
@@ -65,6 +66,7 @@ pub(super) enum RowTarget<A> {
 }
 
 impl<'a, A: Real> Targets<'a, A> {
+    #[inline(always)]
     pub(super) fn row(&self, row: usize) -> RowTarget<A> {
         let Some(indices) = &self.indices else { return RowTarget::Probabilities };
         let class = indices.get(row);
@@ -142,6 +144,10 @@ impl<'a, T: Element> Problem<'a, T> {
         Ok(Problem { options, logits, targets })
     }
 
+    pub(super) fn operands(&self) -> Operands<'_, 'a, T> {
+        Operands { logits: &self.logits, extra: &self.targets.extra }
+    }
+
     pub(super) fn rows(&self) -> &Rows {
         &self.logits.rows
     }
@@ -157,9 +163,9 @@ impl<'a, T: Element> Problem<'a, T> {
     }
 
     /// The loss of a row.
-    pub(super) fn loss(&self, row: usize, state: &State<T::Acc>) -> T::Acc {
+    pub(super) fn loss(&self, row: usize, target: RowTarget<T::Acc>, state: &State<T::Acc>) -> T::Acc {
         let zero = T::Acc::ZERO;
-        let (own, class) = match self.targets.row(row) {
+        let (own, class) = match target {
             RowTarget::Ignored => return zero,
             RowTarget::Class(class, own) => (own, class),
             RowTarget::Probabilities => (zero, 0),
@@ -191,20 +197,21 @@ impl<'a, T: Element> Problem<'a, T> {
     /// The numbers from which a row's gradient is made, `upstream` already over the denominator.
     pub(super) fn scalars(
         &self,
-        row: usize,
+        target: RowTarget<T::Acc>,
         max: T::Acc,
         rest: T::Acc,
         mass: T::Acc,
         upstream: T::Acc,
     ) -> RowScalars<T::Acc> {
-        let own = match self.targets.row(row) {
+        let own = match target {
             RowTarget::Ignored => return RowScalars::DEAD,
-            RowTarget::Class(_, own) => own,
-            RowTarget::Probabilities => T::Acc::ZERO,
+            RowTarget::Class(class, own) => Some((class, own)),
+            RowTarget::Probabilities => None,
         };
         let mut scalars = RowScalars::new(max, rest);
         scalars.upstream = upstream * self.logits.scale;
-        scalars.mass = own + mass;
+        scalars.own = own;
+        scalars.mass = own.map_or(T::Acc::ZERO, |(_, weight)| weight) + mass;
         scalars.slope = match self.options.z_loss {
             0.0 => scalars.mass,
             z => scalars.mass + T::Acc::of(2.0 * z) * (scalars.max + log_sum(max, rest)),
@@ -234,50 +241,13 @@ impl<'a, T: Element> Problem<'a, T> {
         scratch: &mut Scratch<T::Acc>,
     ) {
         // in place, the own logit is gone once the segment is written
-        let own = match self.targets.row(row) {
-            RowTarget::Class(class, own) if classes.contains(&class) => {
-                Some((class, self.own_gradient(scalars, row, class, own)))
-            }
-            _ => None,
-        };
-        Operands { logits: &self.logits, extra: &self.targets.extra }.emit_segment(
-            &LogitsGradient,
-            scalars,
-            row,
-            classes,
-            out,
-            scratch,
-        );
+        let own = scalars.own.filter(|(class, _)| classes.contains(class));
+        let own = own.map(|(class, weight)| (class, self.own_gradient(scalars, row, class, weight)));
+        self.operands().emit_segment(&LogitsGradient, scalars, row, classes, out, scratch);
         if let Some((class, g)) = own {
             // SAFETY: this unit alone writes the row's segment, and no slice of it is alive
             unsafe { out.slice(row * self.rows().classes + class, 1)[0].write(T::from_acc(g)) };
         }
-    }
-
-    /// Writes the gradient of a tile's rows, their own classes included.
-    pub(super) fn emit_gradient_tile(
-        &self,
-        scalars: &[RowScalars<T::Acc>; LANES],
-        place: &Place,
-        reduced: bool,
-        out: &Output<T>,
-        scratch: &mut Scratch<T::Acc>,
-    ) {
-        let mut own = [None; LANES];
-        for (lane, own) in own.iter_mut().enumerate().take(place.lanes) {
-            if let RowTarget::Class(class, weight) = self.targets.row(place.first + lane) {
-                *own = Some((class, weight));
-            }
-        }
-        Operands { logits: &self.logits, extra: &self.targets.extra }.emit_tile(
-            &LogitsGradient,
-            scalars,
-            place,
-            &own,
-            reduced,
-            out,
-            scratch,
-        );
     }
 }
 
@@ -297,7 +267,7 @@ pub(super) struct RowResultsWriter<'p, 'a, T: Element> {
 impl<T: Element> Finish<T::Acc> for RowResultsWriter<'_, '_, T> {
     fn finish(&self, row: usize, state: &State<T::Acc>) {
         let rows = self.problem.rows().count();
-        self.loss.set(row, self.problem.loss(row, state));
+        self.loss.set(row, self.problem.loss(row, self.problem.targets.row(row), state));
         let kinds = [state.max, state.rest, state.mass];
         for (kind, value) in kinds[..self.problem.kinds()].iter().enumerate() {
             self.statistics.set(kind * rows + row, *value);
@@ -370,7 +340,8 @@ impl<'a, T: Element> Problem<'a, T> {
         let uniform_mass = self.uniform_mass();
         let scalars = |row: usize| {
             let mass = if self.kinds() == 3 { statistics[2 * rows + row] } else { uniform_mass };
-            self.scalars(row, statistics[row], statistics[rows + row], mass, upstream_of(upstream, row, denominator))
+            let upstream = upstream_of(upstream, row, denominator);
+            self.scalars(self.targets.row(row), statistics[row], statistics[rows + row], mass, upstream)
         };
         let engine = self.logits.engine();
         self.logits.for_each_unit(engine, &EmitGradient { problem: self, engine, scalars, out });
@@ -432,7 +403,7 @@ impl<T: Element, S: Fn(usize) -> RowScalars<T::Acc> + Sync> UnitPass<T::Acc> for
             Engine::Tiles => {
                 let place = Place::new(self.problem.rows(), unit);
                 let lanes = place.scalars(&self.scalars);
-                self.problem.emit_gradient_tile(&lanes, &place, false, self.out, scratch);
+                self.problem.operands().emit_tile(&LogitsGradient, &lanes, &place, false, self.out, scratch);
             }
         }
     }
@@ -458,14 +429,16 @@ pub(super) struct Fused<'p, 'a, T: Element> {
 impl<T: Element> UnitPass<T::Acc> for Fused<'_, '_, T> {
     fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
         let Problem { logits, targets, .. } = self.problem;
+        let operands = self.problem.operands();
         let finish = |row: usize, state: &State<T::Acc>| {
-            self.loss.set(row, self.problem.loss(row, state));
-            self.problem.scalars(row, state.max, state.rest, state.mass, self.upstream)
+            let target = targets.row(row);
+            self.loss.set(row, self.problem.loss(row, target, state));
+            self.problem.scalars(target, state.max, state.rest, state.mass, self.upstream)
         };
         match self.engine {
             Engine::Blocks { rows, segments } => {
                 let strip = Strip::new(unit, rows, segments, &logits.rows);
-                let states = Operands { logits, extra: &targets.extra }.reduce_strip(Detail::Loss, &strip, scratch);
+                let states = operands.reduce_strip(Detail::Loss, &strip, scratch);
                 for (lane, row) in strip.rows.enumerate() {
                     let scalars = finish(row, &states.get(lane));
                     self.problem.emit_gradient_segment(&scalars, row, strip.classes.clone(), self.out, scratch);
@@ -473,9 +446,9 @@ impl<T: Element> UnitPass<T::Acc> for Fused<'_, '_, T> {
             }
             Engine::Tiles => {
                 let place = Place::new(&logits.rows, unit);
-                let states = Operands { logits, extra: &targets.extra }.reduce_tile(Detail::Loss, &place, scratch);
+                let states = operands.reduce_tile(Detail::Loss, &place, scratch);
                 let lanes = place.scalars(|row| finish(row, &states.get(row - place.first)));
-                self.problem.emit_gradient_tile(&lanes, &place, true, self.out, scratch);
+                operands.emit_tile(&LogitsGradient, &lanes, &place, true, self.out, scratch);
             }
         }
     }

@@ -240,14 +240,18 @@ impl<'a, T: Element> Logits<'a, T> {
                 T::widen(src, &mut to[..place.lanes]);
             }
         } else {
-            for lane in 0..place.lanes {
-                let src = self.x.slice(place.read[lane] + classes.start * stride, (depth - 1) * stride + 1);
-                // a loop of its own for the usual stride
-                if stride == 1 {
-                    to.iter_mut().zip(src).for_each(|(to, x)| to[lane] = x.to_acc());
-                } else {
-                    to.iter_mut().zip(src.iter().step_by(stride)).for_each(|(to, x)| to[lane] = x.to_acc());
+            let row = |lane: usize| self.x.slice(place.read[lane] + classes.start * stride, (depth - 1) * stride + 1);
+            let mut lane = 0;
+            // several rows at a time, which are one store
+            while stride == 1 && lane + 4 <= place.lanes {
+                let rows = row(lane).iter().zip(row(lane + 1)).zip(row(lane + 2)).zip(row(lane + 3));
+                for (to, (((a, b), c), d)) in to.iter_mut().zip(rows) {
+                    to[lane..lane + 4].copy_from_slice(&[a.to_acc(), b.to_acc(), c.to_acc(), d.to_acc()]);
                 }
+                lane += 4;
+            }
+            for lane in lane..place.lanes {
+                to.iter_mut().zip(row(lane).iter().step_by(stride)).for_each(|(to, x)| to[lane] = x.to_acc());
             }
         }
         if self.is_transformed() {

@@ -99,15 +99,13 @@ impl<T: Element> Operands<'_, '_, T> {
         }
     }
 
-    /// `own`: a class of each row and what is added to its extra number. `reduced`: whether the scratch memory is as
-    /// [`Self::reduce_tile`] of the same tile left it.
+    /// `reduced`: whether the scratch memory is as [`Self::reduce_tile`] of the same tile left it.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn emit_tile<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
         &self,
         emit: &E,
         scalars: &[RowScalars<T::Acc>; LANES],
         place: &Place,
-        own: &[Option<(usize, T::Acc)>; LANES],
         reduced: bool,
         out: &Output<O>,
         scratch: &mut Scratch<T::Acc>,
@@ -116,7 +114,7 @@ impl<T: Element> Operands<'_, '_, T> {
         let Scratch { x, e, extra: q, slope } = scratch;
         let of = self.logits.rows.classes;
         let loaded = reduced && of <= DEPTH && !capped;
-        let has_own = own.iter().any(Option::is_some);
+        let has_own = scalars.iter().any(|row| row.own.is_some());
         for class in (0..of).step_by(DEPTH) {
             let classes = class..(class + DEPTH).min(of);
             if !loaded {
@@ -127,11 +125,11 @@ impl<T: Element> Operands<'_, '_, T> {
                 if self.extra.is_none() {
                     q[..classes.len()].as_flattened_mut().fill(T::Acc::ZERO);
                 }
-                for (lane, own) in own.iter().enumerate() {
-                    if let Some((class, weight)) = own
-                        && classes.contains(class)
+                for (lane, row) in scalars.iter().enumerate() {
+                    if let Some((class, weight)) = row.own
+                        && classes.contains(&class)
                     {
-                        q[class - classes.start][lane] += *weight;
+                        q[class - classes.start][lane] += weight;
                     }
                 }
             }
@@ -176,18 +174,24 @@ impl Place {
         let mut row = [O::Acc::ZERO; DEPTH];
         let row = &mut row[..classes.len()];
         for lane in 0..self.lanes {
-            for (v, e) in row.iter_mut().zip(e) {
-                *v = e[lane];
-            }
-            if self.write_stride == 1 {
-                // SAFETY: as above
-                O::narrow(row, unsafe { out.slice(self.write[lane] + classes.start, row.len()) });
-            } else {
-                for (v, class) in row.iter().zip(classes.clone()) {
+            let values = e.iter().map(|e| e[lane]);
+            if self.write_stride > 1 {
+                for (v, class) in values.zip(classes.clone()) {
                     // SAFETY: as above
                     let out = unsafe { out.slice(self.write[lane] + class * self.write_stride, 1) };
-                    out[0].write(O::from_acc(*v));
+                    out[0].write(O::from_acc(v));
                 }
+                continue;
+            }
+            // SAFETY: as above
+            let out = unsafe { out.slice(self.write[lane] + classes.start, classes.len()) };
+            if O::INLINE {
+                for (out, v) in out.iter_mut().zip(values) {
+                    out.write(O::from_acc(v));
+                }
+            } else {
+                row.iter_mut().zip(values).for_each(|(to, v)| *to = v);
+                O::narrow(row, out);
             }
         }
     }
