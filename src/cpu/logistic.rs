@@ -195,35 +195,42 @@ impl<A: Real, F: Term<A>> Kernel for Map<'_, A, F> {
 
     #[inline(always)]
     fn run<I: Isa>(self) -> bool {
-        let Map { term, function, block, values } = self;
+        let Map { term, function, block: Block { x, t, p }, values } = self;
+        // loops, not closures: a closure that isn't inlined is compiled without the instruction set of this function
+        macro_rules! map {
+            ($method:ident) => {
+                match p {
+                    None => {
+                        for ((v, &x), &t) in values.iter_mut().zip(x).zip(t) {
+                            *v = term.$method::<I>(x, t, A::ONE);
+                        }
+                    }
+                    Some(p) => {
+                        for (((v, &x), &t), &p) in values.iter_mut().zip(x).zip(t).zip(p) {
+                            *v = term.$method::<I>(x, t, p);
+                        }
+                    }
+                }
+            };
+        }
+        let mut good = true;
         match function {
             Function::Loss => {
-                block.map(values, |x, t, p| term.loss::<I>(x, t, p));
-                let operands = block.x.iter().zip(block.t);
-                !F::PROBABILITIES || operands.fold(true, |good, (&x, &t)| good & is_probability(x) & is_probability(t))
+                map!(loss);
+                if F::PROBABILITIES {
+                    for (&x, &t) in x.iter().zip(t) {
+                        good &= is_probability(x) & is_probability(t);
+                    }
+                }
             }
-            Function::Gradient(Operand::Logits) => {
-                block.map(values, |x, t, p| term.grad::<I>(x, t, p));
-                true
-            }
-            Function::Gradient(Operand::Target) => {
-                block.map(values, |x, t, p| term.target_grad::<I>(x, t, p));
-                true
-            }
+            Function::Gradient(Operand::Logits) => map!(grad),
+            Function::Gradient(Operand::Target) => map!(target_grad),
         }
+        good
     }
 }
 
 impl<A: Real> Block<'_, A> {
-    #[inline(always)]
-    fn map(&self, values: &mut [A], f: impl Fn(A, A, A) -> A) {
-        let operands = values.iter_mut().zip(self.x).zip(self.t);
-        match self.p {
-            None => operands.for_each(|((v, &x), &t)| *v = f(x, t, A::ONE)),
-            Some(p) => operands.zip(p).for_each(|(((v, &x), &t), &p)| *v = f(x, t, p)),
-        }
-    }
-
     /// Maps a function of the options' term over the block.
     fn values(self, formula: Formula, function: Function, values: &mut [A]) -> bool {
         let block = self;

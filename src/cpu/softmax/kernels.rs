@@ -500,17 +500,22 @@ impl<A: Real, S: Element<Acc = A>, O: Element<Acc = A>, E: Emit<A>> Kernel for E
         for range in [0..whole, rest..xs.len()] {
             let out = out[range.clone()].iter_mut().zip(&xs[range.clone()]);
             match (q, slope) {
-                (None, None) => out.for_each(|(out, &x)| {
-                    out.write(O::from_acc(emit.value::<I>(scalars, x.to_acc(), A::ZERO)));
-                }),
-                (Some(q), None) => out.zip(&q[range]).for_each(|((out, &x), &q)| {
-                    out.write(O::from_acc(emit.value::<I>(scalars, x.to_acc(), q)));
-                }),
-                (q, Some(slope)) => out.zip(&slope[range.clone()]).enumerate().for_each(|(i, ((out, &x), &slope))| {
-                    out.write(O::from_acc(
-                        slope * emit.value::<I>(scalars, x.to_acc(), q.map_or(A::ZERO, |q| q[range.start + i])),
-                    ));
-                }),
+                (None, None) => {
+                    for (out, x) in out {
+                        out.write(O::from_acc(emit.value::<I>(scalars, x.to_acc(), A::ZERO)));
+                    }
+                }
+                (Some(q), None) => {
+                    for ((out, x), &q) in out.zip(&q[range]) {
+                        out.write(O::from_acc(emit.value::<I>(scalars, x.to_acc(), q)));
+                    }
+                }
+                (q, Some(slope)) => {
+                    for (i, (out, x)) in range.zip(out) {
+                        let q = q.map_or(A::ZERO, |q| q[i]);
+                        out.write(O::from_acc(slope[i] * emit.value::<I>(scalars, x.to_acc(), q)));
+                    }
+                }
             }
         }
     }
@@ -580,7 +585,9 @@ impl<A: Real> Kernel for Transform<'_, A> {
     fn run<I: Isa>(self) {
         let Transform { scale, softcap, xs, slope } = self;
         if scale != A::ONE {
-            xs.iter_mut().for_each(|x| *x *= scale);
+            for x in &mut *xs {
+                *x *= scale;
+            }
         }
         let Some(cap) = softcap else { return };
         let inverse = A::ONE / cap;
@@ -591,7 +598,11 @@ impl<A: Real> Kernel for Transform<'_, A> {
                     (*x, *s) = (cap * t, d);
                 }
             }
-            None => xs.iter_mut().for_each(|x| *x = cap * (*x * inverse).tanh_and_slope::<I>().0),
+            None => {
+                for x in xs {
+                    *x = cap * (*x * inverse).tanh_and_slope::<I>().0;
+                }
+            }
         }
     }
 }

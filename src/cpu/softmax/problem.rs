@@ -6,7 +6,7 @@ use super::rows::{Engine, Extra, LANES, Logits, Place, Scratch, Strip};
 use super::units::Operands;
 use crate::cpu::element::{Element, Input, Output, Strided, source};
 use crate::cpu::math::{Baseline, Real};
-use crate::cpu::sum_in_order;
+use crate::cpu::{for_each_task, sum_in_order};
 use crate::reduction::Reduction;
 use crate::softmax::{Arg, CrossEntropy, Rows};
 use candle_core::backend::BackendStorage;
@@ -79,23 +79,39 @@ impl<'a, A: Real> Targets<'a, A> {
 
     /// Checks every class index, and sums the weights of the rows that count.
     pub(super) fn check(&self, name: &str, rows: usize) -> Result<f64> {
-        let Some(indices) = &self.indices else { return Ok(rows as f64) };
-        let mut total = 0f64;
-        for row in 0..rows {
-            let class = indices.get(row);
-            if class == self.ignore_index {
-                continue;
+        /// How many rows count, or nothing if a class is out of range.
+        fn count<I: Copy + Into<i64>>(classes: &[I], ignore_index: i64, end: usize) -> Option<usize> {
+            let (mut count, mut good) = (0, true);
+            for &class in classes {
+                let class = class.into();
+                let counts = class != ignore_index;
+                // as an unsigned number a negative class is a large one
+                good &= !counts | ((class as u64) < end as u64);
+                count += counts as usize;
             }
-            match usize::try_from(class) {
-                Ok(c) if c < self.classes => total += self.weight.map_or(1.0, |w| w[c].to_f64()),
-                _ => bail!(
-                    "{name}: target {class} at row {row} is out of range, expected a class in 0..{} or the ignore_index {}",
-                    self.classes,
-                    self.ignore_index
-                ),
-            }
+            good.then_some(count)
         }
-        Ok(total)
+        let Some(indices) = &self.indices else { return Ok(rows as f64) };
+        let count = match indices {
+            Indices::U8(t) => count(t, self.ignore_index, self.classes),
+            Indices::U32(t) => count(t, self.ignore_index, self.classes),
+            Indices::I32(t) => count(t, self.ignore_index, self.classes),
+            Indices::I64(t) => count(t, self.ignore_index, self.classes),
+        };
+        let counted = (0..rows).map(|row| (row, indices.get(row))).filter(|(_, class)| *class != self.ignore_index);
+        let Some(count) = count else {
+            let bad = counted.into_iter().find(|(_, class)| *class < 0 || *class >= self.classes as i64);
+            let (row, class) = bad.unwrap_or_default();
+            bail!(
+                "{name}: target {class} at row {row} is out of range, expected a class in 0..{} or the ignore_index {}",
+                self.classes,
+                self.ignore_index
+            )
+        };
+        Ok(match self.weight {
+            None => count as f64,
+            Some(weight) => counted.map(|(_, class)| weight[class as usize].to_f64()).sum(),
+        })
     }
 }
 
@@ -170,10 +186,6 @@ impl<'a, T: Element> Problem<'a, T> {
             RowTarget::Class(class, own) => (own, class),
             RowTarget::Probabilities => (zero, 0),
         };
-        if self.options.log_probs {
-            let x = self.logits.get(row, class).0;
-            return if own == zero { zero } else { -own * x };
-        }
         let log_sum = state.log_sum;
         let mut loss = if own == zero {
             // still NaN in a row without a softmax
@@ -185,6 +197,14 @@ impl<'a, T: Element> Problem<'a, T> {
             loss += state.mass * log_sum - state.linear;
         }
         loss + self.z_loss(state.max + log_sum)
+    }
+
+    /// The loss of a row of log-probabilities.
+    fn nll(&self, row: usize) -> T::Acc {
+        match self.targets.row(row) {
+            RowTarget::Class(class, own) if own != T::Acc::ZERO => -own * self.logits.get(row, class).0,
+            _ => T::Acc::ZERO,
+        }
     }
 
     pub(super) fn z_loss(&self, lse: T::Acc) -> T::Acc {
@@ -275,6 +295,9 @@ impl<T: Element> Finish<T::Acc> for RowResultsWriter<'_, '_, T> {
     }
 }
 
+/// How many elements of a vector loop a row of NLL, which is one element that is rarely in a cache, is worth.
+const NLL_ROW: usize = 4;
+
 /// The upstream gradient of a row over the denominator.
 #[inline(always)]
 pub(super) fn upstream_of<A: Real>(upstream: &[A], row: usize, denominator: A) -> A {
@@ -301,7 +324,7 @@ impl<'a, T: Element> Problem<'a, T> {
             statistics: PerRow::new(&mut results.statistics),
         };
         if self.options.log_probs {
-            (0..rows).for_each(|row| writer.finish(row, &State::EMPTY));
+            for_each_task(rows, NLL_ROW, |rows| rows.for_each(|row| writer.loss.set(row, self.nll(row))));
         } else {
             Reduce::run(&self.logits, &self.targets.extra, Detail::Loss, writer);
         }

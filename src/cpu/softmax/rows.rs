@@ -198,9 +198,13 @@ impl<'a, T: Element> Logits<'a, T> {
     }
 
     /// One logit after scale and soft cap, and the soft cap's derivative.
+    #[inline(always)]
     pub(super) fn get(&self, row: usize, class: usize) -> (T::Acc, T::Acc) {
-        let mut x = [self.x.slice(self.rows.start(row) + class * self.rows.class_stride, 1)[0].to_acc()];
-        let mut slope = [T::Acc::ONE];
+        let x = self.x.slice(self.rows.start(row) + class * self.rows.class_stride, 1)[0].to_acc();
+        if !self.is_transformed() {
+            return (x, T::Acc::ONE);
+        }
+        let (mut x, mut slope) = ([x], [T::Acc::ONE]);
         self.transform(&mut x, Some(&mut slope));
         (x[0], slope[0])
     }
