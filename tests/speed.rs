@@ -74,5 +74,16 @@ fn kernels_are_faster_than_candle() -> Result<()> {
     assert_faster("binary cross-entropy with logits forward", 2.0, &ours, &candles)?;
     let ours = || fused::binary_cross_entropy_with_logits(&logits, &target)?.backward().map(|_| ());
     let candles = || candle_nn::loss::binary_cross_entropy_with_logit(&logits, &target)?.backward().map(|_| ());
-    assert_faster("binary cross-entropy with logits forward and backward", 2.0, &ours, &candles)
+    assert_faster("binary cross-entropy with logits forward and backward", 2.0, &ours, &candles)?;
+
+    // where candle has no such loss, the composition of its operations; a kernel that isn't vectorised would lose
+    let probabilities = candle_nn::ops::sigmoid(&plain)?;
+    let ours = || fused::binary_cross_entropy(&probabilities, &target).map(|_| ());
+    let composed = || fused::unfused::binary_cross_entropy(&probabilities, &target).map(|_| ());
+    assert_faster("binary cross-entropy forward", 3.0, &ours, &composed)?;
+    let focal = fused::SigmoidFocalLoss::new();
+    let ours = || focal.loss_and_grad(&plain, &target).map(|_| ());
+    let unfused = fused::unfused::SigmoidFocalLoss::new();
+    let composed = || unfused.loss_and_grad(&plain, &target).map(|_| ());
+    assert_faster("focal loss and gradient", 3.0, &ours, &composed)
 }

@@ -3,7 +3,13 @@
 //!
 //! Everything here is plain scalar code over [`Real`] without branches or calls into libm. [`dispatch`] instantiates a
 //! [`Kernel`] once for each instruction set that `pulp` knows (AVX-512, AVX2 with FMA, NEON, baseline) and picks one at
-//! run time; because every function is `#[inline(always)]`, the loops of the kernel are vectorised with those features.
+//! run time; because every function is `#[inline(always)]`, the loops of the kernel are vectorised with those features. A
+//! closure that the compiler doesn't inline is compiled without them, a fused multiply-add in it being a call into libm: the
+//! kernels are written with loops.
+//!
+//! Why `pulp`: the same loops (the maximum of 32768 `f32` and the sum of their exponentials) take 0.20 ns an element through
+//! pulp 0.22, multiversion 0.9 and fearless_simd 1.2, and 0.95 ns without any of them, on one core of an AMD EPYC (family 26,
+//! model 2). They differ in what they bring along, and candle's matrix multiplication brings pulp already.
 
 use std::hint::black_box;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub, SubAssign};

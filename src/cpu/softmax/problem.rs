@@ -200,6 +200,7 @@ impl<'a, T: Element> Problem<'a, T> {
     }
 
     /// The loss of a row of log-probabilities.
+    #[inline(always)]
     fn nll(&self, row: usize) -> T::Acc {
         match self.targets.row(row) {
             RowTarget::Class(class, own) if own != T::Acc::ZERO => -own * self.logits.get(row, class).0,
@@ -318,14 +319,21 @@ impl<'a, T: Element> Problem<'a, T> {
         let rows = self.rows().count();
         let mut results =
             RowResults { loss: vec![T::Acc::ZERO; rows], statistics: vec![T::Acc::ZERO; rows * self.kinds()] };
-        let writer = RowResultsWriter {
-            problem: self,
-            loss: PerRow::new(&mut results.loss),
-            statistics: PerRow::new(&mut results.statistics),
-        };
         if self.options.log_probs {
-            for_each_task(rows, NLL_ROW, |rows| rows.for_each(|row| writer.loss.set(row, self.nll(row))));
+            let losses = Output::in_place(&mut results.loss).1;
+            for_each_task(rows, NLL_ROW, |rows| {
+                // SAFETY: a row belongs to one task, and nothing reads the losses before all tasks are done
+                let losses = unsafe { losses.slice(rows.start, rows.len()) };
+                for (row, loss) in rows.zip(losses) {
+                    loss.write(self.nll(row));
+                }
+            });
         } else {
+            let writer = RowResultsWriter {
+                problem: self,
+                loss: PerRow::new(&mut results.loss),
+                statistics: PerRow::new(&mut results.statistics),
+            };
             Reduce::run(&self.logits, &self.targets.extra, Detail::Loss, writer);
         }
         results
