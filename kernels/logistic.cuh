@@ -467,7 +467,15 @@ __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long lo
 #define LOGISTIC_OPERANDS                                                                                              \
     const In *input, const void *target, const A *weight, const A *pos_weight, const void *mask
 
-#define LOGISTIC_KERNEL extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS)
+// Blocks that a multiprocessor has room for; 0: as many as the assembler likes, which for Blackwell is more than there are
+// registers for.
+#if __CUDA_ARCH__ >= 1000
+#define LOGISTIC_BLOCKS (sizeof(A) == 4 ? 3 : 2)
+#else
+#define LOGISTIC_BLOCKS 0
+#endif
+
+#define LOGISTIC_KERNEL extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS, LOGISTIC_BLOCKS)
 
 #define LOGISTIC_LOSS(NAME, Term, DENSE, GRAD)                                                                         \
     LOGISTIC_KERNEL NAME(LOGISTIC_OPERANDS, const long long *counts, int count_parts, A *each, A *rows, double *sums,  \

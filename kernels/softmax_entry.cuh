@@ -19,6 +19,10 @@ constexpr int ROWS_THREADS = 256;
 // Blocks that a multiprocessor has room for, which limits the registers of a thread: 768 threads have 48 KB of loads in
 // flight. The general kernels compute more than they load, and a double takes two registers.
 constexpr int BLOCKS_OF[] = {sizeof(A) == 4 ? 3 : 2, 2, 2};
+// The same for tiles and strided rows. 0: as many as the assembler likes, which for the general kernels is more than there
+// are registers for.
+constexpr int SMALL_BLOCKS = GENERAL_MODULE ? (sizeof(A) == 4 ? 5 : 2) : 0;
+constexpr int FUSED_TILE_BLOCKS = GENERAL_MODULE ? (sizeof(A) == 4 ? 4 : 2) : 0;
 
 #define REDUCE(NAME, DETAIL)                                                                                                   \
     extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[DETAIL])                                              \
@@ -26,12 +30,12 @@ constexpr int BLOCKS_OF[] = {sizeof(A) == 4 ? 3 : 2, 2, 2};
                                      A *statistics, double2 *partials, A *result, A *denominator) {                            \
         reduce_rows<DETAIL>(p, x, t, weight, splits, {loss, statistics, partials, result, denominator});                       \
     }                                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)                                                              \
+    extern "C" __global__ void __launch_bounds__(STRIDED_THREADS, SMALL_BLOCKS)                                                \
         softmax_reduce_##NAME##_strided(const Problem p, const X *x, const void *t, const A *weight, A *, A *loss,             \
                                         A *statistics, double2 *partials, A *result, A *denominator) {                         \
         reduce_strided<DETAIL>(p, x, t, weight, {loss, statistics, partials, result, denominator});                            \
     }                                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(TILE_THREADS)                                                                 \
+    extern "C" __global__ void __launch_bounds__(TILE_THREADS, SMALL_BLOCKS)                                                   \
         softmax_reduce_##NAME##_tile(const Problem p, const X *x, const void *t, const A *weight, A *, A *loss,                \
                                         A *statistics, double2 *partials, A *result, A *denominator) {                         \
         reduce_tiles<DETAIL>(p, x, t, weight, {loss, statistics, partials, result, denominator});                              \
@@ -49,12 +53,12 @@ constexpr int BLOCKS_OF[] = {sizeof(A) == 4 ? 3 : 2, 2, 2};
                                    const A *denominator, const A *upstream, X *out) {                                          \
         emit_rows<RULE>(p, x, t, weight, statistics, denominator, upstream, out);                                              \
     }                                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)                                                              \
+    extern "C" __global__ void __launch_bounds__(STRIDED_THREADS, SMALL_BLOCKS)                                                \
         softmax_emit_##NAME##_strided(const Problem p, const X *x, const void *t, const A *weight, const A *statistics,        \
                                       const A *denominator, const A *upstream, X *out) {                                       \
         emit_strided<RULE>(p, x, t, weight, statistics, denominator, upstream, out);                                           \
     }                                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(TILE_THREADS)                                                                 \
+    extern "C" __global__ void __launch_bounds__(TILE_THREADS, SMALL_BLOCKS)                                                   \
         softmax_emit_##NAME##_tile(const Problem p, const X *x, const void *t, const A *weight, const A *statistics,           \
                                       const A *denominator, const A *upstream, X *out) {                                       \
         emit_tiles<RULE>(p, x, t, weight, statistics, denominator, upstream, out);                                             \
@@ -67,12 +71,12 @@ constexpr int BLOCKS_OF[] = {sizeof(A) == 4 ? 3 : 2, 2, 2};
                                     A *loss, A *statistics, double2 *partials, A *result) {                                    \
         fused_rows<RULE, 1>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});                      \
     }                                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)                                                              \
+    extern "C" __global__ void __launch_bounds__(STRIDED_THREADS, SMALL_BLOCKS)                                                \
         softmax_fused_##NAME##_strided(const Problem p, const X *x, X *out, const void *t, const A *weight,                    \
                                        const double *counts, A *loss, A *statistics, double2 *partials, A *result) {           \
         fused_strided<RULE>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});                      \
     }                                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(TILE_THREADS)                                                                 \
+    extern "C" __global__ void __launch_bounds__(TILE_THREADS, FUSED_TILE_BLOCKS)                                              \
         softmax_fused_##NAME##_tile(const Problem p, const X *x, X *out, const void *t, const A *weight,                       \
                                        const double *counts, A *loss, A *statistics, double2 *partials, A *result) {           \
         fused_tiles<RULE>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});                        \
@@ -101,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[STATISTICS]
     statistics_rows(p, x, t, weight, {loss, lse, z_loss, entropy, argmax, correct});
 }
 
-extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)
+extern "C" __global__ void __launch_bounds__(STRIDED_THREADS, SMALL_BLOCKS)
     softmax_statistics_strided(const Problem p, const X *x, const void *t, const A *weight, A *loss, A *lse, A *z_loss, A *entropy,
                                uint32_t *argmax, uint8_t *correct) {
     statistics_strided(p, x, t, weight, {loss, lse, z_loss, entropy, argmax, correct});
