@@ -35,8 +35,6 @@ fn working_cuda_device() -> Option<Device> {
     let found = std::panic::catch_unwind(|| {
         let device = Device::new_cuda(0).ok()?;
         let sum = candle_core::Tensor::new(&[1f32, 2.], &device).ok()?.sum_all().ok()?.to_scalar::<f32>().ok()?;
-        // a copy to the host returns before an error of what it waited for is known
-        device.synchronize().ok()?;
         (sum == 3.0).then_some(device)
     });
     found.ok().flatten()

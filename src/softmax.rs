@@ -8,13 +8,12 @@ use crate::cpu;
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::reduction::Reduction;
-#[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Error, InplaceOp2, Layout, Result, Shape, Storage,
-    Tensor, bail,
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Error, InplaceOp2, Layout, Result, Shape, Storage, Tensor, bail,
 };
+#[cfg(feature = "cuda")]
+use candle_core::{CudaStorage, DType};
 use std::sync::{Arc, OnceLock};
 
 /// Where the logits of each row lie: `outer x inner` rows of `classes` logits.
@@ -120,10 +119,13 @@ fn as_rows_like(tensor: &Tensor, axis: usize, split: usize) -> Result<Tensor> {
 }
 
 /// Class indices one after the other.
-fn contiguous_indices(target: &Tensor) -> Result<Tensor> {
-    if target.dtype() == DType::I32 && target.device().is_cuda() && !target.is_contiguous() {
-        // candle has no kernel that copies or casts i32 with strides: the one case that goes through the host
-        return target.to_device(&Device::Cpu)?.contiguous()?.to_device(target.device());
+pub(crate) fn contiguous_indices(target: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if target.dtype() == DType::I32 && !target.is_contiguous() {
+        // candle has no CUDA kernel that copies or casts i32
+        if let (Storage::Cuda(storage), layout) = (&*target.storage_and_layout().0, target.layout()) {
+            return Ok(cuda_tensor(cuda::indices::contiguous(storage, layout)?, target.shape()));
+        }
     }
     target.contiguous()
 }

@@ -1,21 +1,32 @@
-//! What a program built with the `cuda` feature does where the driver is broken or has no device: `best_device` is the CPU,
-//! nothing panics, and CPU tensors work.
+//! What a program built with the `cuda` feature asks of the driver, and what it does where that fails: a broken driver leaves
+//! the CPU as `best_device`, and no loss copies to the host or waits for the device.
 //!
 //! This binary has functions of the driver's names, which the linker prefers to those of the driver's library. They fail
-//! where the test says so and else call the library's. A binary of its own, with one test, because all of it has that driver.
+//! where a test says so and else call the library's.
 #![cfg(all(feature = "cuda", target_os = "linux"))]
 
-use candle_core::{DType, Device, Result, Var};
-use candle_fused_loss::{best_device, cross_entropy};
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_fused_loss::{CrossEntropyLoss, best_device, cross_entropy, multi_label_soft_margin};
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The function that fails, with what it returns.
-static BROKEN: Mutex<Option<(&CStr, c_int)>> = Mutex::new(None);
+static BROKEN: Mutex<Option<(&'static CStr, c_int)>> = Mutex::new(None);
 /// Whether it was called.
 static REACHED: AtomicBool = AtomicBool::new(false);
 static PANICS: AtomicUsize = AtomicUsize::new(0);
+/// Tests in turn: they share the driver.
+static TURN: Mutex<()> = Mutex::new(());
+
+fn turn() -> MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn set_broken(function: Option<(&'static CStr, c_int)>) {
+    *BROKEN.lock().unwrap() = function;
+    REACHED.store(false, Relaxed);
+}
 
 /// What `function` returns instead of being called, if it is the broken one.
 fn failure(function: &CStr) -> Option<c_int> {
@@ -66,7 +77,10 @@ driver_functions! {
         function: Pointer, grid_x: c_uint, grid_y: c_uint, grid_z: c_uint, block_x: c_uint, block_y: c_uint,
         block_z: c_uint, shared: c_uint, stream: Pointer, parameters: *mut Pointer, extra: *mut Pointer
     );
+    cuMemcpyDtoHAsync_v2(to: Pointer, from: u64, bytes: usize, stream: Pointer);
     cuStreamSynchronize(stream: Pointer);
+    cuCtxSynchronize();
+    cuEventSynchronize(event: Pointer);
 }
 
 /// What a driver answers, from the first call to the last: no device, a library that doesn't fit the kernel's module, a
@@ -81,12 +95,12 @@ const FAILURES: [(&CStr, c_int); 10] = [
     (c"cuMemAllocAsync", 2),           // OUT_OF_MEMORY
     (c"cuModuleLoadData", 222),        // UNSUPPORTED_PTX_VERSION
     (c"cuLaunchKernel", 719),          // LAUNCH_FAILED
-    (c"cuStreamSynchronize", 700),     // ILLEGAL_ADDRESS
+    (c"cuMemcpyDtoHAsync_v2", 700),    // ILLEGAL_ADDRESS
 ];
 
 fn loss_on_the_cpu_is_right() -> Result<()> {
     let logits = Var::zeros((4, 10), DType::F32, &Device::Cpu)?;
-    let target = candle_core::Tensor::new(&[0u32, 1, 2, 3], &Device::Cpu)?;
+    let target = Tensor::new(&[0u32, 1, 2, 3], &Device::Cpu)?;
     let loss = cross_entropy(&logits, &target)?;
     assert!((loss.to_scalar::<f32>()? - 10f32.ln()).abs() < 1e-6);
     let grads = loss.backward()?;
@@ -97,6 +111,7 @@ fn loss_on_the_cpu_is_right() -> Result<()> {
 
 #[test]
 fn best_device_is_the_cpu() -> Result<()> {
+    let _turn = turn();
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         PANICS.fetch_add(1, Relaxed);
@@ -105,15 +120,50 @@ fn best_device_is_the_cpu() -> Result<()> {
     let works = Device::new_cuda(0).is_ok();
     assert_eq!(best_device().is_cuda(), works);
     for broken in FAILURES {
-        *BROKEN.lock().unwrap() = Some(broken);
-        REACHED.store(false, Relaxed);
+        set_broken(Some(broken));
         assert!(best_device().is_cpu(), "{broken:?}");
         assert!(REACHED.load(Relaxed) || !works, "{broken:?} was not called");
         loss_on_the_cpu_is_right()?;
         assert_eq!(PANICS.load(Relaxed), 0, "{broken:?}");
     }
     // the failures were the reason
-    *BROKEN.lock().unwrap() = None;
+    set_broken(None);
     assert_eq!(best_device().is_cuda(), works);
+    Ok(())
+}
+
+/// Where class indices lie apart, in every dtype of theirs, and with every pass.
+#[test]
+fn losses_do_not_wait_for_the_device() -> Result<()> {
+    let _turn = turn();
+    if !best_device().is_cuda() {
+        println!("no CUDA device: nothing was tested");
+        return Ok(());
+    }
+    for waiting in [c"cuMemcpyDtoHAsync_v2", c"cuStreamSynchronize", c"cuCtxSynchronize", c"cuEventSynchronize"] {
+        // an error stays with the device that had it
+        let device = Device::new_cuda(0)?;
+        let logits = Var::ones((6, 5, 4), DType::F32, &device)?;
+        let labels = Tensor::ones((6, 5, 4), DType::F32, &device)?;
+        let target = Tensor::new(&[0u32, 1, 2, 3, 4, 0], &Device::Cpu)?.broadcast_as((4, 6))?.contiguous()?;
+        for index in [DType::U8, DType::U32, DType::I32, DType::I64] {
+            let target = target.to_dtype(index)?.to_device(&device)?.t()?;
+            set_broken(Some((waiting, 700)));
+            cross_entropy(&logits, &target)?.backward()?;
+            CrossEntropyLoss::new().with_label_smoothing(0.1).loss_and_grad(&logits, &target)?;
+            CrossEntropyLoss::new().statistics(&logits, &target)?;
+            multi_label_soft_margin(&logits, &labels)?.backward()?;
+            assert!(!REACHED.load(Relaxed), "{waiting:?} with class indices of {index:?}");
+            set_broken(None);
+        }
+    }
+    // what waits would be seen
+    let device = Device::new_cuda(0)?;
+    let loss = Var::ones((6, 5), DType::F32, &device)?.sum_all()?;
+    set_broken(Some((c"cuMemcpyDtoHAsync_v2", 700)));
+    assert!(loss.to_scalar::<f32>().is_err() && REACHED.load(Relaxed));
+    set_broken(Some((c"cuStreamSynchronize", 700)));
+    assert!(device.synchronize().is_err() && REACHED.load(Relaxed));
+    set_broken(None);
     Ok(())
 }
