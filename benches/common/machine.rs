@@ -10,6 +10,8 @@ pub struct Machine {
     /// The last-level cache.
     pub cache_bytes: usize,
     pub clock: Clock,
+    /// Where work can be recorded in a graph and replayed, or why not.
+    pub recorder: std::result::Result<Box<Machine>, String>,
 }
 
 pub enum Clock {
@@ -33,20 +35,49 @@ impl Clock {
     }
 }
 
+/// Starts recorded work.
+pub type Replay = Box<dyn Fn() -> Result<()>>;
+
+impl Clock {
+    /// Records what `work` starts.
+    #[allow(dead_code)]
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    pub fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<Replay> {
+        match self {
+            Clock::Host => candle_core::bail!("the CPU has no graphs"),
+            #[cfg(feature = "cuda")]
+            Clock::Gpu(clock) => clock.record(work).map(|graph| Box::new(move || graph.replay()) as Replay),
+        }
+    }
+}
+
 impl Machine {
     pub fn cpu() -> Self {
-        Machine { device: Device::Cpu, name: cpu_name(), cache_bytes: cpu_cache_bytes(), clock: Clock::Host }
+        Machine {
+            device: Device::Cpu,
+            name: cpu_name(),
+            cache_bytes: cpu_cache_bytes(),
+            clock: Clock::Host,
+            recorder: Err("the CPU has no graphs".to_string()),
+        }
     }
 
     /// The GPU where one works and this is a build for it, else the CPU.
     pub fn best() -> Result<Self> {
-        Self::of(candle_fused_loss::best_device())
+        Self::of(candle_fused_loss::best_device(), false)
     }
 
-    pub fn of(device: Device) -> Result<Self> {
+    /// The same for a run whose times are not looked at, so that they may be anything but long.
+    #[allow(dead_code)]
+    pub fn rehearsal() -> Result<Self> {
+        Self::of(candle_fused_loss::best_device(), true)
+    }
+
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    fn of(device: Device, rehearsal: bool) -> Result<Self> {
         match &device {
             #[cfg(feature = "cuda")]
-            Device::Cuda(cuda) => super::gpu::machine(cuda),
+            Device::Cuda(cuda) => super::gpu::machine(cuda, rehearsal),
             Device::Cpu => Ok(Self::cpu()),
             _ => candle_core::bail!("the benches know the CPU and CUDA"),
         }
