@@ -8,12 +8,12 @@ use crate::cpu;
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::reduction::Reduction;
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::op::BackpropOp;
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, Error, InplaceOp2, Layout, Result, Shape, Storage, Tensor, bail,
 };
-#[cfg(feature = "cuda")]
-use candle_core::{CudaStorage, DType};
 use std::sync::{Arc, OnceLock};
 
 /// Where the logits of each row lie: `outer x inner` rows of `classes` logits.
@@ -121,11 +121,9 @@ fn as_rows_like(tensor: &Tensor, axis: usize, split: usize) -> Result<Tensor> {
 /// Class indices one after the other.
 pub(crate) fn contiguous_indices(target: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if target.dtype() == DType::I32 && !target.is_contiguous() {
-        // candle has no CUDA kernel that copies or casts i32
-        if let (Storage::Cuda(storage), layout) = (&*target.storage_and_layout().0, target.layout()) {
-            return Ok(cuda_tensor(cuda::indices::contiguous(storage, layout)?, target.shape()));
-        }
+    if let (Storage::Cuda(storage), false) = (&*target.storage_and_layout().0, target.is_contiguous()) {
+        // candle's own copy has no kernel for i32, and for the others one that no CUDA graph can record
+        return Ok(cuda_tensor(cuda::indices::contiguous(storage, target.layout())?, target.shape()));
     }
     target.contiguous()
 }

@@ -1,9 +1,10 @@
-//! A contiguous copy of strided i32 class indices, which candle has no kernel for. The kernel is `kernels/indices.cu`.
+//! A contiguous copy of strided class indices. The kernels are in `kernels/indices.cu`.
 
-use super::launch::{Input, Module, launch};
+use super::launch::{Input, Module, alloc, launch, output};
 use super::ptx;
 use crate::plan::Grid;
-use candle_core::cuda_backend::{CudaStorage, CudaStorageSlice};
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::CudaStorage;
 use candle_core::{Layout, Result, bail};
 use cudarc::driver::{DeviceRepr, PushKernelArg};
 
@@ -11,7 +12,7 @@ const MODULE: Module = Module { key: "candle_fused_loss_indices", ptx: ptx::INDI
 const THREADS: usize = 256;
 const MAX_AXES: usize = 8;
 
-/// `Axes` of the kernel.
+/// `Axes` of the kernels.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 struct Axes {
@@ -40,19 +41,20 @@ impl Axes {
 
 /// The elements in row-major order. One launch.
 pub(crate) fn contiguous(target: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
-    let device = &target.device;
+    let (device, dtype) = (&target.device, target.dtype());
     let rows = layout.shape().elem_count();
     // SAFETY: the launch below writes all of it
-    let mut copy = unsafe { device.alloc::<i32>(rows.max(1))? };
+    let mut copy = unsafe { alloc(device, dtype, rows.max(1))? };
     if rows > 0 {
         let input = Input::new(target, layout)?;
         let (count, axes) = (rows as i64, Axes::of(layout)?);
-        let function = MODULE.function(device, "copy_indices_i32")?;
+        let function = MODULE.function(device, &format!("copy_indices_{}", dtype.as_str()))?;
         let stream = device.cuda_stream();
+        let mut bytes = output(&mut copy)?;
         let mut builder = stream.launch_builder(&function);
-        builder.arg(&input.bytes).arg(&mut copy).arg(&count).arg(&axes);
-        // SAFETY: the arguments are those of copy_indices_i32; a thread for each row, and all rows are inside of the tensor
+        builder.arg(&input.bytes).arg(&mut bytes).arg(&count).arg(&axes);
+        // SAFETY: the arguments are those of copy_indices_*; a thread for each row, and all rows are inside of the tensor
         unsafe { launch(&mut builder, Grid::flat(rows.div_ceil(THREADS) as u32, THREADS as u32))? };
     }
-    Ok(CudaStorage { slice: CudaStorageSlice::I32(copy), device: device.clone() })
+    Ok(CudaStorage { slice: copy, device: device.clone() })
 }

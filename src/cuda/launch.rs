@@ -105,6 +105,8 @@ pub(crate) fn output(slice: &mut CudaStorageSlice) -> Result<CudaViewMut<'_, u8>
     let bytes = match slice {
         CudaStorageSlice::U8(s) => all(s),
         CudaStorageSlice::U32(s) => all(s),
+        CudaStorageSlice::I32(s) => all(s),
+        CudaStorageSlice::I64(s) => all(s),
         CudaStorageSlice::F16(s) => all(s),
         CudaStorageSlice::BF16(s) => all(s),
         CudaStorageSlice::F32(s) => all(s),
@@ -127,6 +129,8 @@ pub(crate) unsafe fn alloc(device: &CudaDevice, dtype: DType, len: usize) -> Res
         Ok(match dtype {
             DType::U8 => CudaStorageSlice::U8(device.alloc(len)?),
             DType::U32 => CudaStorageSlice::U32(device.alloc(len)?),
+            DType::I32 => CudaStorageSlice::I32(device.alloc(len)?),
+            DType::I64 => CudaStorageSlice::I64(device.alloc(len)?),
             DType::F16 => CudaStorageSlice::F16(device.alloc::<f16>(len)?),
             DType::BF16 => CudaStorageSlice::BF16(device.alloc::<bf16>(len)?),
             DType::F32 => CudaStorageSlice::F32(device.alloc(len)?),

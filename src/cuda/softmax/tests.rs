@@ -419,7 +419,7 @@ fn launch_counts() -> Result<()> {
     let target = indices(64, 1000, 2)?.to_device(&gpu)?;
     assert_eq!(launches_of(|| plain().forward(&logits, &target))?, 1);
     assert_eq!(launches_of(|| plain().loss_and_grad(&logits, &target))?, 1);
-    // i32 indices that lie apart are put together by a launch of this crate's own
+    // indices that lie apart are put together by a launch
     let apart = target.to_device(&Device::Cpu)?.to_dtype(DType::I32)?.reshape((64, 1))?.repeat((1, 2))?;
     let apart = apart.to_device(&gpu)?.narrow(1, 1, 1)?.squeeze(1)?;
     assert_eq!(launches_of(|| plain().forward(&logits, &apart))?, 2);
