@@ -1,7 +1,7 @@
 //! One interleaved series of measurements.
 
 use crate::common::case::{Case, Implementation, Pass};
-use crate::common::machine::Machine;
+use crate::common::machine::{Machine, Replay};
 use crate::common::work::Inputs;
 use crate::memory::peak_of;
 use anyhow::Result;
@@ -116,7 +116,7 @@ impl Series<'_> {
             let passes =
                 kind().filter(|(implementation, _)| *implementation == Implementation::Fused).map(|(_, pass)| pass);
             for pass in passes.filter(|pass| matches!(pass, Pass::Forward | Pass::LossAndGrad)) {
-                contenders.push(self.replayed(recorder, pass)?);
+                contenders.push(self.replayed(recorder, pass));
             }
         }
         let started = Instant::now();
@@ -145,31 +145,35 @@ impl Series<'_> {
 
     /// This crate's kernels without the host: one call on each set of inputs, recorded once. What can't be recorded is a
     /// contender without samples.
-    fn replayed<'a>(&self, recorder: &'a Machine, pass: Pass) -> Result<Contender<'a>> {
-        let inputs = Inputs::new(self.case, recorder)?;
-        let calls = inputs.sets();
-        let all = || (0..calls).try_for_each(|i| inputs.call(Implementation::Fused, pass, i));
-        // the first calls load the kernels, which a recording can't
-        let replay = all().and_then(|()| recorder.device.synchronize()).and_then(|()| recorder.clock.record(all));
-        let (replay, samples) = match replay {
+    fn replayed<'a>(&self, recorder: &'a Machine, pass: Pass) -> Contender<'a> {
+        let (replay, samples) = match self.record(recorder, pass) {
             Ok(replay) => (Some(replay), Ok(vec![])),
             Err(e) => (None, Err(e.to_string().lines().next().unwrap_or_default().to_string())),
         };
-        let time = move |_, _| {
-            // a recording has the addresses of the inputs
-            let _ = &inputs;
-            recorder.clock.time(|| replay.as_ref().map_or(Ok(()), |replay| replay()))
-        };
-        Ok(Contender {
+        Contender {
             implementation: "fused-graph",
             pass,
             clock: "graph",
-            time: Box::new(time),
-            calls,
+            calls: replay.as_ref().map_or(0, |(inputs, _)| inputs.sets()),
+            time: Box::new(move |_, _| match &replay {
+                // the inputs live as long as the recording, which has their addresses
+                Some((_, replay)) => recorder.clock.time(replay),
+                None => candle_core::bail!("nothing was recorded"),
+            }),
             min_samples: MIN_SAMPLES,
             next: 0,
             peak_bytes: None,
             samples,
-        })
+        }
+    }
+
+    fn record(&self, recorder: &Machine, pass: Pass) -> candle_core::Result<(Inputs, Replay)> {
+        let inputs = Inputs::new(self.case, recorder)?;
+        let all = || (0..inputs.sets()).try_for_each(|i| inputs.call(Implementation::Fused, pass, i));
+        // the first calls load the kernels, which a recording can't
+        all()?;
+        recorder.device.synchronize()?;
+        let replay = recorder.clock.record(all)?;
+        Ok((inputs, replay))
     }
 }
