@@ -287,40 +287,114 @@ __device__ __forceinline__ void load_q(const Problem &p, const Operands<A> &o, i
     }
 }
 
+// Logits in a register: a pair of 16-bit ones, for which there are instructions, or a single one.
+template <class X> struct Unit {
+    static constexpr int LOGITS = 1;
+    X bits;
+
+    __device__ __forceinline__ Acc<X> logit(int) const { return bits; }
+    __device__ __forceinline__ static Unit lowest() { return {-infinity<X>()}; }
+};
+template <class X, class Pair, uint32_t LOWEST> struct PairUnit {
+    static constexpr int LOGITS = 2;
+    uint32_t bits;
+
+    __device__ __forceinline__ Pair pair() const { return *reinterpret_cast<const Pair *>(&bits); }
+    __device__ __forceinline__ static Unit<X> of(Pair pair) { return {*reinterpret_cast<const uint32_t *>(&pair)}; }
+    __device__ __forceinline__ static Unit<X> lowest() { return {LOWEST}; }
+};
+template <> struct Unit<f16> : PairUnit<f16, __half2, 0xfc00fc00u> {
+    __device__ __forceinline__ float logit(int k) const { return k ? __high2float(pair()) : __low2float(pair()); }
+};
+template <> struct Unit<bf16> : PairUnit<bf16, __nv_bfloat162, 0xff80ff80u> {
+    __device__ __forceinline__ float logit(int k) const { return __uint_as_float(k ? bits & 0xffff0000u : bits << 16); }
+};
+
+// A match: the larger one is the winner, also against a NaN; the loser is NaN if one of both is.
+__device__ __forceinline__ void match(Unit<float> &winner, Unit<float> &other) {
+    const float a = winner.bits, b = other.bits;
+    winner.bits = fmaxf(a, b);
+#if __CUDA_ARCH__ >= 800
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(other.bits) : "f"(a), "f"(b));
+#else
+    other.bits = a < b || a != a ? a : b;
+#endif
+}
+template <class X> __device__ __forceinline__ void match(Unit<X> &winner, Unit<X> &other) {
+    const auto a = winner.pair(), b = other.pair();
+    winner = Unit<X>::of(__hmax2(a, b));
+    other = Unit<X>::of(__hmin2_nan(a, b));
+}
+
+// Adds logits of type T, stored as X, to a thread's state. A tournament finds the largest: the losers of its matches are all
+// logits but one maximum, so that what has to be left out of the sum is left out at the price of the maximum itself. Then one
+// exponential for each, relative to the maximum, in sums that do not wait for each other, and one merge for all of them. The
+// logits are lost.
+template <class T, class X, int COUNT>
+__device__ __forceinline__ void absorb_units(State<float, PLAIN> &state, Unit<X> (&x)[COUNT]) {
+    using A = float;
+#pragma unroll
+    for (int step = 1; step < COUNT; step *= 2) {
+#pragma unroll
+        for (int i = 0; i + step < COUNT; i += 2 * step) match(x[i], x[i + step]);
+    }
+    Unit<A> winner = {x[0].logit(0)}, loser = {-infinity<A>()};
+    if constexpr (Unit<X>::LOGITS == 2) {
+        loser = {x[0].logit(1)};
+        match(winner, loser);
+    }
+    // a NaN wins only where there is nothing else
+    const bool something = winner.bits > -infinity<A>();
+    State<A, PLAIN> part;
+    part.max = something ? winner.bits : -infinity<A>();
+    const A reference = something ? winner.bits : A(0);
+    constexpr int SUMS = 4;
+    A sums[SUMS] = {};
+    if constexpr (Unit<X>::LOGITS == 2) sums[0] = exp_below<T>(loser.bits - reference);
+    // the winner is NaN where all are
+    if (winner.bits != winner.bits) sums[0] = winner.bits;
+#pragma unroll
+    for (int i = 1; i < COUNT; i++) {
+#pragma unroll
+        for (int k = 0; k < Unit<X>::LOGITS; k++) sums[i % SUMS] += exp_below<T>(x[i].logit(k) - reference);
+    }
+    part.rest = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    state = merge<T>(state, part);
+}
+
 // Adds U groups of N classes to a thread's state; group u begins at class first + u * step. `logit(u, k)` is a logit of
-// group u, -inf behind the row's end; it is called as often as a logit is needed, because converting it again takes fewer
-// registers than keeping it.
+// group u, -inf behind the row's end.
 //
 // The maximum comes first, then one exponential for each logit relative to it, then one merge for all of them.
 template <Detail D, class T, int U, int N, class A, class F>
 __device__ __forceinline__ void absorb(State<A, D> &state, const Problem &p, const Operands<A> &o, int first, int step, F logit) {
+    // doubles take another register for each comparison's result, and are bound by their arithmetic anyway
+    if constexpr (D == PLAIN && sizeof(A) == sizeof(float)) {
+        Unit<A> units[U * N];
+#pragma unroll
+        for (int i = 0; i < U * N; i++) units[i] = {logit(i / N, i % N)};
+        absorb_units<T>(state, units);
+        return;
+    }
     State<A, D> part = State<A, D>::empty();
-    A transformed[U][N];
-    if constexpr (D >= GENERAL) {
+    A x[U][N];
 #pragma unroll
-        for (int u = 0; u < U; u++) {
+    for (int u = 0; u < U; u++) {
 #pragma unroll
-            for (int k = 0; k < N; k++) {
-                A slope;
-                transformed[u][k] = first + u * step + k < p.classes ? transform(p, logit(u, k), slope) : -infinity<A>();
-            }
+        for (int k = 0; k < N; k++) {
+            A slope;
+            const bool exists = D == PLAIN || first + u * step + k < p.classes;
+            x[u][k] = !exists ? -infinity<A>() : D == PLAIN ? logit(u, k) : transform(p, logit(u, k), slope);
         }
     }
-    const auto x = [&](int u, int k) {
-        if constexpr (D >= GENERAL) {
-            return transformed[u][k];
-        } else {
-            return logit(u, k);
-        }
-    };
 #pragma unroll
     for (int u = 0; u < U; u++) {
 #pragma unroll
         for (int k = 0; k < N; k++) {
             if constexpr (D >= STATISTICS) {
-                if (x(u, k) > part.max) part.argmax = first + u * step + k;
+                if (x[u][k] > part.max) part.argmax = first + u * step + k;
             }
-            part.max = max_(part.max, x(u, k));
+            part.max = max_(part.max, x[u][k]);
         }
     }
     const bool nothing = part.max == -infinity<A>();
@@ -330,7 +404,7 @@ __device__ __forceinline__ void absorb(State<A, D> &state, const Problem &p, con
     for (int u = 0; u < U; u++) {
 #pragma unroll
         for (int k = 0; k < N; k++) {
-            const A d = x(u, k) - reference;
+            const A d = x[u][k] - reference;
             const A e = exp_below<T>(d);
             if (d == A(0)) {
                 ties += A(1);
@@ -352,7 +426,7 @@ __device__ __forceinline__ void absorb(State<A, D> &state, const Problem &p, con
                     const int c = first + u * step + k;
                     if (c >= p.classes) continue;
                     // a probability of 0 at a logit of -inf counts as 0
-                    if (q[k] != A(0)) part.linear += q[k] * (x(u, k) - reference);
+                    if (q[k] != A(0)) part.linear += q[k] * (x[u][k] - reference);
                     part.mass += q[k];
                 }
             }
