@@ -12,6 +12,7 @@
 // Where to find what
 //   softmax.cuh          options, targets, the state of a row and how states merge, the value written for a logit
 //   softmax_rows.cuh     passes over rows of adjacent classes, in aligned windows of 16 bytes
+//   softmax_registers.cuh  passes over rows that fit into the registers of a part of a warp
 //   softmax_strided.cuh  passes over rows whose classes lie apart, neighbouring threads on neighbouring rows
 //   softmax_tile.cuh     passes over tiles of many short rows
 //   softmax_entry.cuh    the kernels' names and launch bounds
@@ -326,40 +327,53 @@ template <class X> __device__ __forceinline__ void match(Unit<X> &winner, Unit<X
     other = Unit<X>::of(__hmin2_nan(a, b));
 }
 
-// Adds logits of type T, stored as X, to a thread's state. A tournament finds the largest: the losers of its matches are all
-// logits but one maximum, so that what has to be left out of the sum is left out at the price of the maximum itself. Then one
-// exponential for each, relative to the maximum, in sums that do not wait for each other, and one merge for all of them. The
-// logits are lost.
-template <class T, class X, int COUNT>
-__device__ __forceinline__ void absorb_units(State<float, PLAIN> &state, Unit<X> (&x)[COUNT]) {
-    using A = float;
+// The largest of some logits, and, for units of two, the one that lost the last match to it.
+struct Winner {
+    float logit, loser;
+    bool nan;   // there is nothing else than NaN
+};
+
+// A tournament: returns the winner (-inf in place of a NaN) and leaves the losers in x[1], x[2], …: all logits but one
+// maximum. What has to be left out of the sum is left out at the price of finding the maximum, without a second comparison.
+template <class X, int COUNT> __device__ __forceinline__ Winner tournament(Unit<X> (&x)[COUNT]) {
 #pragma unroll
     for (int step = 1; step < COUNT; step *= 2) {
 #pragma unroll
         for (int i = 0; i + step < COUNT; i += 2 * step) match(x[i], x[i + step]);
     }
-    Unit<A> winner = {x[0].logit(0)}, loser = {-infinity<A>()};
+    Unit<float> winner = {x[0].logit(0)}, loser = Unit<float>::lowest();
     if constexpr (Unit<X>::LOGITS == 2) {
         loser = {x[0].logit(1)};
         match(winner, loser);
     }
-    // a NaN wins only where there is nothing else
-    const bool something = winner.bits > -infinity<A>();
-    State<A, PLAIN> part;
-    part.max = something ? winner.bits : -infinity<A>();
-    const A reference = something ? winner.bits : A(0);
+    const bool nan = winner.bits != winner.bits;
+    return {nan ? -infinity<float>() : winner.bits, loser.bits, nan};
+}
+
+// sum exp(x - reference) of a tournament's losers, for logits of type T; in sums that do not wait for each other.
+template <class T, class X, int COUNT> __device__ __forceinline__ float sum_losers(const Winner &winner, const Unit<X> (&x)[COUNT], float reference) {
     constexpr int SUMS = 4;
-    A sums[SUMS] = {};
-    if constexpr (Unit<X>::LOGITS == 2) sums[0] = exp_below<T>(loser.bits - reference);
-    // the winner is NaN where all are
-    if (winner.bits != winner.bits) sums[0] = winner.bits;
+    float sums[SUMS] = {};
+    if constexpr (Unit<X>::LOGITS == 2) sums[0] = exp_below<T>(winner.loser - reference);
+    if (winner.nan) sums[0] = quiet_nan<float>();
 #pragma unroll
     for (int i = 1; i < COUNT; i++) {
 #pragma unroll
         for (int k = 0; k < Unit<X>::LOGITS; k++) sums[i % SUMS] += exp_below<T>(x[i].logit(k) - reference);
     }
-    part.rest = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    state = merge<T>(state, part);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// What exponentials are relative to: the maximum, or 0 where all is -inf.
+template <class A> __device__ __forceinline__ A reference_of(A max) { return max == -infinity<A>() ? A(0) : max; }
+
+// The state of logits of type T, stored as X: one exponential each. The logits are lost.
+template <class T, class X, int COUNT> __device__ __forceinline__ State<float, PLAIN> state_of(Unit<X> (&x)[COUNT]) {
+    const Winner winner = tournament(x);
+    State<float, PLAIN> state;
+    state.max = winner.logit;
+    state.rest = sum_losers<T>(winner, x, reference_of(winner.logit));
+    return state;
 }
 
 // Adds U groups of N classes to a thread's state; group u begins at class first + u * step. `logit(u, k)` is a logit of
@@ -373,7 +387,7 @@ __device__ __forceinline__ void absorb(State<A, D> &state, const Problem &p, con
         Unit<A> units[U * N];
 #pragma unroll
         for (int i = 0; i < U * N; i++) units[i] = {logit(i / N, i % N)};
-        absorb_units<T>(state, units);
+        state = merge<T>(state, state_of<T>(units));
         return;
     }
     State<A, D> part = State<A, D>::empty();
@@ -397,9 +411,8 @@ __device__ __forceinline__ void absorb(State<A, D> &state, const Problem &p, con
             part.max = max_(part.max, x[u][k]);
         }
     }
-    const bool nothing = part.max == -infinity<A>();
-    const A reference = nothing ? A(0) : part.max;
-    A ties = nothing ? A(0) : A(-1);
+    const A reference = reference_of(part.max);
+    A ties = part.max == -infinity<A>() ? A(0) : A(-1);
 #pragma unroll
     for (int u = 0; u < U; u++) {
 #pragma unroll

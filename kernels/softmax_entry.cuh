@@ -1,10 +1,11 @@
 // The kernels of the softmax family for one dtype, in two modules so that a device compiles only what it uses:
 // softmax_<dtype>.cu has those for class indices without options, softmax_general_<dtype>.cu those for all else. Such a
-// file defines LOGIT, the dtype's C++ type, and GENERAL_MODULE as 0 or 1, and includes this.
+// file defines LOGIT, the dtype's C++ type, GENERAL_MODULE as 0 or 1 and, for doubles, DOUBLE_LOGITS, and includes this.
 //
-//   softmax_<pass>_<plain|general>_<rows|tile|strided|cluster_n>
+//   softmax_<pass>_<plain|general>_<rows|tile|strided|cluster_n|registers_n>
 //
 // Launch shapes are chosen in src/plan/softmax.rs.
+#include "softmax_registers.cuh"
 #include "softmax_rows.cuh"
 #include "softmax_strided.cuh"
 #include "softmax_tile.cuh"
@@ -85,6 +86,27 @@ constexpr int BLOCKS_OF[] = {sizeof(A) == 4 ? 3 : 2, 2, 2};
         fused_rows<RULE, N>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});                      \
     }
 
+// Rows in registers, W windows a thread: blocks of 256 threads that a multiprocessor has room for, with and without something
+// written for each class. As in src/plan/softmax.rs.
+constexpr int REGISTERS_WRITING = 2;
+constexpr int registers_reading(int w) { return w == 4 ? 3 : 2; }
+
+#define REGISTERS(W)                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(ROWS_THREADS, registers_reading(W))                                           \
+        softmax_reduce_plain_registers_##W(const Problem p, const X *x, const void *t, const A *weight, A *, A *loss,          \
+                                           A *statistics, double2 *partials, A *result, A *denominator) {                      \
+        reduce_registers<W>(p, x, t, weight, {loss, statistics, partials, result, denominator});                               \
+    }                                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(ROWS_THREADS, REGISTERS_WRITING)                                              \
+        softmax_fused_plain_registers_##W(const Problem p, const X *x, X *out, const void *t, const A *weight,                 \
+                                          const double *counts, A *loss, A *statistics, double2 *partials, A *result) {        \
+        fused_registers<PlainGradient, W>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});        \
+    }                                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(ROWS_THREADS, REGISTERS_WRITING)                                              \
+        softmax_log_softmax_registers_##W(const Problem p, const X *x, X *out) {                                               \
+        log_softmax_registers<W>(p, x, out);                                                                                   \
+    }
+
 #if GENERAL_MODULE
 
 REDUCE(general, GENERAL)
@@ -118,6 +140,11 @@ extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)
 REDUCE(plain, PLAIN)
 EMIT(plain, PlainGradient)
 FUSED(plain, PlainGradient)
+#ifndef DOUBLE_LOGITS
+REGISTERS(4)
+REGISTERS(8)
+REGISTERS(16)
+#endif
 #if __CUDA_ARCH__ >= 900
 FUSED_CLUSTER(plain, PlainGradient, 4)
 FUSED_CLUSTER(plain, PlainGradient, 8)

@@ -109,15 +109,20 @@ struct Kept {
     __device__ __forceinline__ uint4 &at(int j) const { return slots[j * blockDim.x]; }
 };
 
+// The state of windows from `first` on.
+template <class T, int U, int W> __device__ __forceinline__ State<float, PLAIN> state_of_windows(const Window<T> (&windows)[W], int first = 0) {
+    constexpr int UNITS = Window<T>::UNITS;
+    Unit<T> units[U * UNITS];
+#pragma unroll
+    for (int i = 0; i < U * UNITS; i++) units[i] = windows[first + i / UNITS].at[i % UNITS];
+    return state_of<T>(units);
+}
+
 // Adds windows to a thread's state; window u begins at class first + u * step.
 template <Detail D, class T, int U, class A>
 __device__ __forceinline__ void absorb_windows(State<A, D> &state, const Problem &p, const Operands<A> &o, int first, int step, const Window<T> (&windows)[U]) {
-    constexpr int UNITS = Window<T>::UNITS;
     if constexpr (D == PLAIN && sizeof(A) == sizeof(float)) {
-        Unit<T> units[U * UNITS];
-#pragma unroll
-        for (int i = 0; i < U * UNITS; i++) units[i] = windows[i / UNITS].at[i % UNITS];
-        absorb_units<T>(state, units);
+        state = merge<T>(state, state_of_windows<T, U>(windows));
     } else {
         absorb<D, T, U, Window<T>::N>(state, p, o, first, step, [&](int u, int k) { return windows[u].logit(k); });
     }
@@ -160,9 +165,9 @@ __device__ __forceinline__ void fill_windows(const Windows<T> &w, T value, T *ou
     }
 }
 
-// Writes what the rule makes of a window whose first class is `first`.
+// Writes what the rule makes of a window whose first class is `first`; element by element where `to` is not aligned.
 template <class Rule, class T>
-__device__ __forceinline__ void emit_window(const Problem &p, const Operands<Acc<T>> &o, const RowScalars<Acc<T>> &s, int first, const Window<T> &window, T *to) {
+__device__ __forceinline__ void emit_window(const Problem &p, const Operands<Acc<T>> &o, const RowScalars<Acc<T>> &s, int first, const Window<T> &window, T *to, bool aligned = true) {
     constexpr int N = Window<T>::N;
     Acc<T> x[N], y[N];
 #pragma unroll
@@ -171,7 +176,12 @@ __device__ __forceinline__ void emit_window(const Problem &p, const Operands<Acc
     Pack<T, N> written;
 #pragma unroll
     for (int k = 0; k < N; k++) written.at[k] = narrow<T>(y[k]);
-    store_window(to, written);
+    if (aligned) {
+        store_window(to, written);
+    } else {
+#pragma unroll
+        for (int k = 0; k < N; k++) to[k] = written.at[k];
+    }
 }
 
 // Writes the windows begin + thread, begin + thread + step, … below `end`; with the first window, the edges. From the last

@@ -3,7 +3,7 @@
 
     scripts/sass_loops.py [--arch 90a] [--only REGEX] [kernels/FILE.cu ...]
 
-Finds the innermost loops that move 16 bytes at a time and prints, for each, the windows of 16 bytes that it moves in a round
+Finds the innermost loops that load 16 bytes at a time and prints, for each, the windows of 16 bytes that it moves in a round
 and, for each element, the issue slots, the operations of the special-function unit (MUFU), of the half-rate pipe (ALU: minima,
 comparisons, integers, conversions) and of shared memory. All instructions between a loop's first and its last are counted,
 so a branch that is not taken counts too: these are upper bounds.
@@ -59,12 +59,14 @@ def functions(assembly):
 
 
 def loops(code):
-    """The innermost loops: (first, last) of `code`."""
+    """The innermost loops that load 16 bytes at a time: (first, last) of `code`."""
     places = {text: i for i, (op, text) in enumerate(code) if op == "label"}
     found = []
     for i, (op, text) in enumerate(code):
         if op == "BRA" and (target := re.search(r"(\.L_x_\d+)", text)) and places.get(target[1], i) < i:
-            found.append((places[target[1]], i))
+            body = code[places[target[1]] : i]
+            if any(op in ("LDG", "LDS") and ".128" in text for op, text in body):
+                found.append((places[target[1]], i))
     return [a for a in found if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in found)]
 
 
@@ -114,9 +116,7 @@ def main():
             threads = min(THREADS, REGISTERS // (registers * 256) * 256)
             for first, last in loops(body):
                 ops = count(body[first : last + 1])
-                windows = max(ops["loads"], ops["stores"], ops["kept"])
-                if not windows:
-                    continue
+                windows = max(ops["loads"], ops["kept"])
                 if source.stem.startswith("logistic"):
                     # two windows of each operand: see `walk_dense`
                     windows = 2

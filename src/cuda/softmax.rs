@@ -115,7 +115,13 @@ impl Problem {
     }
 
     fn on(self, pass: &Pass) -> Self {
-        Problem { team: pass.team as i32, kept: pass.kept as i32, ..self }
+        let mut x = self.x;
+        if let Form::Registers(_) = pass.form {
+            // all rows are at one distance, that of the innermost axis where there is one
+            x.outer_stride = if x.inner > 1 { x.inner_stride } else { x.outer_stride };
+            x.inner = 1;
+        }
+        Problem { x, team: pass.team as i32, kept: pass.kept as i32, ..self }
     }
 }
 
@@ -192,6 +198,7 @@ fn form(pass: &Pass) -> String {
         Form::Rows => "rows".to_string(),
         Form::Tile => "tile".to_string(),
         Form::Strided => "strided".to_string(),
+        Form::Registers(windows) => format!("registers_{windows}"),
         Form::Cluster(size) => format!("cluster_{size}"),
     }
 }
@@ -288,7 +295,7 @@ impl<'a> Task<'a> {
     }
 
     fn shape(&self) -> Shape {
-        shape(&self.rows, self.dtype)
+        shape(&self.rows, self.dtype, self.detail())
     }
 
     /// Memory for `len` numbers in the arithmetic dtype.
@@ -581,8 +588,10 @@ impl Partials {
     }
 }
 
-fn shape(rows: &Rows, dtype: DType) -> Shape {
+fn shape(rows: &Rows, dtype: DType, detail: Detail) -> Shape {
+    let even = rows.inner == 1 || rows.outer == 1 || rows.outer_stride == rows.inner * rows.inner_stride;
     Shape {
+        simple: detail == Detail::Plain && dtype != DType::F64 && rows.class_stride == 1 && even,
         rows: rows.count() as u64,
         classes: rows.classes as u64,
         element: dtype.size_in_bytes() as u64,
@@ -797,7 +806,7 @@ pub(crate) fn log_softmax(name: &str, logits: &CudaStorage, rows: &Rows) -> Resu
     // SAFETY: the launch below writes all of it
     let mut out = unsafe { alloc(device, dtype, len.max(1))? };
     if len > 0 {
-        let pass = planner(device)?.one_pass(&shape(rows, dtype), false);
+        let pass = planner(device)?.one_pass(&shape(rows, dtype, Detail::Plain), false);
         let problem = Problem::of_rows(name, rows)?.on(&pass);
         let function =
             function(device, (Detail::Plain, dtype), &format!("softmax_log_softmax_{}", form(&pass)), &pass.grid)?;
@@ -831,7 +840,7 @@ pub(crate) fn log_softmax_backward(
     // SAFETY: the launch below writes all of it
     let mut grad = unsafe { alloc(device, dtype, len.max(1))? };
     if len > 0 {
-        let pass = planner(device)?.any_layout(&shape(rows, dtype));
+        let pass = planner(device)?.any_layout(&shape(rows, dtype, Detail::Plain));
         let problem = Problem { t: Strides::of(upstream_rows), ..Problem::of_rows(name, rows)?.on(&pass) };
         let function = function(device, (Detail::Plain, dtype), "softmax_log_softmax_backward", &pass.grid)?;
         let (y, g) = (Input::new(out, &from(rows))?, Input::new(upstream, &from(upstream_rows))?);

@@ -14,12 +14,15 @@ thread_local! {
 /// Regimes by the thresholds that send small rows there. `lone_rows: 0` keeps them out of the single block.
 fn regimes() -> Vec<(&'static str, Thresholds)> {
     let usual = Thresholds { lone_rows: 0, ..Thresholds::default() };
-    let no_tiles = Thresholds { tile_classes: 0, ..usual };
+    let no_tiles = Thresholds { tile_classes: 0, register_windows: 0, ..usual };
+    let registers = Thresholds { register_windows: 16, ..no_tiles };
     vec![
         ("lone block", Thresholds::default()),
         // with more classes than a tile has, the next regime
         ("tiles", usual),
         ("tiles in turn, counted ahead", Thresholds { blocks: 1, count_rows: 1, ..usual }),
+        ("registers", registers),
+        ("registers, rows in turn, counted ahead", Thresholds { blocks: 1, count_rows: 1, ..registers }),
         ("warps", Thresholds { warp_bytes: 1 << 20, ..no_tiles }),
         ("warps, rows in turn", Thresholds { warp_bytes: 1 << 20, blocks: 1, ..no_tiles }),
         ("a block a row", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, ..no_tiles }),
@@ -434,6 +437,37 @@ fn tiles_match_the_cpu() -> Result<()> {
         compare("tiles", &plain(), &logits, &indices(rows, classes, 2)?, |x| x.narrow(0, 1, rows))?;
         let some = random(&[9, classes], 1, dtype)?;
         compare("tiles", &everything(classes)?, &some, &indices(9, classes, 2)?, |x| Ok(x.clone()))?;
+    }
+    Ok(())
+}
+
+/// Rows in registers at the edges of what 8, 16 and 32 lanes with 4, 8 and 16 windows keep; several rows for each of the lanes.
+#[test]
+fn rows_in_registers_match_the_cpu() -> Result<()> {
+    let few = Thresholds { lone_rows: 0, blocks: 1, ..Thresholds::default() };
+    for thresholds in [few, Thresholds { lone_rows: 0, ..Thresholds::default() }, Thresholds::default()] {
+        THRESHOLDS.set(thresholds);
+        for (dtype, per_window) in [(DType::BF16, 8), (DType::F16, 8), (DType::F32, 4)] {
+            for windows in [0, 9, 32, 33, 64, 65, 128, 129, 256, 257, 512] {
+                for extra in [0, 1, per_window - 1] {
+                    let classes = windows * per_window + extra;
+                    if classes <= 64 || classes * dtype.size_in_bytes() > 8 << 10 {
+                        continue;
+                    }
+                    let rows = if windows < 64 { 70 } else { 19 };
+                    let rows = if thresholds.blocks == 1 { rows } else { 3 };
+                    let logits = random(&[rows, classes + 3], 1, dtype)?;
+                    let target = indices(rows, classes, 2)?;
+                    compare("registers", &plain(), &logits, &target, |x| x.narrow(1, extra % 4, classes))?;
+                }
+            }
+        }
+        // rows of two axes, at one distance from the next and not
+        let swapped = random(&[3, 5, 70], 1, DType::BF16)?;
+        let target = indices(15, 70, 2)?.reshape((3, 5))?;
+        compare("registers, transposed", &plain(), &swapped, &target, |x| x.transpose(1, 2))?;
+        let padded = random(&[3, 7, 70], 1, DType::BF16)?;
+        compare("registers, uneven", &plain(), &padded, &target, |x| x.narrow(1, 1, 5)?.transpose(1, 2))?;
     }
     Ok(())
 }
