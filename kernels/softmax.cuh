@@ -627,33 +627,28 @@ template <class A> __device__ __forceinline__ void write_result(const Problem &p
     if (out.denominator) *out.denominator = A(denominator);
 }
 
-// Ends a kernel whose threads hold the losses and weights of their rows: a grid of one block has the result, others leave
-// partial sums for `finish`, at their index. All threads of the block call it.
+// Ends a kernel whose threads hold the losses and weights of their rows: the only block has the result; of several, each leaves
+// partial sums at its index of `count`, and the last one to arrive adds them in a fixed order. All threads of the block call it.
 template <class A>
-__device__ __forceinline__ void finish_block(const Problem &p, const Outputs<A> &out, double loss, double weight, double *scratch, int index) {
+__device__ __forceinline__ void finish_block(const Problem &p, const Outputs<A> &out, double loss, double weight, double *scratch, int index, int count) {
     loss = block_reduce<Sum>(loss, scratch);
     weight = block_reduce<Sum>(weight, scratch);
-    if (threadIdx.x + threadIdx.y != 0) return;
+    const int thread = threadIdx.x + blockDim.x * threadIdx.y;
     if (out.partials) {
-        out.partials[index] = {loss, weight};
-    } else if (index == 0) {
-        // the only block; or there is no scalar loss, and the denominator is a constant
-        write_result(p, out, {loss, weight});
+        if (thread == 0) out.partials[index] = {loss, weight};
+        if (!is_last_block(out.partials, count)) return;
+        double2 total = {0, 0};
+#pragma unroll 8
+        for (int i = thread; i < count; i += blockDim.x * blockDim.y) {
+            const double2 part = __ldcg(out.partials + i);
+            total.x += part.x, total.y += part.y;
+        }
+        loss = block_reduce<Sum>(total.x, scratch);
+        weight = block_reduce<Sum>(total.y, scratch);
+        index = 0;
     }
-}
-
-// The second stage of a scalar loss: one block adds the partial sums in a fixed order.
-template <class A>
-__device__ __forceinline__ void finish(const Problem &p, const double2 *partials, int count, const Outputs<A> &out) {
-    __shared__ double scratch[WARP];
-    double2 total = {0, 0};
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
-        const double2 part = partials[i];
-        total.x += part.x, total.y += part.y;
-    }
-    total.x = block_reduce<Sum>(total.x, scratch);
-    total.y = block_reduce<Sum>(total.y, scratch);
-    if (threadIdx.x == 0) write_result(p, out, total);
+    // otherwise the only block; or there is no scalar loss, and the denominator is a constant
+    if (thread == 0 && index == 0) write_result(p, out, {loss, weight});
 }
 
 // What the rows first, first + step, … add to a counted denominator.

@@ -174,10 +174,5 @@ extern "C" __global__ void __launch_bounds__(1024) softmax_count(const Problem p
     count(p, t, weight, counts);
 }
 
-extern "C" __global__ void __launch_bounds__(1024)
-    softmax_finish(const Problem p, const double2 *partials, int count, A *result, A *denominator) {
-    finish<A>(p, partials, count, {nullptr, nullptr, nullptr, result, denominator});
-}
-
 } // namespace softmax
 } // namespace fused_loss

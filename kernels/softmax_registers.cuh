@@ -141,7 +141,7 @@ __device__ __forceinline__ void reduce_registers(const Problem &p, const T *x, c
         const double2 one = finish_row<PLAIN>(p, out, target, x_t, state, row);
         total.x += one.x, total.y += one.y;
     });
-    if (out.partials || out.result || out.denominator) finish_block(p, out, total.x, total.y, scratch, blockIdx.x);
+    if (out.partials || out.result || out.denominator) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // Loss and gradient; the gradient may replace the logits (x null), as a row's are in registers before its gradient is written.
@@ -161,7 +161,7 @@ __device__ __forceinline__ void fused_registers(const Problem &p, const T *x, T 
         const auto s = RowScalars<float>::template gradient<PLAIN>(p, target, state.max, state.rest, 0.0f, upstream);
         emit_share<Rule>(p, w, s, share, x_t, to + row * p.classes, lane, p.team);
     });
-    if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch, blockIdx.x);
+    if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // log-softmax. Reads E, writes E.

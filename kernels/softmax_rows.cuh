@@ -311,7 +311,7 @@ __device__ __forceinline__ void reduce_rows(const Problem &p, const T *x, const 
         const double2 one = finish_row<D>(p, out, target, x_t, state, row);
         total.x += one.x, total.y += one.y;
     }
-    if (gridDim.y == 1 && (out.partials || out.result || out.denominator)) finish_block(p, out, total.x, total.y, scratch, blockIdx.x);
+    if (gridDim.y == 1 && (out.partials || out.result || out.denominator)) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // The second stage of a forward whose rows were split over blocks, in one block: a warp merges the states of a row.
@@ -334,7 +334,7 @@ __device__ __forceinline__ void merge_splits(const Problem &p, const T *x, const
         const double2 one = finish_row<D>(p, out, target, own_logit<D>(p, x + p.x.start(row), target), state, row);
         total.x += one.x, total.y += one.y;
     }
-    finish_block(p, out, total.x, total.y, scratch, blockIdx.x);
+    finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // Row statistics: as the forward, with six numbers for each row.
@@ -531,7 +531,7 @@ __device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, 
         emit_windows<Rule>(p, o, written, s, gradient, thread, threads, 0, written.count, kept);
     }
     // in a cluster, the first block has the losses
-    if (rank == 0 && (out.partials || out.result)) finish_block(p, out, total.x, total.y, scratch, blockIdx.x / CLUSTER);
+    if (rank == 0 && (out.partials || out.result)) finish_block(p, out, total.x, total.y, scratch, blockIdx.x / CLUSTER, blocks);
 }
 
 // log-softmax: x - m - log-sum. Reads E once, writes E; as `fused_rows` with another rule.
