@@ -276,8 +276,7 @@ __device__ __forceinline__ void loss_pass(const Arrays<In> &a, const long long *
     __shared__ double scratch[WARP];
     __shared__ long long count_scratch[WARP];
 
-    const Formula<Term, A> formula(q);
-    const Span span(q);
+    // ahead of all else, as a division of doubles is a subroutine
     A grad_scale = A(1);
     if (GRAD) {
         double divisor = 1.0;
@@ -289,6 +288,8 @@ __device__ __forceinline__ void loss_pass(const Arrays<In> &a, const long long *
         }
         grad_scale = static_cast<A>(1.0 / (divisor * static_cast<double>(q.group.value)));
     }
+    const Formula<Term, A> formula(q);
+    const Span span(q);
 
     A sum = A(0);
     int count = 0;
@@ -469,10 +470,12 @@ __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long lo
 #define LOGISTIC_OPERANDS                                                                                              \
     const In *input, const void *target, const A *weight, const A *pos_weight, const void *mask
 
+// Blocks that a multiprocessor has room for: left to itself, the compiler spills a register or two to fit one more.
+#define LOGISTIC_LOOP extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS, sizeof(A) == 8 ? 2 : 3)
 #define LOGISTIC_KERNEL extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS)
 
 #define LOGISTIC_LOSS(NAME, Term, DENSE, GRAD)                                                                         \
-    LOGISTIC_KERNEL NAME(LOGISTIC_OPERANDS, const long long *counts, int count_parts, A *each, A *rows, double *sums,  \
+    LOGISTIC_LOOP NAME(LOGISTIC_OPERANDS, const long long *counts, int count_parts, A *each, A *rows, double *sums,  \
                          A *loss, A *denominator, In *grad, const __grid_constant__ fused_loss::Problem q) {           \
         fused_loss::loss_pass<fused_loss::Term, In, DENSE, GRAD>({input, target, weight, pos_weight, mask}, counts,    \
                                                                  count_parts, {each, rows, sums, loss, denominator},   \
@@ -480,7 +483,7 @@ __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long lo
     }
 
 #define LOGISTIC_GRAD(NAME, Term, DENSE, BY_TARGET, Out)                                                               \
-    LOGISTIC_KERNEL NAME(LOGISTIC_OPERANDS, const A *upstream, const A *denominator, Out *grad,                        \
+    LOGISTIC_LOOP NAME(LOGISTIC_OPERANDS, const A *upstream, const A *denominator, Out *grad,                        \
                          const __grid_constant__ fused_loss::Problem q) {                                              \
         fused_loss::grad_pass<fused_loss::Term, In, DENSE, BY_TARGET>({input, target, weight, pos_weight, mask},       \
                                                                       upstream, denominator, grad, q);                 \
