@@ -9,14 +9,17 @@
 #
 # Results and logs go to $OUT (default: benches/results). Rows and pictures are written as they come: what is cut off keeps
 # them. Each step has its own limit, and a step that fails does not stop the others; the exit status says whether one did.
+# The peers and the sanitizers take what time is left, and are expected to be cut off.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 runner="${1:-}"
-steps="${STEPS:-tests report peers train memcheck racecheck}"
 if [ -n "${REHEARSE:-}" ]; then
+    # the example's sizes are what they are
+    steps="${STEPS:-tests report peers memcheck racecheck}"
     out="${OUT:-${TMPDIR:-/tmp}/candle-fused-loss-rehearsal}"
     tests=900 report_options=(--rehearse) peers_options=(--quick --device cpu)
 else
+    steps="${STEPS:-tests report peers train memcheck racecheck}"
     out="${OUT:-$PWD/benches/results}"
     tests=150 report_options=() peers_options=(--device cuda)
 fi
@@ -57,12 +60,20 @@ step() { # name, limit in seconds, then what `start` gets; the step's status
     return $status
 }
 
-# The sanitizers take the time that is left, because instrumented code is slow: what they found until they were cut off counts.
-sanitizer() { # tool, limit in seconds
-    step "$1" "$2" sanitizer "$1"
+# What is left of ten minutes, less so many seconds for the steps to come.
+left() {
+    local seconds=$((590 - SECONDS - $1))
+    echo $((seconds > 30 ? seconds : 30))
+}
+
+# A step of which anything is worth having: what it did until it was cut off counts. `pattern`: what its log has if it failed.
+partly() { # name, limit in seconds, pattern, then what `start` gets
+    local name="$1" limit="$2" pattern="$3"
+    shift 3
+    step "$name" "$limit" "$@"
     local status=$?
-    if [ $status -eq 124 ] && ! grep -q '========= .*\(Invalid\|Error\|Race\|hazard\)' "$out/$1.log"; then
-        echo "== $1: nothing was found until it was cut off"
+    if [ $status -eq 124 ] && ! grep -q "$pattern" "$out/$name.log"; then
+        echo "== $name was cut off, and had not failed until then"
         status=0
     fi
     return $status
@@ -71,15 +82,15 @@ sanitizer() { # tool, limit in seconds
 step tests "$tests" tests || failed=1
 step report $((${SECONDS_REPORT:-160} + 30)) bench report --bench --out "$out" --device cuda \
     --time-budget "${SECONDS_REPORT:-160}" "${report_options[@]}" || failed=1
-step peers $((${SECONDS_PEERS:-90} + 30)) python benches/peers/peers.py --out "$out" \
-    --time-budget "${SECONDS_PEERS:-90}" "${peers_options[@]}" || failed=1
 step train 40 example train --quick --device cuda || failed=1
+limit="${SECONDS_PEERS:-$(left 90)}"
+partly peers $((limit + 10)) Traceback python benches/peers/peers.py --out "$out" \
+    --time-budget $((limit - 10)) "${peers_options[@]}" || failed=1
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
-        # half of what is left of ten minutes, then all of it
-        left=$((590 - SECONDS))
-        [ $tool = memcheck ] && left=$((left / 2))
-        sanitizer $tool $((left > 30 ? left : 30)) || failed=1
+        limit="$(left 0)"
+        [ $tool = memcheck ] && limit=$((limit / 2))
+        partly $tool "$limit" '========= .*\(Invalid\|Error\|Race\|hazard\)' sanitizer $tool || failed=1
     done
 else
     echo "== compute-sanitizer was not found: neither memcheck nor racecheck ran"
