@@ -135,15 +135,21 @@ const NO_GRAPHS: &str = "this driver cannot record a graph";
 
 type Pointer = *mut c_void;
 
+type Begin = unsafe extern "C" fn(Pointer, u32) -> u32;
+type End = unsafe extern "C" fn(Pointer, *mut Pointer) -> u32;
+type Instantiate = unsafe extern "C" fn(*mut Pointer, Pointer, c_ulonglong) -> u32;
+type Launch = unsafe extern "C" fn(Pointer, Pointer) -> u32;
+type Destroy = unsafe extern "C" fn(Pointer) -> u32;
+
 /// The driver's functions for graphs, looked up by name: a driver without them runs everything else.
 #[derive(Clone, Copy)]
 struct GraphFunctions {
-    begin: unsafe extern "C" fn(Pointer, u32) -> u32,
-    end: unsafe extern "C" fn(Pointer, *mut Pointer) -> u32,
-    instantiate: unsafe extern "C" fn(*mut Pointer, Pointer, c_ulonglong) -> u32,
-    launch: unsafe extern "C" fn(Pointer, Pointer) -> u32,
-    destroy: unsafe extern "C" fn(Pointer) -> u32,
-    destroy_executable: unsafe extern "C" fn(Pointer) -> u32,
+    begin: Begin,
+    end: End,
+    instantiate: Instantiate,
+    launch: Launch,
+    destroy: Destroy,
+    destroy_executable: Destroy,
 }
 
 impl GraphFunctions {
@@ -151,12 +157,12 @@ impl GraphFunctions {
         // SAFETY: the signatures are those of cuda.h
         unsafe {
             Some(GraphFunctions {
-                begin: std::mem::transmute::<Pointer, _>(symbol(c"cuStreamBeginCapture_v2")?),
-                end: std::mem::transmute::<Pointer, _>(symbol(c"cuStreamEndCapture")?),
-                instantiate: std::mem::transmute::<Pointer, _>(symbol(c"cuGraphInstantiateWithFlags")?),
-                launch: std::mem::transmute::<Pointer, _>(symbol(c"cuGraphLaunch")?),
-                destroy: std::mem::transmute::<Pointer, _>(symbol(c"cuGraphDestroy")?),
-                destroy_executable: std::mem::transmute::<Pointer, _>(symbol(c"cuGraphExecDestroy")?),
+                begin: std::mem::transmute::<Pointer, Begin>(symbol(c"cuStreamBeginCapture_v2")?),
+                end: std::mem::transmute::<Pointer, End>(symbol(c"cuStreamEndCapture")?),
+                instantiate: std::mem::transmute::<Pointer, Instantiate>(symbol(c"cuGraphInstantiateWithFlags")?),
+                launch: std::mem::transmute::<Pointer, Launch>(symbol(c"cuGraphLaunch")?),
+                destroy: std::mem::transmute::<Pointer, Destroy>(symbol(c"cuGraphDestroy")?),
+                destroy_executable: std::mem::transmute::<Pointer, Destroy>(symbol(c"cuGraphExecDestroy")?),
             })
         }
     }
