@@ -20,6 +20,9 @@ pub enum Clock {
     Gpu(super::gpu::Clock),
 }
 
+/// Starts recorded work.
+pub type Replay = Box<dyn Fn() -> Result<()>>;
+
 impl Clock {
     /// The time that what `work` starts takes on the device.
     pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
@@ -33,12 +36,7 @@ impl Clock {
             Clock::Gpu(clock) => clock.time(work),
         }
     }
-}
 
-/// Starts recorded work.
-pub type Replay = Box<dyn Fn() -> Result<()>>;
-
-impl Clock {
     /// Records what `work` starts.
     #[allow(dead_code)]
     #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
@@ -62,19 +60,11 @@ impl Machine {
         }
     }
 
-    /// The GPU where one works and this is a build for it, else the CPU.
-    pub fn best() -> Result<Self> {
-        Self::of(candle_fused_loss::best_device(), false)
-    }
-
-    /// The same for a run whose times are not looked at, so that they may be anything but long.
-    #[allow(dead_code)]
-    pub fn rehearsal() -> Result<Self> {
-        Self::of(candle_fused_loss::best_device(), true)
-    }
-
+    /// The GPU where one works and this is a build for it, else the CPU. `rehearsal`: the times are not looked at, and may be
+    /// anything but long.
     #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
-    fn of(device: Device, rehearsal: bool) -> Result<Self> {
+    pub fn best(rehearsal: bool) -> Result<Self> {
+        let device = candle_fused_loss::best_device();
         match &device {
             #[cfg(feature = "cuda")]
             Device::Cuda(cuda) => super::gpu::machine(cuda, rehearsal),

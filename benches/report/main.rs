@@ -90,8 +90,7 @@ fn main() -> Result<()> {
     }
     let machine = match options.device {
         On::Cpu => Machine::cpu(),
-        On::Best | On::Cuda if options.rehearse => Machine::rehearsal()?,
-        On::Best | On::Cuda => Machine::best()?,
+        On::Best | On::Cuda => Machine::best(options.rehearse)?,
     };
     if options.device == On::Cuda && !machine.device.is_cuda() {
         bail!("no CUDA device works, or this is a build without the cuda feature");
