@@ -208,14 +208,9 @@ impl Drop for Graph {
     }
 }
 
-pub fn machine(device: &CudaDevice, rehearsal: bool) -> Result<Machine> {
-    let mut machine = on_stream(device, rehearsal)?;
-    machine.recorder = recorder(rehearsal).map(Box::new).map_err(|e| e.to_string());
-    Ok(machine)
-}
-
-/// The same GPU with a stream that can be recorded, which the default one can't.
-fn recorder(rehearsal: bool) -> Result<Machine> {
+/// The first GPU with a stream that can be recorded, which the default one can't.
+#[allow(dead_code)]
+pub fn recorder(rehearsal: bool) -> Result<Machine> {
     if GraphFunctions::find().is_none() {
         return Err(Error::msg(NO_GRAPHS));
     }
@@ -223,10 +218,10 @@ fn recorder(rehearsal: bool) -> Result<Machine> {
     let Device::Cuda(cuda) = &device else { return Err(Error::msg("no CUDA device")) };
     // SAFETY: nothing that this device allocates is used on another stream. A recording can't wait for events from before.
     unsafe { cuda.disable_event_tracking() };
-    on_stream(cuda, rehearsal)
+    machine(cuda, rehearsal)
 }
 
-fn on_stream(device: &CudaDevice, rehearsal: bool) -> Result<Machine> {
+pub fn machine(device: &CudaDevice, rehearsal: bool) -> Result<Machine> {
     let stream = device.cuda_stream();
     let context = stream.context();
     let name = context.name().map_err(failed)?;
@@ -238,5 +233,5 @@ fn on_stream(device: &CudaDevice, rehearsal: bool) -> Result<Machine> {
     let flush = stream.alloc_zeros(flush).map_err(failed)?;
     let out = stream.alloc_zeros(1).map_err(failed)?;
     let clock = machine::Clock::Gpu(Clock { stream, read, out, flush, rehearsal });
-    Ok(Machine { device: Device::Cuda(device.clone()), name, cache_bytes, clock, recorder: Err(NO_GRAPHS.to_string()) })
+    Ok(Machine { device: Device::Cuda(device.clone()), name, cache_bytes, clock })
 }

@@ -10,8 +10,6 @@ pub struct Machine {
     /// The last-level cache.
     pub cache_bytes: usize,
     pub clock: Clock,
-    /// Where work can be recorded in a graph and replayed, or why not.
-    pub recorder: std::result::Result<Box<Machine>, String>,
 }
 
 pub enum Clock {
@@ -51,13 +49,7 @@ impl Clock {
 
 impl Machine {
     pub fn cpu() -> Self {
-        Machine {
-            device: Device::Cpu,
-            name: cpu_name(),
-            cache_bytes: cpu_cache_bytes(),
-            clock: Clock::Host,
-            recorder: Err("the CPU has no graphs".to_string()),
-        }
+        Machine { device: Device::Cpu, name: cpu_name(), cache_bytes: cpu_cache_bytes(), clock: Clock::Host }
     }
 
     /// The GPU where one works and this is a build for it, else the CPU. `rehearsal`: the times are not looked at, and may be
@@ -70,6 +62,17 @@ impl Machine {
             Device::Cuda(cuda) => super::gpu::machine(cuda, rehearsal),
             Device::Cpu => Ok(Self::cpu()),
             _ => candle_core::bail!("the benches know the CPU and CUDA"),
+        }
+    }
+
+    /// The same machine where work can be recorded in a graph.
+    #[allow(dead_code)]
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    pub fn recorder(&self, rehearsal: bool) -> Result<Self> {
+        match &self.clock {
+            Clock::Host => candle_core::bail!("the CPU has no graphs"),
+            #[cfg(feature = "cuda")]
+            Clock::Gpu(_) => super::gpu::recorder(rehearsal),
         }
     }
 }

@@ -111,7 +111,8 @@ fn measure(options: &Options, machine: &Machine, out: &Path) -> Result<()> {
     println!("copy {:.1} GB/s, read {:.1} GB/s", copy.copy.rate(), copy.read.rate());
     table.share_of(copy.copy.rate());
 
-    if let (true, Err(why)) = (machine.device.is_cuda(), &machine.recorder) {
+    let recorder = machine.recorder(options.rehearse);
+    if let (true, Err(why)) = (machine.device.is_cuda(), &recorder) {
         println!("no graph replays: {why}");
     }
     let mut cases = cases(machine.device.is_cuda(), options.quick);
@@ -141,7 +142,8 @@ fn measure(options: &Options, machine: &Machine, out: &Path) -> Result<()> {
             continue;
         }
         for kind in [&FORWARD[..], &GRADIENT[..]] {
-            let series = Series { case, kind, time: if hurry { each.min(Duration::from_millis(200)) } else { each } };
+            let time = if hurry { each.min(Duration::from_millis(200)) } else { each };
+            let series = Series { case, kind, recorder: recorder.as_ref().ok(), time };
             match series.measure(machine) {
                 Ok(results) => {
                     for line in table.results(&case, &results)? {

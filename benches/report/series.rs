@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 pub struct Series<'a> {
     pub case: Case,
     pub kind: &'a [(Implementation, Pass)],
+    /// Where graphs can be recorded.
+    pub recorder: Option<&'a Machine>,
     /// How long the samples may take, all together.
     pub time: Duration,
 }
@@ -110,7 +112,7 @@ impl Series<'_> {
                 samples,
             });
         }
-        if let Ok(recorder) = &machine.recorder
+        if let Some(recorder) = self.recorder
             && self.case.input_bytes() <= REPLAYED_BYTES
         {
             let passes =
@@ -145,7 +147,7 @@ impl Series<'_> {
 
     /// This crate's kernels without the host: one call on each set of inputs, recorded once. What can't be recorded is a
     /// contender without samples.
-    fn replayed<'a>(&self, recorder: &'a Machine, pass: Pass) -> Contender<'a> {
+    fn replayed<'m>(&self, recorder: &'m Machine, pass: Pass) -> Contender<'m> {
         let (replay, samples) = match self.record(recorder, pass) {
             Ok(replay) => (Some(replay), Ok(vec![])),
             Err(e) => (None, Err(e.to_string().lines().next().unwrap_or_default().to_string())),
