@@ -63,7 +63,7 @@ fn time(
 
 fn main() {
     let mut criterion = Criterion::default().configure_from_args();
-    let machine = Machine::best().expect("a device");
+    let machine = Machine::best(false).expect("a device");
     eprintln!("{}", machine.name);
     let quick = std::env::args().any(|arg| arg == "--quick");
     for case in cases(machine.device.is_cuda(), false) {

@@ -6,8 +6,7 @@
 //
 // How the work is split. The elements, in row-major order of the input's shape, are cut into spans. A team of neighbouring
 // threads (blockDim.x of them, blockDim.y teams a block) takes one span. If losses averaged over rows are returned, a span
-// is a row; otherwise a team is a block, and the sums of the spans are added by a second, tiny kernel in a fixed order (or
-// not at all if there is only one span: then its team writes the result itself).
+// is a row; otherwise a team is a block, and the block that finishes last adds the sums of the spans, in a fixed order.
 //
 // Every pass has two variants, of which the host picks one (src/plan/logistic.rs).
 // - `dense`: input and target are contiguous, of one dtype, aligned alike, and alone. Each thread moves 16 bytes at a time,
@@ -212,12 +211,12 @@ template <class In, int U> struct Elements {
 // ---------------------------------------------------------------------------------------------------------------------
 // The loss, alone or with its gradient
 
-// Where a loss goes: exactly one of the first four.
+// Where a loss goes: `each`, `rows` or `loss`.
 template <class A> struct Losses {
     A *each;        // every element's
     A *rows;        // every span's mean
-    double *sums;   // every span's sum, and behind them, if there is a mask, every span's count: to be finished
-    A *loss;        // the result, from the only span
+    double *sums;   // with more than one span: memory for every span's sum, and behind them, if there is a mask, every count
+    A *loss;        // the result
     A *denominator; // what the losses' sum is divided by; null if nobody asks
 };
 
@@ -227,6 +226,30 @@ __device__ __forceinline__ long long sum_counts(const long long *parts, int n, l
     const int threads = blockDim.x * blockDim.y;
 #pragma unroll 1
     for (int i = threadIdx.x + blockDim.x * threadIdx.y; i < n; i += threads) count += parts[i];
+    return block_reduce<Sum>(count, scratch);
+}
+
+// The number of elements from `first` on whose mask is not 0, in all threads of the one-dimensional block.
+__device__ __forceinline__ long long count_elements(const void *mask, const Problem &q, int64_t first, int64_t last, int thread, int threads, long long *scratch) {
+    constexpr int U = 4;
+    long long count = 0;
+#pragma unroll 1
+    for (int64_t at = first + thread; at < last; at += static_cast<int64_t>(threads) * U) {
+        int64_t offset[U];
+        bool in[U];
+#pragma unroll
+        for (int k = 0; k < U; k++) {
+            const int64_t i = at + static_cast<int64_t>(k) * threads;
+            in[k] = i < last;
+            offset[k] = in[k] ? Offsets(q, i).of[MASK] : 0;
+        }
+        with_dtype(q.mask_dtype, [&](auto *type) {
+#pragma unroll
+            for (int k = 0; k < U; k++) {
+                if (in[k]) count += widen<float>(static_cast<decltype(type)>(mask)[offset[k]]) != 0.0f;
+            }
+        });
+    }
     return block_reduce<Sum>(count, scratch);
 }
 
@@ -244,7 +267,7 @@ __device__ __forceinline__ void write_result(double sum, bool masked, long long 
 }
 
 // `grad`, with GRAD: the gradient for an upstream gradient of ones. `counts`: the partial counts of the elements that the
-// mask leaves, null where the gradient does not need to know them beforehand.
+// mask leaves; null where the gradient does not need to know them beforehand, or where each block counts by itself.
 template <class Term, class In, bool DENSE, bool GRAD>
 __device__ __forceinline__ void loss_pass(const Arrays<In> &a, const long long *counts, int count_parts, const Losses<Acc<In>> &to,
                                           In *grad, const Problem &q) {
@@ -253,16 +276,20 @@ __device__ __forceinline__ void loss_pass(const Arrays<In> &a, const long long *
     __shared__ double scratch[WARP];
     __shared__ long long count_scratch[WARP];
 
-    const Formula<Term, A> formula(q);
-    const Span span(q);
+    // ahead of all else, as a division of doubles is a subroutine
     A grad_scale = A(1);
     if (GRAD) {
         double divisor = 1.0;
         if (q.reduction == Reduction::Mean) {
-            divisor = mean_divisor(counts, counts ? sum_counts(counts, count_parts, count_scratch) : 0, q);
+            long long left = 0;
+            if (counts) left = sum_counts(counts, count_parts, count_scratch);
+            else if (a.mask) left = count_elements(a.mask, q, 0, q.elements, threadIdx.x, blockDim.x, count_scratch);
+            divisor = mean_divisor(a.mask, left, q);
         }
         grad_scale = static_cast<A>(1.0 / (divisor * static_cast<double>(q.group.value)));
     }
+    const Formula<Term, A> formula(q);
+    const Span span(q);
 
     A sum = A(0);
     int count = 0;
@@ -324,60 +351,36 @@ __device__ __forceinline__ void loss_pass(const Arrays<In> &a, const long long *
         if (to.denominator && leader && span.index == 0) *to.denominator = A(1);
         if (to.each) return;
     }
-    const double total = team_reduce<Sum>(static_cast<double>(sum), blockDim.x, scratch);
+    double total = team_reduce<Sum>(static_cast<double>(sum), blockDim.x, scratch);
     if (to.rows) {
         if (leader && span.first < q.elements) to.rows[span.index] = static_cast<A>(total / static_cast<double>(q.group.value));
         return;
     }
-    const long long counted = a.mask ? team_reduce<Sum>(static_cast<long long>(count), blockDim.x, count_scratch) : 0;
-    if (!leader) return;
+    // exact in a double as long as there are fewer than 2^53 elements
+    double counted = a.mask ? static_cast<double>(team_reduce<Sum>(static_cast<long long>(count), blockDim.x, count_scratch)) : 0.0;
     if (to.sums) {
-        to.sums[span.index] = total;
-        if (a.mask) to.sums[gridDim.x + span.index] = static_cast<double>(counted);
-    } else {
-        write_result(total, a.mask, counted, q, to.loss, to.denominator);
+        if (leader) {
+            to.sums[span.index] = total;
+            if (a.mask) to.sums[gridDim.x + span.index] = counted;
+        }
+        if (!is_last_block(to.sums, gridDim.x)) return;
+        total = counted = 0;
+#pragma unroll 4
+        for (int i = threadIdx.x; i < gridDim.x; i += blockDim.x) {
+            total += __ldcg(to.sums + i);
+            if (a.mask) counted += __ldcg(to.sums + gridDim.x + i);
+        }
+        total = block_reduce<Sum>(total, scratch);
+        counted = block_reduce<Sum>(counted, scratch);
     }
-}
-
-// One block: the spans' sums, and their counts where there is a mask, become the loss and its denominator.
-template <class A>
-__device__ __forceinline__ void finish_pass(const double *sums, int spans, int masked, A *loss, A *denominator, const Problem &q) {
-    __shared__ double scratch[WARP];
-    double sum = 0, count = 0;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < spans; i += blockDim.x) {
-        sum += sums[i];
-        if (masked) count += sums[spans + i];
-    }
-    sum = block_reduce<Sum>(sum, scratch);
-    count = block_reduce<Sum>(count, scratch);
-    if (threadIdx.x == 0) write_result(sum, masked, static_cast<long long>(count), q, loss, denominator);
+    if (leader) write_result(total, a.mask, static_cast<long long>(counted), q, to.loss, to.denominator);
 }
 
 // The number of the span's elements whose mask is not 0, one number for each block.
 __device__ __forceinline__ void count_pass(const void *mask, long long *counts, const Problem &q) {
-    constexpr int U = 4;
     __shared__ long long scratch[WARP];
     const Span span(q);
-    long long count = 0;
-#pragma unroll 1
-    for (int64_t at = span.first + threadIdx.x; at < span.last; at += static_cast<int64_t>(blockDim.x) * U) {
-        int64_t offset[U];
-        bool in[U];
-#pragma unroll
-        for (int k = 0; k < U; k++) {
-            const int64_t i = at + static_cast<int64_t>(k) * blockDim.x;
-            in[k] = i < span.last;
-            offset[k] = in[k] ? Offsets(q, i).of[MASK] : 0;
-        }
-        with_dtype(q.mask_dtype, [&](auto *type) {
-#pragma unroll
-            for (int k = 0; k < U; k++) {
-                if (in[k]) count += widen<float>(static_cast<decltype(type)>(mask)[offset[k]]) != 0.0f;
-            }
-        });
-    }
-    count = block_reduce<Sum>(count, scratch);
+    const long long count = count_elements(mask, q, span.first, span.last, threadIdx.x, blockDim.x, scratch);
     if (threadIdx.x == 0) counts[blockIdx.x] = count;
 }
 
@@ -467,10 +470,12 @@ __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long lo
 #define LOGISTIC_OPERANDS                                                                                              \
     const In *input, const void *target, const A *weight, const A *pos_weight, const void *mask
 
+// Blocks that a multiprocessor has room for: left to itself, the compiler spills a register or two to fit one more.
+#define LOGISTIC_LOOP extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS, sizeof(A) == 8 ? 2 : 3)
 #define LOGISTIC_KERNEL extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS)
 
 #define LOGISTIC_LOSS(NAME, Term, DENSE, GRAD)                                                                         \
-    LOGISTIC_KERNEL NAME(LOGISTIC_OPERANDS, const long long *counts, int count_parts, A *each, A *rows, double *sums,  \
+    LOGISTIC_LOOP NAME(LOGISTIC_OPERANDS, const long long *counts, int count_parts, A *each, A *rows, double *sums,  \
                          A *loss, A *denominator, In *grad, const __grid_constant__ fused_loss::Problem q) {           \
         fused_loss::loss_pass<fused_loss::Term, In, DENSE, GRAD>({input, target, weight, pos_weight, mask}, counts,    \
                                                                  count_parts, {each, rows, sums, loss, denominator},   \
@@ -478,7 +483,7 @@ __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long lo
     }
 
 #define LOGISTIC_GRAD(NAME, Term, DENSE, BY_TARGET, Out)                                                               \
-    LOGISTIC_KERNEL NAME(LOGISTIC_OPERANDS, const A *upstream, const A *denominator, Out *grad,                        \
+    LOGISTIC_LOOP NAME(LOGISTIC_OPERANDS, const A *upstream, const A *denominator, Out *grad,                        \
                          const __grid_constant__ fused_loss::Problem q) {                                              \
         fused_loss::grad_pass<fused_loss::Term, In, DENSE, BY_TARGET>({input, target, weight, pos_weight, mask},       \
                                                                       upstream, denominator, grad, q);                 \
@@ -501,10 +506,6 @@ __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long lo
 #define LOGISTIC_KERNELS                                                                                               \
     using A = fused_loss::Acc<In>;                                                                                     \
     FOR_EACH_TERM(LOGISTIC_TERM)                                                                                       \
-    LOGISTIC_KERNEL finish(const double *sums, int spans, int masked, A *loss, A *denominator,                         \
-                           const __grid_constant__ fused_loss::Problem q) {                                            \
-        fused_loss::finish_pass(sums, spans, masked, loss, denominator, q);                                            \
-    }                                                                                                                  \
     LOGISTIC_KERNEL count_mask(const void *mask, long long *counts, const __grid_constant__ fused_loss::Problem q) {   \
         fused_loss::count_pass(mask, counts, q);                                                                       \
     }

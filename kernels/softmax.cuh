@@ -12,6 +12,7 @@
 // Where to find what
 //   softmax.cuh          options, targets, the state of a row and how states merge, the value written for a logit
 //   softmax_rows.cuh     passes over rows of adjacent classes, in aligned windows of 16 bytes
+//   softmax_registers.cuh  passes over rows that fit into the registers of a part of a warp
 //   softmax_strided.cuh  passes over rows whose classes lie apart, neighbouring threads on neighbouring rows
 //   softmax_tile.cuh     passes over tiles of many short rows
 //   softmax_entry.cuh    the kernels' names and launch bounds
@@ -287,50 +288,136 @@ __device__ __forceinline__ void load_q(const Problem &p, const Operands<A> &o, i
     }
 }
 
+// Logits in a register: a pair of 16-bit ones, for which there are instructions, or a single one.
+template <class X> struct Unit {
+    static constexpr int LOGITS = 1;
+    X bits;
+
+    __device__ __forceinline__ Acc<X> logit(int) const { return bits; }
+    __device__ __forceinline__ static Unit lowest() { return {-infinity<X>()}; }
+};
+template <class X, class Pair, uint32_t LOWEST> struct PairUnit {
+    static constexpr int LOGITS = 2;
+    uint32_t bits;
+
+    __device__ __forceinline__ Pair pair() const { return *reinterpret_cast<const Pair *>(&bits); }
+    __device__ __forceinline__ static Unit<X> of(Pair pair) { return {*reinterpret_cast<const uint32_t *>(&pair)}; }
+    __device__ __forceinline__ static Unit<X> lowest() { return {LOWEST}; }
+};
+template <> struct Unit<f16> : PairUnit<f16, __half2, 0xfc00fc00u> {
+    __device__ __forceinline__ float logit(int k) const { return k ? __high2float(pair()) : __low2float(pair()); }
+};
+template <> struct Unit<bf16> : PairUnit<bf16, __nv_bfloat162, 0xff80ff80u> {
+    __device__ __forceinline__ float logit(int k) const { return __uint_as_float(k ? bits & 0xffff0000u : bits << 16); }
+};
+
+// A match: the larger one is the winner, also against a NaN; the loser is NaN if one of both is.
+__device__ __forceinline__ void match(Unit<float> &winner, Unit<float> &other) {
+    const float a = winner.bits, b = other.bits;
+    winner.bits = fmaxf(a, b);
+#if __CUDA_ARCH__ >= 800
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(other.bits) : "f"(a), "f"(b));
+#else
+    other.bits = a < b || a != a ? a : b;
+#endif
+}
+template <class X> __device__ __forceinline__ void match(Unit<X> &winner, Unit<X> &other) {
+    const auto a = winner.pair(), b = other.pair();
+    winner = Unit<X>::of(__hmax2(a, b));
+    other = Unit<X>::of(__hmin2_nan(a, b));
+}
+
+// The largest of some logits, and, for units of two, the one that lost the last match to it.
+struct Winner {
+    float logit, loser;
+    bool nan;   // there is nothing else than NaN
+};
+
+// A tournament: returns the winner (-inf in place of a NaN) and leaves the losers in x[1], x[2], …: all logits but one
+// maximum. What has to be left out of the sum is left out at the price of finding the maximum, without a second comparison.
+template <class X, int COUNT> __device__ __forceinline__ Winner tournament(Unit<X> (&x)[COUNT]) {
+#pragma unroll
+    for (int step = 1; step < COUNT; step *= 2) {
+#pragma unroll
+        for (int i = 0; i + step < COUNT; i += 2 * step) match(x[i], x[i + step]);
+    }
+    Unit<float> winner = {x[0].logit(0)}, loser = Unit<float>::lowest();
+    if constexpr (Unit<X>::LOGITS == 2) {
+        loser = {x[0].logit(1)};
+        match(winner, loser);
+    }
+    const bool nan = winner.bits != winner.bits;
+    return {nan ? -infinity<float>() : winner.bits, loser.bits, nan};
+}
+
+// sum exp(x - reference) of a tournament's losers, for logits of type T; in sums that do not wait for each other.
+template <class T, class X, int COUNT> __device__ __forceinline__ float sum_losers(const Winner &winner, const Unit<X> (&x)[COUNT], float reference) {
+    constexpr int SUMS = 4;
+    float sums[SUMS] = {};
+    if constexpr (Unit<X>::LOGITS == 2) sums[0] = exp_below<T>(winner.loser - reference);
+    if (winner.nan) sums[0] = quiet_nan<float>();
+#pragma unroll
+    for (int i = 1; i < COUNT; i++) {
+#pragma unroll
+        for (int k = 0; k < Unit<X>::LOGITS; k++) sums[i % SUMS] += exp_below<T>(x[i].logit(k) - reference);
+    }
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// What exponentials are relative to: the maximum, or 0 where all is -inf.
+template <class A> __device__ __forceinline__ A reference_of(A max) { return max == -infinity<A>() ? A(0) : max; }
+
+// The state of logits of type T, stored as X: one exponential each. The logits are lost.
+template <class T, class X, int COUNT> __device__ __forceinline__ State<float, PLAIN> state_of(Unit<X> (&x)[COUNT]) {
+    const Winner winner = tournament(x);
+    State<float, PLAIN> state;
+    state.max = winner.logit;
+    state.rest = sum_losers<T>(winner, x, reference_of(winner.logit));
+    return state;
+}
+
 // Adds U groups of N classes to a thread's state; group u begins at class first + u * step. `logit(u, k)` is a logit of
-// group u, -inf behind the row's end; it is called as often as a logit is needed, because converting it again takes fewer
-// registers than keeping it.
+// group u, -inf behind the row's end.
 //
 // The maximum comes first, then one exponential for each logit relative to it, then one merge for all of them.
 template <Detail D, class T, int U, int N, class A, class F>
 __device__ __forceinline__ void absorb(State<A, D> &state, const Problem &p, const Operands<A> &o, int first, int step, F logit) {
+    // doubles take another register for each comparison's result, and are bound by their arithmetic anyway
+    if constexpr (D == PLAIN && sizeof(A) == sizeof(float)) {
+        Unit<A> units[U * N];
+#pragma unroll
+        for (int i = 0; i < U * N; i++) units[i] = {logit(i / N, i % N)};
+        state = merge<T>(state, state_of<T>(units));
+        return;
+    }
     State<A, D> part = State<A, D>::empty();
-    A transformed[U][N];
-    if constexpr (D >= GENERAL) {
+    A x[U][N];
 #pragma unroll
-        for (int u = 0; u < U; u++) {
+    for (int u = 0; u < U; u++) {
 #pragma unroll
-            for (int k = 0; k < N; k++) {
-                A slope;
-                transformed[u][k] = first + u * step + k < p.classes ? transform(p, logit(u, k), slope) : -infinity<A>();
-            }
+        for (int k = 0; k < N; k++) {
+            A slope;
+            const bool exists = D == PLAIN || first + u * step + k < p.classes;
+            x[u][k] = !exists ? -infinity<A>() : D == PLAIN ? logit(u, k) : transform(p, logit(u, k), slope);
         }
     }
-    const auto x = [&](int u, int k) {
-        if constexpr (D >= GENERAL) {
-            return transformed[u][k];
-        } else {
-            return logit(u, k);
-        }
-    };
 #pragma unroll
     for (int u = 0; u < U; u++) {
 #pragma unroll
         for (int k = 0; k < N; k++) {
             if constexpr (D >= STATISTICS) {
-                if (x(u, k) > part.max) part.argmax = first + u * step + k;
+                if (x[u][k] > part.max) part.argmax = first + u * step + k;
             }
-            part.max = max_(part.max, x(u, k));
+            part.max = max_(part.max, x[u][k]);
         }
     }
-    const bool nothing = part.max == -infinity<A>();
-    const A reference = nothing ? A(0) : part.max;
-    A ties = nothing ? A(0) : A(-1);
+    const A reference = reference_of(part.max);
+    A ties = part.max == -infinity<A>() ? A(0) : A(-1);
 #pragma unroll
     for (int u = 0; u < U; u++) {
 #pragma unroll
         for (int k = 0; k < N; k++) {
-            const A d = x(u, k) - reference;
+            const A d = x[u][k] - reference;
             const A e = exp_below<T>(d);
             if (d == A(0)) {
                 ties += A(1);
@@ -352,7 +439,7 @@ __device__ __forceinline__ void absorb(State<A, D> &state, const Problem &p, con
                     const int c = first + u * step + k;
                     if (c >= p.classes) continue;
                     // a probability of 0 at a logit of -inf counts as 0
-                    if (q[k] != A(0)) part.linear += q[k] * (x(u, k) - reference);
+                    if (q[k] != A(0)) part.linear += q[k] * (x[u][k] - reference);
                     part.mass += q[k];
                 }
             }
@@ -540,33 +627,28 @@ template <class A> __device__ __forceinline__ void write_result(const Problem &p
     if (out.denominator) *out.denominator = A(denominator);
 }
 
-// Ends a kernel whose threads hold the losses and weights of their rows: a grid of one block has the result, others leave
-// partial sums for `finish`, at their index. All threads of the block call it.
+// Ends a kernel whose threads hold the losses and weights of their rows: the only block has the result; of several, each leaves
+// partial sums at its index of `count`, and the last one to arrive adds them in a fixed order. All threads of the block call it.
 template <class A>
-__device__ __forceinline__ void finish_block(const Problem &p, const Outputs<A> &out, double loss, double weight, double *scratch, int index) {
+__device__ __forceinline__ void finish_block(const Problem &p, const Outputs<A> &out, double loss, double weight, double *scratch, int index, int count) {
     loss = block_reduce<Sum>(loss, scratch);
     weight = block_reduce<Sum>(weight, scratch);
-    if (threadIdx.x + threadIdx.y != 0) return;
+    const int thread = threadIdx.x + blockDim.x * threadIdx.y;
     if (out.partials) {
-        out.partials[index] = {loss, weight};
-    } else if (index == 0) {
-        // the only block; or there is no scalar loss, and the denominator is a constant
-        write_result(p, out, {loss, weight});
+        if (thread == 0) out.partials[index] = {loss, weight};
+        if (!is_last_block(out.partials, count)) return;
+        double2 total = {0, 0};
+#pragma unroll 8
+        for (int i = thread; i < count; i += blockDim.x * blockDim.y) {
+            const double2 part = __ldcg(out.partials + i);
+            total.x += part.x, total.y += part.y;
+        }
+        loss = block_reduce<Sum>(total.x, scratch);
+        weight = block_reduce<Sum>(total.y, scratch);
+        index = 0;
     }
-}
-
-// The second stage of a scalar loss: one block adds the partial sums in a fixed order.
-template <class A>
-__device__ __forceinline__ void finish(const Problem &p, const double2 *partials, int count, const Outputs<A> &out) {
-    __shared__ double scratch[WARP];
-    double2 total = {0, 0};
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
-        const double2 part = partials[i];
-        total.x += part.x, total.y += part.y;
-    }
-    total.x = block_reduce<Sum>(total.x, scratch);
-    total.y = block_reduce<Sum>(total.y, scratch);
-    if (threadIdx.x == 0) write_result(p, out, total);
+    // otherwise the only block; or there is no scalar loss, and the denominator is a constant
+    if (thread == 0 && index == 0) write_result(p, out, {loss, weight});
 }
 
 // What the rows first, first + step, … add to a counted denominator.

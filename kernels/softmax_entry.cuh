@@ -1,10 +1,11 @@
 // The kernels of the softmax family for one dtype, in two modules so that a device compiles only what it uses:
 // softmax_<dtype>.cu has those for class indices without options, softmax_general_<dtype>.cu those for all else. Such a
-// file defines LOGIT, the dtype's C++ type, and GENERAL_MODULE as 0 or 1, and includes this.
+// file defines LOGIT, the dtype's C++ type, GENERAL_MODULE as 0 or 1 and, for doubles, DOUBLE_LOGITS, and includes this.
 //
-//   softmax_<pass>_<plain|general>_<rows|tile|strided|cluster_n>
+//   softmax_<pass>_<plain|general>_<rows|tile|strided|cluster_n|registers_n>
 //
 // Launch shapes are chosen in src/plan/softmax.rs.
+#include "softmax_registers.cuh"
 #include "softmax_rows.cuh"
 #include "softmax_strided.cuh"
 #include "softmax_tile.cuh"
@@ -19,6 +20,11 @@ constexpr int ROWS_THREADS = 256;
 // Blocks that a multiprocessor has room for, which limits the registers of a thread: 768 threads have 48 KB of loads in
 // flight. The general kernels compute more than they load, and a double takes two registers.
 constexpr int BLOCKS_OF[] = {sizeof(A) == 4 ? 3 : 2, 2, 2};
+// The same for tiles and strided rows. 0: as many as the compiler likes, which for the general kernels is more than there are
+// registers for.
+constexpr int TILE_BLOCKS = sizeof(A) == 4 ? 4 : 3;
+constexpr int FUSED_TILE_BLOCKS = GENERAL_MODULE ? TILE_BLOCKS : 0;
+constexpr int STRIDED_BLOCKS = GENERAL_MODULE ? (sizeof(A) == 4 ? 5 : 2) : 0;
 
 #define REDUCE(NAME, DETAIL)                                                                                                   \
     extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[DETAIL])                                              \
@@ -26,12 +32,12 @@ constexpr int BLOCKS_OF[] = {sizeof(A) == 4 ? 3 : 2, 2, 2};
                                      A *statistics, double2 *partials, A *result, A *denominator) {                            \
         reduce_rows<DETAIL>(p, x, t, weight, splits, {loss, statistics, partials, result, denominator});                       \
     }                                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)                                                              \
+    extern "C" __global__ void __launch_bounds__(STRIDED_THREADS, STRIDED_BLOCKS)                                              \
         softmax_reduce_##NAME##_strided(const Problem p, const X *x, const void *t, const A *weight, A *, A *loss,             \
                                         A *statistics, double2 *partials, A *result, A *denominator) {                         \
         reduce_strided<DETAIL>(p, x, t, weight, {loss, statistics, partials, result, denominator});                            \
     }                                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(TILE_THREADS)                                                                 \
+    extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)                                                    \
         softmax_reduce_##NAME##_tile(const Problem p, const X *x, const void *t, const A *weight, A *, A *loss,                \
                                         A *statistics, double2 *partials, A *result, A *denominator) {                         \
         reduce_tiles<DETAIL>(p, x, t, weight, {loss, statistics, partials, result, denominator});                              \
@@ -49,7 +55,7 @@ constexpr int BLOCKS_OF[] = {sizeof(A) == 4 ? 3 : 2, 2, 2};
                                    const A *denominator, const A *upstream, X *out) {                                          \
         emit_rows<RULE>(p, x, t, weight, statistics, denominator, upstream, out);                                              \
     }                                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)                                                              \
+    extern "C" __global__ void __launch_bounds__(STRIDED_THREADS, STRIDED_BLOCKS)                                              \
         softmax_emit_##NAME##_strided(const Problem p, const X *x, const void *t, const A *weight, const A *statistics,        \
                                       const A *denominator, const A *upstream, X *out) {                                       \
         emit_strided<RULE>(p, x, t, weight, statistics, denominator, upstream, out);                                           \
@@ -67,12 +73,12 @@ constexpr int BLOCKS_OF[] = {sizeof(A) == 4 ? 3 : 2, 2, 2};
                                     A *loss, A *statistics, double2 *partials, A *result) {                                    \
         fused_rows<RULE, 1>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});                      \
     }                                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)                                                              \
+    extern "C" __global__ void __launch_bounds__(STRIDED_THREADS, STRIDED_BLOCKS)                                              \
         softmax_fused_##NAME##_strided(const Problem p, const X *x, X *out, const void *t, const A *weight,                    \
                                        const double *counts, A *loss, A *statistics, double2 *partials, A *result) {           \
         fused_strided<RULE>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});                      \
     }                                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(TILE_THREADS)                                                                 \
+    extern "C" __global__ void __launch_bounds__(TILE_THREADS, FUSED_TILE_BLOCKS)                                              \
         softmax_fused_##NAME##_tile(const Problem p, const X *x, X *out, const void *t, const A *weight,                       \
                                        const double *counts, A *loss, A *statistics, double2 *partials, A *result) {           \
         fused_tiles<RULE>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});                        \
@@ -83,6 +89,27 @@ constexpr int BLOCKS_OF[] = {sizeof(A) == 4 ? 3 : 2, 2, 2};
         softmax_fused_##NAME##_cluster_##N(const Problem p, const X *x, X *out, const void *t, const A *weight,                \
                                            const double *counts, A *loss, A *statistics, double2 *partials, A *result) {       \
         fused_rows<RULE, N>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});                      \
+    }
+
+// Rows in registers, W windows a thread: blocks of 256 threads that a multiprocessor has room for, with and without something
+// written for each class. As in src/plan/softmax.rs.
+constexpr int REGISTERS_WRITING = 2;
+constexpr int registers_reading(int w) { return w == 4 ? 3 : 2; }
+
+#define REGISTERS(W)                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(ROWS_THREADS, registers_reading(W))                                           \
+        softmax_reduce_plain_registers_##W(const Problem p, const X *x, const void *t, const A *weight, A *, A *loss,          \
+                                           A *statistics, double2 *partials, A *result, A *denominator) {                      \
+        reduce_registers<W>(p, x, t, weight, {loss, statistics, partials, result, denominator});                               \
+    }                                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(ROWS_THREADS, REGISTERS_WRITING)                                              \
+        softmax_fused_plain_registers_##W(const Problem p, const X *x, X *out, const void *t, const A *weight,                 \
+                                          const double *counts, A *loss, A *statistics, double2 *partials, A *result) {        \
+        fused_registers<PlainGradient, W>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});        \
+    }                                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(ROWS_THREADS, REGISTERS_WRITING)                                              \
+        softmax_log_softmax_registers_##W(const Problem p, const X *x, X *out) {                                               \
+        log_softmax_registers<W>(p, x, out);                                                                                   \
     }
 
 #if GENERAL_MODULE
@@ -101,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[STATISTICS]
     statistics_rows(p, x, t, weight, {loss, lse, z_loss, entropy, argmax, correct});
 }
 
-extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)
+extern "C" __global__ void __launch_bounds__(STRIDED_THREADS, STRIDED_BLOCKS)
     softmax_statistics_strided(const Problem p, const X *x, const void *t, const A *weight, A *loss, A *lse, A *z_loss, A *entropy,
                                uint32_t *argmax, uint8_t *correct) {
     statistics_strided(p, x, t, weight, {loss, lse, z_loss, entropy, argmax, correct});
@@ -118,6 +145,11 @@ extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)
 REDUCE(plain, PLAIN)
 EMIT(plain, PlainGradient)
 FUSED(plain, PlainGradient)
+#ifndef DOUBLE_LOGITS
+REGISTERS(4)
+REGISTERS(8)
+REGISTERS(16)
+#endif
 #if __CUDA_ARCH__ >= 900
 FUSED_CLUSTER(plain, PlainGradient, 4)
 FUSED_CLUSTER(plain, PlainGradient, 8)
@@ -145,11 +177,6 @@ extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)
 
 extern "C" __global__ void __launch_bounds__(1024) softmax_count(const Problem p, const void *t, const A *weight, double *counts) {
     count(p, t, weight, counts);
-}
-
-extern "C" __global__ void __launch_bounds__(1024)
-    softmax_finish(const Problem p, const double2 *partials, int count, A *result, A *denominator) {
-    finish<A>(p, partials, count, {nullptr, nullptr, nullptr, result, denominator});
 }
 
 } // namespace softmax

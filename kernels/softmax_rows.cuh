@@ -17,6 +17,27 @@ namespace softmax {
 // Windows that a thread loads before it uses the first: what keeps the memory busy.
 template <Detail D> constexpr int BATCH = D == PLAIN ? 4 : 1;
 
+// 16 bytes of logits in registers.
+template <class T> struct Window {
+    static constexpr int N = LANES_16B<T>, UNITS = N / Unit<T>::LOGITS;
+    Unit<T> at[UNITS];
+
+    __device__ __forceinline__ static Window of(uint4 bits) {
+        Window w;
+        *reinterpret_cast<uint4 *>(w.at) = bits;
+        return w;
+    }
+    __device__ __forceinline__ uint4 bits() const { return *reinterpret_cast<const uint4 *>(at); }
+    __device__ __forceinline__ static Window load(const T *p) { return of(*reinterpret_cast<const uint4 *>(p)); }
+    __device__ __forceinline__ static Window lowest() {
+        Window w;
+#pragma unroll
+        for (int i = 0; i < UNITS; i++) w.at[i] = Unit<T>::lowest();
+        return w;
+    }
+    __device__ __forceinline__ Acc<T> logit(int k) const { return at[k / Unit<T>::LOGITS].logit(k % Unit<T>::LOGITS); }
+};
+
 // Stores a window in one access: left to itself, the compiler sometimes makes four of it.
 template <class T, int N> __device__ __forceinline__ void store_window(T *to, const Pack<T, N> &window) {
     static_assert(sizeof(window.at) == 16, "a window is 16 bytes");
@@ -24,10 +45,16 @@ template <class T, int N> __device__ __forceinline__ void store_window(T *to, co
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
+// The same pointer into global memory, which the compiler keeps: left to itself, it computes it again for every access.
+template <class P> __device__ __forceinline__ P *in_register(P *p) {
+    size_t address = __cvta_generic_to_global(p);
+    asm("" : "+l"(address));
+    return static_cast<P *>(__cvta_global_to_generic(address));
+}
+
 // One row as windows and edges.
 template <class T> struct Windows {
     static constexpr int N = LANES_16B<T>;
-    using Window = Pack<T, N>;
 
     const T *row;  // class 0
     int head;      // classes before window 0
@@ -61,20 +88,17 @@ template <class T> struct Windows {
         if (index < head || window >= count) return begin == 0 ? (index < head ? index : index - count * N) & (threads - 1) : -1;
         return window >= begin && window < end ? (window - begin) & (threads - 1) : -1;
     }
-
-    // The windows i, i + step, … below `end`, and -inf behind it. All loads are issued before one is waited for.
-    template <int U> __device__ __forceinline__ void load(int i, int step, int end, Window (&to)[U]) const {
-#pragma unroll
-        for (int u = 0; u < U; u++) {
-            if (i + u * step < end) {
-                to[u] = Window::load(row + first(i + u * step));
-            } else {
-#pragma unroll
-                for (int k = 0; k < N; k++) to[u].at[k] = narrow<T>(-infinity<Acc<T>>());
-            }
-        }
-    }
 };
+
+// The windows i, i + step, … below `end`, and -inf behind it; `body` is window 0. All loads are issued before one is waited
+// for.
+template <class T, int U> __device__ __forceinline__ void load_windows(const T *body, int i, int step, int end, Window<T> (&to)[U]) {
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        to[u] = Window<T>::lowest();
+        if (i + u * step < end) to[u] = Window<T>::load(body + static_cast<int64_t>(i + u * step) * Window<T>::N);
+    }
+}
 
 // The windows that a thread keeps in shared memory: slot j of all threads side by side, so that neighbouring threads never
 // meet in a bank, and no thread waits for another.
@@ -85,19 +109,39 @@ struct Kept {
     __device__ __forceinline__ uint4 &at(int j) const { return slots[j * blockDim.x]; }
 };
 
+// The state of windows from `first` on.
+template <class T, int U, int W> __device__ __forceinline__ State<float, PLAIN> state_of_windows(const Window<T> (&windows)[W], int first = 0) {
+    constexpr int UNITS = Window<T>::UNITS;
+    Unit<T> units[U * UNITS];
+#pragma unroll
+    for (int i = 0; i < U * UNITS; i++) units[i] = windows[first + i / UNITS].at[i % UNITS];
+    return state_of<T>(units);
+}
+
+// Adds windows to a thread's state; window u begins at class first + u * step.
+template <Detail D, class T, int U, class A>
+__device__ __forceinline__ void absorb_windows(State<A, D> &state, const Problem &p, const Operands<A> &o, int first, int step, const Window<T> (&windows)[U]) {
+    if constexpr (D == PLAIN && sizeof(A) == sizeof(float)) {
+        state = merge<T>(state, state_of_windows<T, U>(windows));
+    } else {
+        absorb<D, T, U, Window<T>::N>(state, p, o, first, step, [&](int u, int k) { return windows[u].logit(k); });
+    }
+}
+
 // Reduces the windows begin + thread, begin + thread + step, … below `end`; with the first window, the edges.
 template <Detail D, class T>
 __device__ __forceinline__ State<Acc<T>, D> reduce_windows(const Problem &p, const Operands<Acc<T>> &o, const Windows<T> &w, int thread, int step, int begin, int end, Kept kept) {
     constexpr int U = BATCH<D>, N = Windows<T>::N;
     State<Acc<T>, D> state = State<Acc<T>, D>::empty();
+    const T *body = in_register(w.row + w.head);
     for (int i = begin + thread, j = 0; i < end; i += U * step, j += U) {
-        Pack<T, N> packs[U];
-        w.load(i, step, end, packs);
+        Window<T> windows[U];
+        load_windows(body, i, step, end, windows);
 #pragma unroll
         for (int u = 0; u < U; u++) {
-            if (j + u < kept.count) kept.at(j + u) = *reinterpret_cast<const uint4 *>(packs[u].at);
+            if (j + u < kept.count) kept.at(j + u) = windows[u].bits();
         }
-        absorb<D, T, U, N>(state, p, o, w.first(i), step * N, [&](int u, int k) { return widen<Acc<T>>(packs[u].at[k]); });
+        absorb_windows<D>(state, p, o, w.first(i), step * N, windows);
     }
     if (begin == 0) {
         for (int i = thread; i < w.edges; i += step) {
@@ -121,6 +165,25 @@ __device__ __forceinline__ void fill_windows(const Windows<T> &w, T value, T *ou
     }
 }
 
+// Writes what the rule makes of a window whose first class is `first`; element by element where `to` is not aligned.
+template <class Rule, class T>
+__device__ __forceinline__ void emit_window(const Problem &p, const Operands<Acc<T>> &o, const RowScalars<Acc<T>> &s, int first, const Window<T> &window, T *to, bool aligned = true) {
+    constexpr int N = Window<T>::N;
+    Acc<T> x[N], y[N];
+#pragma unroll
+    for (int k = 0; k < N; k++) x[k] = window.logit(k);
+    Rule::template emit<T>(p, o, s, first, x, y);
+    Pack<T, N> written;
+#pragma unroll
+    for (int k = 0; k < N; k++) written.at[k] = narrow<T>(y[k]);
+    if (aligned) {
+        store_window(to, written);
+    } else {
+#pragma unroll
+        for (int k = 0; k < N; k++) to[k] = written.at[k];
+    }
+}
+
 // Writes the windows begin + thread, begin + thread + step, … below `end`; with the first window, the edges. From the last
 // to the first, as the last ones are still in the cache if the row was read before; the first ones from shared memory where
 // they were kept.
@@ -131,42 +194,32 @@ __device__ __forceinline__ void emit_windows(const Problem &p, const Operands<Ac
         fill_windows(w, narrow<T>(dead_value<Acc<T>>(s.kind)), out, thread, step, begin, end);
         return;
     }
+    // the thread that writes the own class's window (or edge) writes the class once more, behind it
+    const bool owner = Rule::OWN && s.target >= 0 && w.thread_of(s.target, begin, end, step) == thread;
     T own = narrow<T>(Acc<T>(0));
     if constexpr (Rule::OWN) {
-        // before this thread overwrites it
-        if (w.thread_of(s.target, begin, end, step) == thread) own = narrow<T>(Rule::template own_value<T>(s, widen<Acc<T>>(w.row[s.target])));
+        // before this thread overwrites the logit
+        if (owner) own = narrow<T>(Rule::template own_value<T>(s, widen<Acc<T>>(w.row[s.target])));
     }
+    const T *logits = in_register(w.row + w.head);
+    T *to = in_register(out + w.head);
     const int mine = begin + thread < end ? (end - begin - thread + step - 1) / step : 0;
     for (int j = (mine + U - 1) / U * U - U; j >= 0; j -= U) {
         const int i = begin + thread + j * step;
-        Pack<T, N> packs[U];
+        Window<T> windows[U];
         if (Rule::DETAIL >= GENERAL && p.log_probs) {
             // the gradient doesn't depend on the input
         } else if (j < kept.count) {
 #pragma unroll
             for (int u = 0; u < U; u++) {
-                if (j + u < mine) *reinterpret_cast<uint4 *>(packs[u].at) = kept.at(j + u);
+                if (j + u < mine) windows[u] = Window<T>::of(kept.at(j + u));
             }
         } else {
-            w.load(i, step, end, packs);
+            load_windows(logits, i, step, end, windows);
         }
 #pragma unroll
         for (int u = 0; u < U; u++) {
-            if (j + u >= mine) continue;
-            Acc<T> x[N], y[N];
-#pragma unroll
-            for (int k = 0; k < N; k++) x[k] = widen<Acc<T>>(packs[u].at[k]);
-            Rule::template emit<T>(p, o, s, w.first(i + u * step), x, y);
-#pragma unroll
-            for (int k = 0; k < N; k++) packs[u].at[k] = narrow<T>(y[k]);
-            const unsigned place = s.target - w.first(i + u * step);
-            if (Rule::OWN && place < N) {
-#pragma unroll
-                for (int k = 0; k < N; k++) {
-                    if (place == k) packs[u].at[k] = own;
-                }
-            }
-            store_window(out + w.first(i + u * step), packs[u]);
+            if (j + u < mine) emit_window<Rule>(p, o, s, w.first(i + u * step), windows[u], to + static_cast<int64_t>(i + u * step) * N);
         }
     }
     if (begin == 0) {
@@ -175,9 +228,10 @@ __device__ __forceinline__ void emit_windows(const Problem &p, const Operands<Ac
             const Acc<T> x[1] = {widen<Acc<T>>(w.row[c])};
             Acc<T> y[1];
             Rule::template emit<T>(p, o, s, c, x, y);
-            out[c] = Rule::OWN && c == s.target ? own : narrow<T>(y[0]);
+            out[c] = narrow<T>(y[0]);
         }
     }
+    if (owner) out[s.target] = own;
 }
 
 // A row's operands, and its own class's logit after scale and cap.
@@ -257,7 +311,7 @@ __device__ __forceinline__ void reduce_rows(const Problem &p, const T *x, const 
         const double2 one = finish_row<D>(p, out, target, x_t, state, row);
         total.x += one.x, total.y += one.y;
     }
-    if (gridDim.y == 1 && (out.partials || out.result || out.denominator)) finish_block(p, out, total.x, total.y, scratch, blockIdx.x);
+    if (gridDim.y == 1 && (out.partials || out.result || out.denominator)) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // The second stage of a forward whose rows were split over blocks, in one block: a warp merges the states of a row.
@@ -280,7 +334,7 @@ __device__ __forceinline__ void merge_splits(const Problem &p, const T *x, const
         const double2 one = finish_row<D>(p, out, target, own_logit<D>(p, x + p.x.start(row), target), state, row);
         total.x += one.x, total.y += one.y;
     }
-    finish_block(p, out, total.x, total.y, scratch, blockIdx.x);
+    finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // Row statistics: as the forward, with six numbers for each row.
@@ -477,7 +531,7 @@ __device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, 
         emit_windows<Rule>(p, o, written, s, gradient, thread, threads, 0, written.count, kept);
     }
     // in a cluster, the first block has the losses
-    if (rank == 0 && (out.partials || out.result)) finish_block(p, out, total.x, total.y, scratch, blockIdx.x / CLUSTER);
+    if (rank == 0 && (out.partials || out.result)) finish_block(p, out, total.x, total.y, scratch, blockIdx.x / CLUSTER, blocks);
 }
 
 // log-softmax: x - m - log-sum. Reads E once, writes E; as `fused_rows` with another rule.

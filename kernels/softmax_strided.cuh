@@ -119,7 +119,7 @@ __device__ __forceinline__ void reduce_strided(const Problem &p, const T *x, con
             total.x += one.x, total.y += one.y;
         }
     });
-    if (out.partials || out.result || out.denominator) finish_block(p, out, total.x, total.y, scratch, blockIdx.x);
+    if (out.partials || out.result || out.denominator) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 template <class T>
@@ -180,7 +180,7 @@ __device__ __forceinline__ void fused_strided(const Problem &p, const T *x, T *t
         const auto s = RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(state), upstream);
         emit_classes<Rule>(p, o, s, logits, to, Written(p, row));
     });
-    if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch, blockIdx.x);
+    if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // log-softmax. Reads E (twice where it does not stay in the cache), writes E.

@@ -121,7 +121,7 @@ __device__ __forceinline__ void reduce_tiles(const Problem &p, const T *x, const
         const double2 one = finish_row<D>(p, out, target, x_t, state, row);
         total.x += one.x, total.y += one.y;
     });
-    if (out.partials || out.result || out.denominator) finish_block(p, out, total.x, total.y, scratch, blockIdx.x);
+    if (out.partials || out.result || out.denominator) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // Backward. Reads E, writes E.
@@ -158,7 +158,7 @@ __device__ __forceinline__ void fused_tiles(const Problem &p, const T *x, T *to,
         }
         emit_lane<Rule>(p, o, RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(state), upstream), l);
     });
-    if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch, blockIdx.x);
+    if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // log-softmax. Reads E, writes E.

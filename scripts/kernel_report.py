@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """What the compiler made of the kernels: registers, spills and the widths of global accesses, without a GPU.
 
-    scripts/kernel_report.py [--arch 90a] [--only REGEX] [kernels/FILE.cu ...]
+    scripts/kernel_report.py [--arch 75,80,90a] [--only REGEX] [kernels/FILE.cu ...]
 
 Compiles each file as build.rs does, assembles the PTX and disassembles the result. Prints one line for each kernel: registers
 of a thread, bytes of static shared memory, bytes spilled, and how many global loads and stores there are of each width in
-bits (in the code, not in time). Exits with 1 if a kernel spills.
+bits (in the code, not in time); then one line for each architecture. Exits with 1 if a kernel spills.
 
 Needs nvcc and ptxas (the CUDA toolkit) and nvdisasm (the toolkit, or `pip install nvidia-cuda-nvdisasm`), on PATH or in the
 environment of this Python.
@@ -22,6 +22,8 @@ import sysconfig
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Turing to Blackwell: what the kernels support and CUDA 13 compiles for.
+ALL = ["75", "80", "86", "89", "90a", "100", "120"]
 
 
 def tool(name):
@@ -80,35 +82,52 @@ def widths(counter):
     return " ".join(f"{bits}x{counter[bits]}" for bits in sorted(counter, reverse=True)) or "-"
 
 
+def report(source, arch, only):
+    """Prints a file's kernels as an architecture gets them; what they use."""
+    nvcc, ptxas, nvdisasm = tool("nvcc"), tool("ptxas"), tool("nvdisasm")
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = f"{folder}/k.ptx", f"{folder}/k.cubin"
+        gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+        run(nvcc, gencode, "-std=c++17", "-O3", "--ptx", "-o", ptx, str(source))
+        log = run(ptxas, f"-arch=sm_{arch}", "-v", "-o", cubin, ptx)
+        moved = accesses(run(nvdisasm, "-c", cubin))
+    kernels = {name: used for name, used in sorted(resources(log).items()) if re.search(only, name)}
+    print(f"\n{source.name}, sm_{arch}")
+    print(f"{'kernel':36} {'regs':>5} {'smem':>6} {'spilled':>7}  {'loads':28} stores")
+    for name, used in kernels.items():
+        loads, stores = moved.get(name, ({}, {}))
+        print(
+            f"{name:36} {used['registers']:5} {used['shared']:6} {used['spilled']:7}"
+            f"  {widths(loads):28} {widths(stores)}",
+            flush=True,
+        )
+    return kernels
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="90a", help="compute capability (default: %(default)s)")
+    parser.add_argument(
+        "--arch", default="90a", metavar="LIST", help="compute capabilities, separated by commas, or `all` (default: %(default)s)"
+    )
     parser.add_argument("--only", default="", metavar="REGEX", help="only kernels whose name matches")
     parser.add_argument("files", nargs="*", type=pathlib.Path, help="default: all of kernels/*.cu")
     args = parser.parse_args()
-    nvcc, ptxas, nvdisasm = tool("nvcc"), tool("ptxas"), tool("nvdisasm")
+    sources = args.files or sorted((ROOT / "kernels").glob("*.cu"))
+    summary = []
+    for arch in ALL if args.arch == "all" else args.arch.split(","):
+        kernels = {}
+        for source in sources:
+            used = report(source, arch, args.only)
+            kernels |= {f"{name} ({source.stem})": numbers for name, numbers in used.items()}
+        summary.append((arch, kernels))
 
-    spilling = 0
-    for source in args.files or sorted((ROOT / "kernels").glob("*.cu")):
-        with tempfile.TemporaryDirectory() as folder:
-            ptx, cubin = f"{folder}/k.ptx", f"{folder}/k.cubin"
-            gencode = f"-gencode=arch=compute_{args.arch},code=sm_{args.arch}"
-            run(nvcc, gencode, "-std=c++17", "-O3", "--ptx", "-o", ptx, str(source))
-            log = run(ptxas, f"-arch=sm_{args.arch}", "-v", "-o", cubin, ptx)
-            moved = accesses(run(nvdisasm, "-c", cubin))
-        print(f"\n{source.name}, sm_{args.arch}")
-        print(f"{'kernel':36} {'regs':>5} {'smem':>6} {'spilled':>7}  {'loads':28} stores")
-        for name, used in sorted(resources(log).items()):
-            if not re.search(args.only, name):
-                continue
-            loads, stores = moved.get(name, ({}, {}))
-            spilling += used["spilled"] > 0
-            print(
-                f"{name:36} {used['registers']:5} {used['shared']:6} {used['spilled']:7}"
-                f"  {widths(loads):28} {widths(stores)}"
-            )
-    if spilling:
-        sys.exit(f"\n{spilling} kernels spill registers")
+    print(f"\n{'arch':>6} {'kernels':>7} {'most registers':>14} {'spilling':>8} {'most spilled':>12}")
+    for arch, kernels in summary:
+        spilling = [name for name, used in kernels.items() if used["spilled"]]
+        registers = max((used["registers"] for used in kernels.values()), default=0)
+        spilled = max((used["spilled"] for used in kernels.values()), default=0)
+        print(f"{arch:>6} {len(kernels):7} {registers:14} {len(spilling):8} {spilled:12}  {', '.join(spilling)}")
+    sys.exit(any(used["spilled"] for _, kernels in summary for used in kernels.values()))
 
 
 if __name__ == "__main__":

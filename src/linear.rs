@@ -12,7 +12,7 @@
 use crate::linear_cross_entropy::LinearGradients;
 use crate::matmul::product;
 use crate::reduction::Reduction;
-use crate::softmax::CrossEntropy;
+use crate::softmax::{CrossEntropy, contiguous_indices};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, DType, Device, Error, Layout, Result, Shape, Storage, Tensor};
@@ -76,7 +76,7 @@ struct Inputs {
 impl Inputs {
     fn new(hidden: &Tensor, weight: &Tensor, bias: Option<&Tensor>, target: &Tensor) -> Result<Self> {
         let (classes, features) = weight.dims2()?;
-        let target = target.detach().flatten_all()?.contiguous()?;
+        let target = contiguous_indices(&target.detach())?.flatten_all()?;
         Ok(Inputs {
             hidden: hidden.detach().reshape((target.elem_count(), features))?,
             weight: as_operand(weight.detach())?,

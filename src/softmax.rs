@@ -12,8 +12,7 @@ use crate::reduction::Reduction;
 use candle_core::CudaStorage;
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Error, InplaceOp2, Layout, Result, Shape, Storage,
-    Tensor, bail,
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Error, InplaceOp2, Layout, Result, Shape, Storage, Tensor, bail,
 };
 use std::sync::{Arc, OnceLock};
 
@@ -136,10 +135,11 @@ fn as_rows_like(tensor: &Tensor, axis: usize, split: usize) -> Result<Tensor> {
 }
 
 /// Class indices one after the other.
-fn contiguous_indices(target: &Tensor) -> Result<Tensor> {
-    if target.dtype() == DType::I32 && target.device().is_cuda() && !target.is_contiguous() {
-        // candle has no kernel that copies or casts i32 with strides: the one case that goes through the host
-        return target.to_device(&Device::Cpu)?.contiguous()?.to_device(target.device());
+pub(crate) fn contiguous_indices(target: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let (Storage::Cuda(storage), false) = (&*target.storage_and_layout().0, target.is_contiguous()) {
+        // candle's own copy has no kernel for i32, and for the others one that no CUDA graph can record
+        return Ok(cuda_tensor(cuda::indices::contiguous(storage, target.layout())?, target.shape()));
     }
     target.contiguous()
 }

@@ -18,6 +18,9 @@ pub enum Clock {
     Gpu(super::gpu::Clock),
 }
 
+/// Starts recorded work.
+pub type Replay = Box<dyn Fn() -> Result<()>>;
+
 impl Clock {
     /// The time that what `work` starts takes on the device.
     pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
@@ -31,6 +34,17 @@ impl Clock {
             Clock::Gpu(clock) => clock.time(work),
         }
     }
+
+    /// Records what `work` starts.
+    #[allow(dead_code)]
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    pub fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<Replay> {
+        match self {
+            Clock::Host => candle_core::bail!("the CPU has no graphs"),
+            #[cfg(feature = "cuda")]
+            Clock::Gpu(clock) => clock.record(work).map(|graph| Box::new(move || graph.replay()) as Replay),
+        }
+    }
 }
 
 impl Machine {
@@ -38,17 +52,27 @@ impl Machine {
         Machine { device: Device::Cpu, name: cpu_name(), cache_bytes: cpu_cache_bytes(), clock: Clock::Host }
     }
 
-    /// The GPU where one works and this is a build for it, else the CPU.
-    pub fn best() -> Result<Self> {
-        Self::of(candle_fused_loss::best_device())
-    }
-
-    pub fn of(device: Device) -> Result<Self> {
+    /// The GPU where one works and this is a build for it, else the CPU. `rehearsal`: the times are not looked at, and may be
+    /// anything but long.
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    pub fn best(rehearsal: bool) -> Result<Self> {
+        let device = candle_fused_loss::best_device();
         match &device {
             #[cfg(feature = "cuda")]
-            Device::Cuda(cuda) => super::gpu::machine(cuda),
+            Device::Cuda(cuda) => super::gpu::machine(cuda, rehearsal),
             Device::Cpu => Ok(Self::cpu()),
             _ => candle_core::bail!("the benches know the CPU and CUDA"),
+        }
+    }
+
+    /// The same machine where work can be recorded in a graph.
+    #[allow(dead_code)]
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    pub fn recorder(&self, rehearsal: bool) -> Result<Self> {
+        match &self.clock {
+            Clock::Host => candle_core::bail!("the CPU has no graphs"),
+            #[cfg(feature = "cuda")]
+            Clock::Gpu(_) => super::gpu::recorder(rehearsal),
         }
     }
 }

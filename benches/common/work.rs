@@ -36,6 +36,12 @@ impl Inputs {
         Ok(())
     }
 
+    /// The sets of inputs.
+    #[allow(dead_code)]
+    pub fn sets(&self) -> usize {
+        self.sets.len()
+    }
+
     /// One call on the `i`-th set, modulo their number.
     pub fn call(&self, implementation: Implementation, pass: Pass, i: usize) -> Result<()> {
         let data = &self.sets[i % self.sets.len()];

@@ -25,6 +25,7 @@ impl Rate {
     }
 }
 
+/// `quick`: of little memory, a few times.
 pub fn measure(machine: &Machine, quick: bool) -> Result<Bandwidth> {
     match &machine.clock {
         Clock::Host => cpu(machine, quick),

@@ -19,7 +19,7 @@ mod table;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
-use common::case::{FORWARD, GRADIENT, cases};
+use common::case::{Case, FORWARD, GRADIENT, cases};
 use common::machine::Machine;
 use indicatif::{ProgressBar, ProgressStyle};
 use series::Series;
@@ -44,6 +44,10 @@ struct Options {
     /// A few small cases only
     #[arg(long)]
     quick: bool,
+    /// Every case, shrunk to a few rows: to see that all of it runs, on a machine where nothing is fast. The times are
+    /// the host's and mean nothing
+    #[arg(long)]
+    rehearse: bool,
     /// Only cases whose loss/dtype/shape contains one of these, separated by commas
     #[arg(long, value_delimiter = ',')]
     filter: Vec<String>,
@@ -71,19 +75,22 @@ fn main() -> Result<()> {
     if let Some(csv) = &options.draw {
         return draw(csv);
     }
-    let mut out = options.out.clone().unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results"));
+    let (results, elsewhere) = (Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results"), std::env::temp_dir());
+    let mut out = options.out.clone().unwrap_or(results);
     if !options.bench && std::env::args().len() == 1 {
         // `cargo test --all-targets` starts a bench without arguments
-        (options.quick, out) = (true, std::env::temp_dir().join("candle-fused-loss-report"));
+        (options.quick, out) = (true, elsewhere.join("candle-fused-loss-report"));
+    }
+    if options.rehearse && options.out.is_none() {
+        out = elsewhere.join("candle-fused-loss-rehearsal");
     }
     if let Some(threads) = options.threads {
         // SAFETY: nothing else runs yet; rayon and candle read it on first use
         unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
     }
     let machine = match options.device {
-        On::Best => Machine::best()?,
         On::Cpu => Machine::cpu(),
-        On::Cuda => Machine::best()?,
+        On::Best | On::Cuda => Machine::best(options.rehearse)?,
     };
     if options.device == On::Cuda && !machine.device.is_cuda() {
         bail!("no CUDA device works, or this is a build without the cuda feature");
@@ -97,13 +104,22 @@ fn measure(options: &Options, machine: &Machine, out: &Path) -> Result<()> {
     let mut table = Table::create(out, environment)?;
     eprintln!("{}, {} threads, to {}", machine.name, rayon::current_num_threads(), table.path().display());
 
-    let copy = bandwidth::measure(machine, options.quick)?;
+    let hurry = options.quick || options.rehearse;
+    let copy = bandwidth::measure(machine, hurry)?;
     table.bandwidth("copy", &copy.copy)?;
     table.bandwidth("read", &copy.read)?;
     println!("copy {:.1} GB/s, read {:.1} GB/s", copy.copy.rate(), copy.read.rate());
     table.share_of(copy.copy.rate());
 
+    let recorder = machine.recorder(options.rehearse);
+    if let (true, Err(why)) = (machine.device.is_cuda(), &recorder) {
+        println!("no graph replays: {why}");
+    }
     let mut cases = cases(machine.device.is_cuda(), options.quick);
+    if options.rehearse {
+        let shrunk: Vec<Case> = cases.into_iter().map(Case::shrunk).collect();
+        cases = (0..shrunk.len()).filter(|&i| !shrunk[..i].contains(&shrunk[i])).map(|i| shrunk[i]).collect();
+    }
     let names: Vec<String> = cases.iter().map(|case| case.to_string()).collect();
     // a case's whole name means that case alone
     let wanted = |name: &str| {
@@ -126,8 +142,8 @@ fn measure(options: &Options, machine: &Machine, out: &Path) -> Result<()> {
             continue;
         }
         for kind in [&FORWARD[..], &GRADIENT[..]] {
-            let series =
-                Series { case, kind, time: if options.quick { each.min(Duration::from_millis(200)) } else { each } };
+            let time = if hurry { each.min(Duration::from_millis(200)) } else { each };
+            let series = Series { case, kind, recorder: recorder.as_ref().ok(), time };
             match series.measure(machine) {
                 Ok(results) => {
                     for line in table.results(&case, &results)? {
@@ -139,6 +155,8 @@ fn measure(options: &Options, machine: &Machine, out: &Path) -> Result<()> {
             }
             bar.inc(1);
         }
+        // a run that is cut off leaves pictures too
+        picture::draw_all(table.path(), &table::read(table.path())?, || {})?;
     }
     bar.finish_and_clear();
     if !left_out.is_empty() {

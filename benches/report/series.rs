@@ -1,7 +1,7 @@
 //! One interleaved series of measurements.
 
 use crate::common::case::{Case, Implementation, Pass};
-use crate::common::machine::Machine;
+use crate::common::machine::{Machine, Replay};
 use crate::common::work::Inputs;
 use crate::memory::peak_of;
 use anyhow::Result;
@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 pub struct Series<'a> {
     pub case: Case,
     pub kind: &'a [(Implementation, Pass)],
+    /// Where graphs can be recorded.
+    pub recorder: Option<&'a Machine>,
     /// How long the samples may take, all together.
     pub time: Duration,
 }
@@ -31,7 +33,7 @@ impl Times {
 }
 
 pub struct Measured {
-    pub implementation: Implementation,
+    pub implementation: &'static str,
     pub pass: Pass,
     /// Or why there are none.
     pub times: Result<Times, String>,
@@ -56,24 +58,35 @@ fn calls(machine: &Machine, one: Duration) -> usize {
     }
 }
 
+/// Logits of up to so many bytes are measured in replays too: about what a GPU does in the time that the host takes to start it.
+const REPLAYED_BYTES: usize = 32 << 20;
+
+/// One of those that are compared.
+struct Contender<'a> {
+    implementation: &'static str,
+    pass: Pass,
+    clock: &'static str,
+    /// The time of `count` calls, on the sets from the `first` on.
+    time: Box<dyn Fn(usize, usize) -> candle_core::Result<Duration> + 'a>,
+    calls: usize,
+    min_samples: usize,
+    next: usize,
+    peak_bytes: Option<usize>,
+    samples: Result<Vec<f64>, String>,
+}
+
 impl Series<'_> {
     pub fn measure(&self, machine: &Machine) -> Result<Vec<Measured>> {
         let mut inputs = Inputs::new(self.case, machine)?;
-        struct Contender {
-            implementation: Implementation,
-            pass: Pass,
-            calls: usize,
-            min_samples: usize,
-            next: usize,
-            peak_bytes: Option<usize>,
-            samples: Result<Vec<f64>, String>,
-        }
-        let mut contenders = vec![];
-        for &(implementation, pass) in self.kind {
-            if !self.case.exists(implementation, pass) {
-                continue;
-            }
+        let kind =
+            || self.kind.iter().copied().filter(|&(implementation, pass)| self.case.exists(implementation, pass));
+        for (_, pass) in kind() {
             inputs.prepare(pass)?;
+        }
+        let inputs = &inputs;
+        let mut contenders = vec![];
+        for (implementation, pass) in kind() {
+            let time = move |first, count| inputs.time(machine, implementation, pass, first, count);
             // the first call loads, compiles, faults pages in and is counted; the second one is the estimate, unless the
             // first one has shown that it takes long
             let start = Instant::now();
@@ -81,16 +94,32 @@ impl Series<'_> {
             let first_time = start.elapsed();
             let estimate = first.and_then(|()| match machine.device.is_cpu() && first_time > self.time / 10 {
                 true => Ok(first_time),
-                false => inputs.time(machine, implementation, pass, 1, 1),
+                false => time(1, 1),
             });
             let (one, samples) = match estimate {
                 Ok(one) => (one, Ok(vec![])),
                 Err(e) => (Duration::ZERO, Err(e.to_string().lines().next().unwrap_or_default().to_string())),
             };
-            let calls = calls(machine, one);
-            let min_samples = if one > self.time / 10 { 1 } else { MIN_SAMPLES };
-            let peak_bytes = machine.device.is_cpu().then_some(peak);
-            contenders.push(Contender { implementation, pass, calls, min_samples, next: 2, peak_bytes, samples });
+            contenders.push(Contender {
+                implementation: implementation.name(),
+                pass,
+                clock: if machine.device.is_cpu() { "host" } else { "events" },
+                time: Box::new(time),
+                calls: calls(machine, one),
+                min_samples: if one > self.time / 10 { 1 } else { MIN_SAMPLES },
+                next: 2,
+                peak_bytes: machine.device.is_cpu().then_some(peak),
+                samples,
+            });
+        }
+        if let Some(recorder) = self.recorder
+            && self.case.input_bytes() <= REPLAYED_BYTES
+        {
+            let passes =
+                kind().filter(|(implementation, _)| *implementation == Implementation::Fused).map(|(_, pass)| pass);
+            for pass in passes.filter(|pass| matches!(pass, Pass::Forward | Pass::LossAndGrad)) {
+                contenders.push(self.replayed(recorder, pass));
+            }
         }
         let started = Instant::now();
         for round in 0..MAX_SAMPLES {
@@ -99,21 +128,54 @@ impl Series<'_> {
                 if round >= c.min_samples && started.elapsed() > self.time {
                     continue;
                 }
-                match inputs.time(machine, c.implementation, c.pass, c.next, c.calls) {
+                match (c.time)(c.next, c.calls) {
                     Ok(time) => samples.push(time.as_secs_f64() * 1e6 / c.calls as f64),
                     Err(e) => c.samples = Err(e.to_string()),
                 }
                 c.next += c.calls;
             }
         }
-        let clock = if machine.device.is_cpu() { "host" } else { "events" };
         let measured = contenders.into_iter().map(|c| Measured {
             implementation: c.implementation,
             pass: c.pass,
-            method: format!("{clock} {}x{}", c.samples.as_ref().map_or(0, Vec::len), c.calls),
+            method: format!("{} {}x{}", c.clock, c.samples.as_ref().map_or(0, Vec::len), c.calls),
             times: c.samples.map(Times::of),
             peak_bytes: c.peak_bytes,
         });
         Ok(measured.collect())
+    }
+
+    /// This crate's kernels without the host: one call on each set of inputs, recorded once. What can't be recorded is a
+    /// contender without samples.
+    fn replayed<'m>(&self, recorder: &'m Machine, pass: Pass) -> Contender<'m> {
+        let (replay, samples) = match self.record(recorder, pass) {
+            Ok(replay) => (Some(replay), Ok(vec![])),
+            Err(e) => (None, Err(e.to_string().lines().next().unwrap_or_default().to_string())),
+        };
+        Contender {
+            implementation: "fused-graph",
+            pass,
+            clock: "graph",
+            calls: replay.as_ref().map_or(0, |(inputs, _)| inputs.sets()),
+            time: Box::new(move |_, _| match &replay {
+                // the inputs live as long as the recording, which has their addresses
+                Some((_, replay)) => recorder.clock.time(replay),
+                None => candle_core::bail!("nothing was recorded"),
+            }),
+            min_samples: MIN_SAMPLES,
+            next: 0,
+            peak_bytes: None,
+            samples,
+        }
+    }
+
+    fn record(&self, recorder: &Machine, pass: Pass) -> candle_core::Result<(Inputs, Replay)> {
+        let inputs = Inputs::new(self.case, recorder)?;
+        let all = || (0..inputs.sets()).try_for_each(|i| inputs.call(Implementation::Fused, pass, i));
+        // the first calls load the kernels, which a recording can't
+        all()?;
+        recorder.device.synchronize()?;
+        let replay = recorder.clock.record(all)?;
+        Ok((inputs, replay))
     }
 }

@@ -146,14 +146,14 @@ impl Table {
     pub fn results(&mut self, case: &Case, results: &[Measured]) -> Result<Vec<String>> {
         let p50 = |implementation: Implementation| {
             let comparable = |r: &&Measured| {
-                r.implementation == implementation && matches!(r.pass, Pass::Forward | Pass::ForwardBackward)
+                r.implementation == implementation.name() && matches!(r.pass, Pass::Forward | Pass::ForwardBackward)
             };
             Some(results.iter().find(comparable)?.times.as_ref().ok()?.p50)
         };
         let (candle, unfused) = (p50(Implementation::Candle), p50(Implementation::Unfused));
         let mut lines = vec![];
         for r in results {
-            let (implementation, pass) = (r.implementation.name(), r.pass.name());
+            let (implementation, pass) = (r.implementation, r.pass.name());
             let times = match &r.times {
                 Ok(times) => times,
                 Err(e) => {

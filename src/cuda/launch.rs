@@ -105,6 +105,8 @@ pub(crate) fn output(slice: &mut CudaStorageSlice) -> Result<CudaViewMut<'_, u8>
     let bytes = match slice {
         CudaStorageSlice::U8(s) => all(s),
         CudaStorageSlice::U32(s) => all(s),
+        CudaStorageSlice::I32(s) => all(s),
+        CudaStorageSlice::I64(s) => all(s),
         CudaStorageSlice::F16(s) => all(s),
         CudaStorageSlice::BF16(s) => all(s),
         CudaStorageSlice::F32(s) => all(s),
@@ -122,11 +124,14 @@ pub(crate) fn output(slice: &mut CudaStorageSlice) -> Result<CudaViewMut<'_, u8>
 /// # Safety
 /// It is not initialised: a kernel writes every element before anything reads it. `len` is not 0.
 pub(crate) unsafe fn alloc(device: &CudaDevice, dtype: DType, len: usize) -> Result<CudaStorageSlice> {
+    tally(|work| work.allocations += 1);
     // SAFETY: by this function's contract
     unsafe {
         Ok(match dtype {
             DType::U8 => CudaStorageSlice::U8(device.alloc(len)?),
             DType::U32 => CudaStorageSlice::U32(device.alloc(len)?),
+            DType::I32 => CudaStorageSlice::I32(device.alloc(len)?),
+            DType::I64 => CudaStorageSlice::I64(device.alloc(len)?),
             DType::F16 => CudaStorageSlice::F16(device.alloc::<f16>(len)?),
             DType::BF16 => CudaStorageSlice::BF16(device.alloc::<bf16>(len)?),
             DType::F32 => CudaStorageSlice::F32(device.alloc(len)?),
@@ -134,6 +139,22 @@ pub(crate) unsafe fn alloc(device: &CudaDevice, dtype: DType, len: usize) -> Res
             other => bail!("no loss kernel writes an output of dtype {other:?}"),
         })
     }
+}
+
+/// Memory for partial results, which a kernel writes before another one, or its last block, reads them.
+///
+/// # Safety
+/// As for [`alloc`].
+pub(crate) unsafe fn partials<T: DeviceRepr>(device: &CudaDevice, len: usize) -> Result<CudaSlice<T>> {
+    tally(|work| work.allocations += 1);
+    // SAFETY: by this function's contract
+    unsafe { device.alloc::<T>(len) }
+}
+
+/// A copy to the host, which waits for the device.
+pub(crate) fn to_host<T: DeviceRepr>(device: &CudaDevice, view: &CudaView<T>) -> Result<Vec<T>> {
+    tally(|work| work.waits += 1);
+    device.clone_dtoh(view)
 }
 
 /// An operand that may be absent: a null pointer then.
@@ -170,7 +191,7 @@ pub(crate) fn read_element(storage: &CudaStorage, layout: &Layout, mut element: 
         let Some(view) = slice.try_slice(index..index + 1) else {
             bail!("no element {index} in {} elements", slice.len())
         };
-        Ok(device.clone_dtoh(&view)?.first().map_or(f64::NAN, |v| v.to_f64()))
+        Ok(to_host(device, &view)?.first().map_or(f64::NAN, |v| v.to_f64()))
     }
     let device = &storage.device;
     match &storage.slice {
@@ -189,8 +210,7 @@ pub(crate) fn read_element(storage: &CudaStorage, layout: &Layout, mut element: 
 /// # Safety
 /// The arguments are what the kernel expects, and the grid keeps it inside of their memory.
 pub(crate) unsafe fn launch(builder: &mut LaunchArgs, grid: Grid) -> Result<()> {
-    #[cfg(test)]
-    LAUNCHES.with(|n| n.set(n.get() + 1));
+    tally(|work| work.launches += 1);
     let config = LaunchConfig {
         grid_dim: grid.blocks.into(),
         block_dim: grid.threads.into(),
@@ -201,8 +221,42 @@ pub(crate) unsafe fn launch(builder: &mut LaunchArgs, grid: Grid) -> Result<()> 
     Ok(())
 }
 
+/// What a call made the driver do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Work {
+    pub launches: usize,
+    pub allocations: usize,
+    /// Times that the host waited for the device.
+    pub waits: usize,
+}
+
 #[cfg(test)]
 thread_local! {
-    /// Launches of this thread so far.
-    pub(crate) static LAUNCHES: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+    /// All work of this thread so far.
+    static WORK: std::cell::Cell<Work> = const { std::cell::Cell::new(Work { launches: 0, allocations: 0, waits: 0 }) };
+}
+
+/// Counts what is done, in tests.
+fn tally(count: impl FnOnce(&mut Work)) {
+    #[cfg(test)]
+    WORK.with(|work| {
+        let mut now = work.get();
+        count(&mut now);
+        work.set(now);
+    });
+    #[cfg(not(test))]
+    let _ = count;
+}
+
+/// The work of a call.
+#[cfg(test)]
+pub(crate) fn work_of<R>(call: impl FnOnce() -> Result<R>) -> Result<Work> {
+    let before = WORK.get();
+    call()?;
+    let now = WORK.get();
+    Ok(Work {
+        launches: now.launches - before.launches,
+        allocations: now.allocations - before.allocations,
+        waits: now.waits - before.waits,
+    })
 }

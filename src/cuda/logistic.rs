@@ -1,6 +1,6 @@
 //! The logistic family on CUDA: at most two launches for a loss, one for a gradient, three for both.
 
-use super::launch::{self, Input, Module, alloc, arithmetic, launch, output, push, push_output};
+use super::launch::{self, Input, Module, alloc, arithmetic, launch, output, partials, push, push_output, to_host};
 use super::ptx;
 use crate::logistic::{Logistic, Term};
 use crate::plan::logistic::{Alignment, Axes, Divisor, MAX_AXES, OPERANDS, Problem, Spans, Variant, View};
@@ -213,7 +213,7 @@ impl<'a> Call<'a> {
     fn count_mask(&self, inputs: &Inputs, axes: &Axes) -> Result<(cudarc::driver::CudaSlice<i64>, i32)> {
         let spans = Spans::count(self.elements as u64);
         // SAFETY: every block writes its count
-        let mut counts = unsafe { self.device.alloc::<i64>(spans.count as usize) }?;
+        let mut counts = unsafe { partials::<i64>(&self.device, spans.count as usize) }?;
         let problem = self.problem(inputs, axes, Variant::Any, spans.span);
         let function = self.module.function(&self.device, "count_mask")?;
         let stream = self.device.cuda_stream();
@@ -241,9 +241,10 @@ impl<'a> Call<'a> {
         };
         let problem = self.problem(&inputs, axes, variant, spans.span);
         let masked = inputs.mask().is_some();
-        let two_stages = !none && spans.count > 1;
+        let several = !none && spans.count > 1;
 
-        let counted = if with_grad && masked && self.options.reduction == Reduction::Mean {
+        let mean = self.options.reduction == Reduction::Mean;
+        let counted = if with_grad && masked && mean && !spans.count_themselves(elements) {
             Some(self.count_mask(&inputs, axes)?)
         } else {
             None
@@ -258,8 +259,8 @@ impl<'a> Call<'a> {
                 alloc(&self.device, self.accumulator(), losses)?,
                 alloc(&self.device, self.accumulator(), 1)?,
                 with_grad.then(|| alloc(&self.device, self.dtype, self.elements)).transpose()?,
-                two_stages
-                    .then(|| self.device.alloc::<f64>(spans.count as usize * (1 + masked as usize)))
+                several
+                    .then(|| partials::<f64>(&self.device, spans.count as usize * (1 + masked as usize)))
                     .transpose()?,
             )
         };
@@ -276,12 +277,7 @@ impl<'a> Call<'a> {
             };
             builder.arg(&parts);
             let mut to = [None, None, None];
-            match (each, rows, two_stages) {
-                (true, ..) => to[0] = Some(output(&mut loss)?),
-                (_, true, _) => to[1] = Some(output(&mut loss)?),
-                (_, _, true) => {}
-                _ => to[2] = Some(output(&mut loss)?),
-            }
+            to[if each { 0 } else { 1 + !rows as usize }] = Some(output(&mut loss)?);
             let [to_each, to_rows, to_loss] = &mut to;
             push_output(&mut builder, to_each);
             push_output(&mut builder, to_rows);
@@ -290,26 +286,13 @@ impl<'a> Call<'a> {
                 None => builder.arg(&launch::NULL),
             };
             push_output(&mut builder, to_loss);
-            let mut to_denominator = if two_stages { None } else { Some(output(&mut denominator)?) };
+            let mut to_denominator = Some(output(&mut denominator)?);
             push_output(&mut builder, &mut to_denominator);
             let mut to_grad = grad.as_mut().map(output).transpose()?;
             push_output(&mut builder, &mut to_grad);
             builder.arg(&problem);
             // SAFETY: the parameters of `LOGISTIC_LOSS`; the spans cover the elements, which all operands have
             unsafe { launch(&mut builder, spans.grid) }?;
-        }
-        if let Some(sums) = &sums {
-            let function = self.module.function(&self.device, "finish")?;
-            let (count, masked) = (spans.count as i32, masked as i32);
-            let mut to_loss = Some(output(&mut loss)?);
-            let mut to_denominator = Some(output(&mut denominator)?);
-            let mut builder = stream.launch_builder(&function);
-            builder.arg(sums).arg(&count).arg(&masked);
-            push_output(&mut builder, &mut to_loss);
-            push_output(&mut builder, &mut to_denominator);
-            builder.arg(&problem);
-            // SAFETY: the parameters of `finish`; `sums` has that many sums, and as many counts if there is a mask
-            unsafe { launch(&mut builder, crate::plan::Grid::flat(1, 256)) }?;
         }
         Ok((self.storage(loss), self.storage(denominator), grad.map(|grad| self.storage(grad))))
     }
@@ -345,7 +328,7 @@ impl<'a> Call<'a> {
         builder.arg(&mut bad).arg(&problem);
         // SAFETY: the parameters of `check`; the spans cover the elements, which all operands have
         unsafe { launch(&mut builder, spans.grid) }?;
-        let at = match self.device.clone_dtoh(&bad)?.first() {
+        let at = match to_host(&self.device, &bad.as_view())?.first() {
             Some(&at) if at != u64::MAX => at as usize,
             _ => return Ok(()),
         };

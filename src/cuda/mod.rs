@@ -3,6 +3,7 @@
 //!
 //! Nothing here copies to the host or waits for the device, except where a loss was asked to check its targets.
 
+pub(crate) mod indices;
 pub(crate) mod launch;
 pub(crate) mod logistic;
 pub(crate) mod matmul;

@@ -1,7 +1,7 @@
 //! The softmax family: the launches of each pass. The kernels are in `kernels/softmax*.cuh`, the launch shapes come from
 //! [`plan::softmax`](crate::plan::softmax).
 
-use super::launch::{Input, Module, Tag, alloc, arithmetic, launch, output, push, push_output};
+use super::launch::{Input, Module, Tag, alloc, arithmetic, launch, output, partials, push, push_output, to_host};
 use super::ptx;
 use crate::plan::Grid;
 use crate::plan::softmax::{Device, Form, Fused, Pass, Planner, Shape, Thresholds};
@@ -115,7 +115,13 @@ impl Problem {
     }
 
     fn on(self, pass: &Pass) -> Self {
-        Problem { team: pass.team as i32, kept: pass.kept as i32, ..self }
+        let mut x = self.x;
+        if let Form::Registers(_) = pass.form {
+            // all rows are at one distance, that of the innermost axis where there is one
+            x.outer_stride = if x.inner > 1 { x.inner_stride } else { x.outer_stride };
+            x.inner = 1;
+        }
+        Problem { x, team: pass.team as i32, kept: pass.kept as i32, ..self }
     }
 }
 
@@ -192,6 +198,7 @@ fn form(pass: &Pass) -> String {
         Form::Rows => "rows".to_string(),
         Form::Tile => "tile".to_string(),
         Form::Strided => "strided".to_string(),
+        Form::Registers(windows) => format!("registers_{windows}"),
         Form::Cluster(size) => format!("cluster_{size}"),
     }
 }
@@ -288,7 +295,7 @@ impl<'a> Task<'a> {
     }
 
     fn shape(&self) -> Shape {
-        shape(&self.rows, self.dtype)
+        shape(&self.rows, self.dtype, self.detail())
     }
 
     /// Memory for `len` numbers in the arithmetic dtype.
@@ -344,7 +351,7 @@ impl<'a> Task<'a> {
     }
 
     /// The forward: a loss for each row or a scalar one, the denominator, and `kinds` numbers of each row.
-    /// One launch, and a second one where there is more than one block.
+    /// One launch, and a second one where rows are split over blocks.
     fn reduce(&self, x: &Input, kinds: usize) -> Result<Reduced> {
         if self.problem.rows == 0 {
             return self.reduced_nothing(kinds);
@@ -403,10 +410,8 @@ impl<'a> Task<'a> {
             unsafe { launch(&mut builder, grid)? };
             return Ok(reduced);
         }
-        // without a scalar loss the first block knows the denominator already
-        let finish = pass.blocks() > 1 && !self.wants_rows();
         // SAFETY: each block writes its element
-        let mut partials = unsafe { Partials::new(device, &pass, finish)? };
+        let mut partials = unsafe { Partials::new(device, &pass, !self.wants_rows())? };
         let mut none = None;
         push_output(&mut builder, &mut none);
         push_output(&mut builder, &mut rows_loss);
@@ -414,37 +419,12 @@ impl<'a> Task<'a> {
         {
             let mut bytes = partials.bytes()?;
             push_output(&mut builder, &mut bytes);
-            let (mut no_result, mut no_denominator) = (None, None);
-            let (result, denominator) =
-                if finish { (&mut no_result, &mut no_denominator) } else { (&mut result, &mut denominator) };
-            push_output(&mut builder, result);
-            push_output(&mut builder, denominator);
+            push_output(&mut builder, &mut result);
+            push_output(&mut builder, &mut denominator);
             // SAFETY: the arguments are those of softmax_reduce_*, and the rows are inside of their tensors
             unsafe { launch(&mut builder, pass.grid)? };
         }
-        if finish {
-            self.finish(&partials, &mut result, &mut denominator)?;
-        }
         Ok(reduced)
-    }
-
-    /// The second stage of a scalar loss.
-    fn finish(
-        &self,
-        partials: &Partials,
-        result: &mut Option<CudaViewMut<u8>>,
-        denominator: &mut Option<CudaViewMut<u8>>,
-    ) -> Result<()> {
-        let Some(slice) = &partials.0 else { return Ok(()) };
-        let count = (slice.len() / 2) as i32;
-        let grid = Grid::flat(1, (count as u32).next_power_of_two().clamp(32, 1024));
-        let function = function(&self.device, self.module(), "softmax_finish", &grid)?;
-        let mut builder = self.stream.launch_builder(&function);
-        builder.arg(&self.problem).arg(slice).arg(&count);
-        push_output(&mut builder, result);
-        push_output(&mut builder, denominator);
-        // SAFETY: the arguments are those of softmax_finish
-        unsafe { launch(&mut builder, grid) }
     }
 
     /// The number (or the weights) of the rows that count, in parts, ahead of a pass that needs it.
@@ -456,7 +436,7 @@ impl<'a> Task<'a> {
         let grid = Grid::flat(blocks, 1024);
         let function = function(&self.device, self.module(), "softmax_count", &grid)?;
         // SAFETY: each block writes its element
-        let mut counts = unsafe { self.device.alloc::<f64>(blocks as usize)? };
+        let mut counts = unsafe { partials::<f64>(&self.device, blocks as usize)? };
         let mut builder = self.stream.launch_builder(&function);
         builder.arg(&self.problem).arg(&self.target.bytes);
         push(&mut builder, &self.weight);
@@ -494,7 +474,8 @@ impl<'a> Task<'a> {
         unsafe { launch(&mut builder, pass.grid) }
     }
 
-    /// Loss and gradient. Without `x` the gradient replaces the logits in `grad`. At most three launches.
+    /// Loss and gradient. Without `x` the gradient replaces the logits in `grad`. One launch, and one ahead of it where there
+    /// are many rows to count; three where rows are split over blocks.
     fn loss_and_grad(&self, x: Option<Input>, grad: &mut CudaViewMut<u8>) -> Result<CudaStorage> {
         let rows = self.rows.count();
         let pass = match self.planner.fused(&self.shape()) {
@@ -509,14 +490,13 @@ impl<'a> Task<'a> {
         let mut loss_bytes = Some(output(&mut loss)?);
         let (mut rows_loss, mut result) =
             if self.wants_rows() { (loss_bytes.take(), None) } else { (None, loss_bytes.take()) };
-        let finish = pass.blocks() > 1 && !self.wants_rows();
         // SAFETY: each block writes its element
-        let mut partials = unsafe { Partials::new(&self.device, &pass, finish)? };
+        let mut partials = unsafe { Partials::new(&self.device, &pass, !self.wants_rows())? };
         let name = format!("softmax_fused_{}_{}", self.detail().name(), form(&pass));
         let function = function(&self.device, self.module(), &name, &pass.grid)?;
         {
             let mut bytes = partials.bytes()?;
-            let (mut none, mut no_statistics) = (None, None);
+            let mut no_statistics = None;
             let null = 0u64;
             let mut builder = self.stream.launch_builder(&function);
             builder.arg(&problem);
@@ -530,12 +510,9 @@ impl<'a> Task<'a> {
             push_output(&mut builder, &mut rows_loss);
             push_output(&mut builder, &mut no_statistics);
             push_output(&mut builder, &mut bytes);
-            push_output(&mut builder, if finish { &mut none } else { &mut result });
+            push_output(&mut builder, &mut result);
             // SAFETY: the arguments are those of softmax_fused_*, and the rows are inside of their tensors
             unsafe { launch(&mut builder, pass.grid)? };
-        }
-        if finish {
-            self.finish(&partials, &mut result, &mut None)?;
         }
         Ok(self.wrap(loss))
     }
@@ -562,15 +539,21 @@ impl<'a> Task<'a> {
 /// Threads of the block that merges split rows, a warp for each.
 const MERGE_THREADS: u32 = 256;
 
-/// The partial sums (loss, weight) of a pass.
+/// The partial sums (loss, weight) of a pass with a scalar loss and more than one block.
 struct Partials(Option<CudaSlice<f64>>);
 
 impl Partials {
     /// # Safety
     /// It is not initialised: the pass writes them before anything reads one.
-    unsafe fn new(device: &CudaDevice, pass: &Pass, wanted: bool) -> Result<Self> {
+    unsafe fn new(device: &CudaDevice, pass: &Pass, scalar: bool) -> Result<Self> {
+        // one block needs none
+        let wanted = scalar && pass.partials() > 1;
         // SAFETY: by this function's contract
-        Ok(Partials(if wanted { Some(unsafe { device.alloc::<f64>(2 * pass.partials() as usize)? }) } else { None }))
+        Ok(Partials(if wanted {
+            Some(unsafe { partials::<f64>(device, 2 * pass.partials() as usize)? })
+        } else {
+            None
+        }))
     }
 
     fn bytes(&mut self) -> Result<Option<CudaViewMut<'_, u8>>> {
@@ -581,8 +564,10 @@ impl Partials {
     }
 }
 
-fn shape(rows: &Rows, dtype: DType) -> Shape {
+fn shape(rows: &Rows, dtype: DType, detail: Detail) -> Shape {
+    let even = rows.inner == 1 || rows.outer == 1 || rows.outer_stride == rows.inner * rows.inner_stride;
     Shape {
+        simple: detail == Detail::Plain && dtype != DType::F64 && rows.class_stride == 1 && even,
         rows: rows.count() as u64,
         classes: rows.classes as u64,
         element: dtype.size_in_bytes() as u64,
@@ -607,10 +592,10 @@ fn check_targets(
     }
     let range = layout.start_offset()..layout.start_offset() + rows;
     let indices: Vec<i64> = match &target.slice {
-        CudaStorageSlice::U8(s) => device.clone_dtoh(&s.slice(range))?.into_iter().map(i64::from).collect(),
-        CudaStorageSlice::U32(s) => device.clone_dtoh(&s.slice(range))?.into_iter().map(i64::from).collect(),
-        CudaStorageSlice::I32(s) => device.clone_dtoh(&s.slice(range))?.into_iter().map(i64::from).collect(),
-        CudaStorageSlice::I64(s) => device.clone_dtoh(&s.slice(range))?,
+        CudaStorageSlice::U8(s) => to_host(device, &s.slice(range))?.into_iter().map(i64::from).collect(),
+        CudaStorageSlice::U32(s) => to_host(device, &s.slice(range))?.into_iter().map(i64::from).collect(),
+        CudaStorageSlice::I32(s) => to_host(device, &s.slice(range))?.into_iter().map(i64::from).collect(),
+        CudaStorageSlice::I64(s) => to_host(device, &s.slice(range))?,
         _ => bail!("class indices of dtype {:?}, expected u8, u32, i32 or i64", target.dtype()),
     };
     let bad = |&(_, &class): &(usize, &i64)| class != options.ignore_index && !(0..classes as i64).contains(&class);
@@ -797,7 +782,7 @@ pub(crate) fn log_softmax(name: &str, logits: &CudaStorage, rows: &Rows) -> Resu
     // SAFETY: the launch below writes all of it
     let mut out = unsafe { alloc(device, dtype, len.max(1))? };
     if len > 0 {
-        let pass = planner(device)?.one_pass(&shape(rows, dtype), false);
+        let pass = planner(device)?.one_pass(&shape(rows, dtype, Detail::Plain), false);
         let problem = Problem::of_rows(name, rows)?.on(&pass);
         let function =
             function(device, (Detail::Plain, dtype), &format!("softmax_log_softmax_{}", form(&pass)), &pass.grid)?;
@@ -831,7 +816,7 @@ pub(crate) fn log_softmax_backward(
     // SAFETY: the launch below writes all of it
     let mut grad = unsafe { alloc(device, dtype, len.max(1))? };
     if len > 0 {
-        let pass = planner(device)?.any_layout(&shape(rows, dtype));
+        let pass = planner(device)?.any_layout(&shape(rows, dtype, Detail::Plain));
         let problem = Problem { t: Strides::of(upstream_rows), ..Problem::of_rows(name, rows)?.on(&pass) };
         let function = function(device, (Detail::Plain, dtype), "softmax_log_softmax_backward", &pass.grid)?;
         let (y, g) = (Input::new(out, &from(rows))?, Input::new(upstream, &from(upstream_rows))?);

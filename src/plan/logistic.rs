@@ -12,7 +12,10 @@ pub(crate) const OPERANDS: usize = 5;
 /// Spans of a pass that sums, at most about: enough to fill any device several times over, few enough for one block to
 /// add their sums.
 const SPANS: u64 = 4096;
-/// Up to this many rounds of a block's loop, one block is faster than many and a second kernel.
+/// Up to here each block of a gradient that needs it counts a mask's elements, from the second-level cache: less time than
+/// a launch.
+const ELEMENTS_COUNTED_BY_EACH_BLOCK: u64 = 1 << 16;
+/// Up to this many rounds of a block's loop, one block is faster than many that meet at the end.
 const ROUNDS_OF_ONE_BLOCK: u64 = 4;
 
 /// What the kernels divide an index by, without dividing: `Divisor` of the kernels.
@@ -221,6 +224,11 @@ impl Spans {
             shared_bytes: 0,
         };
         Spans { span: row, count, grid }
+    }
+
+    /// Whether each block counts the elements that a mask leaves by itself, instead of a launch ahead of them.
+    pub fn count_themselves(&self, elements: u64) -> bool {
+        self.count == 1 || elements <= ELEMENTS_COUNTED_BY_EACH_BLOCK
     }
 
     /// For counting a mask's elements before a pass that needs the number: every block of that pass adds all counts again.

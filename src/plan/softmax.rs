@@ -4,6 +4,7 @@
 //! | --- | --- | --- |
 //! | classes apart | a column of threads a row, neighbouring threads on neighbouring rows | the same |
 //! | up to `tile_classes`, without gaps | tiles of whole rows in shared memory, 1 to 8 lanes a row | the same |
+//! | up to `warp_bytes`, without options | 8 to 32 lanes a row, the row kept in registers, the next one on its way | the same |
 //! | up to `warp_bytes` | 1 to 32 lanes a row | the same, the row kept in shared memory |
 //! | up to `cluster_bytes` | a block a row | the same, the row kept in shared memory |
 //! | longer | a block a row | a cluster of 4 or 8 blocks a row; without clusters, a block that keeps what it can |
@@ -27,6 +28,17 @@ const TILE_THREADS: u32 = 256;
 const TILE_DEPTH: u64 = 8;
 const TILE_CLASSES: u64 = 64;
 
+/// Of the kernels for rows in registers: what a lane can keep of a row, the fewest lanes of a row (so that each has at most
+/// two of its edges), and the threads of a block.
+const REGISTER_WINDOWS: [u32; 3] = [4, 8, 16];
+const REGISTER_LANES: u32 = 8;
+const REGISTER_THREADS: u32 = 256;
+
+/// The blocks of such a kernel that a multiprocessor has registers for: one that writes something for each class or not.
+fn register_blocks(windows: u32, writes: bool) -> u32 {
+    if windows == 4 && !writes { 3 } else { 2 }
+}
+
 /// The cluster sizes that there are kernels for; 1 is a block without a cluster.
 const CLUSTERS: [u32; 3] = [1, 4, 8];
 
@@ -41,6 +53,9 @@ pub(crate) struct Shape {
     pub adjacent: bool,
     /// Whether the rows are too, in their order.
     pub packed: bool,
+    /// Whether there are kernels that keep such rows in registers: without options, in `f32` arithmetic, all rows at one
+    /// distance from the next.
+    pub simple: bool,
 }
 
 impl Shape {
@@ -76,6 +91,8 @@ pub(crate) struct Thresholds {
     pub tile_classes: u64,
     /// The longest row that part of a warp takes.
     pub warp_bytes: u64,
+    /// The most windows of a row that a lane keeps in registers; below 4, none.
+    pub register_windows: u32,
     /// What a block of a cluster keeps of a row, at most; a longer row gets a larger cluster.
     pub cluster_bytes: u64,
     /// The shortest row that is split over blocks, and the bytes that a block gets of it.
@@ -96,6 +113,7 @@ impl Default for Thresholds {
             lone_row: 32 * 1024,
             tile_classes: TILE_CLASSES,
             warp_bytes: 8 << 10,
+            register_windows: 16,
             cluster_bytes: 64 << 10,
             split_bytes: 16 << 10,
             count_rows: 1024,
@@ -111,6 +129,8 @@ pub(crate) enum Form {
     Rows,
     Tile,
     Strided,
+    /// Parts of warps whose lanes keep so many windows in registers.
+    Registers(u32),
     /// Blocks of a cluster.
     Cluster(u32),
 }
@@ -166,8 +186,8 @@ impl Planner {
     /// A forward: a loss, and what the backward needs, for each row.
     pub fn reduce(&self, shape: &Shape) -> Pass {
         self.special(shape).unwrap_or_else(|| match self.splits(shape) {
-            _ if self.is_lone(shape) => self.lone(shape),
-            1 => self.rows(shape),
+            _ if self.is_lone(shape) => self.lone(shape, false),
+            1 => self.registers(shape, false).unwrap_or_else(|| self.rows(shape)),
             splits => self.block_per_row(shape, splits),
         })
     }
@@ -223,7 +243,14 @@ impl Planner {
             return pass;
         }
         let lone = self.is_lone(shape);
-        let mut pass = if lone { self.lone(shape) } else { self.rows(shape) };
+        let mut pass = match self.registers(shape, true) {
+            _ if lone => self.lone(shape, true),
+            Some(pass) => pass,
+            None => self.rows(shape),
+        };
+        if let Form::Registers(_) = pass.form {
+            return pass;
+        }
         let mut size = 1;
         if may_cluster && self.device.clusters && !lone && pass.team == pass.grid.threads[0] {
             let needed = shape.row_bytes().div_ceil(self.thresholds.cluster_bytes.max(1));
@@ -265,9 +292,26 @@ impl Planner {
         Pass { form: Form::Rows, team, kept: 0, grid: Grid::flat(blocks, WARPS_THREADS) }
     }
 
+    /// As many blocks as the device runs at once, each with rows in turn; `writes` something for each class.
+    fn registers(&self, shape: &Shape, writes: bool) -> Option<Pass> {
+        if !shape.simple || shape.classes <= TILE_CLASSES || shape.row_bytes() > self.thresholds.warp_bytes {
+            return None;
+        }
+        let windows = shape.row_bytes() / WINDOW;
+        let lanes = |kept: u32| windows.div_ceil(kept as u64);
+        let kept = REGISTER_WINDOWS.into_iter().find(|&kept| lanes(kept) <= 32)?;
+        if kept > self.thresholds.register_windows {
+            return None;
+        }
+        let team = power_of_two(lanes(kept), REGISTER_LANES, 32);
+        let most = (self.device.processors * register_blocks(kept, writes)).min(self.thresholds.blocks);
+        let blocks = shape.rows.div_ceil((REGISTER_THREADS / team) as u64).min(most as u64) as u32;
+        Some(Pass { form: Form::Registers(kept), team, kept: 0, grid: Grid::flat(blocks, REGISTER_THREADS) })
+    }
+
     /// All rows in one block.
-    fn lone(&self, shape: &Shape) -> Pass {
-        let Pass { form, team, kept, grid } = self.rows(shape);
+    fn lone(&self, shape: &Shape, writes: bool) -> Pass {
+        let Pass { form, team, kept, grid } = self.registers(shape, writes).unwrap_or_else(|| self.rows(shape));
         let threads = match team {
             ..=32 => power_of_two(shape.rows * team as u64, 32, ROWS_THREADS),
             _ => grid.threads[0],
@@ -331,7 +375,7 @@ mod tests {
     }
 
     fn rows(rows: u64, classes: u64, element: u64) -> Shape {
-        Shape { rows, classes, element, adjacent: true, packed: true }
+        Shape { rows, classes, element, adjacent: true, packed: true, simple: element < 8 }
     }
 
     fn one_pass(device: Device, shape: Shape) -> Pass {
@@ -347,24 +391,30 @@ mod tests {
         let table = [
             ((65536, 10, 2), Form::Tile, 2),
             ((65536, 64, 2), Form::Tile, 8),
-            ((65536, 65, 2), Form::Rows, 2),
-            ((32768, 256, 2), Form::Rows, 8),
-            ((65536, 1000, 2), Form::Rows, 32),
-            ((65536, 1000, 4), Form::Rows, 32),
+            ((65536, 65, 2), Form::Registers(4), 8),
+            ((32768, 256, 2), Form::Registers(4), 8),
+            ((65536, 1000, 2), Form::Registers(4), 32),
+            ((65536, 1024, 2), Form::Registers(4), 32),
+            ((65536, 1031, 2), Form::Registers(4), 32),
+            ((65536, 1032, 2), Form::Registers(8), 32),
+            ((65536, 1000, 4), Form::Registers(8), 32),
+            ((65536, 4096, 2), Form::Registers(16), 32),
+            ((65536, 4097, 2), Form::Rows, 64),
+            ((65536, 1000, 8), Form::Rows, 32),
             ((4096, 8192, 2), Form::Rows, 128),
             ((4096, 32_000, 2), Form::Rows, 256),
             ((4096, 32_000, 4), Form::Cluster(4), 256),
             ((16384, 50_257, 2), Form::Cluster(4), 256),
             ((8192, 128_256, 2), Form::Cluster(4), 256),
             ((8192, 262_144, 2), Form::Cluster(8), 256),
-            ((64, 1000, 2), Form::Rows, 32),
+            ((64, 1000, 2), Form::Registers(4), 32),
         ];
         for ((n, classes, element), form, team) in table {
             let pass = one_pass(H100, rows(n, classes, element));
             assert_eq!((pass.form, pass.team), (form, team), "{n} x {classes}, {element} bytes");
         }
         assert_eq!(one_pass(A100, rows(8192, 128_256, 2)).form, Form::Rows);
-        let apart = Shape { adjacent: false, packed: false, ..rows(1 << 20, 21, 4) };
+        let apart = Shape { adjacent: false, packed: false, simple: false, ..rows(1 << 20, 21, 4) };
         assert_eq!(one_pass(H100, apart).form, Form::Strided);
         assert!(matches!(planner(H100).fused(&rows(2, 128_256, 2)), Fused::Split { .. }));
     }
@@ -390,7 +440,8 @@ mod tests {
                 for classes in [1, 2, 9, 64, 65, 1000, 5000, 32_000, 50_257, 128_256, 1 << 24, (1 << 31) - 1] {
                     for element in [2, 4, 8] {
                         for adjacent in [true, false] {
-                            let shape = Shape { rows: n, classes, element, adjacent, packed: adjacent };
+                            let shape = Shape { adjacent, packed: adjacent, ..rows(n, classes, element) };
+                            let shape = Shape { simple: shape.simple && adjacent, ..shape };
                             let planner = planner(device);
                             let mut passes = vec![
                                 planner.reduce(&shape),
@@ -426,6 +477,12 @@ mod tests {
             }
             Form::Cluster(size) => {
                 assert!(device.clusters && pass.team == threads && pass.grid.blocks[0].is_multiple_of(size), "{what}");
+            }
+            Form::Registers(kept) => {
+                let per_window = WINDOW / shape.element;
+                assert!(shape.classes / per_window <= (kept * pass.team) as u64, "{what}");
+                // the edges are at most a class short of a window on either side
+                assert!(2 * (per_window - 1) <= 2 * pass.team as u64 && (8..=32).contains(&pass.team), "{what}");
             }
             Form::Tile => assert!(shape.classes <= 8 * pass.team as u64, "{what}"),
             Form::Strided => assert_eq!(pass.splits(), 1, "{what}"),

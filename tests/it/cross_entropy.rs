@@ -2,11 +2,11 @@
 
 use crate::common::{
     Check, FLOATS, INDICES, Memory, Operand, REDUCTIONS, Random, arithmetic, assert_same_bits, compare, devices,
-    tensor, values,
+    indices, tensor, values,
 };
 use crate::reference::{self, Near, Targets};
 use Memory::{Contiguous, Odd, Repeated, Swapped, Window};
-use candle_core::{DType, Device, Result};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_fused_loss::{CrossEntropyLoss, Reduction};
 
 /// One row of the option matrix.
@@ -277,6 +277,81 @@ fn long_rows() -> Result<()> {
             for target in [Kind::Classes(DType::I64), Kind::Probabilities(DType::F32, Contiguous)] {
                 Case { dims, dtype, memory: Odd, target, target_memory: Contiguous, options }
                     .check(&Device::Cpu, &mut random)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Class indices with any strides give the bits of contiguous ones, on every way to a loss.
+#[test]
+fn class_indices_of_any_layout() -> Result<()> {
+    type View = fn(&Tensor) -> Result<Tensor>;
+    // what is stored, and the view of it with the rows' shape
+    let layouts: [(&[usize], View); 9] = [
+        (&[7, 2], |t| t.narrow(1, 1, 1)?.squeeze(1)),
+        (&[1], |t| t.broadcast_as(5)),
+        (&[5, 3], |t| t.t()),
+        (&[4, 6], |t| t.narrow(1, 1, 5)),
+        (&[4, 3, 2], |t| t.permute((2, 1, 0))),
+        (&[4, 3, 2], |t| t.permute((1, 2, 0))),
+        (&[4, 3, 6], |t| t.narrow(2, 1, 4)?.narrow(0, 1, 3)?.transpose(0, 1)),
+        (&[2, 1, 3], |t| t.broadcast_as((2, 4, 3))),
+        (&[3, 2, 2, 5], |t| t.permute((3, 1, 0, 2))),
+    ];
+    let classes = 9;
+    for device in devices() {
+        let mut random = Random::new(17);
+        for (stored, view) in layouts {
+            let stored_classes = random.classes(stored.iter().product(), classes);
+            for index in INDICES {
+                let strided = view(&indices(&stored_classes, stored, index, &device)?)?;
+                assert!(!strided.is_contiguous());
+                let target: Vec<_> = values(&strided)?.iter().map(|&t| t as i64).collect();
+                let contiguous = indices(&target, strided.dims(), index, &device)?;
+                let mut dims = strided.dims().to_vec();
+                dims.insert(1, classes);
+                let logits = tensor(&random.normals(target.len() * classes, 2.0), &dims, DType::F32, &device)?;
+                let logits = Var::from_tensor(&logits)?;
+                let both = |what: &str, of: &dyn Fn(&Tensor) -> Result<Vec<Tensor>>| -> Result<()> {
+                    for (got, want) in of(&strided)?.iter().zip(&of(&contiguous)?) {
+                        assert_same_bits(&format!("{what}, {index:?} indices from {stored:?}"), got, want)?;
+                    }
+                    Ok(())
+                };
+                let loss = CrossEntropyLoss::new().with_reduction(Reduction::None).with_ignore_index(3);
+                both("autograd", &|target| {
+                    let loss = loss.forward(&logits, target)?;
+                    let grads = loss.backward()?;
+                    Ok(vec![loss, grads.get(&logits).unwrap().clone()])
+                })?;
+                both("loss_and_grad", &|target| {
+                    let (loss, grad) =
+                        CrossEntropyLoss::new().with_label_smoothing(0.1).loss_and_grad(&logits, target)?;
+                    Ok(vec![loss, grad])
+                })?;
+                both("statistics", &|target| {
+                    let statistics = loss.statistics(&logits, target)?;
+                    Ok(vec![statistics.loss, statistics.correct])
+                })?;
+                both("nll", &|target| Ok(vec![candle_fused_loss::nll(&logits, target)?]))?;
+                both("linear", &|target| {
+                    let mut rows = target.dims().to_vec();
+                    rows.push(1);
+                    let hidden = Tensor::ones(rows, DType::F32, &device)?;
+                    let weight = Tensor::arange(0f32, classes as f32, &device)?.reshape((classes, 1))?;
+                    Ok(vec![candle_fused_loss::linear_cross_entropy(&hidden, &weight, target)?])
+                })?;
+                // the row that an error names is counted in the rows' order
+                let few = logits.detach().narrow(1, 0, 1)?;
+                let check = CrossEntropyLoss::new().with_target_check(true);
+                let bad = target.iter().position(|&t| t != 0);
+                let error = check.forward(&few, &strided).err().map(|e| e.to_string());
+                let expected = bad.map(|row| format!("target {} at row {row} ", target[row]));
+                match (&error, &expected) {
+                    (Some(error), Some(expected)) => assert!(error.contains(expected), "{error}: {expected}"),
+                    _ => assert_eq!(error, expected),
+                }
             }
         }
     }

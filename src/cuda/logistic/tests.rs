@@ -1,6 +1,6 @@
 //! The kernels against the CPU's loops, through the ops: every pass, variant and dtype.
 
-use crate::cuda::launch::LAUNCHES;
+use crate::cuda::launch::{Work, work_of};
 use crate::logistic::{Logistic, Term};
 use crate::reduction::Reduction;
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -442,9 +442,9 @@ fn nothing_is_launched_for_no_elements() -> Result<()> {
     let Some(device) = cuda() else { return Ok(()) };
     let x = Tensor::zeros((0, 3), DType::BF16, &device)?;
     for reduction in REDUCTIONS {
-        let before = LAUNCHES.get();
+        let work = work_of(|| plain(Term::BceWithLogits, reduction).loss_and_grad(&x, &x))?;
+        assert_eq!((work.launches, work.waits), (0, 0));
         let (loss, grad) = plain(Term::BceWithLogits, reduction).loss_and_grad(&x, &x)?;
-        assert_eq!(LAUNCHES.get(), before);
         assert_eq!((grad.dims(), grad.dtype()), (x.dims(), x.dtype()));
         let loss = values(&loss)?;
         match reduction {
@@ -456,31 +456,43 @@ fn nothing_is_launched_for_no_elements() -> Result<()> {
     Ok(())
 }
 
+/// Launches and waits of a call: one launch, mean included; a count of the mask goes ahead of a gradient where it is long.
 #[test]
-fn launches() -> Result<()> {
+fn work_of_a_call() -> Result<()> {
     let Some(device) = cuda() else { return Ok(()) };
-    let count = |f: &dyn Fn() -> Result<()>| -> Result<usize> {
-        let before = LAUNCHES.get();
-        f()?;
-        Ok(LAUNCHES.get() - before)
-    };
-    // (elements, forward, fused, fused with a mask)
-    for (n, forward, fused, masked) in [(1000, 1, 1, 2), (30_000, 2, 2, 3)] {
-        let x = Tensor::zeros(n, DType::F32, &device)?;
-        let mask = Tensor::ones(n, DType::U8, &device)?;
-        let problem = plain(Term::BceWithLogits, Reduction::Mean);
-        assert_eq!(count(&|| problem.clone().forward(&x, &x).map(drop))?, forward);
-        assert_eq!(count(&|| problem.clone().loss_and_grad(&x, &x).map(drop))?, fused);
-        let with_mask = Logistic { mask: Some(mask), ..problem.clone() };
-        assert_eq!(count(&|| with_mask.clone().loss_and_grad(&x, &x).map(drop))?, masked);
-        let var = Var::from_tensor(&x)?;
-        let loss = problem.forward(&var, &x)?;
-        assert_eq!(count(&|| loss.backward().map(drop))?, 1);
+    let one = Work { launches: 1, allocations: 1, waits: 0 };
+    // (rows, classes, launches of a masked mean with its gradient)
+    for (rows, classes, masked) in [(1, 2, 1), (10, 100, 1), (64, 1000, 1), (70, 1000, 2)] {
+        for dtype in [DType::BF16, DType::F32] {
+            let x = Var::from_tensor(&Tensor::ones((rows, classes), dtype, &device)?)?;
+            let t = Tensor::zeros((rows, classes), dtype, &device)?;
+            let weight = Some(Tensor::ones(classes, DType::F32, &device)?.broadcast_as((rows, classes))?);
+            let mask = Some(Tensor::ones((rows, classes), DType::U8, &device)?);
+            for (term, reduction) in TERMS.into_iter().zip([Reduction::Mean, Reduction::Sum, Reduction::Mean]) {
+                let without = plain(term, reduction);
+                let labels = Logistic { name: "multi_label", average_rows: true, ..plain(term, reduction) };
+                let weighted =
+                    Logistic { weight: weight.clone(), pos_weight: weight.clone(), ..plain(term, reduction) };
+                let with_mask = Logistic { mask: mask.clone(), ..plain(term, Reduction::Mean) };
+                for (loss, launches) in [(without, 1), (labels, 1), (weighted, 1), (with_mask, masked)] {
+                    let what = format!("{rows} x {classes}, {dtype:?}, {loss:?}");
+                    let forward = work_of(|| loss.clone().forward(&x, &t))?;
+                    assert!(
+                        forward.launches == 1 && forward.allocations <= 3 && forward.waits == 0,
+                        "{what}: {forward:?}"
+                    );
+                    let both = work_of(|| loss.clone().loss_and_grad(&x, &t))?;
+                    assert_eq!((both.launches, both.waits), (launches, 0), "{what}: loss_and_grad");
+                    let loss = loss.forward(&x, &t)?;
+                    assert_eq!(work_of(|| loss.backward())?, one, "{what}: backward");
+                }
+            }
+        }
     }
     let x = Tensor::zeros((300, 100), DType::F32, &device)?;
     for average_rows in [false, true] {
         let problem = Logistic { average_rows, ..plain(Term::BceWithLogits, Reduction::None) };
-        assert_eq!(count(&|| problem.clone().forward(&x, &x).map(drop))?, 1);
+        assert_eq!(work_of(|| problem.clone().forward(&x, &x))?.launches, 1);
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! The CUDA path against the CPU path, in every launch regime.
 
+use crate::cuda::launch::{Work, work_of};
 use crate::plan::softmax::Thresholds;
 use crate::reduction::Reduction;
 use crate::softmax::CrossEntropy;
@@ -14,12 +15,15 @@ thread_local! {
 /// Regimes by the thresholds that send small rows there. `lone_rows: 0` keeps them out of the single block.
 fn regimes() -> Vec<(&'static str, Thresholds)> {
     let usual = Thresholds { lone_rows: 0, ..Thresholds::default() };
-    let no_tiles = Thresholds { tile_classes: 0, ..usual };
+    let no_tiles = Thresholds { tile_classes: 0, register_windows: 0, ..usual };
+    let registers = Thresholds { register_windows: 16, ..no_tiles };
     vec![
         ("lone block", Thresholds::default()),
         // with more classes than a tile has, the next regime
         ("tiles", usual),
         ("tiles in turn, counted ahead", Thresholds { blocks: 1, count_rows: 1, ..usual }),
+        ("registers", registers),
+        ("registers, rows in turn, counted ahead", Thresholds { blocks: 1, count_rows: 1, ..registers }),
         ("warps", Thresholds { warp_bytes: 1 << 20, ..no_tiles }),
         ("warps, rows in turn", Thresholds { warp_bytes: 1 << 20, blocks: 1, ..no_tiles }),
         ("a block a row", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, ..no_tiles }),
@@ -367,9 +371,12 @@ fn no_rows() -> Result<()> {
     let gpu = Device::new_cuda(0)?;
     let logits = Var::zeros((0, 5), DType::F32, &gpu)?;
     let target = Tensor::zeros(0, DType::U32, &gpu)?;
-    let before = launches();
     for reduction in [Reduction::Mean, Reduction::Sum, Reduction::None] {
         let options = CrossEntropy { reduction, ..plain() };
+        let work = work_of(|| options.clone().forward(&logits, &target))?;
+        assert_eq!((work.launches, work.waits), (0, 0), "{reduction:?}");
+        assert_eq!(work_of(|| options.clone().loss_and_grad(&logits, &target))?.launches, 0, "{reduction:?}");
+        assert_eq!(work_of(|| options.clone().statistics(&logits, &target))?.launches, 0, "{reduction:?}");
         let forward = options.clone().forward(&logits, &target)?;
         let (loss, grad) = options.clone().loss_and_grad(&logits, &target)?;
         assert_eq!(grad.dims(), [0, 5]);
@@ -378,47 +385,110 @@ fn no_rows() -> Result<()> {
             Reduction::Sum => assert!(forward.to_scalar::<f32>()? == 0.0 && loss.to_scalar::<f32>()? == 0.0),
             Reduction::None => assert!(forward.dims() == [0] && loss.dims() == [0]),
         }
-        options.statistics(&logits, &target)?;
     }
-    assert_eq!(launches(), before);
     Ok(())
 }
 
-fn launches() -> usize {
-    crate::cuda::launch::LAUNCHES.get()
-}
-
-/// Launches of a call.
-fn launches_of<R>(call: impl FnOnce() -> Result<R>) -> Result<usize> {
-    let before = launches();
-    call()?;
-    Ok(launches() - before)
-}
-
-/// The work that a call may make the driver do: one launch up to 64 rows of 1000 classes, mean included.
+/// Launches, allocations and waits of a call, in every regime: the loss, what the backward needs of it and the gradient are
+/// memory of their own; partial results are one allocation each where there are several blocks. Nothing waits.
 #[test]
-fn launch_counts() -> Result<()> {
+fn work_of_each_regime() -> Result<()> {
     let gpu = Device::new_cuda(0)?;
+    let (rows, classes) = (64, 130);
     for (regime, thresholds) in regimes() {
         THRESHOLDS.set(thresholds);
-        let lone = regime == "lone block";
-        for reduction in [Reduction::Mean, Reduction::Sum, Reduction::None] {
-            let options = CrossEntropy { reduction, ..plain() };
-            let logits = Var::from_tensor(&random(&[64, 130], 1, DType::F32)?.to_device(&gpu)?)?;
-            let target = indices(64, 130, 2)?.to_device(&gpu)?;
-            let forward = launches_of(|| options.clone().forward(&logits, &target))?;
-            assert!(forward <= if lone { 1 } else { 2 }, "{regime}, {reduction:?}: {forward} launches of forward");
-            let both = launches_of(|| options.clone().loss_and_grad(&logits, &target))?;
-            assert!(both <= if lone { 1 } else { 3 }, "{regime}, {reduction:?}: {both} launches of loss_and_grad");
+        let logits = Var::from_tensor(&random(&[rows, classes], 1, DType::F32)?.to_device(&gpu)?)?;
+        let target = indices(rows, classes, 2)?.to_device(&gpu)?;
+        for (reduction, options) in [
+            (Reduction::Mean, plain()),
+            (Reduction::Sum, plain()),
+            (Reduction::None, plain()),
+            (Reduction::Mean, with_weight_on(&everything(classes)?, &gpu, DType::F32)?),
+        ] {
+            let what = format!("{regime}, {reduction:?}");
+            let options = CrossEntropy { reduction, ..options };
+            let split = regime == "split rows";
+            // beside the results: partial sums where several blocks have some, or states of parts of rows
+            let forward = work_of(|| options.clone().forward(&logits, &target))?;
+            let parts = (regime != "lone block" && reduction != Reduction::None) as usize;
+            assert_eq!((forward.launches, forward.waits), (1 + split as usize, 0), "{what}: forward");
+            assert!(forward.allocations <= if split { 4 } else { 3 + parts }, "{what}: forward: {forward:?}");
+            // a launch ahead counts the rows of a mean where they are many
+            let both = work_of(|| options.clone().loss_and_grad(&logits, &target))?;
+            let ahead = (regime == "blocks, rows in turn, counted ahead" && reduction == Reduction::Mean) as usize;
+            assert_eq!((both.launches, both.waits), (if split { 3 } else { 1 + ahead }, 0), "{what}: loss_and_grad");
+            assert!(both.allocations <= if split { 5 } else { 2 + parts + ahead }, "{what}: loss_and_grad: {both:?}");
             let loss = options.clone().forward(&logits, &target)?.sum_all()?;
-            assert_eq!(launches_of(|| loss.backward())?, 1, "{regime}, {reduction:?}: launches of backward");
+            let backward = work_of(|| loss.backward())?;
+            assert_eq!(backward, Work { launches: 1, allocations: 1, waits: 0 }, "{what}: backward");
         }
     }
+    Ok(())
+}
+
+/// Up to 64 rows of 1000 classes: one launch forward, one backward and one for both, mean included, whatever the options.
+#[test]
+fn small_problems_take_one_launch() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
     THRESHOLDS.set(Thresholds::default());
-    let logits = random(&[64, 1000], 1, DType::BF16)?.to_device(&gpu)?;
-    let target = indices(64, 1000, 2)?.to_device(&gpu)?;
-    assert_eq!(launches_of(|| plain().forward(&logits, &target))?, 1);
-    assert_eq!(launches_of(|| plain().loss_and_grad(&logits, &target))?, 1);
+    for (rows, classes) in [(1, 2), (5, 10), (64, 64), (64, 1000)] {
+        for dtype in [DType::BF16, DType::F32, DType::F64] {
+            let acc = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+            let logits = Var::from_tensor(&random(&[rows, classes], 1, dtype)?.to_device(&gpu)?)?;
+            let index = indices(rows, classes, 2)?.to_device(&gpu)?;
+            let probabilities = random(&[rows, classes], 3, DType::F32)?.abs()?.to_device(&gpu)?;
+            let weight = random(&[classes], 7, DType::F32)?.abs()?;
+            let weighted = with_weight_on(&CrossEntropy { weight: Some(weight), ..plain() }, &gpu, acc)?;
+            let ignoring = CrossEntropy { ignore_index: index.get(0)?.to_scalar::<i64>()?, ..plain() };
+            let all = with_weight_on(&everything(classes)?, &gpu, acc)?;
+            let nll = CrossEntropy { name: "nll", log_probs: true, ..plain() };
+            for (what, options, target) in [
+                ("plain", plain(), &index),
+                ("weights", weighted, &index),
+                ("ignored rows", ignoring, &index),
+                ("every option", all.clone(), &index),
+                ("probabilities", all, &probabilities),
+                ("nll", nll, &index),
+            ] {
+                let what = format!("{what}, {rows} x {classes}, {dtype:?}");
+                let forward = work_of(|| options.clone().forward(&logits, target))?;
+                assert_eq!((forward.launches, forward.waits), (1, 0), "{what}: forward");
+                let both = work_of(|| options.clone().loss_and_grad(&logits, target))?;
+                assert_eq!(both, Work { launches: 1, allocations: 2, waits: 0 }, "{what}: loss_and_grad");
+                let loss = options.forward(&logits, target)?;
+                let backward = work_of(|| loss.backward())?;
+                assert_eq!(backward, Work { launches: 1, allocations: 1, waits: 0 }, "{what}: backward");
+            }
+            let log_probs = work_of(|| crate::softmax::log_softmax("log_softmax", &logits, 1))?;
+            assert_eq!(log_probs, Work { launches: 1, allocations: 1, waits: 0 }, "log_softmax, {rows} x {classes}");
+        }
+    }
+    Ok(())
+}
+
+/// Indices that lie apart are put together by a launch.
+#[test]
+fn strided_indices_take_one_launch_more() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    THRESHOLDS.set(Thresholds::default());
+    let logits = random(&[4, 10], 1, DType::F32)?.to_device(&gpu)?;
+    for dtype in [DType::U8, DType::U32, DType::I32, DType::I64] {
+        let target = indices(8, 10, 2)?.to_dtype(dtype)?.reshape((4, 2))?.to_device(&gpu)?;
+        let apart = target.narrow(1, 1, 1)?.squeeze(1)?;
+        let both = work_of(|| plain().loss_and_grad(&logits, &apart))?;
+        assert_eq!(both, Work { launches: 2, allocations: 3, waits: 0 }, "{dtype:?}");
+    }
+    Ok(())
+}
+
+/// Only the check of the targets waits for the device.
+#[test]
+fn the_target_check_waits() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    let logits = random(&[4, 10], 1, DType::F32)?.to_device(&gpu)?;
+    let target = indices(4, 10, 2)?.to_device(&gpu)?;
+    let checked = CrossEntropy { target_check: true, ..plain() };
+    assert_eq!(work_of(|| checked.forward(&logits, &target))?.waits, 1);
     Ok(())
 }
 
@@ -434,6 +504,37 @@ fn tiles_match_the_cpu() -> Result<()> {
         compare("tiles", &plain(), &logits, &indices(rows, classes, 2)?, |x| x.narrow(0, 1, rows))?;
         let some = random(&[9, classes], 1, dtype)?;
         compare("tiles", &everything(classes)?, &some, &indices(9, classes, 2)?, |x| Ok(x.clone()))?;
+    }
+    Ok(())
+}
+
+/// Rows in registers at the edges of what 8, 16 and 32 lanes with 4, 8 and 16 windows keep; several rows for each of the lanes.
+#[test]
+fn rows_in_registers_match_the_cpu() -> Result<()> {
+    let few = Thresholds { lone_rows: 0, blocks: 1, ..Thresholds::default() };
+    for thresholds in [few, Thresholds { lone_rows: 0, ..Thresholds::default() }, Thresholds::default()] {
+        THRESHOLDS.set(thresholds);
+        for (dtype, per_window) in [(DType::BF16, 8), (DType::F16, 8), (DType::F32, 4)] {
+            for windows in [0, 9, 32, 33, 64, 65, 128, 129, 256, 257, 512] {
+                for extra in [0, 1, per_window - 1] {
+                    let classes = windows * per_window + extra;
+                    if classes <= 64 || classes * dtype.size_in_bytes() > 8 << 10 {
+                        continue;
+                    }
+                    let rows = if windows < 64 { 70 } else { 19 };
+                    let rows = if thresholds.blocks == 1 { rows } else { 3 };
+                    let logits = random(&[rows, classes + 3], 1, dtype)?;
+                    let target = indices(rows, classes, 2)?;
+                    compare("registers", &plain(), &logits, &target, |x| x.narrow(1, extra % 4, classes))?;
+                }
+            }
+        }
+        // rows of two axes, at one distance from the next and not
+        let swapped = random(&[3, 5, 70], 1, DType::BF16)?;
+        let target = indices(15, 70, 2)?.reshape((3, 5))?;
+        compare("registers, transposed", &plain(), &swapped, &target, |x| x.transpose(1, 2))?;
+        let padded = random(&[3, 7, 70], 1, DType::BF16)?;
+        compare("registers, uneven", &plain(), &padded, &target, |x| x.narrow(1, 1, 5)?.transpose(1, 2))?;
     }
     Ok(())
 }

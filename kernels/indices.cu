@@ -1,0 +1,38 @@
+// Class indices one after the other, from a tensor with any strides. Reads and writes them once.
+//
+// candle's own copy has no kernel for i32, and uploads the strides for the others, which a CUDA graph can't record.
+#include "common.cuh"
+
+namespace fused_loss {
+
+constexpr int MAX_AXES = 8;
+
+// `Axes` of src/cuda/indices.rs, outermost first.
+struct Axes {
+    int64_t size[MAX_AXES], stride[MAX_AXES];
+    int count;
+};
+
+template <class T> __device__ __forceinline__ void copy_indices(const T *from, T *to, int64_t rows, const Axes &axes) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (row >= rows) return;
+    int64_t rest = row, at = 0;
+    for (int axis = axes.count - 1; axis >= 0; axis--) {
+        at += rest % axes.size[axis] * axes.stride[axis];
+        rest /= axes.size[axis];
+    }
+    to[row] = from[at];
+}
+
+#define COPY_INDICES(NAME, T)                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(256)                                                                          \
+        copy_indices_##NAME(const T *from, T *to, int64_t rows, const __grid_constant__ Axes axes) {                           \
+        copy_indices(from, to, rows, axes);                                                                                    \
+    }
+
+COPY_INDICES(u8, uint8_t)
+COPY_INDICES(u32, uint32_t)
+COPY_INDICES(i32, int32_t)
+COPY_INDICES(i64, int64_t)
+
+} // namespace fused_loss
