@@ -114,8 +114,10 @@ REDUCE(general, GENERAL)
 EMIT(general, GeneralGradient)
 FUSED(general, GeneralGradient)
 #if __CUDA_ARCH__ >= 900
+FUSED_CLUSTER(general, GeneralGradient, 2)
 FUSED_CLUSTER(general, GeneralGradient, 4)
 FUSED_CLUSTER(general, GeneralGradient, 8)
+FUSED_CLUSTER(general, GeneralGradient, 16)
 #endif
 
 extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[STATISTICS])
@@ -147,8 +149,10 @@ REGISTERS(8)
 REGISTERS(16)
 #endif
 #if __CUDA_ARCH__ >= 900
+FUSED_CLUSTER(plain, PlainGradient, 2)
 FUSED_CLUSTER(plain, PlainGradient, 4)
 FUSED_CLUSTER(plain, PlainGradient, 8)
+FUSED_CLUSTER(plain, PlainGradient, 16)
 #endif
 
 extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[PLAIN])

@@ -31,7 +31,10 @@ fn regimes() -> Vec<(&'static str, Thresholds)> {
             "blocks, rows in turn, counted ahead",
             Thresholds { warp_bytes: 0, split_bytes: 1 << 20, blocks: 2, count_rows: 1, ..no_tiles },
         ),
-        ("cluster", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 512, ..no_tiles }),
+        ("cluster of 2", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 700, ..no_tiles }),
+        ("cluster of 4", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 350, ..no_tiles }),
+        ("cluster of 8", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 170, ..no_tiles }),
+        ("cluster of 16", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 16, ..no_tiles }),
         ("split rows", Thresholds { warp_bytes: 0, split_bytes: 256, ..no_tiles }),
     ]
 }
