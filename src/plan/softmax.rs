@@ -436,6 +436,63 @@ mod tests {
         }
     }
 
+    /// Bytes of logits that a multiprocessor has on their way with all of its threads at their loads: resident blocks by the
+    /// registers that the kernels are limited to (`kernels/softmax_entry.cuh`), by shared memory and by the grid, times the
+    /// 16-byte loads that a thread issues before it uses the first.
+    fn bytes_in_flight(pass: &Pass, shape: &Shape, device: &Device, writes: bool) -> u64 {
+        let threads = pass.grid.threads.iter().product::<u32>() as u64;
+        let windows = |threads: u64| (shape.row_bytes() / WINDOW).div_ceil(threads);
+        let (by_registers, loads) = match pass.form {
+            Form::Registers(kept) => {
+                // two rows where a thread has registers for both
+                let rows = if kept <= 8 { 2 } else { 1 };
+                (register_blocks(kept, writes) as u64, rows * windows(pass.team as u64).min(kept as u64))
+            }
+            Form::Tile => (2048 / threads, (threads / pass.team as u64 * shape.row_bytes()).div_ceil(threads * WINDOW)),
+            Form::Cluster(size) => (768 / threads, windows(threads * size as u64).min(4)),
+            Form::Rows => {
+                (768 / threads, windows(pass.team as u64 * pass.splits() as u64).min(if writes { 4 } else { 8 }))
+            }
+            Form::Strided => unreachable!("its loads are not of 16 bytes"),
+        };
+        // of the 228 KB that the multiprocessors of both devices have, 1 KB a block goes to the system
+        let by_shared = (228 << 10) / (pass.grid.shared_bytes as u64 + (3 << 10));
+        let by_grid = (pass.blocks() as u64).div_ceil(device.processors as u64);
+        by_registers.min(by_shared).min(by_grid) * threads * loads * WINDOW
+    }
+
+    /// An H100 needs 32 KB on their way in each multiprocessor to read at its memory's speed and an H200 48 KB; a pass that
+    /// writes as much as it reads needs half of that.
+    #[test]
+    fn enough_bytes_are_in_flight() {
+        const H200_READING: u64 = 48 << 10;
+        for (n, classes, element) in [
+            (32768, 256, 2),
+            (65536, 1000, 2),
+            (65536, 1000, 4),
+            (32768, 4096, 2),
+            (8192, 8192, 2),
+            (4096, 32_000, 2),
+            (4096, 32_000, 4),
+            (16384, 50_257, 2),
+            (8192, 128_256, 2),
+            (8192, 262_144, 2),
+        ] {
+            let shape = rows(n, classes, element);
+            let forward = planner(H100).reduce(&shape);
+            let in_flight = bytes_in_flight(&forward, &shape, &H100, false);
+            assert!(in_flight >= H200_READING, "{n} x {classes}, forward: {in_flight} bytes, {forward:?}");
+            let both = one_pass(H100, shape);
+            let in_flight = bytes_in_flight(&both, &shape, &H100, true);
+            println!("{n} x {classes}, {element} bytes: {} KB forward", bytes_in_flight(&forward, &shape, &H100, false) >> 10);
+            println!("    {} KB loss and gradient, {:?} {:?}", in_flight >> 10, forward.form, both.form);
+            assert!(in_flight >= H200_READING / 2, "{n} x {classes}, loss and gradient: {in_flight} bytes, {both:?}");
+        }
+        // tiles reach what an H100 needs, and two thirds of what an H200 does
+        let shape = rows(1 << 20, 64, 2);
+        assert_eq!(bytes_in_flight(&planner(H100).reduce(&shape), &shape, &H100, false), 32 << 10);
+    }
+
     /// What the kernels rely on, over the whole range of shapes.
     #[test]
     fn launches_are_possible() {
