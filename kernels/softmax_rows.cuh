@@ -20,7 +20,7 @@ template <Detail D> constexpr int BATCH = D == PLAIN ? 4 : 1;
 template <Detail D, class T> constexpr int READ_BATCH = BATCH<D> * (D == PLAIN && sizeof(T) < 8 ? 2 : 1);
 
 // 16 bytes of logits in registers.
-template <class T> struct Window {
+template <class T> struct alignas(16) Window {
     static constexpr int N = LANES_16B<T>, UNITS = N / Unit<T>::LOGITS;
     Unit<T> at[UNITS];
 

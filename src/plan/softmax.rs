@@ -484,7 +484,10 @@ mod tests {
             assert!(in_flight >= H200_READING, "{n} x {classes}, forward: {in_flight} bytes, {forward:?}");
             let both = one_pass(H100, shape);
             let in_flight = bytes_in_flight(&both, &shape, &H100, true);
-            println!("{n} x {classes}, {element} bytes: {} KB forward", bytes_in_flight(&forward, &shape, &H100, false) >> 10);
+            println!(
+                "{n} x {classes}, {element} bytes: {} KB forward",
+                bytes_in_flight(&forward, &shape, &H100, false) >> 10
+            );
             println!("    {} KB loss and gradient, {:?} {:?}", in_flight >> 10, forward.form, both.form);
             assert!(in_flight >= H200_READING / 2, "{n} x {classes}, loss and gradient: {in_flight} bytes, {both:?}");
         }
