@@ -470,12 +470,15 @@ __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long lo
 #define LOGISTIC_OPERANDS                                                                                              \
     const In *input, const void *target, const A *weight, const A *pos_weight, const void *mask
 
-// Blocks that a multiprocessor has room for: left to itself, the compiler spills a register or two to fit one more.
-#define LOGISTIC_LOOP extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS, sizeof(A) == 8 ? 2 : 3)
+// Blocks that a multiprocessor has room for: left to itself, the compiler spills a register or two to fit one more. A window of
+// 16-bit inputs is twice as many numbers as one of floats.
+#define LOGISTIC_BLOCKS(DENSE) (sizeof(A) == 8 ? 2 : DENSE && sizeof(In) == 4 ? 4 : 3)
+#define LOGISTIC_LOOP(DENSE)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS, LOGISTIC_BLOCKS(DENSE))
 #define LOGISTIC_KERNEL extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS)
 
 #define LOGISTIC_LOSS(NAME, Term, DENSE, GRAD)                                                                         \
-    LOGISTIC_LOOP NAME(LOGISTIC_OPERANDS, const long long *counts, int count_parts, A *each, A *rows, double *sums,  \
+    LOGISTIC_LOOP(DENSE) NAME(LOGISTIC_OPERANDS, const long long *counts, int count_parts, A *each, A *rows, double *sums,  \
                          A *loss, A *denominator, In *grad, const __grid_constant__ fused_loss::Problem q) {           \
         fused_loss::loss_pass<fused_loss::Term, In, DENSE, GRAD>({input, target, weight, pos_weight, mask}, counts,    \
                                                                  count_parts, {each, rows, sums, loss, denominator},   \
@@ -483,7 +486,7 @@ __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long lo
     }
 
 #define LOGISTIC_GRAD(NAME, Term, DENSE, BY_TARGET, Out)                                                               \
-    LOGISTIC_LOOP NAME(LOGISTIC_OPERANDS, const A *upstream, const A *denominator, Out *grad,                        \
+    LOGISTIC_LOOP(DENSE) NAME(LOGISTIC_OPERANDS, const A *upstream, const A *denominator, Out *grad,                        \
                          const __grid_constant__ fused_loss::Problem q) {                                              \
         fused_loss::grad_pass<fused_loss::Term, In, DENSE, BY_TARGET>({input, target, weight, pos_weight, mask},       \
                                                                       upstream, denominator, grad, q);                 \

@@ -17,13 +17,13 @@ using X = LOGIT;
 using A = Acc<X>;
 
 constexpr int ROWS_THREADS = 256;
-// Blocks that a multiprocessor has room for, which limits the registers of a thread: 768 threads have 48 KB of loads in
+// Blocks that a multiprocessor has room for, which limits the registers of a thread: 768 threads have 96 KB of loads in
 // flight. The general kernels compute more than they load, and a double takes two registers.
 constexpr int BLOCKS_OF[] = {sizeof(A) == 4 ? 3 : 2, 2, 2};
-// The same for tiles and strided rows. 0: as many as the compiler likes, which for the general kernels is more than there are
-// registers for.
-constexpr int TILE_BLOCKS = sizeof(A) == 4 ? 4 : 3;
-constexpr int FUSED_TILE_BLOCKS = GENERAL_MODULE ? TILE_BLOCKS : 0;
+// The same for a forward over tiles, for a fused pass over tiles and for strided rows. 0: as many as the compiler likes, which
+// for the general kernels is more than there are registers for.
+constexpr int TILE_BLOCKS_OF[] = {sizeof(A) == 4 ? 8 : 4, sizeof(A) == 4 ? 4 : 3};
+constexpr int FUSED_TILE_BLOCKS = GENERAL_MODULE ? TILE_BLOCKS_OF[GENERAL] : 0;
 constexpr int STRIDED_BLOCKS = GENERAL_MODULE ? (sizeof(A) == 4 ? 5 : 2) : 0;
 
 #define REDUCE(NAME, DETAIL)                                                                                                   \
@@ -37,7 +37,7 @@ constexpr int STRIDED_BLOCKS = GENERAL_MODULE ? (sizeof(A) == 4 ? 5 : 2) : 0;
                                         A *statistics, double2 *partials, A *result, A *denominator) {                         \
         reduce_strided<DETAIL>(p, x, t, weight, {loss, statistics, partials, result, denominator});                            \
     }                                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)                                                    \
+    extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS_OF[DETAIL])                                          \
         softmax_reduce_##NAME##_tile(const Problem p, const X *x, const void *t, const A *weight, A *, A *loss,                \
                                         A *statistics, double2 *partials, A *result, A *denominator) {                         \
         reduce_tiles<DETAIL>(p, x, t, weight, {loss, statistics, partials, result, denominator});                              \
@@ -118,8 +118,10 @@ REDUCE(general, GENERAL)
 EMIT(general, GeneralGradient)
 FUSED(general, GeneralGradient)
 #if __CUDA_ARCH__ >= 900
+FUSED_CLUSTER(general, GeneralGradient, 2)
 FUSED_CLUSTER(general, GeneralGradient, 4)
 FUSED_CLUSTER(general, GeneralGradient, 8)
+FUSED_CLUSTER(general, GeneralGradient, 16)
 #endif
 
 extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[STATISTICS])
@@ -151,8 +153,10 @@ REGISTERS(8)
 REGISTERS(16)
 #endif
 #if __CUDA_ARCH__ >= 900
+FUSED_CLUSTER(plain, PlainGradient, 2)
 FUSED_CLUSTER(plain, PlainGradient, 4)
 FUSED_CLUSTER(plain, PlainGradient, 8)
+FUSED_CLUSTER(plain, PlainGradient, 16)
 #endif
 
 extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[PLAIN])

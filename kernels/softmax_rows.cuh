@@ -14,11 +14,13 @@
 namespace fused_loss {
 namespace softmax {
 
-// Windows that a thread loads before it uses the first: what keeps the memory busy.
+// Windows that a thread loads before it uses the first: what keeps the memory busy. A pass that only reads has to have more
+// bytes on their way than one that writes as much as it reads.
 template <Detail D> constexpr int BATCH = D == PLAIN ? 4 : 1;
+template <Detail D, class T> constexpr int READ_BATCH = BATCH<D> * (D == PLAIN && sizeof(T) < 8 ? 2 : 1);
 
 // 16 bytes of logits in registers.
-template <class T> struct Window {
+template <class T> struct alignas(16) Window {
     static constexpr int N = LANES_16B<T>, UNITS = N / Unit<T>::LOGITS;
     Unit<T> at[UNITS];
 
@@ -104,7 +106,7 @@ template <class T, int U> __device__ __forceinline__ void load_windows(const T *
 // meet in a bank, and no thread waits for another.
 struct Kept {
     uint4 *slots;  // this thread's slot 0
-    int count;     // all windows of the thread, or a multiple of any BATCH
+    int count;     // all windows of the thread, or a multiple of any batch
 
     __device__ __forceinline__ uint4 &at(int j) const { return slots[j * blockDim.x]; }
 };
@@ -128,10 +130,10 @@ __device__ __forceinline__ void absorb_windows(State<A, D> &state, const Problem
     }
 }
 
-// Reduces the windows begin + thread, begin + thread + step, … below `end`; with the first window, the edges.
-template <Detail D, class T>
+// Reduces the windows begin + thread, begin + thread + step, … below `end`, U at a time; with the first window, the edges.
+template <Detail D, int U, class T>
 __device__ __forceinline__ State<Acc<T>, D> reduce_windows(const Problem &p, const Operands<Acc<T>> &o, const Windows<T> &w, int thread, int step, int begin, int end, Kept kept) {
-    constexpr int U = BATCH<D>, N = Windows<T>::N;
+    constexpr int N = Windows<T>::N;
     State<Acc<T>, D> state = State<Acc<T>, D>::empty();
     const T *body = in_register(w.row + w.head);
     for (int i = begin + thread, j = 0; i < end; i += U * step, j += U) {
@@ -299,7 +301,7 @@ __device__ __forceinline__ void reduce_rows(const Problem &p, const T *x, const 
             const int begin = blockIdx.y == 0 ? 0 : max(1, min(w.count, static_cast<int>(blockIdx.y) * part));
             const int end = min(w.count, begin + part);
             if (target.kind == Kind::LIVE && !(D >= GENERAL && p.log_probs)) {
-                state = reduce_windows<D>(p, operands_of(p, t, weight, row), w, thread, team, begin, end, {nullptr, 0});
+                state = reduce_windows<D, READ_BATCH<D, T>>(p, operands_of(p, t, weight, row), w, thread, team, begin, end, {nullptr, 0});
             }
         }
         state = merge_team<T>(state, team, states);
@@ -375,7 +377,7 @@ __device__ __forceinline__ void statistics_rows(const Problem &p, const T *x, co
             const T *logits = x + p.x.start(row);
             x_t = own_logit<STATISTICS>(p, logits, target);
             const Windows<T> w(logits, p.classes);
-            state = reduce_windows<STATISTICS>(p, operands_of(p, t, weight, row), w, thread, team, 0, w.count, {nullptr, 0});
+            state = reduce_windows<STATISTICS, BATCH<STATISTICS>>(p, operands_of(p, t, weight, row), w, thread, team, 0, w.count, {nullptr, 0});
         }
         state = merge_team<T>(state, team, states);
         if (exists && thread == 0) write_row_statistics(p, out, target, x_t, state, row);
@@ -517,7 +519,7 @@ __device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, 
             // in a cluster, by the block that will overwrite it
             owner = w.thread_of(max(0, target.index), 0, w.count, threads) / blockDim.x;
             if (CLUSTER == 1 || owner == rank) x_t = own_logit<D>(p, logits, target);
-            if (target.kind == Kind::LIVE && !(D >= GENERAL && p.log_probs)) state = reduce_windows<D>(p, o, w, thread, threads, 0, w.count, kept);
+            if (target.kind == Kind::LIVE && !(D >= GENERAL && p.log_probs)) state = reduce_windows<D, BATCH<D>>(p, o, w, thread, threads, 0, w.count, kept);
         }
         state = merge_team<T>(state, team, states);
         if constexpr (CLUSTER > 1) merge_cluster<CLUSTER, T>(state, x_t, owner, &exchange);
@@ -550,7 +552,7 @@ __device__ __forceinline__ void log_softmax_rows(const Problem &p, const T *x, T
         T *result = to + at * p.classes;
         const Windows<T> w(x + p.x.start(at), p.classes);
         State<A, PLAIN> state = State<A, PLAIN>::empty();
-        if (exists) state = reduce_windows<PLAIN>(p, none, w, thread, team, 0, w.count, kept);
+        if (exists) state = reduce_windows<PLAIN, BATCH<PLAIN>>(p, none, w, thread, team, 0, w.count, kept);
         state = merge_team<T>(state, team, states);
         if (!exists) continue;
         const Windows<T> written = w.written_to(result);

@@ -26,8 +26,12 @@ template <class A> struct Value {
     A grad;
 };
 
-// c * v, where nothing counts nothing: 0 for c = 0 and an infinite v. NaN only from NaN.
-template <class A> __device__ __forceinline__ A times(A c, A v) { return c == A(0) && abs_(v) == infinity<A>() ? A(0) : c * v; }
+// c * v, where nothing counts nothing: 0 for c = 0 and an infinite v. NaN only from NaN. Without a branch in the loops.
+template <class A> __device__ __forceinline__ A times(A c, A v) {
+    const bool nothing = (c == A(0)) & (abs_(v) == infinity<A>());
+    const A product = c * v;
+    return nothing ? A(0) : product;
+}
 
 // ln(1 + z) for z in [0, 1] within 1 ulp, without the rounding of 1 + z and without a division: Cephes' logf, as on the CPU.
 __device__ __forceinline__ float log1p_unit(float z) {

@@ -65,7 +65,8 @@ def loops(code):
     for i, (op, text) in enumerate(code):
         if op == "BRA" and (target := re.search(r"(\.L_x_\d+)", text)) and places.get(target[1], i) < i:
             body = code[places[target[1]] : i]
-            if any(op in ("LDG", "LDS") and ".128" in text for op, text in body):
+            # `STRONG`: the partial sums of other blocks, once a launch
+            if any(op in ("LDG", "LDS") and ".128" in text and ".STRONG" not in text for op, text in body):
                 found.append((places[target[1]], i))
     return [a for a in found if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in found)]
 

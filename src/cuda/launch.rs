@@ -18,6 +18,8 @@ pub(crate) struct Module {
 
 impl Module {
     pub fn function(&self, device: &CudaDevice, name: &str) -> Result<CudaFunction> {
+        #[cfg(test)]
+        USED.with_borrow_mut(|used| used.insert((self.key, name.to_string())));
         Ok(device.get_or_load_custom_func(name, self.key, self.ptx)?.into_cuda_function())
     }
 }
@@ -232,6 +234,8 @@ pub(crate) struct Work {
 
 #[cfg(test)]
 thread_local! {
+    /// The kernels that this thread has asked for.
+    static USED: std::cell::RefCell<std::collections::BTreeSet<(&'static str, String)>> = Default::default();
     /// All work of this thread so far.
     static WORK: std::cell::Cell<Work> = const { std::cell::Cell::new(Work { launches: 0, allocations: 0, waits: 0 }) };
 }
@@ -246,6 +250,15 @@ fn tally(count: impl FnOnce(&mut Work)) {
     });
     #[cfg(not(test))]
     let _ = count;
+}
+
+#[cfg(test)]
+impl Module {
+    /// The kernels that this thread has not asked for.
+    pub fn unused(&self) -> Vec<&str> {
+        let entries = self.ptx.lines().filter_map(|line| line.strip_prefix(".visible .entry ")?.split('(').next());
+        USED.with_borrow(|used| entries.filter(|name| !used.contains(&(self.key, name.to_string()))).collect())
+    }
 }
 
 /// The work of a call.

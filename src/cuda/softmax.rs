@@ -162,12 +162,19 @@ fn planner(device: &CudaDevice) -> Result<Planner> {
     let built = *CLUSTERS.get_or_init(|| ptx::SOFTMAX_F32.contains("_cluster_4("));
     let stream = device.cuda_stream();
     let attribute = |attribute| stream.context().attribute(attribute).w();
+    let built = built && attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH)? != 0;
+    let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
     Ok(Planner {
         device: Device {
             processors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
             shared_bytes: (attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32)
                 .saturating_sub(STATIC_SHARED),
-            clusters: built && attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH)? != 0,
+            cluster: match (built, major) {
+                (false, _) => 1,
+                // more than 8 blocks are not portable: these have them
+                (true, 9 | 10) => 16,
+                (true, _) => 8,
+            },
         },
         thresholds: thresholds(),
     })
@@ -183,12 +190,16 @@ fn thresholds() -> Thresholds {
     tests::THRESHOLDS.get()
 }
 
-/// A kernel of the family, allowed the shared memory that its grid asks for.
+/// A kernel of the family, allowed the shared memory that its grid asks for and the cluster that it is made for.
 fn function(device: &CudaDevice, (detail, dtype): (Detail, DType), name: &str, grid: &Grid) -> Result<CudaFunction> {
     let function = detail.module(dtype)?.function(device, name)?;
     if grid.shared_bytes > SHARED_WITHOUT_ASKING {
         let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         function.set_attribute(most, grid.shared_bytes as i32).w()?;
+    }
+    if name.ends_with("_cluster_16") {
+        let allowed = CUfunction_attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
+        function.set_attribute(allowed, 1).w()?;
     }
     Ok(function)
 }

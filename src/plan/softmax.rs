@@ -7,7 +7,7 @@
 //! | up to `warp_bytes`, without options | 8 to 32 lanes a row, the row kept in registers, the next one on its way | the same |
 //! | up to `warp_bytes` | 1 to 32 lanes a row | the same, the row kept in shared memory |
 //! | up to `cluster_bytes` | a block a row | the same, the row kept in shared memory |
-//! | longer | a block a row | a cluster of 4 or 8 blocks a row; without clusters, a block that keeps what it can |
+//! | longer | a block a row | a cluster of 2 to 16 blocks a row; without clusters, a block that keeps what it can |
 //! | long, and few rows | several blocks a row, then a merge | the same, then the gradient as the backward makes it |
 //!
 //! Up to `lone_rows` rows of `lone_classes` classes one block does everything, so that there is no second launch.
@@ -40,7 +40,7 @@ fn register_blocks(windows: u32, writes: bool) -> u32 {
 }
 
 /// The cluster sizes that there are kernels for; 1 is a block without a cluster.
-const CLUSTERS: [u32; 3] = [1, 4, 8];
+const CLUSTERS: [u32; 5] = [1, 2, 4, 8, 16];
 
 /// What a plan depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,8 +76,8 @@ pub(crate) struct Device {
     pub processors: u32,
     /// Dynamic shared memory that a block can have.
     pub shared_bytes: u32,
-    /// Whether the build has the cluster kernels and the device runs them.
-    pub clusters: bool,
+    /// The largest cluster that the device runs and the build has kernels for; 1: none.
+    pub cluster: u32,
 }
 
 /// Where the regimes meet. Tests lower them to reach each regime with small rows.
@@ -252,9 +252,10 @@ impl Planner {
             return pass;
         }
         let mut size = 1;
-        if may_cluster && self.device.clusters && !lone && pass.team == pass.grid.threads[0] {
+        if may_cluster && !lone && pass.team == pass.grid.threads[0] {
             let needed = shape.row_bytes().div_ceil(self.thresholds.cluster_bytes.max(1));
-            size = CLUSTERS.into_iter().find(|&size| needed <= size as u64).unwrap_or(CLUSTERS[CLUSTERS.len() - 1]);
+            let sizes = CLUSTERS.into_iter().filter(|&size| size <= self.device.cluster);
+            size = sizes.clone().find(|&size| needed <= size as u64).or(sizes.max()).unwrap_or(1);
         }
         if size > 1 {
             pass.form = Form::Cluster(size);
@@ -367,8 +368,8 @@ fn power_of_two(n: u64, least: u32, most: u32) -> u32 {
 mod tests {
     use super::*;
 
-    const H100: Device = Device { processors: 132, shared_bytes: 225 << 10, clusters: true };
-    const A100: Device = Device { processors: 108, shared_bytes: 161 << 10, clusters: false };
+    const H100: Device = Device { processors: 132, shared_bytes: 225 << 10, cluster: 16 };
+    const A100: Device = Device { processors: 108, shared_bytes: 161 << 10, cluster: 1 };
 
     fn planner(device: Device) -> Planner {
         Planner { device, thresholds: Thresholds::default() }
@@ -403,10 +404,11 @@ mod tests {
             ((65536, 1000, 8), Form::Rows, 32),
             ((4096, 8192, 2), Form::Rows, 128),
             ((4096, 32_000, 2), Form::Rows, 256),
-            ((4096, 32_000, 4), Form::Cluster(4), 256),
-            ((16384, 50_257, 2), Form::Cluster(4), 256),
+            ((4096, 32_000, 4), Form::Cluster(2), 256),
+            ((16384, 50_257, 2), Form::Cluster(2), 256),
             ((8192, 128_256, 2), Form::Cluster(4), 256),
             ((8192, 262_144, 2), Form::Cluster(8), 256),
+            ((8192, 262_144, 4), Form::Cluster(16), 256),
             ((64, 1000, 2), Form::Registers(4), 32),
         ];
         for ((n, classes, element), form, team) in table {
@@ -414,6 +416,8 @@ mod tests {
             assert_eq!((pass.form, pass.team), (form, team), "{n} x {classes}, {element} bytes");
         }
         assert_eq!(one_pass(A100, rows(8192, 128_256, 2)).form, Form::Rows);
+        let portable = Device { cluster: 8, ..H100 };
+        assert_eq!(one_pass(portable, rows(8192, 262_144, 4)).form, Form::Cluster(8));
         let apart = Shape { adjacent: false, packed: false, simple: false, ..rows(1 << 20, 21, 4) };
         assert_eq!(one_pass(H100, apart).form, Form::Strided);
         assert!(matches!(planner(H100).fused(&rows(2, 128_256, 2)), Fused::Split { .. }));
@@ -432,10 +436,70 @@ mod tests {
         }
     }
 
+    /// Bytes of logits that a multiprocessor has on their way with all of its threads at their loads: resident blocks by the
+    /// registers that the kernels are limited to (`kernels/softmax_entry.cuh`), by shared memory and by the grid, times the
+    /// 16-byte loads that a thread issues before it uses the first.
+    fn bytes_in_flight(pass: &Pass, shape: &Shape, device: &Device, writes: bool) -> u64 {
+        let threads = pass.grid.threads.iter().product::<u32>() as u64;
+        let windows = |threads: u64| (shape.row_bytes() / WINDOW).div_ceil(threads);
+        let (by_registers, loads) = match pass.form {
+            Form::Registers(kept) => {
+                // two rows where a thread has registers for both
+                let rows = if kept <= 8 { 2 } else { 1 };
+                (register_blocks(kept, writes) as u64, rows * windows(pass.team as u64).min(kept as u64))
+            }
+            Form::Tile => (2048 / threads, (threads / pass.team as u64 * shape.row_bytes()).div_ceil(threads * WINDOW)),
+            Form::Cluster(size) => (768 / threads, windows(threads * size as u64).min(4)),
+            Form::Rows => {
+                (768 / threads, windows(pass.team as u64 * pass.splits() as u64).min(if writes { 4 } else { 8 }))
+            }
+            Form::Strided => unreachable!("its loads are not of 16 bytes"),
+        };
+        // of the 228 KB that the multiprocessors of both devices have, 1 KB a block goes to the system
+        let by_shared = (228 << 10) / (pass.grid.shared_bytes as u64 + (3 << 10));
+        let by_grid = (pass.blocks() as u64).div_ceil(device.processors as u64);
+        by_registers.min(by_shared).min(by_grid) * threads * loads * WINDOW
+    }
+
+    /// An H100 needs 32 KB on their way in each multiprocessor to read at its memory's speed and an H200 48 KB; a pass that
+    /// writes as much as it reads needs half of that.
+    #[test]
+    fn enough_bytes_are_in_flight() {
+        const H200_READING: u64 = 48 << 10;
+        for (n, classes, element) in [
+            (32768, 256, 2),
+            (65536, 1000, 2),
+            (65536, 1000, 4),
+            (32768, 4096, 2),
+            (8192, 8192, 2),
+            (4096, 32_000, 2),
+            (4096, 32_000, 4),
+            (16384, 50_257, 2),
+            (8192, 128_256, 2),
+            (8192, 262_144, 2),
+        ] {
+            let shape = rows(n, classes, element);
+            let forward = planner(H100).reduce(&shape);
+            let in_flight = bytes_in_flight(&forward, &shape, &H100, false);
+            assert!(in_flight >= H200_READING, "{n} x {classes}, forward: {in_flight} bytes, {forward:?}");
+            let both = one_pass(H100, shape);
+            let in_flight = bytes_in_flight(&both, &shape, &H100, true);
+            println!(
+                "{n} x {classes}, {element} bytes: {} KB forward",
+                bytes_in_flight(&forward, &shape, &H100, false) >> 10
+            );
+            println!("    {} KB loss and gradient, {:?} {:?}", in_flight >> 10, forward.form, both.form);
+            assert!(in_flight >= H200_READING / 2, "{n} x {classes}, loss and gradient: {in_flight} bytes, {both:?}");
+        }
+        // tiles reach what an H100 needs, and two thirds of what an H200 does
+        let shape = rows(1 << 20, 64, 2);
+        assert_eq!(bytes_in_flight(&planner(H100).reduce(&shape), &shape, &H100, false), 32 << 10);
+    }
+
     /// What the kernels rely on, over the whole range of shapes.
     #[test]
     fn launches_are_possible() {
-        for device in [H100, A100, Device { processors: 40, shared_bytes: 62 << 10, clusters: false }] {
+        for device in [H100, A100, Device { processors: 40, shared_bytes: 62 << 10, cluster: 1 }] {
             for n in [1, 2, 3, 31, 33, 64, 65, 1000, 100_000, 1 << 33] {
                 for classes in [1, 2, 9, 64, 65, 1000, 5000, 32_000, 50_257, 128_256, 1 << 24, (1 << 31) - 1] {
                     for element in [2, 4, 8] {
@@ -476,7 +540,10 @@ mod tests {
                 assert!(pass.splits() == 1 || pass.team == threads, "{what}");
             }
             Form::Cluster(size) => {
-                assert!(device.clusters && pass.team == threads && pass.grid.blocks[0].is_multiple_of(size), "{what}");
+                assert!(
+                    size <= device.cluster && pass.team == threads && pass.grid.blocks[0].is_multiple_of(size),
+                    "{what}"
+                );
             }
             Form::Registers(kept) => {
                 let per_window = WINDOW / shape.element;

@@ -456,6 +456,29 @@ fn nothing_is_launched_for_no_elements() -> Result<()> {
     Ok(())
 }
 
+/// Every kernel of the family is launched by some call.
+#[test]
+fn every_kernel_is_reached() -> Result<()> {
+    let Some(device) = cuda() else { return Ok(()) };
+    let (rows, classes) = (70, 1000);
+    for dtype in FLOATS {
+        let acc = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+        let x = Var::from_tensor(&Tensor::full(0.5f32, (rows, classes), &device)?.to_dtype(dtype)?)?;
+        let t = Var::from_tensor(&Tensor::zeros((rows, classes), dtype, &device)?)?;
+        for term in TERMS {
+            let weight = Some(Tensor::ones((rows, classes), acc, &device)?);
+            let mask = Some(Tensor::ones((rows, classes), DType::U8, &device)?);
+            let checked = Logistic { target_check: true, ..plain(term, Reduction::Mean) };
+            for loss in [checked, Logistic { weight, mask, ..plain(term, Reduction::Mean) }] {
+                loss.clone().forward(&x, &t)?.backward()?;
+                loss.loss_and_grad(&x, &t)?;
+            }
+        }
+        assert_eq!(super::module("test", dtype)?.unused(), [""; 0], "{dtype:?}");
+    }
+    Ok(())
+}
+
 /// Launches and waits of a call: one launch, mean included; a count of the mask goes ahead of a gradient where it is long.
 #[test]
 fn work_of_a_call() -> Result<()> {

@@ -1,5 +1,6 @@
 //! The CUDA path against the CPU path, in every launch regime.
 
+use super::Detail;
 use crate::cuda::launch::{Work, work_of};
 use crate::plan::softmax::Thresholds;
 use crate::reduction::Reduction;
@@ -31,7 +32,10 @@ fn regimes() -> Vec<(&'static str, Thresholds)> {
             "blocks, rows in turn, counted ahead",
             Thresholds { warp_bytes: 0, split_bytes: 1 << 20, blocks: 2, count_rows: 1, ..no_tiles },
         ),
-        ("cluster", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 512, ..no_tiles }),
+        ("cluster of 2", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 700, ..no_tiles }),
+        ("cluster of 4", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 350, ..no_tiles }),
+        ("cluster of 8", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 170, ..no_tiles }),
+        ("cluster of 16", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 16, ..no_tiles }),
         ("split rows", Thresholds { warp_bytes: 0, split_bytes: 256, ..no_tiles }),
     ]
 }
@@ -384,6 +388,57 @@ fn no_rows() -> Result<()> {
             Reduction::Mean => assert!(forward.to_scalar::<f32>()?.is_nan() && loss.to_scalar::<f32>()?.is_nan()),
             Reduction::Sum => assert!(forward.to_scalar::<f32>()? == 0.0 && loss.to_scalar::<f32>()? == 0.0),
             Reduction::None => assert!(forward.dims() == [0] && loss.dims() == [0]),
+        }
+    }
+    Ok(())
+}
+
+/// Every kernel of the family is the one that some plan chooses, and is right then.
+#[test]
+fn every_kernel_is_reached() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    for dtype in FLOATS {
+        let size = dtype.size_in_bytes();
+        let usual = Thresholds { lone_rows: 0, ..Thresholds::default() };
+        let whole = Thresholds { warp_bytes: 0, split_bytes: 1 << 30, ..usual };
+        let cluster = |blocks: usize| Thresholds { cluster_bytes: (333 * size).div_ceil(blocks) as u64, ..whole };
+        let mut problems = vec![
+            (Thresholds { count_rows: 1, ..usual }, vec![300, 10]),
+            (Thresholds { tile_classes: 0, ..usual }, vec![3, 50]),
+            (usual, vec![3, 70]),
+            // 130 and 260 windows
+            (usual, vec![2, 130 * 16 / size]),
+            (usual, vec![2, 260 * 16 / size]),
+            (usual, vec![2, 21, 5]),
+            (Thresholds { split_bytes: 256, ..whole }, vec![2, 333]),
+        ];
+        problems.extend([2, 4, 8, 16].map(|blocks| (cluster(blocks), vec![2, 333])));
+        for (thresholds, dims) in problems {
+            THRESHOLDS.set(thresholds);
+            let classes = dims[1];
+            let logits = random(&dims, 1, dtype)?;
+            let rows = logits.elem_count() / classes;
+            let index_dims: Vec<usize> =
+                dims.iter().enumerate().filter(|&(axis, _)| axis != 1).map(|(_, &n)| n).collect();
+            let target = indices(rows, classes, 2)?.reshape(index_dims)?;
+            for options in [plain(), everything(classes)?] {
+                compare("every kernel", &options, &logits, &target, |x| Ok(x.clone()))?;
+            }
+            let on = |device: &Device| -> Result<[Tensor; 2]> {
+                let x = Var::from_tensor(&logits.to_device(device)?)?;
+                let y = crate::softmax::log_softmax("log_softmax", x.as_tensor(), 1)?;
+                let grads = y.sqr()?.sum_all()?.backward()?;
+                Ok([y, grads.get(&x).unwrap().clone()])
+            };
+            for (got, expected) in on(&gpu)?.iter().zip(&on(&Device::Cpu)?) {
+                assert_close(&format!("log_softmax {dtype:?} {dims:?}"), got, expected, 2.0 * tolerance(dtype));
+            }
+        }
+        let target = Var::from_tensor(&random(&[2, 9], 2, DType::F32)?.abs()?.to_device(&gpu)?)?;
+        plain().forward(&random(&[2, 9], 1, dtype)?.to_device(&gpu)?, target.as_tensor())?.backward()?;
+        for detail in [Detail::Plain, Detail::General] {
+            let unused = detail.module(dtype)?.unused();
+            assert!(unused.is_empty(), "{dtype:?}, {detail:?}: no plan chooses {unused:?}");
         }
     }
     Ok(())
