@@ -1,6 +1,6 @@
 //! Storage types and how the kernels read and write them: in blocks of the arithmetic type, through any strides.
 
-use super::math::{Ahead, Isa, Kernel, Real, dispatch};
+use super::math::{Ahead, Isa, Kernel, LANES, Real, dispatch};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Result, WithDType, bail};
 use half::slice::HalfFloatSliceExt;
@@ -16,6 +16,15 @@ pub(crate) trait Element: WithDType {
 
     fn to_acc(self) -> Self::Acc;
     fn from_acc(v: Self::Acc) -> Self;
+    /// The elements in the order that takes the fewest instructions, for what doesn't depend on it.
+    #[inline(always)]
+    fn unordered(xs: &[Self; LANES]) -> [Self::Acc; LANES] {
+        let mut lanes = [Self::Acc::ZERO; LANES];
+        for (lane, x) in lanes.iter_mut().zip(xs) {
+            *lane = x.to_acc();
+        }
+        lanes
+    }
     fn widen(src: &[Self], dst: &mut [Self::Acc]);
     fn narrow(src: &[Self::Acc], dst: &mut [MaybeUninit<Self>]);
 }
@@ -64,6 +73,18 @@ impl Element for bf16 {
         let quiet_nan = (bits >> 16) | 0x0040;
         let is_nan = bits & 0x7FFF_FFFF > 0x7F80_0000;
         bf16::from_bits(if is_nan { quiet_nan } else { rounded } as u16)
+    }
+    /// The even elements, then the odd ones: two operations on 32 bits that hold two elements.
+    #[inline(always)]
+    fn unordered(xs: &[bf16; LANES]) -> [f32; LANES] {
+        // SAFETY: both are 64 bytes of which every bit pattern is valid
+        let pairs = unsafe { std::mem::transmute::<[bf16; LANES], [u32; LANES / 2]>(*xs) };
+        let mut lanes = [0f32; LANES];
+        for (i, pair) in pairs.iter().enumerate() {
+            lanes[i] = f32::from_bits(pair << 16);
+            lanes[LANES / 2 + i] = f32::from_bits(pair & 0xFFFF_0000);
+        }
+        lanes
     }
     fn widen(src: &[bf16], dst: &mut [f32]) {
         struct Widen<'a>(&'a [bf16], &'a mut [f32]);

@@ -317,8 +317,9 @@ impl<A: Real, S: Element<Acc = A>, T> Kernel for ReduceBlocks<'_, A, S, T> {
         for (max, xs) in block_max.iter_mut().zip(xs) {
             let mut lanes = [A::NEG_INFINITY; LANES];
             for xs in vectors(xs, &end_of(xs, nothing)) {
+                let xs = S::unordered(xs);
                 for lane in 0..LANES {
-                    lanes[lane] = lanes[lane].max_or_self(xs[lane].to_acc());
+                    lanes[lane] = lanes[lane].max_or_self(xs[lane]);
                 }
             }
             *max = max_lanes(lanes);
@@ -331,10 +332,10 @@ impl<A: Real, S: Element<Acc = A>, T> Kernel for ReduceBlocks<'_, A, S, T> {
             let (mut tail, mut ties) = ([A::ZERO; LANES], [A::ZERO; LANES]);
             for (i, xs) in vectors(xs, &end).enumerate() {
                 next.fetch(row * block.len() + i * LANES);
+                let xs = S::unordered(xs);
                 for lane in 0..LANES {
-                    let x = xs[lane].to_acc();
-                    let v = (x - reference).vexp::<I>();
-                    let tie = x == max;
+                    let v = (xs[lane] - reference).vexp::<I>();
+                    let tie = xs[lane] == max;
                     tail[lane] += if tie { A::ZERO } else { v };
                     ties[lane] += if tie { A::ONE } else { A::ZERO };
                 }
