@@ -92,9 +92,14 @@ constexpr int STRIDED_BLOCKS = GENERAL_MODULE ? (sizeof(A) == 4 ? 5 : 2) : 0;
     }
 
 // Rows in registers, W windows a thread: blocks of 256 threads that a multiprocessor has room for, with and without something
-// written for each class. As in src/plan/softmax.rs.
+// written for each class. As in src/plan/softmax.rs, but on sm_75, whose code takes more registers than those leave.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int REGISTERS_WRITING = 1;
+constexpr int registers_reading(int) { return 1; }
+#else
 constexpr int REGISTERS_WRITING = 2;
 constexpr int registers_reading(int w) { return w == 4 ? 3 : 2; }
+#endif
 
 #define REGISTERS(W)                                                                                                           \
     extern "C" __global__ void __launch_bounds__(ROWS_THREADS, registers_reading(W))                                           \
