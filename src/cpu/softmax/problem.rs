@@ -1,18 +1,17 @@
 //! Cross-entropy and NLL on one pair of tensors: targets, losses and gradients of rows.
 
-use super::kernels::{Detail, Emit, LogitsGradient, RowScalars, State, log_sum};
-use super::passes::{Finish, PerRow, Reduce, UnitPass};
+use super::kernels::{Detail, LogitsGradient, RowScalars, State, log_sum};
+use super::passes::{EmitAll, Finish, PerRow, Reduce, UnitPass};
 use super::rows::{Engine, Extra, LANES, Logits, Place, Scratch, Strip};
 use super::units::Operands;
 use crate::cpu::element::{Element, Input, Output, Strided, source};
-use crate::cpu::math::{Baseline, Real};
+use crate::cpu::math::Real;
 use crate::cpu::{for_each_task, sum_in_order};
 use crate::reduction::Reduction;
 use crate::softmax::{Arg, CrossEntropy, Rows};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Result, WithDType, bail};
 use std::mem::MaybeUninit;
-use std::ops::Range;
 
 /// Class indices of any dtype.
 pub(super) enum Indices<'a> {
@@ -239,37 +238,6 @@ impl<'a, T: Element> Problem<'a, T> {
         };
         scalars
     }
-
-    /// The gradient at the row's own class.
-    pub(super) fn own_gradient(&self, scalars: &RowScalars<T::Acc>, row: usize, class: usize, own: T::Acc) -> T::Acc {
-        let (x, slope) = self.logits.get(row, class);
-        let q = own
-            + match &self.targets.extra {
-                Extra::Constant(v) => *v,
-                Extra::Weights { factor, weight } => *factor * weight[class],
-                Extra::None | Extra::Dense { .. } => T::Acc::ZERO,
-            };
-        LogitsGradient.value::<Baseline>(scalars, x, q) * slope
-    }
-
-    /// Writes the gradient of a row's segment, its own class included.
-    pub(super) fn emit_gradient_segment(
-        &self,
-        scalars: &RowScalars<T::Acc>,
-        row: usize,
-        classes: Range<usize>,
-        out: &Output<T>,
-        scratch: &mut Scratch<T::Acc>,
-    ) {
-        // in place, the own logit is gone once the segment is written
-        let own = scalars.own.filter(|(class, _)| classes.contains(class));
-        let own = own.map(|(class, weight)| (class, self.own_gradient(scalars, row, class, weight)));
-        self.operands().emit_segment(&LogitsGradient, scalars, row, classes, out, scratch);
-        if let Some((class, g)) = own {
-            // SAFETY: this unit alone writes the row's segment, and no slice of it is alive
-            unsafe { out.slice(row * self.rows().classes + class, 1)[0].write(T::from_acc(g)) };
-        }
-    }
 }
 
 /// Each row's loss, and what the backward needs of it.
@@ -375,7 +343,8 @@ impl<'a, T: Element> Problem<'a, T> {
             self.scalars(self.targets.row(row), statistics[row], statistics[rows + row], mass, upstream)
         };
         let engine = self.logits.engine();
-        self.logits.for_each_unit(engine, &EmitGradient { problem: self, engine, scalars, out });
+        let Operands { logits, extra } = self.operands();
+        logits.for_each_unit(engine, &EmitAll { logits, extra, engine, emit: LogitsGradient, scalars, out });
     }
 
     /// The gradient of NLL: nothing but each row's own class.
@@ -414,32 +383,6 @@ impl<'a, T: Element> Problem<'a, T> {
     }
 }
 
-pub(super) struct EmitGradient<'p, 'a, T: Element, S> {
-    pub(super) problem: &'p Problem<'a, T>,
-    pub(super) engine: Engine,
-    pub(super) scalars: S,
-    pub(super) out: &'p Output<'p, T>,
-}
-
-impl<T: Element, S: Fn(usize) -> RowScalars<T::Acc> + Sync> UnitPass<T::Acc> for EmitGradient<'_, '_, T, S> {
-    fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
-        match self.engine {
-            Engine::Blocks { rows, segments } => {
-                let strip = Strip::new(unit, rows, segments, self.problem.rows());
-                for row in strip.rows {
-                    let scalars = (self.scalars)(row);
-                    self.problem.emit_gradient_segment(&scalars, row, strip.classes.clone(), self.out, scratch);
-                }
-            }
-            Engine::Tiles => {
-                let place = Place::new(self.problem.rows(), unit);
-                let lanes = place.scalars(&self.scalars);
-                self.problem.operands().emit_tile(&LogitsGradient, &lanes, &place, false, self.out, scratch);
-            }
-        }
-    }
-}
-
 impl Place {
     pub(super) fn scalars<A: Real>(&self, of_row: impl Fn(usize) -> RowScalars<A>) -> [RowScalars<A>; LANES] {
         let mut lanes = [RowScalars::DEAD; LANES];
@@ -472,7 +415,7 @@ impl<T: Element> UnitPass<T::Acc> for Fused<'_, '_, T> {
                 let states = operands.reduce_strip(Detail::Loss, &strip, scratch);
                 for (lane, row) in strip.rows.enumerate() {
                     let scalars = finish(row, &states.get(lane));
-                    self.problem.emit_gradient_segment(&scalars, row, strip.classes.clone(), self.out, scratch);
+                    operands.emit_segment(&LogitsGradient, &scalars, row, strip.classes.clone(), self.out, scratch);
                 }
             }
             Engine::Tiles => {

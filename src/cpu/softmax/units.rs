@@ -4,7 +4,7 @@
 use super::kernels::{Blocks, Detail, Emit, EmitBlock, EmitTile, ReduceBlocks, ReduceTile, RowScalars, States};
 use super::rows::{BLOCK, DEPTH, Extra, LANES, Logits, Place, Scratch, Strip};
 use crate::cpu::element::{Element, Output, as_uninit};
-use crate::cpu::math::{Real, dispatch};
+use crate::cpu::math::{Baseline, Real, dispatch};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -74,6 +74,9 @@ impl<T: Element> Operands<'_, '_, T> {
         scratch: &mut Scratch<T::Acc>,
     ) {
         let capped = E::IN_LOGITS && self.logits.softcap.is_some();
+        // in place, the own logit is gone once the segment is written
+        let own = scalars.own.filter(|(class, _)| classes.contains(class));
+        let own = own.map(|(class, weight)| (class, self.own_value(emit, scalars, row, class, weight)));
         let Scratch { x, e, extra: q, slope } = scratch;
         let (x, e, q, slope) =
             (x.as_flattened_mut(), e.as_flattened_mut(), q.as_flattened_mut(), slope.as_flattened_mut());
@@ -97,6 +100,28 @@ impl<T: Element> Operands<'_, '_, T> {
                 emit_block(emit, scalars, x, q, capped.then_some(&*slope), out, &mut e[..len]);
             }
         }
+        if let Some((class, value)) = own {
+            // SAFETY: as above, and no other slice of it is alive
+            unsafe { out.slice(row * self.logits.rows.classes + class, 1)[0].write(O::from_acc(value)) };
+        }
+    }
+
+    /// What is emitted at the row's own class, which adds to the extra number.
+    fn own_value<E: Emit<T::Acc>>(
+        &self,
+        emit: &E,
+        scalars: &RowScalars<T::Acc>,
+        row: usize,
+        class: usize,
+        weight: T::Acc,
+    ) -> T::Acc {
+        let (x, slope) = self.logits.get(row, class);
+        let extra = match self.extra {
+            Extra::Constant(v) => *v,
+            Extra::Weights { factor, weight } => *factor * weight[class],
+            Extra::None | Extra::Dense { .. } => T::Acc::ZERO,
+        };
+        emit.value::<Baseline>(scalars, x, weight + extra) * slope
     }
 
     /// `reduced`: whether the scratch memory is as [`Self::reduce_tile`] of the same tile left it.
