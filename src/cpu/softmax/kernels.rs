@@ -139,6 +139,16 @@ impl<A: Real> RowScalars<A> {
         live: false,
     };
 
+    /// The numbers of up to [`LANES`] adjacent rows, each made from its lane and row.
+    #[inline(always)]
+    pub(super) fn of_rows(rows: Range<usize>, of: impl Fn(usize, usize) -> Self) -> [Self; LANES] {
+        let mut lanes = [Self::DEAD; LANES];
+        for (lane, row) in rows.enumerate() {
+            lanes[lane] = of(lane, row);
+        }
+        lanes
+    }
+
     pub(super) fn new(max: A, rest: A) -> Self {
         // a row of only -inf, or with +inf, has no softmax
         let max = if max.is_finite() { max } else { A::NAN };
@@ -225,13 +235,13 @@ pub(super) enum Detail {
 /// The states of up to [`LANES`] rows, a vector for each number.
 #[derive(Clone, Copy)]
 pub(super) struct States<A> {
-    max: [A; LANES],
-    rest: [A; LANES],
-    linear: [A; LANES],
-    mass: [A; LANES],
-    moment: [A; LANES],
-    argmax: [u32; LANES],
-    log_sum: [A; LANES],
+    pub(super) max: [A; LANES],
+    pub(super) rest: [A; LANES],
+    pub(super) linear: [A; LANES],
+    pub(super) mass: [A; LANES],
+    pub(super) moment: [A; LANES],
+    pub(super) argmax: [u32; LANES],
+    pub(super) log_sum: [A; LANES],
 }
 
 impl<A: Real> States<A> {
@@ -247,6 +257,13 @@ impl<A: Real> States<A> {
             log_sum: [log_sum; LANES],
         }
     };
+
+    /// The state of one row, in the first lane.
+    pub(super) fn one(state: State<A>) -> Self {
+        let mut states = Self::EMPTY;
+        states.set(0, state);
+        states
+    }
 
     #[inline(always)]
     pub(super) fn get(&self, lane: usize) -> State<A> {
@@ -474,6 +491,41 @@ impl<A: Real> Kernel for ReduceTile<'_, A> {
         if classes.end == of {
             states.complete::<I>();
         }
+    }
+}
+
+/// The losses of rows from their states.
+pub(super) struct RowLosses<'k, A> {
+    pub(super) states: &'k States<A>,
+    /// The logit of each row's own class, what the class adds to its q, and whether the row counts.
+    pub(super) own: &'k [A; LANES],
+    pub(super) weight: &'k [A; LANES],
+    pub(super) live: &'k [bool; LANES],
+    /// Whether there are extra numbers q.
+    pub(super) extra: bool,
+    pub(super) z_loss: A,
+}
+
+impl<A: Real> Kernel for RowLosses<'_, A> {
+    type Output = [A; LANES];
+
+    #[inline(always)]
+    fn run<I: Isa>(self) -> [A; LANES] {
+        let RowLosses { states: States { max, log_sum, mass, linear, .. }, own, weight, live, extra, z_loss } = self;
+        let mut losses = [A::ZERO; LANES];
+        for lane in 0..LANES {
+            let log_sum = log_sum[lane];
+            let direct = weight[lane] * (log_sum - (own[lane] - max[lane]));
+            // without an own class still NaN in a row without a softmax
+            let mut loss = if weight[lane] == A::ZERO { A::ZERO * log_sum } else { direct };
+            if extra {
+                loss += mass[lane] * log_sum - linear[lane];
+            }
+            let lse = max[lane] + log_sum;
+            loss += z_loss * lse * lse;
+            losses[lane] = if live[lane] { loss } else { A::ZERO };
+        }
+        losses
     }
 }
 

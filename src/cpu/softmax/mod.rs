@@ -23,10 +23,11 @@ use super::math::Real;
 use crate::softmax::{Arg, CrossEntropy, Operand, Rows, Saved, Statistics, cpu_tensor};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType, bail};
-use kernels::{Detail, LogProbs, LogProbsGradient, RowScalars, State, TargetGradient, log_sum};
+use kernels::{Detail, LogProbs, LogProbsGradient, RowScalars, States, TargetGradient, log_sum};
 use passes::{EmitAll, Finish, PerRow, Reduce, UnitPass};
-use problem::{Problem, RowResults, RowTarget, upstream_of};
+use problem::{Problem, RowResults, upstream_of};
 use rows::{BLOCK, Engine, Extra, LANES, Logits, Place, Scratch, Strip};
+use std::ops::Range;
 use units::Operands;
 
 /// Calls `body` with the storage's elements as a slice of their own type.
@@ -132,13 +133,14 @@ pub(crate) fn backward(
                 None => Extra::Constant(keep),
                 Some(weight) => Extra::Weights { factor: keep, weight },
             };
-            let scalars = |row: usize| {
+            let scalars = |_, row: usize| {
                 let (max, rest) = (statistics[row], statistics[rows + row]);
                 let mut scalars = RowScalars::new(max, rest);
                 scalars.log_sum = log_sum(max, rest);
                 scalars.upstream = upstream_of(upstream, row, denominator);
                 scalars
             };
+            let scalars = |rows| RowScalars::of_rows(rows, scalars);
             let grad: Vec<T::Acc> = EmitAll::run(&problem.logits, &extra, TargetGradient, scalars);
             Ok(T::Acc::to_cpu_storage_owned(grad))
         })
@@ -213,23 +215,30 @@ struct StatisticsWriter<'p, 'a, T: Element> {
 }
 
 impl<T: Element> Finish<T::Acc> for StatisticsWriter<'_, '_, T> {
-    fn finish(&self, row: usize, state: &State<T::Acc>) {
-        let target = self.problem.targets.row(row);
-        let lse = state.max + state.log_sum;
-        let entropy = state.log_sum - state.moment / (T::Acc::ONE + state.rest);
-        let ignored = matches!(target, RowTarget::Ignored);
-        let kept = |v: T::Acc| if ignored { T::Acc::ZERO } else { v };
-        let correct = match target {
-            RowTarget::Ignored => false,
-            RowTarget::Class(class, _) => class == state.argmax as usize,
-            RowTarget::Probabilities => self.problem.most_probable(row) == state.argmax as usize,
-        };
-        self.loss.set(row, self.problem.loss(row, target, state));
-        self.lse.set(row, kept(lse));
-        self.z_loss.set(row, kept(self.problem.z_loss(lse)));
-        self.entropy.set(row, kept(entropy));
-        self.argmax.set(row, state.argmax);
-        self.correct.set(row, correct as u8);
+    fn finish(&self, rows: Range<usize>, states: &States<T::Acc>) {
+        let problem = self.problem;
+        let targets = problem.targets.rows(rows.clone());
+        self.loss.set(rows.clone(), &problem.losses(rows.clone(), &targets, states));
+        self.argmax.set(rows.clone(), &states.argmax);
+        for (lane, row) in rows.enumerate() {
+            let state = states.get(lane);
+            let lse = state.max + state.log_sum;
+            let z_loss = match problem.options.z_loss {
+                0.0 => T::Acc::ZERO,
+                z => T::Acc::of(z) * lse * lse,
+            };
+            let entropy = state.log_sum - state.moment / (T::Acc::ONE + state.rest);
+            let class = match &problem.targets.indices {
+                Some(_) => targets.class[lane],
+                None => problem.most_probable(row),
+            };
+            let live = targets.live[lane];
+            let kept = |v: T::Acc| if live { v } else { T::Acc::ZERO };
+            self.lse.set(row..row + 1, &[kept(lse)]);
+            self.z_loss.set(row..row + 1, &[kept(z_loss)]);
+            self.entropy.set(row..row + 1, &[kept(entropy)]);
+            self.correct.set(row..row + 1, &[(live && class == state.argmax as usize) as u8]);
+        }
     }
 }
 
@@ -309,15 +318,18 @@ impl<T: Element> UnitPass<T::Acc> for LogSoftmax<'_, '_, T> {
                 let strip = Strip::new(unit, rows, segments, &self.logits.rows);
                 let operands = Operands { logits: self.logits, extra: none };
                 let states = operands.reduce_strip(Detail::Loss, &strip, scratch);
-                for (lane, row) in strip.rows.enumerate() {
-                    let scalars = log_probs_scalars(&states.get(lane));
-                    operands.emit_segment(&LogProbs, &scalars, row, strip.classes.clone(), self.out, scratch);
-                }
+                operands.emit_strip(
+                    &LogProbs,
+                    &log_probs_scalars(strip.rows.clone(), &states),
+                    &strip,
+                    self.out,
+                    scratch,
+                );
             }
             Engine::Tiles => {
                 let place = Place::new(&self.logits.rows, unit);
                 let states = Operands { logits: self.logits, extra: none }.reduce_tile(Detail::Loss, &place, scratch);
-                let lanes = place.scalars(|row| log_probs_scalars(&states.get(row - place.first)));
+                let lanes = log_probs_scalars(place.rows(), &states);
                 Operands { logits: self.logits, extra: none }
                     .emit_tile(&LogProbs, &lanes, &place, true, self.out, scratch);
             }
@@ -325,15 +337,18 @@ impl<T: Element> UnitPass<T::Acc> for LogSoftmax<'_, '_, T> {
     }
 }
 
-fn log_probs_scalars<A: Real>(state: &State<A>) -> RowScalars<A> {
-    RowScalars { log_sum: state.log_sum, ..RowScalars::new(state.max, state.rest) }
+fn log_probs_scalars<A: Real>(rows: Range<usize>, states: &States<A>) -> [RowScalars<A>; LANES] {
+    RowScalars::of_rows(rows, |lane, _| {
+        let state = states.get(lane);
+        RowScalars { log_sum: state.log_sum, ..RowScalars::new(state.max, state.rest) }
+    })
 }
 
 struct KeepScalars<'p, A>(PerRow<'p, RowScalars<A>>);
 
 impl<A: Real> Finish<A> for KeepScalars<'_, A> {
-    fn finish(&self, row: usize, state: &State<A>) {
-        self.0.set(row, log_probs_scalars(state));
+    fn finish(&self, rows: Range<usize>, states: &States<A>) {
+        self.0.set(rows.clone(), &log_probs_scalars(rows, states));
     }
 }
 
@@ -346,7 +361,7 @@ pub(crate) fn log_softmax(name: &str, logits: &CpuStorage, rows: &Rows) -> Resul
             Engine::Blocks { segments: 2.., .. } => {
                 let mut scalars = vec![RowScalars::DEAD; rows.count()];
                 Reduce::run(&logits, &Extra::None, Detail::Loss, KeepScalars(PerRow::new(&mut scalars)));
-                EmitAll::run(&logits, &Extra::None, LogProbs, |row: usize| scalars[row])
+                EmitAll::run(&logits, &Extra::None, LogProbs, |rows| RowScalars::of_rows(rows, |_, row| scalars[row]))
             }
             // SAFETY: every row is emitted whole
             _ => unsafe {
@@ -384,12 +399,9 @@ pub(crate) fn log_softmax_backward(
         };
         let mut masses = vec![T::Acc::ZERO; rows.count()];
         let written = PerRow::new(&mut masses);
-        for_each_task(rows.count(), rows.classes, |rows| rows.for_each(|row| written.set(row, mass(row))));
-        let scalars = |row: usize| {
-            let mut scalars = RowScalars::new(T::Acc::ZERO, T::Acc::ZERO);
-            scalars.mass = masses[row];
-            scalars
-        };
+        for_each_task(rows.count(), rows.classes, |rows| rows.for_each(|row| written.set(row..row + 1, &[mass(row)])));
+        let of_row = |_, row: usize| RowScalars { mass: masses[row], ..RowScalars::new(T::Acc::ZERO, T::Acc::ZERO) };
+        let scalars = |rows| RowScalars::of_rows(rows, of_row);
         let grad: Vec<T> = EmitAll::run(&logits, &extra, LogProbsGradient, scalars);
         T::to_cpu_storage_owned(grad)
     }

@@ -1,19 +1,20 @@
 //! Passes over all rows, cut into units of work that run in parallel.
 
-use super::kernels::{Detail, Emit, RowScalars, State};
-use super::rows::{Engine, Extra, Logits, Place, Scratch, Strip};
+use super::kernels::{Detail, Emit, RowScalars, State, States};
+use super::rows::{Engine, Extra, LANES, Logits, Place, Scratch, Strip};
 use super::units::Operands;
 use crate::cpu::element::{Element, Output, build};
 use crate::cpu::math::Real;
+use std::ops::Range;
 
 /// One pass over the logits, cut into units that don't depend on each other.
 pub(super) trait UnitPass<A: Real>: Sync {
     fn unit(&self, unit: usize, scratch: &mut Scratch<A>);
 }
 
-/// What a pass does with the state of each row.
+/// What a pass does with the states of up to [`LANES`] adjacent rows.
 pub(super) trait Finish<A: Real>: Sync {
-    fn finish(&self, row: usize, state: &State<A>);
+    fn finish(&self, rows: Range<usize>, states: &States<A>);
 }
 
 /// Reduces every row.
@@ -39,13 +40,13 @@ impl<'p, 'a, T: Element, F: Finish<T::Acc>> Reduce<'p, 'a, T, F> {
         for (row, parts) in parts.chunks(segments).enumerate() {
             let mut state = parts[0];
             parts[1..].iter().for_each(|part| state.merge(part));
-            finish.finish(row, &state.complete());
+            finish.finish(row..row + 1, &States::one(state.complete()));
         }
     }
 }
 
 impl<A: Real> Finish<A> for () {
-    fn finish(&self, _: usize, _: &State<A>) {}
+    fn finish(&self, _: Range<usize>, _: &States<A>) {}
 }
 
 impl<T: Element, F: Finish<T::Acc>> UnitPass<T::Acc> for Reduce<'_, '_, T, F> {
@@ -60,17 +61,13 @@ impl<T: Element, F: Finish<T::Acc>> UnitPass<T::Acc> for Reduce<'_, '_, T, F> {
                     unsafe { parts.slice(unit, 1)[0].write(states.get(0)) };
                     return;
                 }
-                for (lane, row) in strip.rows.enumerate() {
-                    self.finish.finish(row, &states.get(lane));
-                }
+                self.finish.finish(strip.rows, &states);
             }
             Engine::Tiles => {
                 let place = Place::new(&self.logits.rows, unit);
                 let states =
                     Operands { logits: self.logits, extra: self.extra }.reduce_tile(self.detail, &place, scratch);
-                for lane in 0..place.lanes {
-                    self.finish.finish(place.first + lane, &states.get(lane));
-                }
+                self.finish.finish(place.rows(), &states);
             }
         }
     }
@@ -79,14 +76,18 @@ impl<T: Element, F: Finish<T::Acc>> UnitPass<T::Acc> for Reduce<'_, '_, T, F> {
 /// One value for each row, written by the tasks that own the rows.
 pub(super) struct PerRow<'a, A>(Output<'a, A>);
 
-impl<'a, A> PerRow<'a, A> {
+impl<'a, A: Copy> PerRow<'a, A> {
     pub(super) fn new(values: &'a mut [A]) -> Self {
         PerRow(Output::in_place(values).1)
     }
 
-    pub(super) fn set(&self, row: usize, value: A) {
+    /// Sets the values of some rows to the first of `values`.
+    pub(super) fn set(&self, rows: Range<usize>, values: &[A]) {
         // SAFETY: a row is finished by one task, and nothing reads the values before all tasks are done
-        unsafe { self.0.slice(row, 1)[0].write(value) };
+        let to = unsafe { self.0.slice(rows.start, rows.len()) };
+        for (to, &value) in to.iter_mut().zip(values) {
+            to.write(value);
+        }
     }
 }
 
@@ -105,7 +106,7 @@ where
     T: Element,
     O: Element<Acc = T::Acc>,
     E: Emit<T::Acc>,
-    S: Fn(usize) -> RowScalars<T::Acc> + Sync,
+    S: Fn(Range<usize>) -> [RowScalars<T::Acc>; LANES] + Sync,
 {
     pub(super) fn run(logits: &'p Logits<'a, T>, extra: &'p Extra<'a, T::Acc>, emit: E, scalars: S) -> Vec<O> {
         let engine = logits.engine();
@@ -123,21 +124,18 @@ where
     T: Element,
     O: Element<Acc = T::Acc>,
     E: Emit<T::Acc>,
-    S: Fn(usize) -> RowScalars<T::Acc> + Sync,
+    S: Fn(Range<usize>) -> [RowScalars<T::Acc>; LANES] + Sync,
 {
     fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
         match self.engine {
             Engine::Blocks { rows, segments } => {
                 let strip = Strip::new(unit, rows, segments, &self.logits.rows);
                 let operands = Operands { logits: self.logits, extra: self.extra };
-                for row in strip.rows {
-                    let scalars = (self.scalars)(row);
-                    operands.emit_segment(&self.emit, &scalars, row, strip.classes.clone(), self.out, scratch);
-                }
+                operands.emit_strip(&self.emit, &(self.scalars)(strip.rows.clone()), &strip, self.out, scratch);
             }
             Engine::Tiles => {
                 let place = Place::new(&self.logits.rows, unit);
-                let lanes = place.scalars(&self.scalars);
+                let lanes = (self.scalars)(place.rows());
                 Operands { logits: self.logits, extra: self.extra }
                     .emit_tile(&self.emit, &lanes, &place, false, self.out, scratch);
             }

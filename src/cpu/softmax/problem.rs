@@ -1,17 +1,18 @@
 //! Cross-entropy and NLL on one pair of tensors: targets, losses and gradients of rows.
 
-use super::kernels::{Detail, LogitsGradient, RowScalars, State, log_sum};
+use super::kernels::{Detail, LogitsGradient, RowLosses, RowScalars, States, log_sum};
 use super::passes::{EmitAll, Finish, PerRow, Reduce, UnitPass};
 use super::rows::{Engine, Extra, LANES, Logits, Place, Scratch, Strip};
 use super::units::Operands;
 use crate::cpu::element::{Element, Input, Output, Strided, source};
-use crate::cpu::math::Real;
+use crate::cpu::math::{Real, dispatch};
 use crate::cpu::{for_each_task, sum_in_order};
 use crate::reduction::Reduction;
 use crate::softmax::{Arg, CrossEntropy, Rows};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Result, WithDType, bail};
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 /// Class indices of any dtype.
 pub(super) enum Indices<'a> {
@@ -56,24 +57,39 @@ pub(super) struct Targets<'a, A> {
     pub(super) classes: usize,
 }
 
-#[derive(Clone, Copy)]
-pub(super) enum RowTarget<A> {
-    Ignored,
-    /// The class, inside the row by [`Targets::check`], and its weight times `keep`.
-    Class(usize, A),
-    Probabilities,
+/// The targets of up to [`LANES`] adjacent rows.
+pub(super) struct RowTargets<A> {
+    /// The class, inside the row by [`Targets::check`], and its weight times `keep`; 0 and 0 where there is none.
+    pub(super) class: [usize; LANES],
+    pub(super) weight: [A; LANES],
+    /// Whether the row counts.
+    pub(super) live: [bool; LANES],
 }
 
 impl<'a, A: Real> Targets<'a, A> {
     #[inline(always)]
-    pub(super) fn row(&self, row: usize) -> RowTarget<A> {
-        let Some(indices) = &self.indices else { return RowTarget::Probabilities };
-        let class = indices.get(row);
-        if class == self.ignore_index {
-            return RowTarget::Ignored;
+    pub(super) fn rows(&self, rows: Range<usize>) -> RowTargets<A> {
+        fn load<I: Copy + Into<i64>>(from: &[I], to: &mut [i64; LANES]) {
+            to.iter_mut().zip(from).for_each(|(to, &class)| *to = class.into());
         }
-        let class = class as usize;
-        RowTarget::Class(class, self.weight.map_or(A::ONE, |w| w[class]) * self.keep)
+        let mut targets = RowTargets { class: [0; LANES], weight: [A::ZERO; LANES], live: [true; LANES] };
+        let Some(indices) = &self.indices else { return targets };
+        let (mut classes, len) = ([0; LANES], rows.len());
+        match indices {
+            Indices::U8(t) => load(&t[rows], &mut classes),
+            Indices::U32(t) => load(&t[rows], &mut classes),
+            Indices::I32(t) => load(&t[rows], &mut classes),
+            Indices::I64(t) => load(&t[rows], &mut classes),
+        }
+        for (lane, &class) in classes[..len].iter().enumerate() {
+            let live = class != self.ignore_index;
+            let class = if live { class as usize } else { 0 };
+            let weight = self.keep * self.weight.map_or(A::ONE, |weight| weight[class]);
+            targets.class[lane] = class;
+            targets.weight[lane] = if live { weight } else { A::ZERO };
+            targets.live[lane] = live;
+        }
+        targets
     }
 
     /// Checks every class index, and sums the weights of the rows that count.
@@ -177,57 +193,47 @@ impl<'a, T: Element> Problem<'a, T> {
         })
     }
 
-    /// The loss of a row.
-    pub(super) fn loss(&self, row: usize, target: RowTarget<T::Acc>, state: &State<T::Acc>) -> T::Acc {
-        let zero = T::Acc::ZERO;
-        let (own, class) = match target {
-            RowTarget::Ignored => return zero,
-            RowTarget::Class(class, own) => (own, class),
-            RowTarget::Probabilities => (zero, 0),
-        };
-        let log_sum = state.log_sum;
-        let mut loss = if own == zero {
-            // still NaN in a row without a softmax
-            zero * log_sum
-        } else {
-            own * (log_sum - (self.logits.get(row, class).0 - state.max))
-        };
-        if !self.targets.extra.is_none() {
-            loss += state.mass * log_sum - state.linear;
-        }
-        loss + self.z_loss(state.max + log_sum)
+    /// The losses of up to [`LANES`] adjacent rows.
+    pub(super) fn losses(
+        &self,
+        rows: Range<usize>,
+        targets: &RowTargets<T::Acc>,
+        states: &States<T::Acc>,
+    ) -> [T::Acc; LANES] {
+        dispatch(RowLosses {
+            states,
+            own: &self.logits.pick(rows, &targets.class),
+            weight: &targets.weight,
+            live: &targets.live,
+            extra: !self.targets.extra.is_none(),
+            z_loss: T::Acc::of(self.options.z_loss),
+        })
     }
 
-    /// The loss of a row of log-probabilities.
-    #[inline(always)]
-    fn nll(&self, row: usize) -> T::Acc {
-        match self.targets.row(row) {
-            RowTarget::Class(class, own) if own != T::Acc::ZERO => -own * self.logits.get(row, class).0,
-            _ => T::Acc::ZERO,
+    /// The losses of up to [`LANES`] adjacent rows of log-probabilities.
+    fn nll(&self, rows: Range<usize>) -> [T::Acc; LANES] {
+        let RowTargets { class, weight, .. } = self.targets.rows(rows.clone());
+        let mut losses = self.logits.pick(rows, &class);
+        for (loss, weight) in losses.iter_mut().zip(weight) {
+            *loss = if weight == T::Acc::ZERO { T::Acc::ZERO } else { -weight * *loss };
         }
+        losses
     }
 
-    pub(super) fn z_loss(&self, lse: T::Acc) -> T::Acc {
-        match self.options.z_loss {
-            0.0 => T::Acc::ZERO,
-            z => T::Acc::of(z) * lse * lse,
-        }
-    }
-
-    /// The numbers from which a row's gradient is made, `upstream` already over the denominator.
+    /// The numbers from which the gradient of a lane's row is made, `upstream` already over the denominator.
     pub(super) fn scalars(
         &self,
-        target: RowTarget<T::Acc>,
+        targets: &RowTargets<T::Acc>,
+        lane: usize,
         max: T::Acc,
         rest: T::Acc,
         mass: T::Acc,
         upstream: T::Acc,
     ) -> RowScalars<T::Acc> {
-        let own = match target {
-            RowTarget::Ignored => return RowScalars::DEAD,
-            RowTarget::Class(class, own) => Some((class, own)),
-            RowTarget::Probabilities => None,
-        };
+        if !targets.live[lane] {
+            return RowScalars::DEAD;
+        }
+        let own = self.targets.indices.as_ref().map(|_| (targets.class[lane], targets.weight[lane]));
         let mut scalars = RowScalars::new(max, rest);
         scalars.upstream = upstream * self.logits.scale;
         scalars.own = own;
@@ -254,12 +260,13 @@ pub(super) struct RowResultsWriter<'p, 'a, T: Element> {
 }
 
 impl<T: Element> Finish<T::Acc> for RowResultsWriter<'_, '_, T> {
-    fn finish(&self, row: usize, state: &State<T::Acc>) {
-        let rows = self.problem.rows().count();
-        self.loss.set(row, self.problem.loss(row, self.problem.targets.row(row), state));
-        let kinds = [state.max, state.rest, state.mass];
-        for (kind, value) in kinds[..self.problem.kinds()].iter().enumerate() {
-            self.statistics.set(kind * rows + row, *value);
+    fn finish(&self, rows: Range<usize>, states: &States<T::Acc>) {
+        let count = self.problem.rows().count();
+        let targets = self.problem.targets.rows(rows.clone());
+        self.loss.set(rows.clone(), &self.problem.losses(rows.clone(), &targets, states));
+        let kinds = [&states.max, &states.rest, &states.mass];
+        for (kind, values) in kinds[..self.problem.kinds()].iter().enumerate() {
+            self.statistics.set(kind * count + rows.start..kind * count + rows.end, values.as_slice());
         }
     }
 }
@@ -288,12 +295,11 @@ impl<'a, T: Element> Problem<'a, T> {
         let mut results =
             RowResults { loss: vec![T::Acc::ZERO; rows], statistics: vec![T::Acc::ZERO; rows * self.kinds()] };
         if self.options.log_probs {
-            let losses = Output::in_place(&mut results.loss).1;
-            for_each_task(rows, NLL_ROW, |rows| {
-                // SAFETY: a row belongs to one task, and nothing reads the losses before all tasks are done
-                let losses = unsafe { losses.slice(rows.start, rows.len()) };
-                for (row, loss) in rows.zip(losses) {
-                    loss.write(self.nll(row));
+            let losses = PerRow::new(&mut results.loss);
+            for_each_task(rows.div_ceil(LANES), LANES * NLL_ROW, |tiles| {
+                for first in tiles.map(|tile| tile * LANES) {
+                    let rows = first..(first + LANES).min(rows);
+                    losses.set(rows.clone(), &self.nll(rows));
                 }
             });
         } else {
@@ -337,10 +343,13 @@ impl<'a, T: Element> Problem<'a, T> {
         }
         let rows = self.rows().count();
         let uniform_mass = self.uniform_mass();
-        let scalars = |row: usize| {
-            let mass = if self.kinds() == 3 { statistics[2 * rows + row] } else { uniform_mass };
-            let upstream = upstream_of(upstream, row, denominator);
-            self.scalars(self.targets.row(row), statistics[row], statistics[rows + row], mass, upstream)
+        let scalars = |range: Range<usize>| {
+            let targets = self.targets.rows(range.clone());
+            RowScalars::of_rows(range, |lane, row| {
+                let mass = if self.kinds() == 3 { statistics[2 * rows + row] } else { uniform_mass };
+                let upstream = upstream_of(upstream, row, denominator);
+                self.scalars(&targets, lane, statistics[row], statistics[rows + row], mass, upstream)
+            })
         };
         let engine = self.logits.engine();
         let Operands { logits, extra } = self.operands();
@@ -352,10 +361,12 @@ impl<'a, T: Element> Problem<'a, T> {
         let rows = self.rows();
         // SAFETY: no other slice of the output is alive
         unsafe { out.slice(0, rows.count() * rows.classes) }.fill(MaybeUninit::new(T::from_acc(T::Acc::ZERO)));
-        for row in 0..rows.count() {
-            if let RowTarget::Class(class, own) = self.targets.row(row) {
-                let g = -(own * upstream_of(upstream, row, denominator));
-                let at = rows.written_start(row) + class * rows.written_stride();
+        for first in (0..rows.count()).step_by(LANES) {
+            let range = first..(first + LANES).min(rows.count());
+            let targets = self.targets.rows(range.clone());
+            for (lane, row) in range.enumerate().filter(|(lane, _)| targets.live[*lane]) {
+                let g = -(targets.weight[lane] * upstream_of(upstream, row, denominator));
+                let at = rows.written_start(row) + targets.class[lane] * rows.written_stride();
                 // SAFETY: as above
                 unsafe { out.slice(at, 1)[0].write(T::from_acc(g)) };
             }
@@ -383,14 +394,6 @@ impl<'a, T: Element> Problem<'a, T> {
     }
 }
 
-impl Place {
-    pub(super) fn scalars<A: Real>(&self, of_row: impl Fn(usize) -> RowScalars<A>) -> [RowScalars<A>; LANES] {
-        let mut lanes = [RowScalars::DEAD; LANES];
-        (0..self.lanes).for_each(|lane| lanes[lane] = of_row(self.first + lane));
-        lanes
-    }
-}
-
 /// Reduces each row and emits its gradient while the row is in the cache.
 pub(super) struct Fused<'p, 'a, T: Element> {
     pub(super) problem: &'p Problem<'a, T>,
@@ -404,25 +407,25 @@ impl<T: Element> UnitPass<T::Acc> for Fused<'_, '_, T> {
     fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
         let Problem { logits, targets, .. } = self.problem;
         let operands = self.problem.operands();
-        let finish = |row: usize, state: &State<T::Acc>| {
-            let target = targets.row(row);
-            self.loss.set(row, self.problem.loss(row, target, state));
-            self.problem.scalars(target, state.max, state.rest, state.mass, self.upstream)
+        let finish = |rows: Range<usize>, states: &States<T::Acc>| {
+            let targets = targets.rows(rows.clone());
+            self.loss.set(rows.clone(), &self.problem.losses(rows.clone(), &targets, states));
+            RowScalars::of_rows(rows, |lane, _| {
+                let (max, rest, mass) = (states.max[lane], states.rest[lane], states.mass[lane]);
+                self.problem.scalars(&targets, lane, max, rest, mass, self.upstream)
+            })
         };
         match self.engine {
             Engine::Blocks { rows, segments } => {
                 let strip = Strip::new(unit, rows, segments, &logits.rows);
                 let states = operands.reduce_strip(Detail::Loss, &strip, scratch);
-                for (lane, row) in strip.rows.enumerate() {
-                    let scalars = finish(row, &states.get(lane));
-                    operands.emit_segment(&LogitsGradient, &scalars, row, strip.classes.clone(), self.out, scratch);
-                }
+                let scalars = finish(strip.rows.clone(), &states);
+                operands.emit_strip(&LogitsGradient, &scalars, &strip, self.out, scratch);
             }
             Engine::Tiles => {
                 let place = Place::new(&logits.rows, unit);
                 let states = operands.reduce_tile(Detail::Loss, &place, scratch);
-                let lanes = place.scalars(|row| finish(row, &states.get(row - place.first)));
-                operands.emit_tile(&LogitsGradient, &lanes, &place, true, self.out, scratch);
+                operands.emit_tile(&LogitsGradient, &finish(place.rows(), &states), &place, true, self.out, scratch);
             }
         }
     }

@@ -209,6 +209,16 @@ impl<'a, T: Element> Logits<'a, T> {
         (x[0], slope[0])
     }
 
+    /// A logit of each of up to [`LANES`] adjacent rows, after scale and soft cap.
+    pub(super) fn pick(&self, rows: Range<usize>, classes: &[usize; LANES]) -> [T::Acc; LANES] {
+        let mut xs = [T::Acc::ZERO; LANES];
+        for ((x, row), class) in xs.iter_mut().zip(rows).zip(classes) {
+            *x = self.x.slice(self.rows.start(row) + class * self.rows.class_stride, 1)[0].to_acc();
+        }
+        self.transform(&mut xs, None);
+        xs
+    }
+
     /// Whether the vectorised loops can take the logits as they are stored.
     pub(super) fn is_read_directly(&self) -> bool {
         T::INLINE && !self.is_transformed()
@@ -285,22 +295,28 @@ impl Place {
     pub(super) fn new(rows: &Rows, unit: usize) -> Self {
         let first = unit * LANES;
         let lanes = (rows.count() - first).min(LANES);
-        let (mut read, mut write) = ([0; LANES], [0; LANES]);
-        for lane in 0..lanes {
-            read[lane] = rows.start(first + lane);
-            write[lane] = rows.written_start(first + lane);
-        }
-        let adjacent = |at: &[usize; LANES]| (1..lanes).all(|l| at[l] == at[0] + l);
-        Place {
+        let mut place = Place {
             first,
             lanes,
             write_stride: rows.written_stride(),
-            // one row alone is better read along its classes
-            read_adjacent: lanes > 1 && adjacent(&read),
-            write_adjacent: lanes > 1 && adjacent(&write),
-            read,
-            write,
+            read_adjacent: false,
+            write_adjacent: false,
+            read: [0; LANES],
+            write: [0; LANES],
+        };
+        for lane in 0..lanes {
+            place.read[lane] = rows.start(first + lane);
+            place.write[lane] = rows.written_start(first + lane);
         }
+        let adjacent = |at: &[usize; LANES]| (1..lanes).all(|l| at[l] == at[0] + l);
+        // one row alone is better read along its classes
+        place.read_adjacent = lanes > 1 && adjacent(&place.read);
+        place.write_adjacent = lanes > 1 && adjacent(&place.write);
+        place
+    }
+
+    pub(super) fn rows(&self) -> Range<usize> {
+        self.first..self.first + self.lanes
     }
 
     /// The extra numbers of a tile.

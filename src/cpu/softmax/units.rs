@@ -63,8 +63,21 @@ impl<T: Element> Operands<'_, '_, T> {
         states
     }
 
+    pub(super) fn emit_strip<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
+        &self,
+        emit: &E,
+        scalars: &[RowScalars<T::Acc>; LANES],
+        strip: &Strip,
+        out: &Output<O>,
+        scratch: &mut Scratch<T::Acc>,
+    ) {
+        for (scalars, row) in scalars.iter().zip(strip.rows.clone()) {
+            self.emit_segment(emit, scalars, row, strip.classes.clone(), out, scratch);
+        }
+    }
+
     #[allow(clippy::too_many_arguments)]
-    pub(super) fn emit_segment<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
+    fn emit_segment<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
         &self,
         emit: &E,
         scalars: &RowScalars<T::Acc>,
