@@ -238,8 +238,12 @@ impl<A: Real> Block<'_, A> {
             Formula::Bce => dispatch(Map { term: Bce, function, block, values }),
             Formula::BceWithLogits => dispatch(Map { term: BceWithLogits, function, block, values }),
             Formula::Focal { alpha, gamma } => {
-                let term = Focal { alpha: alpha.map(A::of), gamma: A::of(gamma) };
-                dispatch(Map { term, function, block, values })
+                let (alpha, gamma) = (alpha.map(A::of), A::of(gamma));
+                if gamma == A::of(2.0) {
+                    dispatch(Map { term: Focal::<A, true> { alpha, gamma }, function, block, values })
+                } else {
+                    dispatch(Map { term: Focal::<A, false> { alpha, gamma }, function, block, values })
+                }
             }
         }
     }

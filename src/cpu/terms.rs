@@ -114,8 +114,10 @@ impl<A: Real> Term<A> for BceWithLogits {
 }
 
 /// Sigmoid focal loss.
+///
+/// `SQUARE`: gamma is 2, as it is by default; a square costs neither the logarithm nor the exponential of other powers.
 #[derive(Clone, Copy)]
-pub(super) struct Focal<A> {
+pub(super) struct Focal<A, const SQUARE: bool> {
     /// The balance of the classes, if any.
     pub alpha: Option<A>,
     pub gamma: A,
@@ -131,12 +133,13 @@ struct FocalParts<A> {
     u: A,
 }
 
-impl<A: Real> Focal<A> {
+impl<A: Real, const SQUARE: bool> Focal<A, SQUARE> {
+    /// `u^gamma`
     #[inline(always)]
-    fn parts<I: Isa>(self, x: A, t: A) -> FocalParts<A> {
-        let logit = Logit::new::<I>(x);
-        let not_t = A::ONE - t;
-        let u = scaled(t, logit.sigmoid_neg) + scaled(not_t, logit.sigmoid);
+    fn modulation<I: Isa>(self, logit: &Logit<A>, t: A, u: A) -> A {
+        if SQUARE {
+            return u * u;
+        }
         // for a hard label the logarithm of a sigmoid, which does not underflow with it
         let log_u = if t == A::ZERO {
             -logit.softplus_neg
@@ -145,7 +148,15 @@ impl<A: Real> Focal<A> {
         } else {
             u.vln::<I>()
         };
-        let modulation = if self.gamma == A::ZERO { A::ONE } else { (self.gamma * log_u).vexp::<I>() };
+        if self.gamma == A::ZERO { A::ONE } else { (self.gamma * log_u).vexp::<I>() }
+    }
+
+    #[inline(always)]
+    fn parts<I: Isa>(self, x: A, t: A) -> FocalParts<A> {
+        let logit = Logit::new::<I>(x);
+        let not_t = A::ONE - t;
+        let u = scaled(t, logit.sigmoid_neg) + scaled(not_t, logit.sigmoid);
+        let modulation = self.modulation::<I>(&logit, t, u);
         let alpha = match self.alpha {
             Some(alpha) => alpha * t + (A::ONE - alpha) * not_t,
             None => A::ONE,
@@ -155,7 +166,7 @@ impl<A: Real> Focal<A> {
     }
 }
 
-impl<A: Real> Term<A> for Focal<A> {
+impl<A: Real, const SQUARE: bool> Term<A> for Focal<A, SQUARE> {
     #[inline(always)]
     fn loss<I: Isa>(self, x: A, t: A, _: A) -> A {
         let FocalParts { alpha, modulation, cross_entropy, .. } = self.parts::<I>(x, t);
