@@ -49,6 +49,8 @@ pub enum Pass {
     ForwardBackward,
     LossAndGrad,
     LossAndGradInplace,
+    /// What candle's `backward()` does with each gradient that an operation returns, and nothing else: zeros, and a sum.
+    Accumulate,
 }
 
 impl Pass {
@@ -58,6 +60,7 @@ impl Pass {
             Pass::ForwardBackward => "forward+backward",
             Pass::LossAndGrad => "loss_and_grad",
             Pass::LossAndGradInplace => "loss_and_grad_inplace",
+            Pass::Accumulate => "accumulate",
         }
     }
 }
@@ -88,12 +91,13 @@ pub const FORWARD: [(Implementation, Pass); 3] = [
     (Implementation::Unfused, Pass::Forward),
     (Implementation::Candle, Pass::Forward),
 ];
-pub const GRADIENT: [(Implementation, Pass); 5] = [
+pub const GRADIENT: [(Implementation, Pass); 6] = [
     (Implementation::Fused, Pass::LossAndGrad),
     (Implementation::Fused, Pass::LossAndGradInplace),
     (Implementation::Fused, Pass::ForwardBackward),
     (Implementation::Unfused, Pass::ForwardBackward),
     (Implementation::Candle, Pass::ForwardBackward),
+    (Implementation::Candle, Pass::Accumulate),
 ];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,6 +141,7 @@ impl Case {
         let index = self.rows * size_of::<u32>();
         let picked = self.rows * self.dtype.size_in_bytes();
         match (self.loss, pass) {
+            (_, Pass::Accumulate) => (4 * e, "4E"),
             (Loss::CrossEntropy, Pass::Forward) => (e + index, "E+4N"),
             (Loss::CrossEntropy, Pass::ForwardBackward) => (3 * e + 2 * index, "3E+8N"),
             (Loss::CrossEntropy, _) => (2 * e + index, "2E+4N"),
@@ -156,6 +161,7 @@ impl Case {
     pub fn exists(&self, implementation: Implementation, pass: Pass) -> bool {
         let in_candle = matches!(self.loss, Loss::CrossEntropy | Loss::Nll | Loss::LogSoftmax | Loss::BceWithLogits);
         match (implementation, pass) {
+            (Implementation::Candle, Pass::Accumulate) => true,
             (Implementation::Candle, _) => in_candle,
             (_, Pass::LossAndGradInplace) => {
                 matches!(self.loss, Loss::CrossEntropy | Loss::CrossEntropyProbabilities)

@@ -43,7 +43,7 @@ fn floats(case: &Case, device: &Device, f: impl Fn(usize) -> f32 + Sync + Send) 
 pub struct Data {
     pub input: Var,
     pub target: Tensor,
-    /// What `loss_and_grad_inplace` overwrites.
+    /// What `loss_and_grad_inplace` overwrites and `accumulate` takes for a gradient.
     pub scratch: Option<Tensor>,
 }
 

@@ -29,7 +29,7 @@ impl Inputs {
     /// Prepares what a pass needs besides the inputs, once.
     pub fn prepare(&mut self, pass: Pass) -> Result<()> {
         for set in &mut self.sets {
-            if pass == Pass::LossAndGradInplace && set.scratch.is_none() {
+            if matches!(pass, Pass::LossAndGradInplace | Pass::Accumulate) && set.scratch.is_none() {
                 set.scratch = Some(set.input.as_detached_tensor().copy()?);
             }
         }
@@ -59,6 +59,10 @@ impl Inputs {
             Pass::LossAndGradInplace => {
                 let Some(scratch) = &data.scratch else { candle_core::bail!("call without prepare") };
                 fused::CrossEntropyLoss::new().loss_and_grad_inplace(scratch, &data.target)?;
+            }
+            Pass::Accumulate => {
+                let Some(scratch) = &data.scratch else { candle_core::bail!("call without prepare") };
+                input.zeros_like()?.add(scratch)?;
             }
         }
         Ok(())

@@ -62,7 +62,7 @@ struct Options {
     /// Threads of the CPU [default: all cores]
     #[arg(long)]
     threads: Option<usize>,
-    /// Draw the pictures of this CSV file again, and measure nothing
+    /// Draw the pictures of this CSV file again, with the peers' rows if their file lies beside it, and measure nothing
     #[arg(long)]
     draw: Option<PathBuf>,
     /// `cargo bench` says so
@@ -166,7 +166,11 @@ fn measure(options: &Options, machine: &Machine, out: &Path) -> Result<()> {
 }
 
 fn draw(csv: &Path) -> Result<()> {
-    let rows = table::read(csv).with_context(|| csv.display().to_string())?;
+    let mut rows = table::read(csv).with_context(|| csv.display().to_string())?;
+    let peers = csv.with_extension("peers.csv");
+    if peers.exists() {
+        rows.extend(table::read(&peers).with_context(|| peers.display().to_string())?);
+    }
     let bar = ProgressBar::new(3);
     for path in picture::draw_all(csv, &rows, || bar.inc(1))? {
         bar.suspend(|| println!("drawn: {}", path.display()));

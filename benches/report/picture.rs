@@ -52,7 +52,7 @@ fn panels(rows: &[Row], y: &'static str, logarithmic: bool, value: fn(&Row) -> O
     let is_large = |row: &Row| row.rows * row.classes >= 1 << 20;
     let any_large = rows.iter().any(is_large);
     let mut panels: BTreeMap<(bool, String), Panel> = BTreeMap::new();
-    for row in rows.iter().filter(|row| row.loss == "cross_entropy") {
+    for row in rows.iter().filter(|row| row.loss == "cross_entropy" && row.pass != "accumulate") {
         let Some(v) = value(row).filter(|v| v.is_finite() && *v > 0.0) else { continue };
         let gradient = row.pass != "forward";
         let what = if gradient { "with gradient" } else { "forward" };

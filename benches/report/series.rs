@@ -87,14 +87,19 @@ impl Series<'_> {
         let mut contenders = vec![];
         for (implementation, pass) in kind() {
             let time = move |first, count| inputs.time(machine, implementation, pass, first, count);
-            // the first call loads, compiles, faults pages in and is counted; the second one is the estimate, unless the
-            // first one has shown that it takes long
+            // the first call loads, compiles, faults pages in and is counted; the fastest of those on all sets is the estimate,
+            // unless the first one has shown that it takes long
             let start = Instant::now();
             let (first, peak) = peak_of(|| inputs.call(implementation, pass, 0));
             let first_time = start.elapsed();
-            let estimate = first.and_then(|()| match machine.device.is_cpu() && first_time > self.time / 10 {
-                true => Ok(first_time),
-                false => time(1, 1),
+            let estimate = first.and_then(|()| {
+                let mut best = first_time;
+                for i in 1..2 * inputs.sets() + 1 {
+                    if start.elapsed() < self.time / 10 {
+                        best = best.min(time(i, 1)?);
+                    }
+                }
+                Ok(best)
             });
             let (one, samples) = match estimate {
                 Ok(one) => (one, Ok(vec![])),
@@ -127,6 +132,10 @@ impl Series<'_> {
                 let Ok(samples) = &mut c.samples else { continue };
                 if round >= c.min_samples && started.elapsed() > self.time {
                     continue;
+                }
+                // short calls are timed as they are in a loop: the others have emptied the caches and put the threads to sleep
+                if machine.device.is_cpu() && c.calls > 1 {
+                    let _ = (c.time)(c.next, c.calls);
                 }
                 match (c.time)(c.next, c.calls) {
                     Ok(time) => samples.push(time.as_secs_f64() * 1e6 / c.calls as f64),

@@ -271,8 +271,9 @@ impl<T: Element> Finish<T::Acc> for RowResultsWriter<'_, '_, T> {
     }
 }
 
-/// How many elements of a vector loop a row of NLL, which is one element that is rarely in a cache, is worth.
-const NLL_ROW: usize = 4;
+/// How many elements of a vector loop a row of NLL, which is one element that is rarely in the first cache, is worth: 4 ns
+/// over 0.26 ns.
+const NLL_ROW: usize = 16;
 
 /// The upstream gradient of a row over the denominator.
 #[inline(always)]
