@@ -311,6 +311,8 @@ struct LogSoftmax<'p, 'a, T: Element> {
 }
 
 impl<T: Element> UnitPass<T::Acc> for LogSoftmax<'_, '_, T> {
+    const WORK: usize = 2;
+
     fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
         let none = &Extra::None;
         match self.engine {

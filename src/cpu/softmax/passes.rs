@@ -9,6 +9,9 @@ use std::ops::Range;
 
 /// One pass over the logits, cut into units that don't depend on each other.
 pub(super) trait UnitPass<A: Real>: Sync {
+    /// The work of a logit: 1 to reduce it or to emit a value for it, 2 for both.
+    const WORK: usize = 1;
+
     fn unit(&self, unit: usize, scratch: &mut Scratch<A>);
 }
 

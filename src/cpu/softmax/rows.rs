@@ -172,10 +172,10 @@ impl<'a, T: Element> Logits<'a, T> {
     }
 
     /// Runs a pass, in parallel where there is enough work.
-    pub(super) fn for_each_unit(&self, engine: Engine, pass: &impl UnitPass<T::Acc>) {
+    pub(super) fn for_each_unit<P: UnitPass<T::Acc>>(&self, engine: Engine, pass: &P) {
         let units = self.units(engine);
         let per_unit = (self.rows.count() * self.rows.classes / units.max(1)).max(1);
-        for_each_task(units, per_unit, |units| {
+        for_each_task(units, per_unit * P::WORK, |units| {
             let mut scratch = Scratch::new();
             units.for_each(|unit| pass.unit(unit, &mut scratch));
         });
