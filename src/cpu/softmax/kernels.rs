@@ -494,6 +494,28 @@ impl<A: Real> Kernel for ReduceTile<'_, A> {
     }
 }
 
+/// Adds a block's numbers to sums, one for each lane.
+pub(super) struct AddToLanes<'k, A> {
+    pub(super) lanes: &'k mut [f64; LANES],
+    pub(super) block: &'k [A],
+}
+
+impl<A: Real> Kernel for AddToLanes<'_, A> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let AddToLanes { lanes, block } = self;
+        let mut sums = *lanes;
+        for numbers in vectors(block, &end_of(block, A::ZERO)) {
+            for lane in 0..LANES {
+                sums[lane] += numbers[lane].to_f64();
+            }
+        }
+        *lanes = sums;
+    }
+}
+
 /// The losses of rows from their states.
 pub(super) struct RowLosses<'k, A> {
     pub(super) states: &'k States<A>,

@@ -19,11 +19,11 @@ mod units;
 
 use super::element::{Element, Input, Output, Source, Strided, build, source, with_room};
 use super::for_each_task;
-use super::math::Real;
+use super::math::{Real, dispatch};
 use crate::softmax::{Arg, CrossEntropy, Operand, Rows, Saved, Statistics, cpu_tensor};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType, bail};
-use kernels::{Detail, LogProbs, LogProbsGradient, RowScalars, States, TargetGradient, log_sum};
+use kernels::{AddToLanes, Detail, LogProbs, LogProbsGradient, RowScalars, States, TargetGradient, log_sum};
 use passes::{EmitAll, Finish, PerRow, Reduce, UnitPass};
 use problem::{Problem, RowResults, upstream_of};
 use rows::{BLOCK, Engine, Extra, LANES, Logits, Place, Scratch, Strip};
@@ -393,9 +393,7 @@ pub(crate) fn log_softmax_backward(
             for class in (0..rows.classes).step_by(BLOCK) {
                 let block = &mut block[..(rows.classes - class).min(BLOCK)];
                 extra.load_apart(start + class * stride, stride, class, block);
-                for block in block.chunks(LANES) {
-                    lanes.iter_mut().zip(block).for_each(|(sum, v)| *sum += v.to_f64());
-                }
+                dispatch(AddToLanes { lanes: &mut lanes, block });
             }
             T::Acc::of(lanes.iter().sum())
         };
