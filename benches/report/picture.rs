@@ -2,12 +2,15 @@
 
 use crate::table::Row;
 use anyhow::Result;
+use plotters::coord::Shift;
 use plotters::prelude::*;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-const WIDTH: u32 = 620;
+const WIDTH: u32 = 780;
 const HEIGHT: u32 = 420;
+/// Of the width, beside the chart.
+const LEGEND: u32 = 200;
 const COLOURS: [RGBColor; 8] = [
     RGBColor(31, 119, 180),
     RGBColor(214, 39, 40),
@@ -21,6 +24,7 @@ const COLOURS: [RGBColor; 8] = [
 
 struct Panel {
     title: String,
+    gradient: bool,
     y: &'static str,
     logarithmic: bool,
     /// By label: the classes, and the value at them.
@@ -58,6 +62,7 @@ fn panels(rows: &[Row], y: &'static str, logarithmic: bool, value: fn(&Row) -> O
         let what = if gradient { "with gradient" } else { "forward" };
         let panel = panels.entry((gradient, row.dtype.clone())).or_insert_with(|| Panel {
             title: format!("cross-entropy {}, {what}: {}, {}", row.dtype, row.device, row.date),
+            gradient,
             y,
             logarithmic,
             lines: BTreeMap::new(),
@@ -69,7 +74,9 @@ fn panels(rows: &[Row], y: &'static str, logarithmic: bool, value: fn(&Row) -> O
             panel.lines.entry(label).or_default().push((row.classes as f64, v));
         }
     }
-    let mut panels: Vec<Panel> = panels.into_values().filter(|panel| !panel.lines.is_empty()).collect();
+    // a line has two ends
+    let is_line = |line: &Vec<(f64, f64)>| line.iter().any(|point| point.0 != line[0].0);
+    let mut panels: Vec<Panel> = panels.into_values().filter(|panel| panel.lines.values().any(is_line)).collect();
     for line in panels.iter_mut().flat_map(|panel| panel.lines.values_mut()) {
         line.sort_by(|a, b| a.0.total_cmp(&b.0));
     }
@@ -82,6 +89,12 @@ fn draw(path: &Path, panels: &[Panel]) -> Result<()> {
     let root = SVGBackend::new(path, (WIDTH * columns as u32, HEIGHT * lines as u32)).into_drawing_area();
     root.fill(&WHITE)?;
     for (panel, area) in panels.iter().zip(root.split_evenly((lines, columns))) {
+        // a line has its colour in every panel
+        let alike = panels.iter().filter(|other| other.gradient == panel.gradient);
+        let labels: BTreeSet<&String> = alike.flat_map(|panel| panel.lines.keys()).collect();
+        let colours: BTreeMap<&String, &RGBColor> = labels.into_iter().zip(COLOURS.iter().cycle()).collect();
+        let (area, legend) = area.split_horizontally(WIDTH - LEGEND);
+        draw_legend(&legend, panel, &colours)?;
         let points = || panel.lines.values().flatten();
         let range = |of: fn(&(f64, f64)) -> f64| {
             points().map(of).fold((f64::INFINITY, 0f64), |(low, high), v| (low.min(v), high.max(v)))
@@ -91,18 +104,32 @@ fn draw(path: &Path, panels: &[Panel]) -> Result<()> {
         let mut chart = ChartBuilder::on(&area);
         chart.caption(&panel.title, ("sans-serif", 14)).margin(8).x_label_area_size(36).y_label_area_size(56);
         if panel.logarithmic {
-            finish(chart.build_cartesian_2d(x, (y0 / 1.5..y1 * 1.5).log_scale())?, panel)?;
+            finish(chart.build_cartesian_2d(x, (y0 / 1.5..y1 * 1.5).log_scale())?, panel, &colours)?;
         } else {
-            finish(chart.build_cartesian_2d(x, 0.0..y1 * 1.1)?, panel)?;
+            finish(chart.build_cartesian_2d(x, 0.0..y1 * 1.1)?, panel, &colours)?;
         }
     }
     root.present()?;
     Ok(())
 }
 
+fn draw_legend(
+    area: &DrawingArea<SVGBackend, Shift>,
+    panel: &Panel,
+    colours: &BTreeMap<&String, &RGBColor>,
+) -> Result<()> {
+    for (i, label) in panel.lines.keys().enumerate() {
+        let y = 40 + 20 * i as i32;
+        area.draw(&PathElement::new([(4, y), (24, y)], colours[label].stroke_width(2)))?;
+        area.draw(&Text::new(label.as_str(), (30, y - 6), ("sans-serif", 12)))?;
+    }
+    Ok(())
+}
+
 fn finish<'a, Y>(
     mut chart: ChartContext<'a, SVGBackend<'a>, Cartesian2d<LogCoord<f64>, Y>>,
     panel: &Panel,
+    colours: &BTreeMap<&String, &RGBColor>,
 ) -> Result<()>
 where
     Y: Ranged<ValueType = f64> + plotters::coord::ranged1d::ValueFormatter<f64>,
@@ -114,13 +141,8 @@ where
         .x_label_formatter(&|v| format!("{v:.0}"))
         .y_label_formatter(&y_label)
         .draw()?;
-    for ((label, line), colour) in panel.lines.iter().zip(COLOURS.iter().cycle()) {
-        let path = LineSeries::new(line.iter().copied(), colour.stroke_width(2)).point_size(3);
-        chart
-            .draw_series(path)?
-            .label(label)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(2)));
+    for (label, line) in &panel.lines {
+        chart.draw_series(LineSeries::new(line.iter().copied(), colours[label].stroke_width(2)).point_size(3))?;
     }
-    chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK.mix(0.3)).draw()?;
     Ok(())
 }
