@@ -311,8 +311,8 @@ def measure(machine, table, loss, dtype, shape, gradient, seconds, problems, lab
         for name, work, calls, us, samples, _ in contenders:
             needed = 1 if us > seconds * 1e5 else MIN_SAMPLES
             if r < needed or time.perf_counter() - started < seconds:
-                if calls > 1 and not machine.cuda:
-                    machine.time(work, calls, 3 + r * calls)  # short calls are timed as they are in a loop
+                if us < 5e4 and not machine.cuda:
+                    machine.time(work, calls, 3 + r * calls)  # timed as in a loop, whatever ran before
                 samples.append(machine.time(work, calls, 3 + r * calls))
     clock = "events" if machine.cuda else "host"
     return [(name, quantiles(s), f"{clock} {len(s)}x{calls}", peak) for name, _, calls, _, s, peak in contenders]

@@ -46,6 +46,9 @@ pub struct Measured {
 /// Of a call that takes no more than a tenth of the time there is; of a longer one a single sample may have to do.
 const MIN_SAMPLES: usize = 5;
 const MAX_SAMPLES: usize = 51;
+/// On the CPU, calls that take less are timed as they are in a loop: what ran before has emptied the caches, put the threads
+/// to sleep and left the allocator memory to give back, which can take longer than the call.
+const REPEATED: Duration = Duration::from_millis(50);
 
 /// The calls of one sample: enough for the clock, and on a GPU enough that what one call leaves in the cache is written back
 /// in the next one's time. Calls that are shorter than it takes to enqueue them are timed one by one.
@@ -69,6 +72,8 @@ struct Contender<'a> {
     /// The time of `count` calls, on the sets from the `first` on.
     time: Box<dyn Fn(usize, usize) -> candle_core::Result<Duration> + 'a>,
     calls: usize,
+    /// Whether a sample is preceded by the same calls, not timed.
+    repeats: bool,
     min_samples: usize,
     next: usize,
     peak_bytes: Option<usize>,
@@ -111,6 +116,7 @@ impl Series<'_> {
                 clock: if machine.device.is_cpu() { "host" } else { "events" },
                 time: Box::new(time),
                 calls: calls(machine, one),
+                repeats: machine.device.is_cpu() && one < REPEATED,
                 min_samples: if one > self.time / 10 { 1 } else { MIN_SAMPLES },
                 next: 2,
                 peak_bytes: machine.device.is_cpu().then_some(peak),
@@ -133,8 +139,7 @@ impl Series<'_> {
                 if round >= c.min_samples && started.elapsed() > self.time {
                     continue;
                 }
-                // short calls are timed as they are in a loop: the others have emptied the caches and put the threads to sleep
-                if machine.device.is_cpu() && c.calls > 1 {
+                if c.repeats {
                     let _ = (c.time)(c.next, c.calls);
                 }
                 match (c.time)(c.next, c.calls) {
@@ -165,6 +170,7 @@ impl Series<'_> {
             implementation: "fused-graph",
             pass,
             clock: "graph",
+            repeats: false,
             calls: replay.as_ref().map_or(0, |(inputs, _)| inputs.sets()),
             time: Box::new(move |_, _| match &replay {
                 // the inputs live as long as the recording, which has their addresses

@@ -311,8 +311,6 @@ struct LogSoftmax<'p, 'a, T: Element> {
 }
 
 impl<T: Element> UnitPass<T::Acc> for LogSoftmax<'_, '_, T> {
-    const WORK: usize = 2;
-
     fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
         let none = &Extra::None;
         match self.engine {
@@ -397,11 +395,23 @@ pub(crate) fn log_softmax_backward(
             }
             T::Acc::of(lanes.iter().sum())
         };
-        let mut masses = vec![T::Acc::ZERO; rows.count()];
-        let written = PerRow::new(&mut masses);
-        for_each_task(rows.count(), rows.classes, |rows| rows.for_each(|row| written.set(row..row + 1, &[mass(row)])));
-        let of_row = |_, row: usize| RowScalars { mass: masses[row], ..RowScalars::new(T::Acc::ZERO, T::Acc::ZERO) };
-        let scalars = |rows| RowScalars::of_rows(rows, of_row);
+        // a row that several tasks emit is added up once, ahead of them
+        let masses = match logits.engine() {
+            Engine::Blocks { segments: 2.., .. } => {
+                let mut masses = vec![T::Acc::ZERO; rows.count()];
+                let written = PerRow::new(&mut masses);
+                let set = |row: usize| written.set(row..row + 1, &[mass(row)]);
+                for_each_task(rows.count(), rows.classes, |rows| rows.for_each(set));
+                Some(masses)
+            }
+            _ => None,
+        };
+        let scalars = |rows| {
+            RowScalars::of_rows(rows, |_, row| {
+                let mass = masses.as_ref().map_or_else(|| mass(row), |masses| masses[row]);
+                RowScalars { mass, ..RowScalars::new(T::Acc::ZERO, T::Acc::ZERO) }
+            })
+        };
         let grad: Vec<T> = EmitAll::run(&logits, &extra, LogProbsGradient, scalars);
         T::to_cpu_storage_owned(grad)
     }

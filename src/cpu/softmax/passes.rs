@@ -9,8 +9,8 @@ use std::ops::Range;
 
 /// One pass over the logits, cut into units that don't depend on each other.
 pub(super) trait UnitPass<A: Real>: Sync {
-    /// The work of a logit: 1 to reduce it or to emit a value for it, 2 for both.
-    const WORK: usize = 1;
+    /// The work of a logit: 1 to reduce it, 2 to emit a value for it.
+    const WORK: usize = 2;
 
     fn unit(&self, unit: usize, scratch: &mut Scratch<A>);
 }
@@ -53,6 +53,8 @@ impl<A: Real> Finish<A> for () {
 }
 
 impl<T: Element, F: Finish<T::Acc>> UnitPass<T::Acc> for Reduce<'_, '_, T, F> {
+    const WORK: usize = 1;
+
     fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
         match self.engine {
             Engine::Blocks { rows, segments } => {

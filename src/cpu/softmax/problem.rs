@@ -404,8 +404,6 @@ pub(super) struct Fused<'p, 'a, T: Element> {
 }
 
 impl<T: Element> UnitPass<T::Acc> for Fused<'_, '_, T> {
-    const WORK: usize = 2;
-
     fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
         let Problem { logits, targets, .. } = self.problem;
         let operands = self.problem.operands();
