@@ -471,8 +471,13 @@ __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long lo
     const In *input, const void *target, const A *weight, const A *pos_weight, const void *mask
 
 // Blocks that a multiprocessor has room for: left to itself, the compiler spills a register or two to fit one more. A window of
-// 16-bit inputs is twice as many numbers as one of floats.
-#define LOGISTIC_BLOCKS(DENSE) (sizeof(A) == 8 ? 2 : DENSE && sizeof(In) == 4 ? 4 : 3)
+// 16-bit inputs is twice as many numbers as one of floats. Only sm_90's code is dense enough for one block more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+#define LOGISTIC_DENSE_BLOCKS (sizeof(In) == 4 ? 4 : 3)
+#else
+#define LOGISTIC_DENSE_BLOCKS (sizeof(In) == 4 ? 3 : 2)
+#endif
+#define LOGISTIC_BLOCKS(DENSE) (sizeof(A) == 8 ? 2 : DENSE ? LOGISTIC_DENSE_BLOCKS : 3)
 #define LOGISTIC_LOOP(DENSE)                                                                                           \
     extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS, LOGISTIC_BLOCKS(DENSE))
 #define LOGISTIC_KERNEL extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS)

@@ -18,8 +18,13 @@ using A = Acc<X>;
 
 constexpr int ROWS_THREADS = 256;
 // Blocks that a multiprocessor has room for, which limits the registers of a thread: 768 threads have 96 KB of loads in
-// flight. The general kernels compute more than they load, and a double takes two registers.
+// flight. The general kernels compute more than they load, and a double takes two registers. The code for sm_75, without
+// minima of pairs and NaN, takes more of them, and two blocks have all the loads in flight that it needs.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int BLOCKS_OF[] = {2, 2, 2};
+#else
 constexpr int BLOCKS_OF[] = {sizeof(A) == 4 ? 3 : 2, 2, 2};
+#endif
 // The same for a forward over tiles, for a fused pass over tiles and for strided rows. 0: as many as the compiler likes, which
 // for the general kernels is more than there are registers for.
 constexpr int TILE_BLOCKS_OF[] = {sizeof(A) == 4 ? 8 : 4, sizeof(A) == 4 ? 4 : 3};
