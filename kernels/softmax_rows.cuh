@@ -20,6 +20,9 @@ template <Detail D> constexpr int BATCH = D <= UNIFORM ? 4 : 1;
 // the sum of UNIFORM's f32 logits keeps them in registers until their maximum is known
 template <Detail D, class T> constexpr int READ_BATCH = BATCH<D> * (D <= UNIFORM && sizeof(T) < (D == PLAIN ? 8 : 4) ? 2 : 1);
 
+// The same for the general kernels.
+constexpr int QUEUE = 4;
+
 // 16 bytes of logits in registers.
 template <class T> struct alignas(16) Window {
     static constexpr int N = LANES_16B<T>, UNITS = N / Unit<T>::LOGITS;
@@ -146,25 +149,40 @@ __device__ __forceinline__ State<Acc<T>, D> reduce_windows(const Problem &p, con
     constexpr int N = Windows<T>::N;
     State<Acc<T>, D> state = State<Acc<T>, D>::empty();
     const T *body = in_register(w.row + w.head);
-    for (int i = begin + thread, j = 0; i < end; i += U * step, j += U) {
-        Window<T> windows[U];
-        load_windows(body, i, step, end, windows);
+    if constexpr (D >= GENERAL) {
+        // one at a time, as much is computed for each, with the next ones on their way
+        Window<T> next[QUEUE];
+        load_windows(body, begin + thread, step, end, next);
+#pragma unroll 1
+        for (int i = begin + thread, j = 0; i < end; i += step, j++) {
+            const Window<T> window = next[0];
 #pragma unroll
-        for (int u = 0; u < U; u++) {
-            if (j + u < kept.count) kept.at(j + u) = windows[u].bits();
+            for (int u = 1; u < QUEUE; u++) next[u - 1] = next[u];
+            if (i + QUEUE * step < end) next[QUEUE - 1] = Window<T>::load(body + static_cast<int64_t>(i + QUEUE * step) * N);
+            if (j < kept.count) kept.at(j) = window.bits();
+            absorb<D, T, 1, N>(state, p, o, w.first(i), 0, [&](int, int k) { return window.logit(k); });
         }
-        if constexpr (D <= UNIFORM && sizeof(Acc<T>) == sizeof(float)) {
-            float sum = 0, mass = 0;
-            const auto exists = [&](int u) { return i + u * step < end; };
-            const bool summed = D == UNIFORM && p.spread != 0.0;
-            if (SUM_FIRST<T> && summed) sum_windows(windows, 0.0f, exists, sum, mass);
-            State<float, D> part = state_of_windows<D, T, U>(p, windows);
-            const float reference = reference_of(part.max);
-            if (!SUM_FIRST<T> && summed) sum_windows(windows, reference, exists, sum, mass);
-            if constexpr (D == UNIFORM) part.linear = SUM_FIRST<T> ? fmaf(-mass, reference, sum) : sum, part.mass = mass;
-            state = merge<T>(p, state, part);
-        } else {
-            absorb<D, T, U, N>(state, p, o, w.first(i), step * N, [&](int u, int k) { return windows[u].logit(k); });
+    } else {
+        for (int i = begin + thread, j = 0; i < end; i += U * step, j += U) {
+            Window<T> windows[U];
+            load_windows(body, i, step, end, windows);
+#pragma unroll
+            for (int u = 0; u < U; u++) {
+                if (j + u < kept.count) kept.at(j + u) = windows[u].bits();
+            }
+            if constexpr (D <= UNIFORM && sizeof(Acc<T>) == sizeof(float)) {
+                float sum = 0, mass = 0;
+                const auto exists = [&](int u) { return i + u * step < end; };
+                const bool summed = D == UNIFORM && p.spread != 0.0;
+                if (SUM_FIRST<T> && summed) sum_windows(windows, 0.0f, exists, sum, mass);
+                State<float, D> part = state_of_windows<D, T, U>(p, windows);
+                const float reference = reference_of(part.max);
+                if (!SUM_FIRST<T> && summed) sum_windows(windows, reference, exists, sum, mass);
+                if constexpr (D == UNIFORM) part.linear = SUM_FIRST<T> ? fmaf(-mass, reference, sum) : sum, part.mass = mass;
+                state = merge<T>(p, state, part);
+            } else {
+                absorb<D, T, U, N>(state, p, o, w.first(i), step * N, [&](int u, int k) { return windows[u].logit(k); });
+            }
         }
     }
     if (begin == 0) {
