@@ -17,10 +17,10 @@ namespace softmax {
 // Windows that a thread loads before it uses the first: what keeps the memory busy. A pass that only reads has to have more
 // bytes on their way than one that writes as much as it reads.
 template <Detail D> constexpr int BATCH = D <= UNIFORM ? 4 : 1;
-// the sum of UNIFORM's f32 logits keeps them in registers until their maximum is known
+// UNIFORM keeps f32 logits in registers until their maximum is known.
 template <Detail D, class T> constexpr int READ_BATCH = BATCH<D> * (D <= UNIFORM && sizeof(T) < (D == PLAIN ? 8 : 4) ? 2 : 1);
 
-// The same for the general kernels.
+// The general kernels use one window at a time, for which they compute long enough, and have so many on their way.
 constexpr int QUEUE = 4;
 
 // 16 bytes of logits in registers.
@@ -143,14 +143,14 @@ template <Detail D, class T, int U, int W> __device__ __forceinline__ State<floa
     return state_of<D, T>(p, units);
 }
 
-// Reduces the windows begin + thread, begin + thread + step, … below `end`, U at a time; with the first window, the edges.
+// Reduces the windows begin + thread, begin + thread + step, … below `end`, U at a time (GENERAL: see QUEUE); with the first window,
+// the edges.
 template <Detail D, int U, class T>
 __device__ __forceinline__ State<Acc<T>, D> reduce_windows(const Problem &p, const Operands<Acc<T>> &o, const Windows<T> &w, int thread, int step, int begin, int end, Kept kept) {
     constexpr int N = Windows<T>::N;
     State<Acc<T>, D> state = State<Acc<T>, D>::empty();
     const T *body = in_register(w.row + w.head);
     if constexpr (D >= GENERAL) {
-        // one at a time, as much is computed for each, with the next ones on their way
         Window<T> next[QUEUE];
         load_windows(body, begin + thread, step, end, next);
 #pragma unroll 1
