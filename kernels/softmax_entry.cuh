@@ -18,21 +18,22 @@ using X = LOGIT;
 using A = Acc<X>;
 
 constexpr int ROWS_THREADS = 256;
+#ifdef __CUDA_ARCH__
+constexpr int ARCH = __CUDA_ARCH__;
+#else
+constexpr int ARCH = 0;
+#endif
 // Blocks that a multiprocessor has room for, which limits the registers of a thread: 768 threads have 96 KB of loads in
 // flight. The general kernels compute more than they load, and a double takes two registers. The code for sm_75, without
-// minima of pairs and NaN, takes more of them, and two blocks have all the loads in flight that it needs.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr int BLOCKS_OF[] = {2, 2, 2, 2};
-#else
-constexpr int BLOCKS_OF[] = {sizeof(A) == 4 ? 3 : 2, 3, 2, 2};
-#endif
+// minima of pairs and NaN, takes more of them, as does that for sm_120 of one kernel for f32; two blocks have loads enough.
+constexpr int BLOCKS_OF[] = {ARCH < 800 || sizeof(A) == 8 ? 2 : 3, ARCH < 800 || (ARCH >= 1200 && sizeof(X) == 4) ? 2 : 3, 2, 2};
 // The same for a forward over tiles, for a fused pass over tiles and for strided rows. 0: as many as the compiler likes, which
 // for the general kernels is more than there are registers for.
-constexpr int TILE_BLOCKS_OF[] = {sizeof(A) == 4 ? 8 : 4, 6, sizeof(A) == 4 ? 4 : 3};
+constexpr int TILE_BLOCKS_OF[] = {sizeof(A) == 4 ? 8 : 4, 5, sizeof(A) == 4 ? 4 : 3};
 #if defined(GENERAL_MODULE)
 constexpr int FUSED_TILE_BLOCKS = TILE_BLOCKS_OF[GENERAL], STRIDED_BLOCKS = sizeof(A) == 4 ? 5 : 2;
 #elif defined(UNIFORM_MODULE)
-constexpr int FUSED_TILE_BLOCKS = 5, STRIDED_BLOCKS = 5;
+constexpr int FUSED_TILE_BLOCKS = TILE_BLOCKS_OF[UNIFORM], STRIDED_BLOCKS = 5;
 #else
 constexpr int FUSED_TILE_BLOCKS = 0, STRIDED_BLOCKS = 0;
 #endif
@@ -113,17 +114,16 @@ constexpr int FUSED_TILE_BLOCKS = 0, STRIDED_BLOCKS = 0;
 #endif
 
 // Rows in registers, W windows a thread: blocks of 256 threads that a multiprocessor has room for, with and without something
-// written for each class. As in src/plan/softmax.rs, but on sm_75, whose code takes more registers than those leave.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr int REGISTERS_WRITING = 1;
-constexpr int registers_reading(int) { return 1; }
-#else
-constexpr int REGISTERS_WRITING = 2;
-constexpr int registers_reading(int w) { return w == 4 ? 3 : 2; }
-#endif
+// written for each class. As in src/plan/softmax.rs, but on sm_75 and, for one kernel, on sm_100, whose code takes more registers
+// than those leave.
+constexpr int REGISTERS_WRITING = ARCH < 800 ? 1 : 2;
+constexpr int registers_reading(Detail detail, int w) {
+    if (ARCH < 800 || (ARCH >= 1000 && detail == UNIFORM && w == 16 && sizeof(X) == 4)) return 1;
+    return w == 4 ? 3 : 2;
+}
 
 #define REGISTERS(NAME, RULE, W)                                                                                               \
-    extern "C" __global__ void __launch_bounds__(ROWS_THREADS, registers_reading(W))                                           \
+    extern "C" __global__ void __launch_bounds__(ROWS_THREADS, registers_reading(RULE::DETAIL, W))                             \
         softmax_reduce_##NAME##_registers_##W(const Problem p, const X *x, const void *t, const A *weight, A *, A *loss,       \
                                               A *statistics, double2 *partials, A *result, A *denominator) {                   \
         reduce_registers<RULE::DETAIL, W>(p, x, t, weight, {loss, statistics, partials, result, denominator});                 \

@@ -21,7 +21,7 @@ template <Detail D> constexpr int BATCH = D <= UNIFORM ? 4 : 1;
 template <Detail D, class T> constexpr int READ_BATCH = BATCH<D> * (D <= UNIFORM && sizeof(T) < (D == PLAIN ? 8 : 4) ? 2 : 1);
 
 // The general kernels use one window at a time, for which they compute long enough, and have so many on their way.
-constexpr int QUEUE = 4;
+template <Detail D> constexpr int QUEUE = D == GENERAL ? 4 : 2;
 
 // 16 bytes of logits in registers.
 template <class T> struct alignas(16) Window {
@@ -151,14 +151,15 @@ __device__ __forceinline__ State<Acc<T>, D> reduce_windows(const Problem &p, con
     State<Acc<T>, D> state = State<Acc<T>, D>::empty();
     const T *body = in_register(w.row + w.head);
     if constexpr (D >= GENERAL) {
-        Window<T> next[QUEUE];
+        constexpr int Q = QUEUE<D>;
+        Window<T> next[Q];
         load_windows(body, begin + thread, step, end, next);
 #pragma unroll 1
         for (int i = begin + thread, j = 0; i < end; i += step, j++) {
             const Window<T> window = next[0];
 #pragma unroll
-            for (int u = 1; u < QUEUE; u++) next[u - 1] = next[u];
-            if (i + QUEUE * step < end) next[QUEUE - 1] = Window<T>::load(body + static_cast<int64_t>(i + QUEUE * step) * N);
+            for (int u = 1; u < Q; u++) next[u - 1] = next[u];
+            if (i + Q * step < end) next[Q - 1] = Window<T>::load(body + static_cast<int64_t>(i + Q * step) * N);
             if (j < kept.count) kept.at(j) = window.bits();
             absorb<D, T, 1, N>(state, p, o, w.first(i), 0, [&](int, int k) { return window.logit(k); });
         }
