@@ -307,16 +307,21 @@ __device__ __forceinline__ void loss_pass(const Arrays<In> &a, const long long *
 #pragma unroll
                 for (int k = 0; k < 2; k++) {
                     if (!in[k]) continue;
-                    Pack<A, N> losses;
                     Pack<In, N> grads;
 #pragma unroll
-                    for (int i = 0; i < N; i++) {
-                        const Value<A> v = formula.at(widen<A>(x[k].at[i]), widen<A>(t[k].at[i]), A(1));
-                        losses.at[i] = v.loss;
-                        sum += v.loss;
-                        if (GRAD) grads.at[i] = narrow<In>(v.grad * grad_scale);
+                    for (int first = 0; first < N; first += LANES_16B<A>) {
+                        // by 16 bytes of losses: the branch behind them keeps a window of 16-bit inputs from taking all registers
+                        Pack<A, LANES_16B<A>> losses;
+#pragma unroll
+                        for (int l = 0; l < LANES_16B<A>; l++) {
+                            const int i = first + l;
+                            const Value<A> v = formula.at(widen<A>(x[k].at[i]), widen<A>(t[k].at[i]), A(1));
+                            losses.at[l] = v.loss;
+                            sum += v.loss;
+                            if (GRAD) grads.at[i] = narrow<In>(v.grad * grad_scale);
+                        }
+                        if (opaque(to.each)) losses.store(to.each + start[k] + first);
                     }
-                    if (opaque(to.each)) losses.store(to.each + start[k]);
                     if (GRAD) grads.store(grad + start[k]);
                 }
             },
@@ -471,22 +476,29 @@ __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long lo
     const In *input, const void *target, const A *weight, const A *pos_weight, const void *mask
 
 // Blocks that a multiprocessor has room for: left to itself, the compiler spills a register or two to fit one more. A window of
-// 16-bit inputs is twice as many numbers as one of floats.
-#define LOGISTIC_BLOCKS(DENSE) (sizeof(A) == 8 ? 2 : DENSE && sizeof(In) == 4 ? 4 : 3)
-#define LOGISTIC_LOOP(DENSE)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS, LOGISTIC_BLOCKS(DENSE))
+// 16-bit inputs is twice as many numbers as one of floats; with the gradient three such blocks fit in the code for sm_8x and sm_90.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800 && __CUDA_ARCH__ < 1000
+#define LOGISTIC_FUSED_BLOCKS 3
+#else
+#define LOGISTIC_FUSED_BLOCKS 2
+#endif
+#define LOGISTIC_BLOCKS(DENSE, FUSED)                                                                                  \
+    (sizeof(A) == 8 ? 2 : !(DENSE) ? 3 : sizeof(In) == 4 ? 4 : (FUSED) ? LOGISTIC_FUSED_BLOCKS : 3)
+#define LOGISTIC_LOOP(DENSE, FUSED)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS, LOGISTIC_BLOCKS(DENSE, FUSED))
 #define LOGISTIC_KERNEL extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS)
 
 #define LOGISTIC_LOSS(NAME, Term, DENSE, GRAD)                                                                         \
-    LOGISTIC_LOOP(DENSE) NAME(LOGISTIC_OPERANDS, const long long *counts, int count_parts, A *each, A *rows, double *sums,  \
-                         A *loss, A *denominator, In *grad, const __grid_constant__ fused_loss::Problem q) {           \
+    LOGISTIC_LOOP(DENSE, GRAD) NAME(LOGISTIC_OPERANDS, const long long *counts, int count_parts, A *each, A *rows,     \
+                         double *sums, A *loss, A *denominator, In *grad,                                              \
+                         const __grid_constant__ fused_loss::Problem q) {                                              \
         fused_loss::loss_pass<fused_loss::Term, In, DENSE, GRAD>({input, target, weight, pos_weight, mask}, counts,    \
                                                                  count_parts, {each, rows, sums, loss, denominator},   \
                                                                  grad, q);                                             \
     }
 
 #define LOGISTIC_GRAD(NAME, Term, DENSE, BY_TARGET, Out)                                                               \
-    LOGISTIC_LOOP(DENSE) NAME(LOGISTIC_OPERANDS, const A *upstream, const A *denominator, Out *grad,                        \
+    LOGISTIC_LOOP(DENSE, false) NAME(LOGISTIC_OPERANDS, const A *upstream, const A *denominator, Out *grad,            \
                          const __grid_constant__ fused_loss::Problem q) {                                              \
         fused_loss::grad_pass<fused_loss::Term, In, DENSE, BY_TARGET>({input, target, weight, pos_weight, mask},       \
                                                                       upstream, denominator, grad, q);                 \

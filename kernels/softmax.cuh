@@ -109,6 +109,13 @@ template <class T> __device__ __forceinline__ float exp_below(float d) {
 }
 template <> __device__ __forceinline__ float exp_below<float>(float d) { return expf(d); }
 template <class T> __device__ __forceinline__ double exp_below(double d) { return exp(d); }
+// exp(scale d): for 16-bit logits no more work than exp(d).
+template <class T> __device__ __forceinline__ float exp_below(float d, float scale) {
+    float e;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(d * (1.44269504f * scale)));
+    return e;
+}
+template <> __device__ __forceinline__ float exp_below<float>(float d, float scale) { return expf(d * scale); }
 
 template <class A> __device__ __forceinline__ bool is_finite(A x) { return x - x == A(0); }
 
@@ -146,9 +153,28 @@ template <class A> __device__ __forceinline__ A transform(const Problem &p, A x,
 // How much a pass has to know of each row.
 enum Detail : int {
     PLAIN,       // maximum and rest: class indices without smoothing, scale or cap
+    UNIFORM,     // class indices and one q for all classes, a positive scale; see below
     GENERAL,     // the numbers q too
     STATISTICS,  // entropy and arg max too
 };
+
+// UNIFORM is what label smoothing without class weights, z-loss and a logit scale make of PLAIN, in f32 arithmetic. Its maxima
+// are those of the logits as they are, and the scale goes into the exponentials' factor: exp(scale (x - m)). `linear` and `mass`
+// have UNIT in place of q until the loss is computed; a power of two, so that products with it are exact, and small, so that
+// logits such as the lowest of bf16 may be added.
+constexpr float UNIT = 1.0f / 4294967296.0f;
+
+// exp of a difference of logits.
+template <Detail D, class T, class A> __device__ __forceinline__ A exp_of(const Problem &p, A d) {
+    if constexpr (D == UNIFORM) {
+        return exp_below<T>(d, static_cast<float>(p.scale));
+    } else {
+        return exp_below<T>(d);
+    }
+}
+
+// A difference of logits after the scale.
+template <Detail D, class A> __device__ __forceinline__ A scaled(const Problem &p, A d) { return D == UNIFORM ? A(p.scale) * d : d; }
 
 constexpr int NO_CLASS = 0x7fffffff;
 
@@ -164,7 +190,7 @@ template <class A, Detail D> struct State {
     __device__ __forceinline__ State(const State &from) { *this = from; }
     __device__ __forceinline__ State &operator=(const State &from) {
         max = from.max, rest = from.rest;
-        if constexpr (D >= GENERAL) linear = from.linear, mass = from.mass;
+        if constexpr (D >= UNIFORM) linear = from.linear, mass = from.mass;
         if constexpr (D >= STATISTICS) moment = from.moment, top = from.top, argmax = from.argmax, top_class = from.top_class;
         return *this;
     }
@@ -173,7 +199,7 @@ template <class A, Detail D> struct State {
         State s;
         s.max = -infinity<A>();
         s.rest = A(0);
-        if constexpr (D >= GENERAL) s.linear = s.mass = A(0);
+        if constexpr (D >= UNIFORM) s.linear = s.mass = A(0);
         if constexpr (D >= STATISTICS) {
             s.moment = A(0);
             s.top = -infinity<A>();
@@ -186,20 +212,20 @@ template <class A, Detail D> struct State {
     template <class F> __device__ __forceinline__ void each(F f) {
         f(max, 0);
         f(rest, 1);
-        if constexpr (D >= GENERAL) f(linear, 2), f(mass, 3);
+        if constexpr (D >= UNIFORM) f(linear, 2), f(mass, 3);
         if constexpr (D >= STATISTICS) f(moment, 4), f(top, 5), f(argmax, 6), f(top_class, 7);
     }
 };
 
 // The state of two sets of classes. Commutative to the bit, so that a butterfly of lanes ends with the same bits in all.
 template <class T, class A, Detail D>
-__device__ __forceinline__ State<A, D> merge(const State<A, D> &a, const State<A, D> &b) {
+__device__ __forceinline__ State<A, D> merge(const Problem &p, const State<A, D> &a, const State<A, D> &b) {
     const A max = max_(a.max, b.max);
     const bool a_at = a.max == max, b_at = b.max == max;
     // by how much the lower of both falls short; never -inf - -inf
     const A low = a_at ? b.max : a.max;
     const A shift = low == -infinity<A>() ? A(0) : low - max;
-    const A shrink = low == -infinity<A>() ? A(0) : exp_below<T>(shift);
+    const A shrink = low == -infinity<A>() ? A(0) : exp_of<D, T>(p, shift);
     State<A, D> s;
     s.max = max;
     // a lower side's own maximum counts again; a NaN in a rest stays one through the product
@@ -207,7 +233,7 @@ __device__ __forceinline__ State<A, D> merge(const State<A, D> &a, const State<A
     const A from_b = b_at ? b.rest : (A(1) + b.rest) * shrink;
     // where both have it, only one of the two maxima is left out
     s.rest = (from_a + from_b) + (a_at && b_at && max != -infinity<A>() ? A(1) : A(0));
-    if constexpr (D >= GENERAL) {
+    if constexpr (D >= UNIFORM) {
         s.linear = (a.linear + (a_at ? A(0) : a.mass * shift)) + (b.linear + (b_at ? A(0) : b.mass * shift));
         s.mass = a.mass + b.mass;
     }
@@ -223,17 +249,17 @@ __device__ __forceinline__ State<A, D> merge(const State<A, D> &a, const State<A
 }
 
 // The sum of q without the own class.
-template <class A, Detail D> __device__ __forceinline__ A mass_of(const State<A, D> &s) {
+template <class A, Detail D> __device__ __forceinline__ A mass_of(const Problem &p, const State<A, D> &s) {
     if constexpr (D >= GENERAL) return s.mass;
-    return A(0);
+    return D == UNIFORM ? A(p.mass) : A(0);
 }
 
 // Merges the states of `width` neighbouring lanes, a power of two up to 32; all lanes of the warp call it and all get it.
-template <class T, class A, Detail D> __device__ __forceinline__ State<A, D> merge_lanes(State<A, D> s, int width) {
+template <class T, class A, Detail D> __device__ __forceinline__ State<A, D> merge_lanes(const Problem &p, State<A, D> s, int width) {
     for (int step = width / 2; step > 0; step /= 2) {
         State<A, D> other = s;
         other.each([&](auto &field, int) { field = __shfl_xor_sync(ALL_LANES, field, step); });
-        s = merge<T>(s, other);
+        s = merge<T>(p, s, other);
     }
     return s;
 }
@@ -351,15 +377,15 @@ template <class X, int COUNT> __device__ __forceinline__ Winner tournament(Unit<
 }
 
 // sum exp(x - reference) of a tournament's losers, for logits of type T; in sums that do not wait for each other.
-template <class T, class X, int COUNT> __device__ __forceinline__ float sum_losers(const Winner &winner, const Unit<X> (&x)[COUNT], float reference) {
+template <Detail D, class T, class X, int COUNT> __device__ __forceinline__ float sum_losers(const Problem &p, const Winner &winner, const Unit<X> (&x)[COUNT], float reference) {
     constexpr int SUMS = 4;
     float sums[SUMS] = {};
-    if constexpr (Unit<X>::LOGITS == 2) sums[0] = exp_below<T>(winner.loser - reference);
+    if constexpr (Unit<X>::LOGITS == 2) sums[0] = exp_of<D, T>(p, winner.loser - reference);
     if (winner.nan) sums[0] = quiet_nan<float>();
 #pragma unroll
     for (int i = 1; i < COUNT; i++) {
 #pragma unroll
-        for (int k = 0; k < Unit<X>::LOGITS; k++) sums[i % SUMS] += exp_below<T>(x[i].logit(k) - reference);
+        for (int k = 0; k < Unit<X>::LOGITS; k++) sums[i % SUMS] += exp_of<D, T>(p, x[i].logit(k) - reference);
     }
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
@@ -367,12 +393,29 @@ template <class T, class X, int COUNT> __device__ __forceinline__ float sum_lose
 // What exponentials are relative to: the maximum, or 0 where all is -inf.
 template <class A> __device__ __forceinline__ A reference_of(A max) { return max == -infinity<A>() ? A(0) : max; }
 
-// The state of logits of type T, stored as X: one exponential each. The logits are lost.
-template <class T, class X, int COUNT> __device__ __forceinline__ State<float, PLAIN> state_of(Unit<X> (&x)[COUNT]) {
+// The state of logits of type T, stored as X, but for `linear` and `mass`: one exponential each. The logits are lost.
+template <Detail D, class T, class X, int COUNT> __device__ __forceinline__ State<float, D> state_of(const Problem &p, Unit<X> (&x)[COUNT]) {
     const Winner winner = tournament(x);
-    State<float, PLAIN> state;
+    State<float, D> state = State<float, D>::empty();
     state.max = winner.logit;
-    state.rest = sum_losers<T>(winner, x, reference_of(winner.logit));
+    state.rest = sum_losers<D, T>(p, winner, x, reference_of(winner.logit));
+    return state;
+}
+
+// The same of logits x[0], x[1], … of which some are there, the others -inf, and complete.
+template <Detail D, class T, int COUNT, class F> __device__ __forceinline__ State<float, D> state_of_logits(const Problem &p, const float (&x)[COUNT], F exists) {
+    Unit<float> units[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) units[i] = {x[i]};
+    State<float, D> state = state_of<D, T>(p, units);
+    if constexpr (D == UNIFORM) {
+        if (p.spread != 0.0) {
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) {
+                if (exists(i)) state.linear = fmaf(x[i] - reference_of(state.max), UNIT, state.linear), state.mass += UNIT;
+            }
+        }
+    }
     return state;
 }
 
@@ -383,11 +426,11 @@ template <class T, class X, int COUNT> __device__ __forceinline__ State<float, P
 template <Detail D, class T, int U, int N, class A, class F>
 __device__ __forceinline__ void absorb(State<A, D> &state, const Problem &p, const Operands<A> &o, int first, int step, F logit) {
     // doubles take another register for each comparison's result, and are bound by their arithmetic anyway
-    if constexpr (D == PLAIN && sizeof(A) == sizeof(float)) {
-        Unit<A> units[U * N];
+    if constexpr (D <= UNIFORM && sizeof(A) == sizeof(float)) {
+        A logits[U * N];
 #pragma unroll
-        for (int i = 0; i < U * N; i++) units[i] = {logit(i / N, i % N)};
-        state = merge<T>(state, state_of<T>(units));
+        for (int i = 0; i < U * N; i++) logits[i] = logit(i / N, i % N);
+        state = merge<T>(p, state, state_of_logits<D, T>(p, logits, [&](int i) { return first + i / N * step + i % N < p.classes; }));
         return;
     }
     State<A, D> part = State<A, D>::empty();
@@ -459,7 +502,7 @@ __device__ __forceinline__ void absorb(State<A, D> &state, const Problem &p, con
             }
         }
     }
-    state = merge<T>(state, part);
+    state = merge<T>(p, state, part);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -478,11 +521,14 @@ __device__ __forceinline__ A loss_of(const Problem &p, const Target<A> &target, 
     if (D >= GENERAL && p.log_probs) return target.own == A(0) ? A(0) : -target.own * x_t;
     const A log_sum = log_sum_of(state.max, state.rest);
     // a weight of 0 still gives NaN in a row without a softmax
-    A loss = target.own == A(0) ? A(0) * log_sum : target.own * (log_sum - (x_t - state.max));
+    A loss = target.own == A(0) ? A(0) * log_sum : target.own * (log_sum - scaled<D>(p, x_t - state.max));
+    if constexpr (D == UNIFORM) {
+        if (p.spread != 0.0) loss += A(p.mass) * log_sum - A(p.spread / UNIT * p.scale) * state.linear;
+    }
     if constexpr (D >= GENERAL) {
         if (!is_index(p.target) || p.spread != 0.0) loss += state.mass * log_sum - state.linear;
-        loss += z_loss_of(p, state.max + log_sum);
     }
+    if constexpr (D >= UNIFORM) loss += z_loss_of(p, scaled<D>(p, state.max) + log_sum);
     return loss;
 }
 
@@ -520,19 +566,19 @@ template <class A> struct RowScalars {
         s.own = target.own;
         s.upstream = upstream;
         s.mass = s.slope = target.own;
-        if constexpr (D >= GENERAL) {
+        if constexpr (D >= UNIFORM) {
             s.upstream *= A(p.scale);
             s.mass += mass;
             s.slope = s.mass;
-            if (p.z_loss != 0.0) s.slope += A(2.0 * p.z_loss) * (s.max + s.log_sum);
+            if (p.z_loss != 0.0) s.slope += A(2.0 * p.z_loss) * (scaled<D>(p, s.max) + s.log_sum);
         }
         return s;
     }
 };
 
 // upstream (slope p - q)
-template <class T, class A> __device__ __forceinline__ A gradient_value(const RowScalars<A> &s, A x, A q) {
-    const A p = exp_below<T>(x - s.max) * s.inverse;
+template <Detail D, class T, class A> __device__ __forceinline__ A gradient_value(const Problem &problem, const RowScalars<A> &s, A x, A q) {
+    const A p = exp_of<D, T>(problem, x - s.max) * s.inverse;
     // at the most probable class, slope p - q = (mass - q) - mass (1 - p) + (slope - mass) p does not cancel
     const A g = x == s.max ? (s.mass - q) - s.mass * s.confident + (s.slope - s.mass) * p : s.slope * p - q;
     return s.upstream * g;
@@ -552,7 +598,25 @@ struct PlainGradient {
 #pragma unroll
         for (int k = 0; k < N; k++) y[k] = exp_below<T>(x[k] - s.max) * factor;
     }
-    template <class T, class A> __device__ __forceinline__ static A own_value(const RowScalars<A> &s, A x) { return gradient_value<T>(s, x, s.own); }
+    template <class T, class A> __device__ __forceinline__ static A own_value(const Problem &p, const RowScalars<A> &s, A x) {
+        return gradient_value<PLAIN, T>(p, s, x, s.own);
+    }
+};
+
+// upstream (slope p - q), the own class's with its weight: with one q, a subtraction, an exponential and a multiply-add. Other
+// classes than the own one need no care at the largest logit: their q is small beside their slope p there, if they are many.
+struct UniformGradient {
+    static constexpr Detail DETAIL = UNIFORM;
+    static constexpr bool OWN = true;
+    template <class T, int N, class A>
+    __device__ __forceinline__ static void emit(const Problem &p, const Operands<A> &, const RowScalars<A> &s, int, const A (&x)[N], A (&y)[N]) {
+        const A factor = s.upstream * s.slope * s.inverse, q = s.upstream * A(p.spread);
+#pragma unroll
+        for (int k = 0; k < N; k++) y[k] = fma_(exp_of<UNIFORM, T>(p, x[k] - s.max), factor, -q);
+    }
+    template <class T, class A> __device__ __forceinline__ static A own_value(const Problem &p, const RowScalars<A> &s, A x) {
+        return gradient_value<UNIFORM, T>(p, s, x, s.own + A(p.spread));
+    }
 };
 
 // upstream (slope p - q) and the soft cap's derivative; of NLL, -upstream w[t] at the own class and 0 elsewhere
@@ -572,7 +636,7 @@ struct GeneralGradient {
         for (int k = 0; k < N; k++) {
             A slope;
             const A v = transform(p, x[k], slope);
-            y[k] = gradient_value<T>(s, v, first + k == s.target ? s.own + q[k] : q[k]);
+            y[k] = gradient_value<GENERAL, T>(p, s, v, first + k == s.target ? s.own + q[k] : q[k]);
             if (p.softcap != 0.0) y[k] *= slope;
         }
     }

@@ -1,8 +1,9 @@
-// The kernels of the softmax family for one dtype, in two modules so that a device compiles only what it uses:
-// softmax_<dtype>.cu has those for class indices without options, softmax_general_<dtype>.cu those for all else. Such a
-// file defines LOGIT, the dtype's C++ type, GENERAL_MODULE as 0 or 1 and, for doubles, DOUBLE_LOGITS, and includes this.
+// The kernels of the softmax family for one dtype, in modules so that a device compiles only what it uses: softmax_<dtype>.cu
+// has those for class indices without options, softmax_uniform_<dtype>.cu those for one number q for all classes (not for
+// doubles), softmax_general_<dtype>.cu those for all else. Such a file defines LOGIT, the dtype's C++ type, one of PLAIN_MODULE,
+// UNIFORM_MODULE and GENERAL_MODULE and, for doubles, DOUBLE_LOGITS, and includes this.
 //
-//   softmax_<pass>_<plain|general>_<rows|tile|strided|cluster_n|registers_n>
+//   softmax_<pass>_<plain|uniform|general>_<rows|tile|strided|cluster_n|registers_n>
 //
 // Launch shapes are chosen in src/plan/softmax.rs.
 #include "softmax_registers.cuh"
@@ -17,14 +18,25 @@ using X = LOGIT;
 using A = Acc<X>;
 
 constexpr int ROWS_THREADS = 256;
+#ifdef __CUDA_ARCH__
+constexpr int ARCH = __CUDA_ARCH__;
+#else
+constexpr int ARCH = 0;
+#endif
 // Blocks that a multiprocessor has room for, which limits the registers of a thread: 768 threads have 96 KB of loads in
-// flight. The general kernels compute more than they load, and a double takes two registers.
-constexpr int BLOCKS_OF[] = {sizeof(A) == 4 ? 3 : 2, 2, 2};
+// flight. The general kernels compute more than they load, and a double takes two registers. The code for sm_75, without
+// minima of pairs and NaN, takes more of them, as does that for sm_120 of one kernel for f32; two blocks have loads enough.
+constexpr int BLOCKS_OF[] = {ARCH < 800 || sizeof(A) == 8 ? 2 : 3, ARCH < 800 || (ARCH >= 1200 && sizeof(X) == 4) ? 2 : 3, 2, 2};
 // The same for a forward over tiles, for a fused pass over tiles and for strided rows. 0: as many as the compiler likes, which
 // for the general kernels is more than there are registers for.
-constexpr int TILE_BLOCKS_OF[] = {sizeof(A) == 4 ? 8 : 4, sizeof(A) == 4 ? 4 : 3};
-constexpr int FUSED_TILE_BLOCKS = GENERAL_MODULE ? TILE_BLOCKS_OF[GENERAL] : 0;
-constexpr int STRIDED_BLOCKS = GENERAL_MODULE ? (sizeof(A) == 4 ? 5 : 2) : 0;
+constexpr int TILE_BLOCKS_OF[] = {sizeof(A) == 4 ? 8 : 4, 5, sizeof(A) == 4 ? 4 : 3};
+#if defined(GENERAL_MODULE)
+constexpr int FUSED_TILE_BLOCKS = TILE_BLOCKS_OF[GENERAL], STRIDED_BLOCKS = sizeof(A) == 4 ? 5 : 2;
+#elif defined(UNIFORM_MODULE)
+constexpr int FUSED_TILE_BLOCKS = TILE_BLOCKS_OF[UNIFORM], STRIDED_BLOCKS = 5;
+#else
+constexpr int FUSED_TILE_BLOCKS = 0, STRIDED_BLOCKS = 0;
+#endif
 
 #define REDUCE(NAME, DETAIL)                                                                                                   \
     extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[DETAIL])                                              \
@@ -91,43 +103,53 @@ constexpr int STRIDED_BLOCKS = GENERAL_MODULE ? (sizeof(A) == 4 ? 5 : 2) : 0;
         fused_rows<RULE, N>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});                      \
     }
 
-// Rows in registers, W windows a thread: blocks of 256 threads that a multiprocessor has room for, with and without something
-// written for each class. As in src/plan/softmax.rs, but on sm_75, whose code takes more registers than those leave.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr int REGISTERS_WRITING = 1;
-constexpr int registers_reading(int) { return 1; }
+#if __CUDA_ARCH__ >= 900
+#define FUSED_CLUSTERS(NAME, RULE)                                                                                             \
+    FUSED_CLUSTER(NAME, RULE, 2)                                                                                               \
+    FUSED_CLUSTER(NAME, RULE, 4)                                                                                               \
+    FUSED_CLUSTER(NAME, RULE, 8)                                                                                               \
+    FUSED_CLUSTER(NAME, RULE, 16)
 #else
-constexpr int REGISTERS_WRITING = 2;
-constexpr int registers_reading(int w) { return w == 4 ? 3 : 2; }
+#define FUSED_CLUSTERS(NAME, RULE)
 #endif
 
-#define REGISTERS(W)                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(ROWS_THREADS, registers_reading(W))                                           \
-        softmax_reduce_plain_registers_##W(const Problem p, const X *x, const void *t, const A *weight, A *, A *loss,          \
-                                           A *statistics, double2 *partials, A *result, A *denominator) {                      \
-        reduce_registers<W>(p, x, t, weight, {loss, statistics, partials, result, denominator});                               \
+// Rows in registers, W windows a thread: blocks of 256 threads that a multiprocessor has room for, with and without something
+// written for each class. As in src/plan/softmax.rs, but on sm_75 and, for one kernel, on sm_100, whose code takes more registers
+// than those leave.
+constexpr int REGISTERS_WRITING = ARCH < 800 ? 1 : 2;
+constexpr int registers_reading(Detail detail, int w) {
+    if (ARCH < 800 || (ARCH >= 1000 && detail == UNIFORM && w == 16 && sizeof(X) == 4)) return 1;
+    return w == 4 ? 3 : 2;
+}
+
+#define REGISTERS(NAME, RULE, W)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(ROWS_THREADS, registers_reading(RULE::DETAIL, W))                             \
+        softmax_reduce_##NAME##_registers_##W(const Problem p, const X *x, const void *t, const A *weight, A *, A *loss,       \
+                                              A *statistics, double2 *partials, A *result, A *denominator) {                   \
+        reduce_registers<RULE::DETAIL, W>(p, x, t, weight, {loss, statistics, partials, result, denominator});                 \
     }                                                                                                                          \
     extern "C" __global__ void __launch_bounds__(ROWS_THREADS, REGISTERS_WRITING)                                              \
-        softmax_fused_plain_registers_##W(const Problem p, const X *x, X *out, const void *t, const A *weight,                 \
-                                          const double *counts, A *loss, A *statistics, double2 *partials, A *result) {        \
-        fused_registers<PlainGradient, W>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});        \
-    }                                                                                                                          \
+        softmax_fused_##NAME##_registers_##W(const Problem p, const X *x, X *out, const void *t, const A *weight,              \
+                                             const double *counts, A *loss, A *statistics, double2 *partials, A *result) {     \
+        fused_registers<RULE, W>(p, x, out, t, weight, counts, {loss, statistics, partials, result, nullptr});                 \
+    }
+
+#define LOG_SOFTMAX_REGISTERS(W)                                                                                               \
     extern "C" __global__ void __launch_bounds__(ROWS_THREADS, REGISTERS_WRITING)                                              \
         softmax_log_softmax_registers_##W(const Problem p, const X *x, X *out) {                                               \
         log_softmax_registers<W>(p, x, out);                                                                                   \
     }
 
-#if GENERAL_MODULE
+// All passes of one detail but for rows in registers.
+#define PASSES(NAME, RULE)                                                                                                     \
+    REDUCE(NAME, RULE::DETAIL)                                                                                                 \
+    EMIT(NAME, RULE)                                                                                                           \
+    FUSED(NAME, RULE)                                                                                                          \
+    FUSED_CLUSTERS(NAME, RULE)
 
-REDUCE(general, GENERAL)
-EMIT(general, GeneralGradient)
-FUSED(general, GeneralGradient)
-#if __CUDA_ARCH__ >= 900
-FUSED_CLUSTER(general, GeneralGradient, 2)
-FUSED_CLUSTER(general, GeneralGradient, 4)
-FUSED_CLUSTER(general, GeneralGradient, 8)
-FUSED_CLUSTER(general, GeneralGradient, 16)
-#endif
+#if defined(GENERAL_MODULE)
+
+PASSES(general, GeneralGradient)
 
 extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[STATISTICS])
     softmax_statistics_rows(const Problem p, const X *x, const void *t, const A *weight, A *loss, A *lse, A *z_loss, A *entropy,
@@ -147,21 +169,23 @@ extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)
     target_gradient(p, x, weight, statistics, denominator, upstream, out);
 }
 
+#elif defined(UNIFORM_MODULE)
+
+PASSES(uniform, UniformGradient)
+REGISTERS(uniform, UniformGradient, 4)
+REGISTERS(uniform, UniformGradient, 8)
+REGISTERS(uniform, UniformGradient, 16)
+
 #else
 
-REDUCE(plain, PLAIN)
-EMIT(plain, PlainGradient)
-FUSED(plain, PlainGradient)
+PASSES(plain, PlainGradient)
 #ifndef DOUBLE_LOGITS
-REGISTERS(4)
-REGISTERS(8)
-REGISTERS(16)
-#endif
-#if __CUDA_ARCH__ >= 900
-FUSED_CLUSTER(plain, PlainGradient, 2)
-FUSED_CLUSTER(plain, PlainGradient, 4)
-FUSED_CLUSTER(plain, PlainGradient, 8)
-FUSED_CLUSTER(plain, PlainGradient, 16)
+REGISTERS(plain, PlainGradient, 4)
+REGISTERS(plain, PlainGradient, 8)
+REGISTERS(plain, PlainGradient, 16)
+LOG_SOFTMAX_REGISTERS(4)
+LOG_SOFTMAX_REGISTERS(8)
+LOG_SOFTMAX_REGISTERS(16)
 #endif
 
 extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[PLAIN])

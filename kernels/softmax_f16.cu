@@ -1,3 +1,3 @@
 #define LOGIT f16
-#define GENERAL_MODULE 0
+#define PLAIN_MODULE
 #include "softmax_entry.cuh"

@@ -1,4 +1,4 @@
 #define DOUBLE_LOGITS
 #define LOGIT double
-#define GENERAL_MODULE 0
+#define PLAIN_MODULE
 #include "softmax_entry.cuh"

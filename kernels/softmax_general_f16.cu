@@ -1,3 +1,3 @@
 #define LOGIT f16
-#define GENERAL_MODULE 1
+#define GENERAL_MODULE
 #include "softmax_entry.cuh"

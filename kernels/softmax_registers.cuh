@@ -1,4 +1,4 @@
-// Passes over rows that fit into the registers of a part of a warp: class indices without options, up to 8 KB a row.
+// Passes over rows that fit into the registers of a part of a warp: class indices with one q for all classes, up to 8 KB a row.
 //
 // `Problem::team` lanes, 8 to 32, share a row, each with up to W aligned windows of it and two of its edges. The row's maximum is
 // known before the first exponential, so that lanes exchange two numbers and merge nothing. A block takes rows in turn, and
@@ -32,27 +32,43 @@ template <class T, int W> struct Share {
     }
 
     // The row's state; all lanes of the warp call it, and a row's lanes get it.
-    __device__ __forceinline__ State<float, PLAIN> reduce(int lanes, bool has_edges) const {
-        constexpr int U = BATCH<PLAIN>;
-        State<float, PLAIN> state = state_of_windows<T, U>(windows);
+    template <Detail D> __device__ __forceinline__ State<float, D> reduce(const Problem &p, const Windows<T> &w) const {
+        // fewer at a time where the registers are full of windows
+        constexpr int U = D == UNIFORM && W == 16 ? 2 : BATCH<D>;
+        const int lanes = p.team, lane = threadIdx.x % WARP;
+        State<float, D> state = state_of_windows<D, T, U>(p, windows);
 #pragma unroll
-        for (int u = U; u < W; u += U) state = merge<T>(state, state_of_windows<T, U>(windows, u));
-        if (has_edges) {
+        for (int u = U; u < W; u += U) state = merge<T>(p, state, state_of_windows<D, T, U>(p, windows, u));
+        if (w.edges != 0) {
             Unit<float> units[EDGES];
 #pragma unroll
             for (int e = 0; e < EDGES; e++) units[e] = {widen<float>(edges[e])};
-            state = merge<T>(state, state_of<T>(units));
+            state = merge<T>(p, state, state_of<D, T>(p, units));
         }
         float max = state.max;
         for (int step = lanes / 2; step > 0; step /= 2) max = fmaxf(max, __shfl_xor_sync(ALL_LANES, max, step));
         // of the lanes that have the row's maximum, the first one leaves it out
-        const int lane = threadIdx.x % WARP;
         const bool best = state.max == max;
         const unsigned before = __ballot_sync(ALL_LANES, best) >> (lane & -lanes) & ((1u << (lane & (lanes - 1))) - 1);
         const float counted = best && before == 0 ? 0.0f : 1.0f;
-        const float shrink = exp_below<T>(state.max - reference_of(max));
+        const float shrink = exp_of<D, T>(p, state.max - reference_of(max));
         state.max = max;
         state.rest = lanes_reduce<Sum>((counted + state.rest) * shrink, lanes);
+        if constexpr (D == UNIFORM) {
+            state.linear = 0;
+            if (p.spread != 0.0) {
+                const int first = lane % lanes;
+                const float reference = reference_of(max);
+                float mass = 0;
+                sum_windows(windows, reference, [&](int u) { return first + u * lanes < w.count; }, state.linear, mass);
+                if (SUM_FIRST<T>) state.linear = fmaf(-mass, reference, state.linear);
+#pragma unroll
+                for (int e = 0; e < EDGES; e++) {
+                    if (first + e * lanes < w.edges) state.linear = fmaf(widen<float>(edges[e]) - reference, UNIT, state.linear);
+                }
+                state.linear = lanes_reduce<Sum>(state.linear, lanes);
+            }
+        }
         return state;
     }
 };
@@ -85,7 +101,7 @@ __device__ __forceinline__ void emit_share(const Problem &p, const Windows<T> &w
     }
     if constexpr (Rule::OWN) {
         // once more, by the lane that has just written it
-        if (s.target >= 0 && w.thread_of(s.target, 0, w.count, lanes) == lane) out[s.target] = narrow<T>(Rule::template own_value<T>(s, x_t));
+        if (s.target >= 0 && w.thread_of(s.target, 0, w.count, lanes) == lane) out[s.target] = narrow<T>(Rule::template own_value<T>(p, s, x_t));
     }
 }
 
@@ -131,14 +147,14 @@ __device__ __forceinline__ void for_each_share(const Problem &p, const T *x, con
 }
 
 // Forward. Reads E.
-template <int W, class T>
+template <Detail D, int W, class T>
 __device__ __forceinline__ void reduce_registers(const Problem &p, const T *x, const void *t, const float *weight, const Outputs<float> &out) {
     __shared__ double scratch[WARP];
     double2 total = {0, 0};
     for_each_share<true, W>(p, x, t, weight, [&](int64_t row, bool exists, const Windows<T> &w, int lane, const Share<T, W> &share, const Target<float> &target, float x_t) {
-        const State<float, PLAIN> state = share.reduce(p.team, w.edges != 0);
+        const State<float, D> state = share.template reduce<D>(p, w);
         if (!exists || lane != 0) return;
-        const double2 one = finish_row<PLAIN>(p, out, target, x_t, state, row);
+        const double2 one = finish_row<D>(p, out, target, x_t, state, row);
         total.x += one.x, total.y += one.y;
     });
     if (out.partials || out.result || out.denominator) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
@@ -148,17 +164,18 @@ __device__ __forceinline__ void reduce_registers(const Problem &p, const T *x, c
 // Reads E, writes E.
 template <class Rule, int W, class T>
 __device__ __forceinline__ void fused_registers(const Problem &p, const T *x, T *to, const void *t, const float *weight, const double *counts, const Outputs<float> &out) {
+    constexpr Detail D = Rule::DETAIL;
     __shared__ double scratch[WARP];
     const float upstream = 1.0f / denominator_of(p, t, weight, counts, scratch);
     double2 total = {0, 0};
     for_each_share<true, W>(p, x ? x : to, t, weight, [&](int64_t row, bool exists, const Windows<T> &w, int lane, const Share<T, W> &share, const Target<float> &target, float x_t) {
-        const State<float, PLAIN> state = share.reduce(p.team, w.edges != 0);
+        const State<float, D> state = share.template reduce<D>(p, w);
         if (!exists) return;
         if (lane == 0) {
-            const double2 one = finish_row<PLAIN>(p, out, target, x_t, state, row);
+            const double2 one = finish_row<D>(p, out, target, x_t, state, row);
             total.x += one.x, total.y += one.y;
         }
-        const auto s = RowScalars<float>::template gradient<PLAIN>(p, target, state.max, state.rest, 0.0f, upstream);
+        const auto s = RowScalars<float>::template gradient<D>(p, target, state.max, state.rest, mass_of(p, state), upstream);
         emit_share<Rule>(p, w, s, share, x_t, to + row * p.classes, lane, p.team);
     });
     if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
@@ -167,7 +184,7 @@ __device__ __forceinline__ void fused_registers(const Problem &p, const T *x, T 
 // log-softmax. Reads E, writes E.
 template <int W, class T> __device__ __forceinline__ void log_softmax_registers(const Problem &p, const T *x, T *to) {
     for_each_share<false, W>(p, x, nullptr, nullptr, [&](int64_t row, bool exists, const Windows<T> &w, int lane, const Share<T, W> &share, const Target<float> &, float) {
-        const State<float, PLAIN> state = share.reduce(p.team, w.edges != 0);
+        const State<float, PLAIN> state = share.template reduce<PLAIN>(p, w);
         if (exists) emit_share<LogProbs>(p, w, RowScalars<float>::of(state.max, state.rest), share, 0.0f, to + row * p.classes, lane, p.team);
     });
 }

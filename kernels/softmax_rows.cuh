@@ -16,8 +16,12 @@ namespace softmax {
 
 // Windows that a thread loads before it uses the first: what keeps the memory busy. A pass that only reads has to have more
 // bytes on their way than one that writes as much as it reads.
-template <Detail D> constexpr int BATCH = D == PLAIN ? 4 : 1;
-template <Detail D, class T> constexpr int READ_BATCH = BATCH<D> * (D == PLAIN && sizeof(T) < 8 ? 2 : 1);
+template <Detail D> constexpr int BATCH = D <= UNIFORM ? 4 : 1;
+// UNIFORM keeps f32 logits in registers until their maximum is known.
+template <Detail D, class T> constexpr int READ_BATCH = BATCH<D> * (D <= UNIFORM && sizeof(T) < (D == PLAIN ? 8 : 4) ? 2 : 1);
+
+// The general kernels use one window at a time, for which they compute long enough, and have so many on their way.
+template <Detail D> constexpr int QUEUE = D == GENERAL ? 4 : 2;
 
 // 16 bytes of logits in registers.
 template <class T> struct alignas(16) Window {
@@ -111,39 +115,76 @@ struct Kept {
     __device__ __forceinline__ uint4 &at(int j) const { return slots[j * blockDim.x]; }
 };
 
-// The state of windows from `first` on.
-template <class T, int U, int W> __device__ __forceinline__ State<float, PLAIN> state_of_windows(const Window<T> (&windows)[W], int first = 0) {
+// Whether UNIFORM's `linear` is made of the sum of the logits themselves, in one multiply-add each, before their maximum is known.
+// 16-bit logits about as large as the maximum have an exact sum in 24 bits, thousands of them, and where they are not, the sum's
+// rounding is small beside their differences from the maximum.
+template <class T> constexpr bool SUM_FIRST = sizeof(T) == 2;
+
+// Adds UNIT (x - reference) of the windows' logits to `sum`, and UNIT for each of them to `mass`; `exists(i)` says whether window i
+// is there or filled with -inf.
+template <class T, int U, class F>
+__device__ __forceinline__ void sum_windows(const Window<T> (&windows)[U], float reference, F exists, float &sum, float &mass) {
+    constexpr int N = Window<T>::N;
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        if (!exists(u)) continue;
+        mass += N * UNIT;
+#pragma unroll
+        for (int k = 0; k < N; k++) sum = fmaf(SUM_FIRST<T> ? windows[u].logit(k) : windows[u].logit(k) - reference, UNIT, sum);
+    }
+}
+
+// The state of U windows from `first` on, but for `linear` and `mass`.
+template <Detail D, class T, int U, int W> __device__ __forceinline__ State<float, D> state_of_windows(const Problem &p, const Window<T> (&windows)[W], int first = 0) {
     constexpr int UNITS = Window<T>::UNITS;
     Unit<T> units[U * UNITS];
 #pragma unroll
     for (int i = 0; i < U * UNITS; i++) units[i] = windows[first + i / UNITS].at[i % UNITS];
-    return state_of<T>(units);
+    return state_of<D, T>(p, units);
 }
 
-// Adds windows to a thread's state; window u begins at class first + u * step.
-template <Detail D, class T, int U, class A>
-__device__ __forceinline__ void absorb_windows(State<A, D> &state, const Problem &p, const Operands<A> &o, int first, int step, const Window<T> (&windows)[U]) {
-    if constexpr (D == PLAIN && sizeof(A) == sizeof(float)) {
-        state = merge<T>(state, state_of_windows<T, U>(windows));
-    } else {
-        absorb<D, T, U, Window<T>::N>(state, p, o, first, step, [&](int u, int k) { return windows[u].logit(k); });
-    }
-}
-
-// Reduces the windows begin + thread, begin + thread + step, … below `end`, U at a time; with the first window, the edges.
+// Reduces the windows begin + thread, begin + thread + step, … below `end`, U at a time (GENERAL: see QUEUE); with the first window,
+// the edges.
 template <Detail D, int U, class T>
 __device__ __forceinline__ State<Acc<T>, D> reduce_windows(const Problem &p, const Operands<Acc<T>> &o, const Windows<T> &w, int thread, int step, int begin, int end, Kept kept) {
     constexpr int N = Windows<T>::N;
     State<Acc<T>, D> state = State<Acc<T>, D>::empty();
     const T *body = in_register(w.row + w.head);
-    for (int i = begin + thread, j = 0; i < end; i += U * step, j += U) {
-        Window<T> windows[U];
-        load_windows(body, i, step, end, windows);
+    if constexpr (D >= GENERAL) {
+        constexpr int Q = QUEUE<D>;
+        Window<T> next[Q];
+        load_windows(body, begin + thread, step, end, next);
+#pragma unroll 1
+        for (int i = begin + thread, j = 0; i < end; i += step, j++) {
+            const Window<T> window = next[0];
 #pragma unroll
-        for (int u = 0; u < U; u++) {
-            if (j + u < kept.count) kept.at(j + u) = windows[u].bits();
+            for (int u = 1; u < Q; u++) next[u - 1] = next[u];
+            if (i + Q * step < end) next[Q - 1] = Window<T>::load(body + static_cast<int64_t>(i + Q * step) * N);
+            if (j < kept.count) kept.at(j) = window.bits();
+            absorb<D, T, 1, N>(state, p, o, w.first(i), 0, [&](int, int k) { return window.logit(k); });
         }
-        absorb_windows<D>(state, p, o, w.first(i), step * N, windows);
+    } else {
+        for (int i = begin + thread, j = 0; i < end; i += U * step, j += U) {
+            Window<T> windows[U];
+            load_windows(body, i, step, end, windows);
+#pragma unroll
+            for (int u = 0; u < U; u++) {
+                if (j + u < kept.count) kept.at(j + u) = windows[u].bits();
+            }
+            if constexpr (D <= UNIFORM && sizeof(Acc<T>) == sizeof(float)) {
+                float sum = 0, mass = 0;
+                const auto exists = [&](int u) { return i + u * step < end; };
+                const bool summed = D == UNIFORM && p.spread != 0.0;
+                if (SUM_FIRST<T> && summed) sum_windows(windows, 0.0f, exists, sum, mass);
+                State<float, D> part = state_of_windows<D, T, U>(p, windows);
+                const float reference = reference_of(part.max);
+                if (!SUM_FIRST<T> && summed) sum_windows(windows, reference, exists, sum, mass);
+                if constexpr (D == UNIFORM) part.linear = SUM_FIRST<T> ? fmaf(-mass, reference, sum) : sum, part.mass = mass;
+                state = merge<T>(p, state, part);
+            } else {
+                absorb<D, T, U, N>(state, p, o, w.first(i), step * N, [&](int u, int k) { return windows[u].logit(k); });
+            }
+        }
     }
     if (begin == 0) {
         for (int i = thread; i < w.edges; i += step) {
@@ -201,7 +242,7 @@ __device__ __forceinline__ void emit_windows(const Problem &p, const Operands<Ac
     T own = narrow<T>(Acc<T>(0));
     if constexpr (Rule::OWN) {
         // before this thread overwrites the logit
-        if (owner) own = narrow<T>(Rule::template own_value<T>(s, widen<Acc<T>>(w.row[s.target])));
+        if (owner) own = narrow<T>(Rule::template own_value<T>(p, s, widen<Acc<T>>(w.row[s.target])));
     }
     const T *logits = in_register(w.row + w.head);
     T *to = in_register(out + w.head);
@@ -256,15 +297,15 @@ template <class A> __device__ __forceinline__ Operands<A> operands_of(const Prob
 // Merges the states of a team's threads: all threads of the block call it, all get their team's state, and the scratch
 // memory of a state for each warp may be used again.
 template <class T, class A, Detail D>
-__device__ __forceinline__ State<A, D> merge_team(State<A, D> state, int team, State<A, D> *scratch) {
-    state = merge_lanes<T>(state, min(team, WARP));
+__device__ __forceinline__ State<A, D> merge_team(const Problem &p, State<A, D> state, int team, State<A, D> *scratch) {
+    state = merge_lanes<T>(p, state, min(team, WARP));
     if (team <= WARP) return state;
     const int lane = threadIdx.x % WARP;
     if (lane == 0) scratch[threadIdx.x / WARP] = state;
     __syncthreads();
     state = lane < team / WARP ? scratch[lane] : State<A, D>::empty();
     __syncthreads();
-    return merge_lanes<T>(state, WARP);
+    return merge_lanes<T>(p, state, WARP);
 }
 
 // What a pass does for a row once its state is known, in one thread of its team: the loss, and what the backward needs.
@@ -304,7 +345,7 @@ __device__ __forceinline__ void reduce_rows(const Problem &p, const T *x, const 
                 state = reduce_windows<D, READ_BATCH<D, T>>(p, operands_of(p, t, weight, row), w, thread, team, begin, end, {nullptr, 0});
             }
         }
-        state = merge_team<T>(state, team, states);
+        state = merge_team<T>(p, state, team, states);
         if (!exists || thread != 0) continue;
         if (gridDim.y > 1) {
             state.each([&](auto field, int i) { splits[(row * gridDim.y + blockIdx.y) * 4 + i] = field; });
@@ -328,9 +369,9 @@ __device__ __forceinline__ void merge_splits(const Problem &p, const T *x, const
         for (int i = lane; i < count; i += WARP) {
             State<A, D> part;
             part.each([&](auto &field, int f) { field = splits[(row * count + i) * 4 + f]; });
-            state = merge<T>(state, part);
+            state = merge<T>(p, state, part);
         }
-        state = merge_lanes<T>(state, WARP);
+        state = merge_lanes<T>(p, state, WARP);
         if (lane != 0) continue;
         const Target<A> target = read_target(p, t, weight, row);
         const double2 one = finish_row<D>(p, out, target, own_logit<D>(p, x + p.x.start(row), target), state, row);
@@ -379,7 +420,7 @@ __device__ __forceinline__ void statistics_rows(const Problem &p, const T *x, co
             const Windows<T> w(logits, p.classes);
             state = reduce_windows<STATISTICS, BATCH<STATISTICS>>(p, operands_of(p, t, weight, row), w, thread, team, 0, w.count, {nullptr, 0});
         }
-        state = merge_team<T>(state, team, states);
+        state = merge_team<T>(p, state, team, states);
         if (exists && thread == 0) write_row_statistics(p, out, target, x_t, state, row);
     }
 }
@@ -389,7 +430,7 @@ template <class Rule, class A>
 __device__ __forceinline__ RowScalars<A> saved_scalars(const Problem &p, const Target<A> &target, const A *statistics, const A *denominator, const A *upstream, int64_t row) {
     const A g = (upstream ? upstream[p.upstream_rows ? row : 0] : A(1)) / *denominator;
     if (Rule::DETAIL >= GENERAL && p.log_probs) return RowScalars<A>::template gradient<Rule::DETAIL>(p, target, A(0), A(0), A(0), g);
-    const A mass = Rule::DETAIL >= GENERAL ? read_mass(p, statistics, row) : A(0);
+    const A mass = Rule::DETAIL >= UNIFORM ? read_mass(p, statistics, row) : A(0);
     return RowScalars<A>::template gradient<Rule::DETAIL>(p, target, statistics[row], statistics[p.rows + row], mass, g);
 }
 
@@ -459,7 +500,7 @@ template <class A, Detail D> struct Exchange {
 // Merges the states of the blocks of a cluster, in the order of their ranks, and fetches the own logit from the block that
 // read it: all threads of all its blocks call it and get both. The blocks' `shared` may be used again.
 template <int CLUSTER, class T, class A, Detail D>
-__device__ __forceinline__ void merge_cluster(State<A, D> &state, A &own_logit, int owner, Exchange<A, D> *shared) {
+__device__ __forceinline__ void merge_cluster(const Problem &p, State<A, D> &state, A &own_logit, int owner, Exchange<A, D> *shared) {
     if (threadIdx.x == 0) {
         shared->state = state;
         shared->own_logit = own_logit;
@@ -474,7 +515,7 @@ __device__ __forceinline__ void merge_cluster(State<A, D> &state, A &own_logit, 
             const ptrdiff_t offset = reinterpret_cast<const char *>(&field) - reinterpret_cast<const char *>(&part);
             cluster_load(field, cluster_address(reinterpret_cast<const char *>(&shared->state) + offset, rank));
         });
-        state = merge<T>(state, part);
+        state = merge<T>(p, state, part);
     }
     // nobody overwrites or leaves while others read
     cluster_sync();
@@ -521,14 +562,14 @@ __device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, 
             if (CLUSTER == 1 || owner == rank) x_t = own_logit<D>(p, logits, target);
             if (target.kind == Kind::LIVE && !(D >= GENERAL && p.log_probs)) state = reduce_windows<D, BATCH<D>>(p, o, w, thread, threads, 0, w.count, kept);
         }
-        state = merge_team<T>(state, team, states);
-        if constexpr (CLUSTER > 1) merge_cluster<CLUSTER, T>(state, x_t, owner, &exchange);
+        state = merge_team<T>(p, state, team, states);
+        if constexpr (CLUSTER > 1) merge_cluster<CLUSTER, T>(p, state, x_t, owner, &exchange);
         if (!exists) continue;
         if (thread == 0) {
             const double2 one = finish_row<D>(p, out, target, x_t, state, row);
             total.x += one.x, total.y += one.y;
         }
-        RowScalars<A> s = RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(state), upstream);
+        RowScalars<A> s = RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(p, state), upstream);
         const Windows<T> written = w.written_to(gradient);
         emit_windows<Rule>(p, o, written, s, gradient, thread, threads, 0, written.count, kept);
     }
@@ -553,7 +594,7 @@ __device__ __forceinline__ void log_softmax_rows(const Problem &p, const T *x, T
         const Windows<T> w(x + p.x.start(at), p.classes);
         State<A, PLAIN> state = State<A, PLAIN>::empty();
         if (exists) state = reduce_windows<PLAIN, BATCH<PLAIN>>(p, none, w, thread, team, 0, w.count, kept);
-        state = merge_team<T>(state, team, states);
+        state = merge_team<T>(p, state, team, states);
         if (!exists) continue;
         const Windows<T> written = w.written_to(result);
         emit_windows<LogProbs>(p, none, written, RowScalars<A>::of(state.max, state.rest), result, thread, team, 0, written.count, kept);

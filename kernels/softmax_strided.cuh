@@ -13,7 +13,7 @@ namespace softmax {
 
 constexpr int STRIDED_THREADS = 256;
 // Classes that a thread loads before it uses the first.
-template <Detail D> constexpr int STRIDED_BATCH = D == PLAIN ? 4 : 2;
+template <Detail D> constexpr int STRIDED_BATCH = D <= UNIFORM ? 4 : 2;
 
 // Where a row's gradient is written: in the order (outer, class, inner), or (outer, inner, class).
 struct Written {
@@ -50,13 +50,13 @@ __device__ __forceinline__ State<Acc<T>, D> reduce_classes(const Problem &p, con
 // Merges the states of the threads of one x: all threads of the block call it, all get their row's state, and the scratch
 // memory of a state for each thread may be used again.
 template <class T, class A, Detail D>
-__device__ __forceinline__ State<A, D> merge_column(State<A, D> state, State<A, D> *scratch) {
+__device__ __forceinline__ State<A, D> merge_column(const Problem &p, State<A, D> state, State<A, D> *scratch) {
     State<A, D> *column = scratch + threadIdx.x;
     column[threadIdx.y * blockDim.x] = state;
     __syncthreads();
     for (int half = blockDim.y / 2; half > 0; half /= 2) {
         if (threadIdx.y < half) {
-            state = merge<T>(state, column[(threadIdx.y + half) * blockDim.x]);
+            state = merge<T>(p, state, column[(threadIdx.y + half) * blockDim.x]);
             column[threadIdx.y * blockDim.x] = state;
         }
         __syncthreads();
@@ -82,7 +82,7 @@ __device__ __forceinline__ void emit_classes(const Problem &p, const Operands<Ac
             A y[1] = {dead_value<A>(s.kind)};
             if (live) Rule::template emit<T>(p, o, s, at, x[u], y);
             if constexpr (Rule::OWN) {
-                if (live && at == s.target) y[0] = Rule::template own_value<T>(s, x[u][0]);
+                if (live && at == s.target) y[0] = Rule::template own_value<T>(p, s, x[u][0]);
             }
             out[written.start + at * written.stride] = narrow<T>(y[0]);
         }
@@ -113,7 +113,7 @@ __device__ __forceinline__ void reduce_strided(const Problem &p, const T *x, con
         if (exists && target.kind == Kind::LIVE && !(D >= GENERAL && p.log_probs)) {
             state = reduce_classes<D>(p, operands_of(p, t, weight, row), logits);
         }
-        state = merge_column<T>(state, states);
+        state = merge_column<T>(p, state, states);
         if (exists && threadIdx.y == 0) {
             const double2 one = finish_row<D>(p, out, target, x_t, state, row);
             total.x += one.x, total.y += one.y;
@@ -132,7 +132,7 @@ __device__ __forceinline__ void statistics_strided(const Problem &p, const T *x,
         const T *logits = x + p.x.start(row);
         const A x_t = own_logit<STATISTICS>(p, logits, target);
         if (exists) state = reduce_classes<STATISTICS>(p, operands_of(p, t, weight, row), logits);
-        state = merge_column<T>(state, states);
+        state = merge_column<T>(p, state, states);
         if (exists && threadIdx.y == 0) write_row_statistics(p, out, target, x_t, state, row);
     });
 }
@@ -171,13 +171,13 @@ __device__ __forceinline__ void fused_strided(const Problem &p, const T *x, T *t
             x_t = own_logit<D>(p, logits, target);
             if (target.kind == Kind::LIVE && !(D >= GENERAL && p.log_probs)) state = reduce_classes<D>(p, o, logits);
         }
-        state = merge_column<T>(state, states);
+        state = merge_column<T>(p, state, states);
         if (!exists) return;
         if (threadIdx.y == 0) {
             const double2 one = finish_row<D>(p, out, target, x_t, state, row);
             total.x += one.x, total.y += one.y;
         }
-        const auto s = RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(state), upstream);
+        const auto s = RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(p, state), upstream);
         emit_classes<Rule>(p, o, s, logits, to, Written(p, row));
     });
     if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
@@ -192,7 +192,7 @@ template <class T> __device__ __forceinline__ void log_softmax_strided(const Pro
         State<A, PLAIN> state = State<A, PLAIN>::empty();
         const T *logits = x + p.x.start(row);
         if (exists) state = reduce_classes<PLAIN>(p, none, logits);
-        state = merge_column<T>(state, states);
+        state = merge_column<T>(p, state, states);
         if (exists) emit_classes<LogProbs>(p, none, RowScalars<A>::of(state.max, state.rest), logits, to, Written(p, row));
     });
 }

@@ -83,13 +83,13 @@ __device__ __forceinline__ State<Acc<T>, D> reduce_lane(const Problem &p, const 
             return c < p.classes ? widen<A>(l.logits[c]) : -infinity<A>();
         });
     }
-    return merge_lanes<T>(state, l.lanes);
+    return merge_lanes<T>(p, state, l.lanes);
 }
 
 // Replaces a row's logits by what the rule says.
 template <class Rule, class T> __device__ __forceinline__ void emit_lane(const Problem &p, const Operands<Acc<T>> &o, const RowScalars<Acc<T>> &s, const Lane<T> &l) {
     using A = Acc<T>;
-#pragma unroll(Rule::DETAIL == PLAIN ? TILE_DEPTH : 1)
+#pragma unroll(Rule::DETAIL <= UNIFORM ? TILE_DEPTH : 1)
     for (int u = 0; u < TILE_DEPTH; u++) {
         const int c = l.lane + u * l.lanes;
         if (c >= p.classes) continue;
@@ -98,7 +98,7 @@ template <class Rule, class T> __device__ __forceinline__ void emit_lane(const P
             const A x[1] = {widen<A>(l.logits[c])};
             Rule::template emit<T>(p, o, s, c, x, y);
             if constexpr (Rule::OWN) {
-                if (c == s.target) y[0] = Rule::template own_value<T>(s, x[0]);
+                if (c == s.target) y[0] = Rule::template own_value<T>(p, s, x[0]);
             }
         }
         l.logits[c] = narrow<T>(y[0]);
@@ -156,7 +156,7 @@ __device__ __forceinline__ void fused_tiles(const Problem &p, const T *x, T *to,
             const double2 one = finish_row<D>(p, out, target, x_t, state, row);
             total.x += one.x, total.y += one.y;
         }
-        emit_lane<Rule>(p, o, RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(state), upstream), l);
+        emit_lane<Rule>(p, o, RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(p, state), upstream), l);
     });
     if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }

@@ -4,8 +4,10 @@
     scripts/kernel_report.py [--arch 75,80,90a] [--only REGEX] [kernels/FILE.cu ...]
 
 Compiles each file as build.rs does, assembles the PTX and disassembles the result. Prints one line for each kernel: registers
-of a thread, bytes of static shared memory, bytes spilled, and how many global loads and stores there are of each width in
-bits (in the code, not in time); then one line for each architecture. Exits with 1 if a kernel spills.
+of a thread, bytes of static shared memory, bytes spilled, the threads that a multiprocessor has room for, in blocks of the
+largest size, and their part of what it can hold (theoretical occupancy, before dynamic shared memory), and how many global
+loads and stores there are of each width in bits (in the code, not in time); then one line for each architecture. Exits with 1
+if a kernel spills.
 
 Needs nvcc and ptxas (the CUDA toolkit) and nvdisasm (the toolkit, or `pip install nvidia-cuda-nvdisasm`), on PATH or in the
 environment of this Python.
@@ -24,6 +26,12 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Turing to Blackwell: what the kernels support and CUDA 13 compiles for.
 ALL = ["75", "80", "86", "89", "90a", "100", "120"]
+REGISTERS = 65536
+# Threads, blocks and KB of shared memory of a multiprocessor; of each block's shared memory the system takes 1 KB from sm_80 on.
+LIMITS = {
+    "75": (1024, 16, 64), "80": (2048, 32, 164), "86": (1536, 16, 100), "89": (1536, 24, 100),
+    "90": (2048, 32, 228), "90a": (2048, 32, 228), "100": (2048, 32, 228), "120": (1536, 24, 100),
+}  # fmt: skip
 
 
 def tool(name):
@@ -78,6 +86,20 @@ def accesses(assembly):
     return kernels
 
 
+def block_sizes(ptx):
+    """The largest block of each kernel, from its launch bounds."""
+    return {name: int(threads) for name, threads in re.findall(r"\.entry (\w+)\([^)]*\)[^{]*?\.maxntid (\d+)", ptx)}
+
+
+def resident(used, block, arch):
+    """The threads that a multiprocessor has room for, in whole blocks."""
+    threads, blocks, shared = LIMITS[arch]
+    # registers are given to a warp 256 at a time
+    by_registers = REGISTERS // ((used["registers"] + 7) // 8 * 8 * block)
+    by_shared = (shared << 10) // (used["shared"] + (1024 if arch != "75" else 0) or 1)
+    return min(blocks, threads // block, by_registers, by_shared) * block
+
+
 def widths(counter):
     return " ".join(f"{bits}x{counter[bits]}" for bits in sorted(counter, reverse=True)) or "-"
 
@@ -91,14 +113,16 @@ def report(source, arch, only):
         run(nvcc, gencode, "-std=c++17", "-O3", "--ptx", "-o", ptx, str(source))
         log = run(ptxas, f"-arch=sm_{arch}", "-v", "-o", cubin, ptx)
         moved = accesses(run(nvdisasm, "-c", cubin))
+        blocks = block_sizes(pathlib.Path(ptx).read_text())
     kernels = {name: used for name, used in sorted(resources(log).items()) if re.search(only, name)}
     print(f"\n{source.name}, sm_{arch}")
-    print(f"{'kernel':36} {'regs':>5} {'smem':>6} {'spilled':>7}  {'loads':28} stores")
+    print(f"{'kernel':36} {'regs':>5} {'smem':>6} {'spilled':>7} {'block':>5} {'threads':>7} {'':>5}  {'loads':28} stores")
     for name, used in kernels.items():
         loads, stores = moved.get(name, ({}, {}))
+        threads = resident(used, blocks[name], arch)
         print(
             f"{name:36} {used['registers']:5} {used['shared']:6} {used['spilled']:7}"
-            f"  {widths(loads):28} {widths(stores)}",
+            f" {blocks[name]:5} {threads:7} {threads / LIMITS[arch][0]:5.0%}  {widths(loads):28} {widths(stores)}",
             flush=True,
         )
     return kernels

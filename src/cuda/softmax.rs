@@ -23,6 +23,9 @@ const F16: Module = module!("softmax_f16", SOFTMAX_F16);
 const BF16: Module = module!("softmax_bf16", SOFTMAX_BF16);
 const F32: Module = module!("softmax_f32", SOFTMAX_F32);
 const F64: Module = module!("softmax_f64", SOFTMAX_F64);
+const UNIFORM_F16: Module = module!("softmax_uniform_f16", SOFTMAX_UNIFORM_F16);
+const UNIFORM_BF16: Module = module!("softmax_uniform_bf16", SOFTMAX_UNIFORM_BF16);
+const UNIFORM_F32: Module = module!("softmax_uniform_f32", SOFTMAX_UNIFORM_F32);
 const GENERAL_F16: Module = module!("softmax_general_f16", SOFTMAX_GENERAL_F16);
 const GENERAL_BF16: Module = module!("softmax_general_bf16", SOFTMAX_GENERAL_BF16);
 const GENERAL_F32: Module = module!("softmax_general_f32", SOFTMAX_GENERAL_F32);
@@ -125,11 +128,13 @@ impl Problem {
     }
 }
 
-/// Which of a dtype's two modules.
+/// Which of a dtype's modules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Detail {
     /// Class indices and nothing else than class weights.
     Plain,
+    /// Class indices with label smoothing (then without class weights), z-loss and a positive scale, in `f32` arithmetic.
+    Uniform,
     General,
 }
 
@@ -137,6 +142,7 @@ impl Detail {
     fn name(self) -> &'static str {
         match self {
             Detail::Plain => "plain",
+            Detail::Uniform => "uniform",
             Detail::General => "general",
         }
     }
@@ -147,6 +153,9 @@ impl Detail {
             (Detail::Plain, DType::BF16) => &BF16,
             (Detail::Plain, DType::F32) => &F32,
             (Detail::Plain, DType::F64) => &F64,
+            (Detail::Uniform, DType::F16) => &UNIFORM_F16,
+            (Detail::Uniform, DType::BF16) => &UNIFORM_BF16,
+            (Detail::Uniform, DType::F32) => &UNIFORM_F32,
             (Detail::General, DType::F16) => &GENERAL_F16,
             (Detail::General, DType::BF16) => &GENERAL_BF16,
             (Detail::General, DType::F32) => &GENERAL_F32,
@@ -328,12 +337,16 @@ impl<'a> Task<'a> {
 
     fn detail(&self) -> Detail {
         let o = self.options;
-        let plain =
-            !o.log_probs && o.label_smoothing == 0.0 && o.z_loss == 0.0 && o.softcap.is_none() && o.logit_scale == 1.0;
-        match self.target.tag {
-            Tag::U8 | Tag::U32 | Tag::I32 | Tag::I64 if plain => Detail::Plain,
-            _ => Detail::General,
+        let indices = matches!(self.target.tag, Tag::U8 | Tag::U32 | Tag::I32 | Tag::I64);
+        if !indices || o.log_probs || o.softcap.is_some() {
+            return Detail::General;
         }
+        if o.label_smoothing == 0.0 && o.z_loss == 0.0 && o.logit_scale == 1.0 {
+            return Detail::Plain;
+        }
+        // with class weights the smoothed classes count differently; a scale below 0 makes the lowest logit the largest
+        let uniform = (o.label_smoothing == 0.0 || self.weight.is_none()) && o.logit_scale > 0.0;
+        if uniform && self.dtype != DType::F64 { Detail::Uniform } else { Detail::General }
     }
 
     fn module(&self) -> (Detail, DType) {
@@ -578,7 +591,7 @@ impl Partials {
 fn shape(rows: &Rows, dtype: DType, detail: Detail) -> Shape {
     let even = rows.inner == 1 || rows.outer == 1 || rows.outer_stride == rows.inner * rows.inner_stride;
     Shape {
-        simple: detail == Detail::Plain && dtype != DType::F64 && rows.class_stride == 1 && even,
+        simple: detail != Detail::General && dtype != DType::F64 && rows.class_stride == 1 && even,
         rows: rows.count() as u64,
         classes: rows.classes as u64,
         element: dtype.size_in_bytes() as u64,

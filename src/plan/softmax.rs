@@ -4,7 +4,7 @@
 //! | --- | --- | --- |
 //! | classes apart | a column of threads a row, neighbouring threads on neighbouring rows | the same |
 //! | up to `tile_classes`, without gaps | tiles of whole rows in shared memory, 1 to 8 lanes a row | the same |
-//! | up to `warp_bytes`, without options | 8 to 32 lanes a row, the row kept in registers, the next one on its way | the same |
+//! | up to `warp_bytes`, if simple | 8 to 32 lanes a row, the row kept in registers, the next one on its way | the same |
 //! | up to `warp_bytes` | 1 to 32 lanes a row | the same, the row kept in shared memory |
 //! | up to `cluster_bytes` | a block a row | the same, the row kept in shared memory |
 //! | longer | a block a row | a cluster of 2 to 16 blocks a row; without clusters, a block that keeps what it can |
@@ -53,8 +53,8 @@ pub(crate) struct Shape {
     pub adjacent: bool,
     /// Whether the rows are too, in their order.
     pub packed: bool,
-    /// Whether there are kernels that keep such rows in registers: without options, in `f32` arithmetic, all rows at one
-    /// distance from the next.
+    /// Whether there are kernels that keep such rows in registers: class indices, one number for all classes beside them, `f32`
+    /// arithmetic, all rows at one distance from the next.
     pub simple: bool,
 }
 

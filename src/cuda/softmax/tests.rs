@@ -91,6 +91,11 @@ fn everything(classes: usize) -> Result<CrossEntropy> {
     })
 }
 
+/// The options that leave one number for all classes.
+fn uniform() -> CrossEntropy {
+    CrossEntropy { label_smoothing: 0.1, z_loss: 0.01, logit_scale: 1.7, ..plain() }
+}
+
 /// The largest deviation that rounding to `dtype` and sums in another order explain.
 fn tolerance(dtype: DType) -> f64 {
     match dtype {
@@ -202,6 +207,9 @@ fn regimes_match_the_cpu() -> Result<()> {
                 ..plain()
             };
             compare(regime, &weighted, &logits, &target, |x| Ok(x.clone()))?;
+            compare(regime, &uniform(), &logits, &target, |x| Ok(x.clone()))?;
+            let unsmoothed = CrossEntropy { z_loss: 0.01, ..weighted };
+            compare(regime, &unsmoothed, &logits, &target, |x| Ok(x.clone()))?;
         }
     }
     Ok(())
@@ -245,6 +253,7 @@ fn strided_logits_match_the_cpu() -> Result<()> {
         let logits = random(&[n, classes, inner], 1, dtype)?;
         let target = indices(n * inner, classes, 2)?.reshape((n, inner))?;
         compare("middle axis", &plain(), &logits, &target, |x| Ok(x.clone()))?;
+        compare("middle axis", &uniform(), &logits, &target, |x| Ok(x.clone()))?;
         compare("middle axis", &everything(classes)?, &logits, &target, |x| Ok(x.clone()))?;
         let swapped = random(&[n, inner, classes], 1, dtype)?;
         compare("transposed", &plain(), &swapped, &target, |x| x.transpose(1, 2))?;
@@ -263,7 +272,9 @@ fn unaligned_rows_match_the_cpu() -> Result<()> {
         for dtype in FLOATS {
             for offset in 0..9 {
                 let logits = random(&[3, classes + 9], 1, dtype)?;
-                compare("narrowed", &plain(), &logits, &indices(3, classes, 2)?, |x| x.narrow(1, offset, classes))?;
+                for options in [plain(), uniform()] {
+                    compare("narrowed", &options, &logits, &indices(3, classes, 2)?, |x| x.narrow(1, offset, classes))?;
+                }
             }
         }
     }
@@ -293,10 +304,43 @@ fn extreme_rows_match_the_cpu() -> Result<()> {
         let target = Tensor::new(&[0i64, 1, 2, 40, 5, 6, 30, -100, 8], &Device::Cpu)?;
         for dtype in FLOATS {
             let logits = Tensor::new(rows.concat(), &Device::Cpu)?.reshape((9, classes))?.to_dtype(dtype)?;
-            for options in [plain(), CrossEntropy { label_smoothing: 0.1, z_loss: 0.1, ..plain() }] {
+            let smoothed = CrossEntropy { label_smoothing: 0.1, z_loss: 0.1, ..plain() };
+            // an infinite logit of an unlikely class has no part in the loss but with smoothing
+            let scaled = CrossEntropy { z_loss: 0.1, logit_scale: 0.5, ..plain() };
+            for options in [plain(), smoothed, scaled, CrossEntropy { logit_scale: -0.5, ..plain() }] {
                 let options = CrossEntropy { reduction: Reduction::None, ..options };
                 compare(regime, &options, &logits, &target, |x| Ok(x.clone()))?;
             }
+        }
+    }
+    Ok(())
+}
+
+/// What a mask leaves (the lowest number of the dtype) has a finite smoothed loss, and a common offset changes nothing.
+#[test]
+fn smoothed_rows_are_accurate() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    let options = CrossEntropy { label_smoothing: 0.1, ..plain() };
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let classes = 200;
+            let target = Tensor::new(&[3u32], &gpu)?;
+            let offset = Tensor::full(if dtype == DType::F16 { 3e4f32 } else { 1e8 }, (1, classes), &gpu)?;
+            let loss = options.clone().forward(&offset.to_dtype(dtype)?, &target)?.to_scalar::<f32>()?;
+            assert!((loss / 200f32.ln() - 1.0).abs() < 1e-6, "{regime}, {dtype:?}: {loss}");
+
+            let lowest = match dtype {
+                DType::F16 => -65504.0,
+                _ => -3.3e38f32,
+            };
+            let mut masked = vec![1f32; classes];
+            masked[20..].fill(lowest);
+            let masked = Tensor::new(masked, &gpu)?.reshape((1, classes))?.to_dtype(dtype)?;
+            let loss = options.clone().forward(&masked, &target)?.to_scalar::<f32>()?;
+            let lowest = masked.to_dtype(DType::F32)?.min_all()?.to_scalar::<f32>()?;
+            let expected = 20f64.ln() + 0.1 / 200.0 * 180.0 * (1.0 - lowest as f64);
+            assert!((loss as f64 / expected - 1.0).abs() < 1e-6, "{regime}, {dtype:?}: {loss}, expected {expected}");
         }
     }
     Ok(())
@@ -421,7 +465,7 @@ fn every_kernel_is_reached() -> Result<()> {
             let index_dims: Vec<usize> =
                 dims.iter().enumerate().filter(|&(axis, _)| axis != 1).map(|(_, &n)| n).collect();
             let target = indices(rows, classes, 2)?.reshape(index_dims)?;
-            for options in [plain(), everything(classes)?] {
+            for options in [plain(), uniform(), everything(classes)?] {
                 compare("every kernel", &options, &logits, &target, |x| Ok(x.clone()))?;
             }
             let on = |device: &Device| -> Result<[Tensor; 2]> {
@@ -436,7 +480,10 @@ fn every_kernel_is_reached() -> Result<()> {
         }
         let target = Var::from_tensor(&random(&[2, 9], 2, DType::F32)?.abs()?.to_device(&gpu)?)?;
         plain().forward(&random(&[2, 9], 1, dtype)?.to_device(&gpu)?, target.as_tensor())?.backward()?;
-        for detail in [Detail::Plain, Detail::General] {
+        for detail in [Detail::Plain, Detail::Uniform, Detail::General] {
+            if (detail, dtype) == (Detail::Uniform, DType::F64) {
+                continue;
+            }
             let unused = detail.module(dtype)?.unused();
             assert!(unused.is_empty(), "{dtype:?}, {detail:?}: no plan chooses {unused:?}");
         }
@@ -458,6 +505,7 @@ fn work_of_each_regime() -> Result<()> {
             (Reduction::Mean, plain()),
             (Reduction::Sum, plain()),
             (Reduction::None, plain()),
+            (Reduction::Mean, uniform()),
             (Reduction::Mean, with_weight_on(&everything(classes)?, &gpu, DType::F32)?),
         ] {
             let what = format!("{regime}, {reduction:?}");
@@ -558,6 +606,7 @@ fn tiles_match_the_cpu() -> Result<()> {
         // from the second row on: unaligned as a whole
         compare("tiles", &plain(), &logits, &indices(rows, classes, 2)?, |x| x.narrow(0, 1, rows))?;
         let some = random(&[9, classes], 1, dtype)?;
+        compare("tiles", &uniform(), &some, &indices(9, classes, 2)?, |x| Ok(x.clone()))?;
         compare("tiles", &everything(classes)?, &some, &indices(9, classes, 2)?, |x| Ok(x.clone()))?;
     }
     Ok(())
@@ -580,7 +629,9 @@ fn rows_in_registers_match_the_cpu() -> Result<()> {
                     let rows = if thresholds.blocks == 1 { rows } else { 3 };
                     let logits = random(&[rows, classes + 3], 1, dtype)?;
                     let target = indices(rows, classes, 2)?;
-                    compare("registers", &plain(), &logits, &target, |x| x.narrow(1, extra % 4, classes))?;
+                    for options in [plain(), uniform()] {
+                        compare("registers", &options, &logits, &target, |x| x.narrow(1, extra % 4, classes))?;
+                    }
                 }
             }
         }
@@ -605,14 +656,18 @@ fn sizes_match_the_cpu() -> Result<()> {
     THRESHOLDS.set(Thresholds { lone_rows: 0, ..Thresholds::default() });
     for classes in [1, 3, 9, 33, 64, 65, 1001, 4095, 5003] {
         let logits = random(&[7, classes], 1, DType::F32)?;
-        compare("sizes", &plain(), &logits, &indices(7, classes, 2)?, |x| Ok(x.clone()))?;
+        for options in [plain(), uniform()] {
+            compare("sizes", &options, &logits, &indices(7, classes, 2)?, |x| Ok(x.clone()))?;
+        }
     }
     // in clusters, and split over blocks
     for split_bytes in [1 << 30, 16 << 10] {
         THRESHOLDS.set(Thresholds { split_bytes, ..Thresholds::default() });
         for classes in [32_000, 50_257] {
             let logits = random(&[2, classes], 1, DType::BF16)?;
-            compare("sizes", &plain(), &logits, &indices(2, classes, 2)?, |x| Ok(x.clone()))?;
+            for options in [plain(), uniform()] {
+                compare("sizes", &options, &logits, &indices(2, classes, 2)?, |x| Ok(x.clone()))?;
+            }
         }
     }
     Ok(())
@@ -631,7 +686,9 @@ fn rows_that_are_not_kept_match_the_cpu() -> Result<()> {
         });
         let classes = 70_003;
         let logits = random(&[1, classes], 1, DType::BF16)?;
-        compare("not kept", &plain(), &logits, &indices(1, classes, 2)?, |x| Ok(x.clone()))?;
+        for options in [plain(), uniform()] {
+            compare("not kept", &options, &logits, &indices(1, classes, 2)?, |x| Ok(x.clone()))?;
+        }
     }
     Ok(())
 }
