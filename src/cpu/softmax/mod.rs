@@ -24,9 +24,9 @@ use crate::softmax::{Arg, CrossEntropy, Operand, Rows, Saved, Statistics, cpu_te
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType, bail};
 use kernels::{AddToLanes, Detail, LogProbs, LogProbsGradient, RowScalars, States, TargetGradient, log_sum};
-use passes::{EmitAll, Finish, PerRow, Reduce, UnitPass};
+use passes::{EmitAll, Finish, PerRow, Reduce, ReduceAndEmit};
 use problem::{Problem, RowResults, upstream_of};
-use rows::{BLOCK, Engine, Extra, LANES, Logits, Place, Scratch, Strip};
+use rows::{BLOCK, Engine, Extra, LANES, Logits};
 use std::ops::Range;
 use units::Operands;
 
@@ -141,7 +141,8 @@ pub(crate) fn backward(
                 scalars
             };
             let scalars = |rows| RowScalars::of_rows(rows, scalars);
-            let grad: Vec<T::Acc> = EmitAll::run(&problem.logits, &extra, TargetGradient, scalars);
+            let grad: Vec<T::Acc> =
+                EmitAll::run(Operands { extra: &extra, ..problem.operands() }, TargetGradient, scalars);
             Ok(T::Acc::to_cpu_storage_owned(grad))
         })
     }
@@ -288,7 +289,7 @@ pub(crate) fn statistics(
                 argmax: PerRow::new(&mut argmax),
                 correct: PerRow::new(&mut correct),
             };
-            Reduce::run(&problem.logits, &problem.targets.extra, Detail::Statistics, writer);
+            Reduce::run(problem.operands(), Detail::Statistics, writer);
             let storage = T::Acc::to_cpu_storage_owned;
             let rest = Statistics {
                 lse: storage(lse),
@@ -301,40 +302,6 @@ pub(crate) fn statistics(
         })
     }
     with_floats!(options.name, logits.0, data => run(options, data, logits.1, target))
-}
-
-/// Reduces each row and emits its log-probabilities while the row is in the cache.
-struct LogSoftmax<'p, 'a, T: Element> {
-    logits: &'p Logits<'a, T>,
-    engine: Engine,
-    out: &'p Output<'p, T>,
-}
-
-impl<T: Element> UnitPass<T::Acc> for LogSoftmax<'_, '_, T> {
-    fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
-        let none = &Extra::None;
-        match self.engine {
-            Engine::Blocks { rows, segments } => {
-                let strip = Strip::new(unit, rows, segments, &self.logits.rows);
-                let operands = Operands { logits: self.logits, extra: none };
-                let states = operands.reduce_strip(Detail::Loss, &strip, scratch);
-                operands.emit_strip(
-                    &LogProbs,
-                    &log_probs_scalars(strip.rows.clone(), &states),
-                    &strip,
-                    self.out,
-                    scratch,
-                );
-            }
-            Engine::Tiles => {
-                let place = Place::new(&self.logits.rows, unit);
-                let states = Operands { logits: self.logits, extra: none }.reduce_tile(Detail::Loss, &place, scratch);
-                let lanes = log_probs_scalars(place.rows(), &states);
-                Operands { logits: self.logits, extra: none }
-                    .emit_tile(&LogProbs, &lanes, &place, true, self.out, scratch);
-            }
-        }
-    }
 }
 
 fn log_probs_scalars<A: Real>(rows: Range<usize>, states: &States<A>) -> [RowScalars<A>; LANES] {
@@ -356,17 +323,19 @@ impl<A: Real> Finish<A> for KeepScalars<'_, A> {
 pub(crate) fn log_softmax(name: &str, logits: &CpuStorage, rows: &Rows) -> Result<CpuStorage> {
     fn run<T: Element>(data: &[T], rows: &Rows) -> CpuStorage {
         let logits = Logits::new(Input::new(data), *rows);
+        let operands = Operands { logits: &logits, extra: &Extra::None };
         let engine = logits.engine();
         T::to_cpu_storage_owned(match engine {
             Engine::Blocks { segments: 2.., .. } => {
                 let mut scalars = vec![RowScalars::DEAD; rows.count()];
-                Reduce::run(&logits, &Extra::None, Detail::Loss, KeepScalars(PerRow::new(&mut scalars)));
-                EmitAll::run(&logits, &Extra::None, LogProbs, |rows| RowScalars::of_rows(rows, |_, row| scalars[row]))
+                Reduce::run(operands, Detail::Loss, KeepScalars(PerRow::new(&mut scalars)));
+                EmitAll::run(operands, LogProbs, |rows| RowScalars::of_rows(rows, |_, row| scalars[row]))
             }
             // SAFETY: every row is emitted whole
             _ => unsafe {
                 build(rows.count() * rows.classes, |out| {
-                    logits.for_each_unit(engine, &LogSoftmax { logits: &logits, engine, out })
+                    let pass = ReduceAndEmit { operands, engine, emit: LogProbs, scalars: log_probs_scalars, out };
+                    logits.for_each_unit(engine, &pass)
                 })
             },
         })
@@ -412,7 +381,7 @@ pub(crate) fn log_softmax_backward(
                 RowScalars { mass, ..RowScalars::new(T::Acc::ZERO, T::Acc::ZERO) }
             })
         };
-        let grad: Vec<T> = EmitAll::run(&logits, &extra, LogProbsGradient, scalars);
+        let grad: Vec<T> = EmitAll::run(Operands { logits: &logits, extra: &extra }, LogProbsGradient, scalars);
         T::to_cpu_storage_owned(grad)
     }
     let order = Strided::new(upstream_rows.offset, upstream_rows.axes(rows.class_last()));

@@ -1,7 +1,7 @@
 //! Passes over all rows, cut into units of work that run in parallel.
 
 use super::kernels::{Detail, Emit, RowScalars, State, States};
-use super::rows::{Engine, Extra, LANES, Logits, Place, Scratch, Strip};
+use super::rows::{Engine, LANES, Place, Scratch, Strip};
 use super::units::Operands;
 use crate::cpu::element::{Element, Output, build};
 use crate::cpu::math::Real;
@@ -22,23 +22,23 @@ pub(super) trait Finish<A: Real>: Sync {
 
 /// Reduces every row.
 pub(super) struct Reduce<'p, 'a, T: Element, F> {
-    pub(super) logits: &'p Logits<'a, T>,
-    pub(super) extra: &'p Extra<'a, T::Acc>,
-    pub(super) engine: Engine,
-    pub(super) detail: Detail,
-    pub(super) finish: F,
+    operands: Operands<'p, 'a, T>,
+    engine: Engine,
+    detail: Detail,
+    finish: F,
     /// One state for each unit, where a unit is only part of a row.
-    pub(super) parts: Option<Output<'p, State<T::Acc>>>,
+    parts: Option<Output<'p, State<T::Acc>>>,
 }
 
 impl<'p, 'a, T: Element, F: Finish<T::Acc>> Reduce<'p, 'a, T, F> {
-    pub(super) fn run(logits: &'p Logits<'a, T>, extra: &'p Extra<'a, T::Acc>, detail: Detail, finish: F) {
+    pub(super) fn run(operands: Operands<'p, 'a, T>, detail: Detail, finish: F) {
+        let logits = operands.logits;
         let engine = logits.engine();
         let Engine::Blocks { segments: segments @ 2.., .. } = engine else {
-            return logits.for_each_unit(engine, &Reduce { logits, extra, engine, detail, finish, parts: None });
+            return logits.for_each_unit(engine, &Reduce { operands, engine, detail, finish, parts: None });
         };
         let mut parts = vec![State::EMPTY; logits.units(engine)];
-        let pass = Reduce { logits, extra, engine, detail, finish: (), parts: Some(Output::in_place(&mut parts).1) };
+        let pass = Reduce { operands, engine, detail, finish: (), parts: Some(Output::in_place(&mut parts).1) };
         logits.for_each_unit(engine, &pass);
         for (row, parts) in parts.chunks(segments).enumerate() {
             let mut state = parts[0];
@@ -58,9 +58,8 @@ impl<T: Element, F: Finish<T::Acc>> UnitPass<T::Acc> for Reduce<'_, '_, T, F> {
     fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
         match self.engine {
             Engine::Blocks { rows, segments } => {
-                let strip = Strip::new(unit, rows, segments, &self.logits.rows);
-                let operands = Operands { logits: self.logits, extra: self.extra };
-                let states = operands.reduce_strip(self.detail, &strip, scratch);
+                let strip = Strip::new(unit, rows, segments, &self.operands.logits.rows);
+                let states = self.operands.reduce_strip(self.detail, &strip, scratch);
                 if let Some(parts) = &self.parts {
                     // SAFETY: this unit alone writes its element
                     unsafe { parts.slice(unit, 1)[0].write(states.get(0)) };
@@ -69,9 +68,8 @@ impl<T: Element, F: Finish<T::Acc>> UnitPass<T::Acc> for Reduce<'_, '_, T, F> {
                 self.finish.finish(strip.rows, &states);
             }
             Engine::Tiles => {
-                let place = Place::new(&self.logits.rows, unit);
-                let states =
-                    Operands { logits: self.logits, extra: self.extra }.reduce_tile(self.detail, &place, scratch);
+                let place = Place::new(&self.operands.logits.rows, unit);
+                let states = self.operands.reduce_tile(self.detail, &place, scratch);
                 self.finish.finish(place.rows(), &states);
             }
         }
@@ -98,10 +96,10 @@ impl<'a, A: Copy> PerRow<'a, A> {
 
 /// Emits a value for every logit from numbers that each row has already.
 pub(super) struct EmitAll<'p, 'a, T: Element, O, E, S> {
-    pub(super) logits: &'p Logits<'a, T>,
-    pub(super) extra: &'p Extra<'a, T::Acc>,
+    pub(super) operands: Operands<'p, 'a, T>,
     pub(super) engine: Engine,
     pub(super) emit: E,
+    /// The numbers of some rows.
     pub(super) scalars: S,
     pub(super) out: &'p Output<'p, O>,
 }
@@ -113,12 +111,13 @@ where
     E: Emit<T::Acc>,
     S: Fn(Range<usize>) -> [RowScalars<T::Acc>; LANES] + Sync,
 {
-    pub(super) fn run(logits: &'p Logits<'a, T>, extra: &'p Extra<'a, T::Acc>, emit: E, scalars: S) -> Vec<O> {
+    pub(super) fn run(operands: Operands<'p, 'a, T>, emit: E, scalars: S) -> Vec<O> {
+        let logits = operands.logits;
         let engine = logits.engine();
         // SAFETY: every row is emitted whole
         unsafe {
             build(logits.rows.count() * logits.rows.classes, |out| {
-                logits.for_each_unit(engine, &EmitAll { logits, extra, engine, emit, scalars, out });
+                logits.for_each_unit(engine, &EmitAll { operands, engine, emit, scalars, out });
             })
         }
     }
@@ -132,17 +131,50 @@ where
     S: Fn(Range<usize>) -> [RowScalars<T::Acc>; LANES] + Sync,
 {
     fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
+        let Self { operands, emit, out, .. } = self;
         match self.engine {
             Engine::Blocks { rows, segments } => {
-                let strip = Strip::new(unit, rows, segments, &self.logits.rows);
-                let operands = Operands { logits: self.logits, extra: self.extra };
-                operands.emit_strip(&self.emit, &(self.scalars)(strip.rows.clone()), &strip, self.out, scratch);
+                let strip = Strip::new(unit, rows, segments, &operands.logits.rows);
+                operands.emit_strip(emit, &(self.scalars)(strip.rows.clone()), &strip, out, scratch);
             }
             Engine::Tiles => {
-                let place = Place::new(&self.logits.rows, unit);
-                let lanes = (self.scalars)(place.rows());
-                Operands { logits: self.logits, extra: self.extra }
-                    .emit_tile(&self.emit, &lanes, &place, false, self.out, scratch);
+                let place = Place::new(&operands.logits.rows, unit);
+                operands.emit_tile(emit, &(self.scalars)(place.rows()), &place, false, out, scratch);
+            }
+        }
+    }
+}
+
+/// Reduces each row and emits a value for each of its logits while they are in the cache.
+pub(super) struct ReduceAndEmit<'p, 'a, T: Element, O, E, S> {
+    pub(super) operands: Operands<'p, 'a, T>,
+    /// One whose units are whole rows.
+    pub(super) engine: Engine,
+    pub(super) emit: E,
+    /// What the states of some rows make of them.
+    pub(super) scalars: S,
+    pub(super) out: &'p Output<'p, O>,
+}
+
+impl<T, O, E, S> UnitPass<T::Acc> for ReduceAndEmit<'_, '_, T, O, E, S>
+where
+    T: Element,
+    O: Element<Acc = T::Acc>,
+    E: Emit<T::Acc>,
+    S: Fn(Range<usize>, &States<T::Acc>) -> [RowScalars<T::Acc>; LANES] + Sync,
+{
+    fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
+        let Self { operands, emit, out, .. } = self;
+        match self.engine {
+            Engine::Blocks { rows, segments } => {
+                let strip = Strip::new(unit, rows, segments, &operands.logits.rows);
+                let states = operands.reduce_strip(Detail::Loss, &strip, scratch);
+                operands.emit_strip(emit, &(self.scalars)(strip.rows.clone(), &states), &strip, out, scratch);
+            }
+            Engine::Tiles => {
+                let place = Place::new(&operands.logits.rows, unit);
+                let states = operands.reduce_tile(Detail::Loss, &place, scratch);
+                operands.emit_tile(emit, &(self.scalars)(place.rows(), &states), &place, true, out, scratch);
             }
         }
     }

@@ -1,8 +1,8 @@
 //! Cross-entropy and NLL on one pair of tensors: targets, losses and gradients of rows.
 
 use super::kernels::{Detail, LogitsGradient, RowLosses, RowScalars, States, log_sum};
-use super::passes::{EmitAll, Finish, PerRow, Reduce, UnitPass};
-use super::rows::{Engine, Extra, LANES, Logits, Place, Scratch, Strip};
+use super::passes::{EmitAll, Finish, PerRow, Reduce, ReduceAndEmit};
+use super::rows::{Engine, Extra, LANES, Logits};
 use super::units::Operands;
 use crate::cpu::element::{Element, Input, Output, Strided, source};
 use crate::cpu::math::{Real, dispatch};
@@ -308,7 +308,7 @@ impl<'a, T: Element> Problem<'a, T> {
                 loss: PerRow::new(&mut results.loss),
                 statistics: PerRow::new(&mut results.statistics),
             };
-            Reduce::run(&self.logits, &self.targets.extra, Detail::Loss, writer);
+            Reduce::run(self.operands(), Detail::Loss, writer);
         }
         results
     }
@@ -352,8 +352,8 @@ impl<'a, T: Element> Problem<'a, T> {
             })
         };
         let engine = self.logits.engine();
-        let Operands { logits, extra } = self.operands();
-        logits.for_each_unit(engine, &EmitAll { logits, extra, engine, emit: LogitsGradient, scalars, out });
+        let pass = EmitAll { operands: self.operands(), engine, emit: LogitsGradient, scalars, out };
+        self.logits.for_each_unit(engine, &pass);
     }
 
     /// The gradient of NLL: nothing but each row's own class.
@@ -385,48 +385,20 @@ impl<'a, T: Element> Problem<'a, T> {
             results.loss
         } else {
             let mut loss = vec![T::Acc::ZERO; self.rows().count()];
+            let losses = PerRow::new(&mut loss);
             let upstream = T::Acc::ONE / acc_denominator;
-            let pass = Fused { problem: self, engine, loss: PerRow::new(&mut loss), upstream, out };
+            let scalars = |rows: Range<usize>, states: &States<T::Acc>| {
+                let targets = self.targets.rows(rows.clone());
+                losses.set(rows.clone(), &self.losses(rows.clone(), &targets, states));
+                RowScalars::of_rows(rows, |lane, _| {
+                    let (max, rest, mass) = (states.max[lane], states.rest[lane], states.mass[lane]);
+                    self.scalars(&targets, lane, max, rest, mass, upstream)
+                })
+            };
+            let pass = ReduceAndEmit { operands: self.operands(), engine, emit: LogitsGradient, scalars, out };
             self.logits.for_each_unit(engine, &pass);
             loss
         };
         Ok(self.reduced(loss, denominator))
-    }
-}
-
-/// Reduces each row and emits its gradient while the row is in the cache.
-pub(super) struct Fused<'p, 'a, T: Element> {
-    pub(super) problem: &'p Problem<'a, T>,
-    pub(super) engine: Engine,
-    pub(super) loss: PerRow<'p, T::Acc>,
-    pub(super) upstream: T::Acc,
-    pub(super) out: &'p Output<'p, T>,
-}
-
-impl<T: Element> UnitPass<T::Acc> for Fused<'_, '_, T> {
-    fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
-        let Problem { logits, targets, .. } = self.problem;
-        let operands = self.problem.operands();
-        let finish = |rows: Range<usize>, states: &States<T::Acc>| {
-            let targets = targets.rows(rows.clone());
-            self.loss.set(rows.clone(), &self.problem.losses(rows.clone(), &targets, states));
-            RowScalars::of_rows(rows, |lane, _| {
-                let (max, rest, mass) = (states.max[lane], states.rest[lane], states.mass[lane]);
-                self.problem.scalars(&targets, lane, max, rest, mass, self.upstream)
-            })
-        };
-        match self.engine {
-            Engine::Blocks { rows, segments } => {
-                let strip = Strip::new(unit, rows, segments, &logits.rows);
-                let states = operands.reduce_strip(Detail::Loss, &strip, scratch);
-                let scalars = finish(strip.rows.clone(), &states);
-                operands.emit_strip(&LogitsGradient, &scalars, &strip, self.out, scratch);
-            }
-            Engine::Tiles => {
-                let place = Place::new(&logits.rows, unit);
-                let states = operands.reduce_tile(Detail::Loss, &place, scratch);
-                operands.emit_tile(&LogitsGradient, &finish(place.rows(), &states), &place, true, self.out, scratch);
-            }
-        }
     }
 }

@@ -9,6 +9,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// What a pass reads.
+#[derive(Clone, Copy)]
 pub(super) struct Operands<'k, 'a, T: Element> {
     pub(super) logits: &'k Logits<'a, T>,
     pub(super) extra: &'k Extra<'a, T::Acc>,
