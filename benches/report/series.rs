@@ -46,8 +46,8 @@ pub struct Measured {
 /// Of a call that takes no more than a tenth of the time there is; of a longer one a single sample may have to do.
 const MIN_SAMPLES: usize = 5;
 const MAX_SAMPLES: usize = 51;
-/// On the CPU, calls that take less are timed as they are in a loop: what ran before has emptied the caches, put the threads
-/// to sleep and left the allocator memory to give back, which can take longer than the call.
+/// On the CPU, calls that take less are timed as they are in a loop: what ran before has emptied the caches and let the threads
+/// fall asleep.
 const REPEATED: Duration = Duration::from_millis(50);
 
 /// The calls of one sample: enough for the clock, and on a GPU enough that what one call leaves in the cache is written back
