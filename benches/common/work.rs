@@ -46,6 +46,7 @@ impl Inputs {
     pub fn call(&self, implementation: Implementation, pass: Pass, i: usize) -> Result<()> {
         let data = &self.sets[i % self.sets.len()];
         let input = data.input.as_detached_tensor();
+        let scratch = || data.scratch.as_ref().ok_or_else(|| candle_core::Error::Msg("call without prepare".into()));
         match pass {
             Pass::Forward => {
                 forward(implementation, self.case.loss, &input, &data.target)?;
@@ -57,12 +58,10 @@ impl Inputs {
                 loss_and_grad(self.case.loss, &input, &data.target)?;
             }
             Pass::LossAndGradInplace => {
-                let Some(scratch) = &data.scratch else { candle_core::bail!("call without prepare") };
-                fused::CrossEntropyLoss::new().loss_and_grad_inplace(scratch, &data.target)?;
+                fused::CrossEntropyLoss::new().loss_and_grad_inplace(scratch()?, &data.target)?;
             }
             Pass::Accumulate => {
-                let Some(scratch) = &data.scratch else { candle_core::bail!("call without prepare") };
-                input.zeros_like()?.add(scratch)?;
+                input.zeros_like()?.add(scratch()?)?;
             }
         }
         Ok(())

@@ -300,9 +300,10 @@ def measure(machine, table, loss, dtype, shape, gradient, seconds, problems, lab
             # past what runs slower at first: a compiled function's second call, clocks, inputs that are in no cache yet
             us = 1e6
             began = time.perf_counter()
-            for i in range(1, 2 * len(sets) + 1):
-                if began - started < 60 and (i < 3 or time.perf_counter() - began < seconds / 10):
-                    us = min(us, machine.time(work, 1, i))
+            for i in range(1, 2 * len(sets) + 1) if began - started < 60 else ():
+                if i > 2 and time.perf_counter() - began > seconds / 10:
+                    break
+                us = min(us, machine.time(work, 1, i))
             contenders.append([name, work, machine.calls(us), us, [], peak])
         except Exception as e:  # a peer that fails is listed, the others go on
             problems.append(f"{name} {label}: {type(e).__name__}: {first_line(e)}")

@@ -93,16 +93,17 @@ impl Series<'_> {
         for (implementation, pass) in kind() {
             let time = move |first, count| inputs.time(machine, implementation, pass, first, count);
             // the first call loads, compiles, faults pages in and is counted; the fastest of those on all sets is the estimate,
-            // unless the first one has shown that it takes long
+            // unless the first one has shown that it takes long. On a GPU it shows how long loading takes, and nothing else
             let start = Instant::now();
             let (first, peak) = peak_of(|| inputs.call(implementation, pass, 0));
-            let first_time = start.elapsed();
+            let mut best = start.elapsed();
+            let start = if machine.device.is_cpu() { start } else { Instant::now() };
             let estimate = first.and_then(|()| {
-                let mut best = first_time;
                 for i in 1..2 * inputs.sets() + 1 {
-                    if start.elapsed() < self.time / 10 {
-                        best = best.min(time(i, 1)?);
+                    if start.elapsed() > self.time / 10 {
+                        break;
                     }
+                    best = best.min(time(i, 1)?);
                 }
                 Ok(best)
             });
