@@ -140,7 +140,7 @@ pub(crate) fn backward(
                 scalars.upstream = upstream_of(upstream, row, denominator);
                 scalars
             };
-            let scalars = |rows| RowScalars::of_rows(rows, scalars);
+            let scalars = |rows: Range<usize>, _: &States<T::Acc>| RowScalars::of_rows(rows, scalars);
             let grad: Vec<T::Acc> =
                 EmitAll::run(Operands { extra: &extra, ..problem.operands() }, TargetGradient, scalars);
             Ok(T::Acc::to_cpu_storage_owned(grad))
@@ -221,25 +221,26 @@ impl<T: Element> Finish<T::Acc> for StatisticsWriter<'_, '_, T> {
         let targets = problem.targets.rows(rows.clone());
         self.loss.set(rows.clone(), &problem.losses(rows.clone(), &targets, states));
         self.argmax.set(rows.clone(), &states.argmax);
-        for (lane, row) in rows.enumerate() {
+        // an ignored row's are 0
+        let (mut lse, mut z_loss, mut entropy) = ([T::Acc::ZERO; LANES], [T::Acc::ZERO; LANES], [T::Acc::ZERO; LANES]);
+        let mut correct = [0u8; LANES];
+        for (lane, row) in rows.clone().enumerate().filter(|(lane, _)| targets.live[*lane]) {
             let state = states.get(lane);
-            let lse = state.max + state.log_sum;
-            let z_loss = match problem.options.z_loss {
-                0.0 => T::Acc::ZERO,
-                z => T::Acc::of(z) * lse * lse,
-            };
-            let entropy = state.log_sum - state.moment / (T::Acc::ONE + state.rest);
+            lse[lane] = state.max + state.log_sum;
+            if problem.options.z_loss != 0.0 {
+                z_loss[lane] = T::Acc::of(problem.options.z_loss) * lse[lane] * lse[lane];
+            }
+            entropy[lane] = state.log_sum - state.moment / (T::Acc::ONE + state.rest);
             let class = match &problem.targets.indices {
                 Some(_) => targets.class[lane],
                 None => problem.most_probable(row),
             };
-            let live = targets.live[lane];
-            let kept = |v: T::Acc| if live { v } else { T::Acc::ZERO };
-            self.lse.set(row..row + 1, &[kept(lse)]);
-            self.z_loss.set(row..row + 1, &[kept(z_loss)]);
-            self.entropy.set(row..row + 1, &[kept(entropy)]);
-            self.correct.set(row..row + 1, &[(live && class == state.argmax as usize) as u8]);
+            correct[lane] = (class == state.argmax as usize) as u8;
         }
+        self.lse.set(rows.clone(), &lse);
+        self.z_loss.set(rows.clone(), &z_loss);
+        self.entropy.set(rows.clone(), &entropy);
+        self.correct.set(rows, &correct);
     }
 }
 
@@ -324,20 +325,14 @@ pub(crate) fn log_softmax(name: &str, logits: &CpuStorage, rows: &Rows) -> Resul
     fn run<T: Element>(data: &[T], rows: &Rows) -> CpuStorage {
         let logits = Logits::new(Input::new(data), *rows);
         let operands = Operands { logits: &logits, extra: &Extra::None };
-        let engine = logits.engine();
-        T::to_cpu_storage_owned(match engine {
+        T::to_cpu_storage_owned(match logits.engine() {
             Engine::Blocks { segments: 2.., .. } => {
                 let mut scalars = vec![RowScalars::DEAD; rows.count()];
                 Reduce::run(operands, Detail::Loss, KeepScalars(PerRow::new(&mut scalars)));
-                EmitAll::run(operands, LogProbs, |rows| RowScalars::of_rows(rows, |_, row| scalars[row]))
+                let scalars = |rows: Range<usize>, _: &States<T::Acc>| RowScalars::of_rows(rows, |_, row| scalars[row]);
+                EmitAll::run(operands, LogProbs, scalars)
             }
-            // SAFETY: every row is emitted whole
-            _ => unsafe {
-                build(rows.count() * rows.classes, |out| {
-                    let pass = ReduceAndEmit { operands, engine, emit: LogProbs, scalars: log_probs_scalars, out };
-                    logits.for_each_unit(engine, &pass)
-                })
-            },
+            _ => ReduceAndEmit::run(operands, LogProbs, log_probs_scalars),
         })
     }
     Ok(with_floats!(name, logits, data => run(data, rows)))
@@ -375,7 +370,7 @@ pub(crate) fn log_softmax_backward(
             }
             _ => None,
         };
-        let scalars = |rows| {
+        let scalars = |rows: Range<usize>, _: &States<T::Acc>| {
             RowScalars::of_rows(rows, |_, row| {
                 let mass = masses.as_ref().map_or_else(|| mass(row), |masses| masses[row]);
                 RowScalars { mass, ..RowScalars::new(T::Acc::ZERO, T::Acc::ZERO) }

@@ -94,69 +94,43 @@ impl<'a, A: Copy> PerRow<'a, A> {
     }
 }
 
-/// Emits a value for every logit from numbers that each row has already.
-pub(super) struct EmitAll<'p, 'a, T: Element, O, E, S> {
-    pub(super) operands: Operands<'p, 'a, T>,
-    pub(super) engine: Engine,
-    pub(super) emit: E,
-    /// The numbers of some rows.
-    pub(super) scalars: S,
-    pub(super) out: &'p Output<'p, O>,
+/// Emits a value for every logit from the numbers of its row. With `REDUCE` they are made of the row's state, which is reduced
+/// first, while the row comes into the cache; no row may be split then. Without it all states are empty.
+pub(super) struct Emission<'p, 'a, T: Element, O, E, S, const REDUCE: bool> {
+    operands: Operands<'p, 'a, T>,
+    engine: Engine,
+    emit: E,
+    scalars: S,
+    out: &'p Output<'p, O>,
 }
 
-impl<'p, 'a, T, O, E, S> EmitAll<'p, 'a, T, O, E, S>
+pub(super) type EmitAll<'p, 'a, T, O, E, S> = Emission<'p, 'a, T, O, E, S, false>;
+pub(super) type ReduceAndEmit<'p, 'a, T, O, E, S> = Emission<'p, 'a, T, O, E, S, true>;
+
+impl<'p, 'a, T, O, E, S, const REDUCE: bool> Emission<'p, 'a, T, O, E, S, REDUCE>
 where
     T: Element,
     O: Element<Acc = T::Acc>,
     E: Emit<T::Acc>,
-    S: Fn(Range<usize>) -> [RowScalars<T::Acc>; LANES] + Sync,
+    S: Fn(Range<usize>, &States<T::Acc>) -> [RowScalars<T::Acc>; LANES] + Sync,
 {
     pub(super) fn run(operands: Operands<'p, 'a, T>, emit: E, scalars: S) -> Vec<O> {
-        let logits = operands.logits;
-        let engine = logits.engine();
+        let rows = &operands.logits.rows;
         // SAFETY: every row is emitted whole
         unsafe {
-            build(logits.rows.count() * logits.rows.classes, |out| {
-                logits.for_each_unit(engine, &EmitAll { operands, engine, emit, scalars, out });
+            build(rows.count() * rows.classes, |out| {
+                Emission::<T, O, E, S, REDUCE>::run_into(operands, emit, scalars, out)
             })
         }
     }
-}
 
-impl<T, O, E, S> UnitPass<T::Acc> for EmitAll<'_, '_, T, O, E, S>
-where
-    T: Element,
-    O: Element<Acc = T::Acc>,
-    E: Emit<T::Acc>,
-    S: Fn(Range<usize>) -> [RowScalars<T::Acc>; LANES] + Sync,
-{
-    fn unit(&self, unit: usize, scratch: &mut Scratch<T::Acc>) {
-        let Self { operands, emit, out, .. } = self;
-        match self.engine {
-            Engine::Blocks { rows, segments } => {
-                let strip = Strip::new(unit, rows, segments, &operands.logits.rows);
-                operands.emit_strip(emit, &(self.scalars)(strip.rows.clone()), &strip, out, scratch);
-            }
-            Engine::Tiles => {
-                let place = Place::new(&operands.logits.rows, unit);
-                operands.emit_tile(emit, &(self.scalars)(place.rows()), &place, false, out, scratch);
-            }
-        }
+    pub(super) fn run_into(operands: Operands<'p, 'a, T>, emit: E, scalars: S, out: &'p Output<'p, O>) {
+        let engine = operands.logits.engine();
+        operands.logits.for_each_unit(engine, &Emission::<T, O, E, S, REDUCE> { operands, engine, emit, scalars, out });
     }
 }
 
-/// Reduces each row and emits a value for each of its logits while they are in the cache.
-pub(super) struct ReduceAndEmit<'p, 'a, T: Element, O, E, S> {
-    pub(super) operands: Operands<'p, 'a, T>,
-    /// One whose units are whole rows.
-    pub(super) engine: Engine,
-    pub(super) emit: E,
-    /// What the states of some rows make of them.
-    pub(super) scalars: S,
-    pub(super) out: &'p Output<'p, O>,
-}
-
-impl<T, O, E, S> UnitPass<T::Acc> for ReduceAndEmit<'_, '_, T, O, E, S>
+impl<T, O, E, S, const REDUCE: bool> UnitPass<T::Acc> for Emission<'_, '_, T, O, E, S, REDUCE>
 where
     T: Element,
     O: Element<Acc = T::Acc>,
@@ -168,13 +142,13 @@ where
         match self.engine {
             Engine::Blocks { rows, segments } => {
                 let strip = Strip::new(unit, rows, segments, &operands.logits.rows);
-                let states = operands.reduce_strip(Detail::Loss, &strip, scratch);
+                let states = if REDUCE { operands.reduce_strip(Detail::Loss, &strip, scratch) } else { States::EMPTY };
                 operands.emit_strip(emit, &(self.scalars)(strip.rows.clone(), &states), &strip, out, scratch);
             }
             Engine::Tiles => {
                 let place = Place::new(&operands.logits.rows, unit);
-                let states = operands.reduce_tile(Detail::Loss, &place, scratch);
-                operands.emit_tile(emit, &(self.scalars)(place.rows(), &states), &place, true, out, scratch);
+                let states = if REDUCE { operands.reduce_tile(Detail::Loss, &place, scratch) } else { States::EMPTY };
+                operands.emit_tile(emit, &(self.scalars)(place.rows(), &states), &place, REDUCE, out, scratch);
             }
         }
     }

@@ -43,6 +43,22 @@ impl<'a> Indices<'a> {
             Indices::I64(t) => t[row],
         }
     }
+
+    /// The classes of up to [`LANES`] adjacent rows.
+    #[inline(always)]
+    fn load(&self, rows: Range<usize>) -> [i64; LANES] {
+        fn widen<I: Copy + Into<i64>>(from: &[I], to: &mut [i64; LANES]) {
+            to.iter_mut().zip(from).for_each(|(to, &class)| *to = class.into());
+        }
+        let mut classes = [0; LANES];
+        match self {
+            Indices::U8(t) => widen(&t[rows], &mut classes),
+            Indices::U32(t) => widen(&t[rows], &mut classes),
+            Indices::I32(t) => widen(&t[rows], &mut classes),
+            Indices::I64(t) => widen(&t[rows], &mut classes),
+        }
+        classes
+    }
 }
 
 /// The targets of a cross-entropy: what each row's own class adds to the extra numbers q of all classes.
@@ -69,19 +85,9 @@ pub(super) struct RowTargets<A> {
 impl<'a, A: Real> Targets<'a, A> {
     #[inline(always)]
     pub(super) fn rows(&self, rows: Range<usize>) -> RowTargets<A> {
-        fn load<I: Copy + Into<i64>>(from: &[I], to: &mut [i64; LANES]) {
-            to.iter_mut().zip(from).for_each(|(to, &class)| *to = class.into());
-        }
         let mut targets = RowTargets { class: [0; LANES], weight: [A::ZERO; LANES], live: [true; LANES] };
         let Some(indices) = &self.indices else { return targets };
-        let (mut classes, len) = ([0; LANES], rows.len());
-        match indices {
-            Indices::U8(t) => load(&t[rows], &mut classes),
-            Indices::U32(t) => load(&t[rows], &mut classes),
-            Indices::I32(t) => load(&t[rows], &mut classes),
-            Indices::I64(t) => load(&t[rows], &mut classes),
-        }
-        for (lane, &class) in classes[..len].iter().enumerate() {
+        for (lane, class) in indices.load(rows.clone()).into_iter().take(rows.len()).enumerate() {
             let live = class != self.ignore_index;
             let class = if live { class as usize } else { 0 };
             let weight = self.keep * self.weight.map_or(A::ONE, |weight| weight[class]);
@@ -343,7 +349,7 @@ impl<'a, T: Element> Problem<'a, T> {
         }
         let rows = self.rows().count();
         let uniform_mass = self.uniform_mass();
-        let scalars = |range: Range<usize>| {
+        let scalars = |range: Range<usize>, _: &States<T::Acc>| {
             let targets = self.targets.rows(range.clone());
             RowScalars::of_rows(range, |lane, row| {
                 let mass = if self.kinds() == 3 { statistics[2 * rows + row] } else { uniform_mass };
@@ -351,9 +357,7 @@ impl<'a, T: Element> Problem<'a, T> {
                 self.scalars(&targets, lane, statistics[row], statistics[rows + row], mass, upstream)
             })
         };
-        let engine = self.logits.engine();
-        let pass = EmitAll { operands: self.operands(), engine, emit: LogitsGradient, scalars, out };
-        self.logits.for_each_unit(engine, &pass);
+        EmitAll::run_into(self.operands(), LogitsGradient, scalars, out);
     }
 
     /// The gradient of NLL: nothing but each row's own class.
@@ -377,8 +381,7 @@ impl<'a, T: Element> Problem<'a, T> {
     pub(super) fn loss_and_grad(&self, out: &Output<T>) -> Result<CpuStorage> {
         let denominator = self.denominator()?;
         let acc_denominator = T::Acc::of(denominator);
-        let engine = self.logits.engine();
-        let rows_in_parts = matches!(engine, Engine::Blocks { segments: 2.., .. });
+        let rows_in_parts = matches!(self.logits.engine(), Engine::Blocks { segments: 2.., .. });
         let loss = if rows_in_parts || self.options.log_probs {
             let results = self.reduce();
             self.emit_gradient(&results.statistics, &[T::Acc::ONE], acc_denominator, out);
@@ -395,8 +398,7 @@ impl<'a, T: Element> Problem<'a, T> {
                     self.scalars(&targets, lane, max, rest, mass, upstream)
                 })
             };
-            let pass = ReduceAndEmit { operands: self.operands(), engine, emit: LogitsGradient, scalars, out };
-            self.logits.for_each_unit(engine, &pass);
+            ReduceAndEmit::run_into(self.operands(), LogitsGradient, scalars, out);
             loss
         };
         Ok(self.reduced(loss, denominator))

@@ -295,24 +295,22 @@ impl Place {
     pub(super) fn new(rows: &Rows, unit: usize) -> Self {
         let first = unit * LANES;
         let lanes = (rows.count() - first).min(LANES);
-        let mut place = Place {
+        let (mut read, mut write) = ([0; LANES], [0; LANES]);
+        for lane in 0..lanes {
+            read[lane] = rows.start(first + lane);
+            write[lane] = rows.written_start(first + lane);
+        }
+        let adjacent = |at: &[usize; LANES]| (1..lanes).all(|l| at[l] == at[0] + l);
+        Place {
             first,
             lanes,
             write_stride: rows.written_stride(),
-            read_adjacent: false,
-            write_adjacent: false,
-            read: [0; LANES],
-            write: [0; LANES],
-        };
-        for lane in 0..lanes {
-            place.read[lane] = rows.start(first + lane);
-            place.write[lane] = rows.written_start(first + lane);
+            // one row alone is better read along its classes
+            read_adjacent: lanes > 1 && adjacent(&read),
+            write_adjacent: lanes > 1 && adjacent(&write),
+            read,
+            write,
         }
-        let adjacent = |at: &[usize; LANES]| (1..lanes).all(|l| at[l] == at[0] + l);
-        // one row alone is better read along its classes
-        place.read_adjacent = lanes > 1 && adjacent(&place.read);
-        place.write_adjacent = lanes > 1 && adjacent(&place.write);
-        place
     }
 
     pub(super) fn rows(&self) -> Range<usize> {
