@@ -5,10 +5,20 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_fused_loss::Reduction;
 
-/// The CPU, and a CUDA device where the crate is built for one and one works.
+/// The CPU, and the CUDA device of a build for CUDA.
 pub fn devices() -> Vec<Device> {
-    let best = candle_fused_loss::best_device();
-    if best.is_cuda() { vec![Device::Cpu, best] } else { vec![Device::Cpu] }
+    vec![
+        Device::Cpu,
+        #[cfg(feature = "cuda")]
+        cuda(),
+    ]
+}
+
+/// The CUDA device. Without one that works a test of a build for CUDA fails: passing would say that CUDA was tested.
+#[cfg(feature = "cuda")]
+pub fn cuda() -> Device {
+    let remedy = "run these tests on a machine with a GPU, or on the software GPU (`. softgpu/env`)";
+    Device::new_cuda(0).unwrap_or_else(|e| panic!("no CUDA device works here: {remedy}: {e}"))
 }
 
 pub const FLOATS: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];

@@ -15,10 +15,6 @@ const FLOATS: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
 const REDUCTIONS: [Reduction; 3] = [Reduction::None, Reduction::Mean, Reduction::Sum];
 const TERMS: [Term; 3] = [Term::Bce, Term::BceWithLogits, Term::Focal { alpha: Some(0.25), gamma: 1.5 }];
 
-fn cuda() -> Option<Device> {
-    Device::new_cuda(0).ok()
-}
-
 fn plain(term: Term, reduction: Reduction) -> Logistic {
     Logistic {
         name: "test",
@@ -158,7 +154,7 @@ fn compare_without_target(
 
 #[test]
 fn every_term_dtype_and_reduction() -> Result<()> {
-    let Some(device) = cuda() else { return Ok(()) };
+    let device = Device::new_cuda(0)?;
     for term in TERMS {
         for dtype in FLOATS {
             for reduction in REDUCTIONS {
@@ -174,7 +170,7 @@ fn every_term_dtype_and_reduction() -> Result<()> {
 /// Around a window (2 to 8 elements), a warp, a block and the switch to a second launch.
 #[test]
 fn sizes_around_the_launch_shapes() -> Result<()> {
-    let Some(device) = cuda() else { return Ok(()) };
+    let device = Device::new_cuda(0)?;
     for dtype in [DType::BF16, DType::F32] {
         for n in [1, 2, 3, 7, 8, 9, 31, 32, 33, 1023, 1025, 8192, 8193, 16384, 16385, 40_001] {
             for reduction in [Reduction::None, Reduction::Mean] {
@@ -190,7 +186,7 @@ fn sizes_around_the_launch_shapes() -> Result<()> {
 /// Windows begin where the input is aligned, whatever the offset, and outputs where they are.
 #[test]
 fn unaligned_offsets() -> Result<()> {
-    let Some(device) = cuda() else { return Ok(()) };
+    let device = Device::new_cuda(0)?;
     let views: [View; 4] =
         [|t| t.narrow(0, 1, 500), |t| t.narrow(0, 3, 17), |t| t.narrow(0, 8, 505), |t| t.narrow(0, 11, 2)];
     for dtype in FLOATS {
@@ -222,7 +218,7 @@ fn unaligned_offsets() -> Result<()> {
 
 #[test]
 fn strides() -> Result<()> {
-    let Some(device) = cuda() else { return Ok(()) };
+    let device = Device::new_cuda(0)?;
     let views: [(&str, View); 5] = [
         ("transposed", |t| t.transpose(0, 2)),
         ("inner axes swapped", |t| t.transpose(1, 2)),
@@ -253,7 +249,7 @@ fn strides() -> Result<()> {
 
 #[test]
 fn wide_indices() -> Result<()> {
-    let Some(device) = cuda() else { return Ok(()) };
+    let device = Device::new_cuda(0)?;
     WIDE_INDICES_FROM.set(Some(0));
     let n = 6 * 4 * 9;
     let term = Term::BceWithLogits;
@@ -268,7 +264,7 @@ fn wide_indices() -> Result<()> {
 
 #[test]
 fn weights_masks_and_smoothing() -> Result<()> {
-    let Some(device) = cuda() else { return Ok(()) };
+    let device = Device::new_cuda(0)?;
     let (rows, classes) = (60, 35);
     let n = rows * classes;
     let term = Term::BceWithLogits;
@@ -304,7 +300,7 @@ fn weights_masks_and_smoothing() -> Result<()> {
 
 #[test]
 fn rows_are_averaged() -> Result<()> {
-    let Some(device) = cuda() else { return Ok(()) };
+    let device = Device::new_cuda(0)?;
     for (rows, classes) in [(1, 1), (300, 1), (70, 3), (33, 20), (5, 257), (2, 5000)] {
         for dtype in [DType::BF16, DType::F32, DType::F64] {
             for reduction in REDUCTIONS {
@@ -328,7 +324,7 @@ fn rows_are_averaged() -> Result<()> {
 
 #[test]
 fn target_dtypes() -> Result<()> {
-    let Some(device) = cuda() else { return Ok(()) };
+    let device = Device::new_cuda(0)?;
     let n = 600;
     let label: Vec<f64> = uniform(n, 11).iter().map(|u| u.round()).collect();
     for target_dtype in [DType::U8, DType::U32, DType::I32, DType::I64, DType::F16, DType::BF16, DType::F32, DType::F64]
@@ -346,7 +342,7 @@ fn target_dtypes() -> Result<()> {
 /// Infinite logits, saturated and subnormal ones, and NaN, with exact labels and with ones in between.
 #[test]
 fn extreme_logits() -> Result<()> {
-    let Some(device) = cuda() else { return Ok(()) };
+    let device = Device::new_cuda(0)?;
     let inf = f64::INFINITY;
     let logits = [inf, -inf, 1e4, -1e4, 89.0, -89.0, 104.0, -104.0, 17.0, -20.0, 1e-30, -1e-30, 0.0, f64::NAN];
     let targets = [0.0, 1.0, 0.25];
@@ -380,7 +376,7 @@ fn extreme_logits() -> Result<()> {
 
 #[test]
 fn masked_elements_leak_nothing() -> Result<()> {
-    let Some(device) = cuda() else { return Ok(()) };
+    let device = Device::new_cuda(0)?;
     for mean in [Reduction::Mean, Reduction::Sum, Reduction::None] {
         let x = Tensor::new(&[1f32, f32::NAN, f32::INFINITY, -1.0], &device)?;
         let t = Tensor::new(&[1f32, 0.0, f32::NAN, 0.0], &device)?;
@@ -413,7 +409,7 @@ fn masked_elements_leak_nothing() -> Result<()> {
 
 #[test]
 fn probabilities_out_of_range() -> Result<()> {
-    let Some(device) = cuda() else { return Ok(()) };
+    let device = Device::new_cuda(0)?;
     let x = Tensor::new(&[0.5f32, 1.5, 0.25, f32::NAN, 0.0, 1.0], &device)?;
     let t = Tensor::new(&[1f32, 0.0, -0.5, 0.0, 0.0, 1.0], &device)?;
     let problem = plain(Term::Bce, Reduction::None);
@@ -440,7 +436,7 @@ fn probabilities_out_of_range() -> Result<()> {
 
 #[test]
 fn nothing_is_launched_for_no_elements() -> Result<()> {
-    let Some(device) = cuda() else { return Ok(()) };
+    let device = Device::new_cuda(0)?;
     let x = Tensor::zeros((0, 3), DType::BF16, &device)?;
     for reduction in REDUCTIONS {
         let work = work_of(|| plain(Term::BceWithLogits, reduction).loss_and_grad(&x, &x))?;
@@ -460,7 +456,7 @@ fn nothing_is_launched_for_no_elements() -> Result<()> {
 /// Every kernel of the family is launched by some call.
 #[test]
 fn every_kernel_is_reached() -> Result<()> {
-    let Some(device) = cuda() else { return Ok(()) };
+    let device = Device::new_cuda(0)?;
     let (rows, classes) = (70, 1000);
     for dtype in FLOATS {
         let acc = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
@@ -483,7 +479,7 @@ fn every_kernel_is_reached() -> Result<()> {
 /// Launches and waits of a call: one launch, mean included; a count of the mask goes ahead of a gradient where it is long.
 #[test]
 fn work_of_a_call() -> Result<()> {
-    let Some(device) = cuda() else { return Ok(()) };
+    let device = Device::new_cuda(0)?;
     let one = Work { launches: 1, allocations: 1, waits: 0 };
     // (rows, classes, launches of a masked mean with its gradient)
     for (rows, classes, masked) in [(1, 2, 1), (10, 100, 1), (64, 1000, 1), (70, 1000, 2)] {
@@ -524,7 +520,7 @@ fn work_of_a_call() -> Result<()> {
 /// The same call gives the same bits.
 #[test]
 fn sums_are_reproducible() -> Result<()> {
-    let Some(device) = cuda() else { return Ok(()) };
+    let device = Device::new_cuda(0)?;
     let n = 50_000;
     let x = tensor(inputs(Term::BceWithLogits, n), &[n], DType::F32)?.to_device(&device)?;
     let t = tensor(labels(n), &[n], DType::F32)?.to_device(&device)?;
