@@ -1,99 +1,177 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in ten minutes: the tests, the report, the peers, an example, and compute-sanitizer on what of
-# the tests it gets through in the time that is left.
+# Two runs on a machine with a GPU, each one command, which leaves all its results in one archive:
 #
-#   bash benches/gpu.sh RUNNER      RUNNER starts the binaries: see `start` below; without one, cargo does
-#   OUT=/tmp/results SECONDS_REPORT=240 SECONDS_PEERS=150 bash benches/gpu.sh
-#   STEPS="report peers" bash benches/gpu.sh
-#   REHEARSE=1 bash benches/gpu.sh  all of it on shrunk cases, where there is no GPU to speak of: says nothing about speed
+#   bash benches/gpu.sh smoke      two minutes: which tools and peers work here, all kernels loaded (and compiled for the runs
+#                                  after it), the tests that need a real GPU, the accuracy's real values, a quick report
+#   bash benches/gpu.sh measure    six minutes: the report with the peers beside it, a profile of two kernels, a memory
+#                                  checker on some tests; then the table of goals
 #
-# Results and logs go to $OUT (default: benches/results). Rows and pictures are written as they come: what is cut off keeps
-# them. Each step has its own limit, and a step that fails does not stop the others; the exit status says whether one did.
-# The peers and the sanitizers take what time is left, and are expected to be cut off.
+#   bash benches/gpu.sh --rehearse smoke|measure    the same steps on shrunk cases, on the software GPU: says that they run
+#   OUT=/tmp/results bash benches/gpu.sh smoke      where smoke.tar.gz goes [default: benches/results]
+#
+# Where cargo is, the binaries are built first, outside of the time. For a machine without Rust `scripts/pack` packs them
+# before, and `scripts/pack-peers` the peers that PyTorch doesn't bring.
+#
+# Each step has a limit, and a step that fails or is cut off does not stop the others. The archive is written again every few
+# seconds, so that a run which is cut off itself leaves one too. The exit status says whether a step failed.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-runner="${1:-}"
-if [ -n "${REHEARSE:-}" ]; then
-    # the example's sizes are what they are
-    steps="${STEPS:-tests report peers memcheck racecheck}"
-    out="${OUT:-${TMPDIR:-/tmp}/candle-fused-loss-rehearsal}"
-    tests=900 report_options=(--rehearse) peers_options=(--quick --device cpu)
-else
-    steps="${STEPS:-tests report peers train memcheck racecheck}"
-    out="${OUT:-$PWD/benches/results}"
-    tests=150 report_options=() peers_options=(--device cuda)
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+usage() {
+    sed -n 's/^#   bash/bash/p' "${BASH_SOURCE[0]}" >&2
+    exit 2
+}
+
+rehearse=""
+if [[ "${1:-}" == --rehearse ]]; then
+    rehearse=1
+    shift
 fi
-mkdir -p "$out"
+run="${1:-}"
+case "$run" in
+    smoke) seconds=120 ;;
+    measure) seconds=360 ;;
+    *) usage ;;
+esac
+[[ -z "$rehearse" ]] || seconds=1800
+
+if command -v cargo >/dev/null; then
+    scripts/pack --plain || exit 1
+elif [[ ! -e .gpu/run ]]; then
+    echo "gpu.sh: neither cargo nor .gpu/run is here: run scripts/pack where cargo is, and copy .gpu/ too" >&2
+    exit 2
+fi
+
+SECONDS=0
+out="${OUT:-$PWD/benches/results}"
+work="$(mktemp -d)"
+results="$work/$run"
+mkdir -p "$out" "$results"
+
+archive() {
+    local part
+    part="$(mktemp "$out/.$run.XXXXXX")"
+    # files that grow meanwhile are as long as they are
+    tar -C "$work" -czf "$part" "$run" 2>/dev/null
+    mv "$part" "$out/$run.tar.gz"
+}
+finish() {
+    trap '' INT TERM
+    # the archivist, and a step that still runs
+    jobs -p | xargs -r kill 2>/dev/null
+    wait
+    archive
+    rm -rf "$work"
+}
+while sleep 10; do archive; done &
+trap finish EXIT
+trap 'exit 143' INT TERM
+
 failed=0
-
-# A runner's interface: `tests`, `sanitizer TOOL`, `bench NAME ARGS…`, `example NAME ARGS…`, `python SCRIPT ARGS…`.
-start() {
-    if [ -n "$runner" ]; then
-        bash "$runner" "$@"
-        return
+# What a step did, and the end of its log if it failed. `partly`: being cut off at its limit is no failure, if until then
+# there was none that a sanitizer says like "========= Invalid __global__ write".
+step() { # [partly] name, limit in seconds, command…
+    local partly=""
+    if [[ "$1" == partly ]]; then
+        partly=1
+        shift
     fi
-    case "$1" in
-        tests) cargo test --release --features cuda --tests ;;
-        sanitizer)
-            shift
-            test_binary="$(cargo test --release --features cuda --no-run --test it --message-format=json \
-                | sed -n 's/.*"executable":"\([^"]*\/it-[^"]*\)".*/\1/p')"
-            compute-sanitizer --tool "$1" --error-exitcode 9 "$test_binary" --test-threads=1 "${@:2}"
-            ;;
-        bench) cargo bench --features cuda --bench "$2" -- "${@:3}" ;;
-        example) cargo run --release --features cuda --example "$2" -- "${@:3}" ;;
-        python) shift; python3 "$@" ;;
-    esac
-}
-
-step() { # name, limit in seconds, then what `start` gets; the step's status
-    local name="$1" limit="$2"
+    local name="$1" limit="$2" begun=$SECONDS status
     shift 2
-    case " $steps " in *" $name "*) ;; *) return 0 ;; esac
-    echo "== $name (at most $limit s)"
-    local begin=$SECONDS
-    export -f start
-    runner="$runner" timeout "$limit" bash -c 'start "$@"' start "$@" >"$out/$name.log" 2>&1
-    local status=$?
-    tail -n "${LINES_SHOWN:-15}" "$out/$name.log"
-    echo "== $name: status $status after $((SECONDS - begin)) s"
-    return $status
-}
-
-# What is left of ten minutes, less so many seconds for the steps to come.
-left() {
-    local seconds=$((590 - SECONDS - $1))
-    echo $((seconds > 30 ? seconds : 30))
-}
-
-# A step of which anything is worth having: what it did until it was cut off counts. `pattern`: what its log has if it failed.
-partly() { # name, limit in seconds, pattern, then what `start` gets
-    local name="$1" limit="$2" pattern="$3"
-    shift 3
-    step "$name" "$limit" "$@"
-    local status=$?
-    if [ $status -eq 124 ] && ! grep -q "$pattern" "$out/$name.log"; then
-        echo "== $name was cut off, and had not failed until then"
-        status=0
+    local left=$((seconds - SECONDS))
+    ((limit <= left)) || limit=$((left > 1 ? left : 1))
+    [[ -z "$rehearse" ]] || limit=900
+    # in the background, so that a signal is heard at once
+    timeout --kill-after=5 "$limit" "$@" >"$results/$name.log" 2>&1 &
+    wait $!
+    status=$?
+    local said="ok"
+    if [[ $status -eq 124 && -n "$partly" ]] && ! grep -q '^=========.*\(Invalid\|Error\|Race\|hazard\)' "$results/$name.log"; then
+        said="cut off, no failure until then"
+    elif [[ $status -ne 0 ]]; then
+        said="FAILED with $status"
+        failed=1
     fi
-    return $status
+    printf '== %-12s %s after %d s\n' "$name" "$said" $((SECONDS - begun)) | tee -a "$results/steps.txt"
+    if [[ $status -ne 0 ]]; then
+        tail -n 8 "$results/$name.log"
+    fi
 }
 
-step tests "$tests" tests || failed=1
-step report $((${SECONDS_REPORT:-160} + 30)) bench report --bench --out "$out" --device cuda \
-    --time-budget "${SECONDS_REPORT:-160}" "${report_options[@]}" || failed=1
-step train 40 example train --quick --device cuda || failed=1
-limit="${SECONDS_PEERS:-$(left 90)}"
-partly peers $((limit + 10)) Traceback python benches/peers/peers.py --out "$out" \
-    --time-budget $((limit - 10)) "${peers_options[@]}" || failed=1
-if command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck; do
-        limit="$(left 0)"
-        [ $tool = memcheck ] && limit=$((limit / 2))
-        partly $tool "$limit" '========= .*\(Invalid\|Error\|Race\|hazard\)' sanitizer $tool || failed=1
+packed() { bash .gpu/run "$@"; }
+export -f packed
+
+# A tool that is not here, or can't work here, is said and is no failure of this crate.
+step_with() { # tool, then as for `step`
+    if command -v "$1" >/dev/null || [[ -x "/usr/local/cuda/bin/$1" ]]; then
+        step "${@:2}"
+    else
+        echo "== $1 is not here: no $3" | tee -a "$results/steps.txt"
+    fi
+}
+
+tools() {
+    uname -srm
+    echo "hypervisor: $(cat /sys/class/dmi/id/sys_vendor /sys/hypervisor/type 2>/dev/null | tr '\n' ' ')"
+    nproc
+    free -g | sed -n 2p
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,power.limit --format=csv
+    local tool
+    for tool in ncu compute-sanitizer nvcc gcc python3; do
+        echo "$tool: $(command -v "$tool" || ls "/usr/local/cuda/bin/$tool" 2>/dev/null || echo "not here")"
     done
-else
-    echo "== compute-sanitizer was not found: neither memcheck nor racecheck ran"
-    [ -n "${REHEARSE:-}" ] || failed=1
-fi
+    [[ -w "$HOME" ]] && echo "HOME is writable" || echo "HOME is not writable"
+    true
+}
+export -f tools
+
+smoke() {
+    local device_options=(--device cuda) all_tests=(--include-ignored) tests_limit=45
+    if [[ -n "$rehearse" ]]; then
+        # what is ignored needs a real GPU, or hours
+        device_options=(--device cpu) all_tests=()
+    fi
+    step unpack 20 bash -c "packed unpack"
+    step tools 10 bash -c tools
+    # importing and compiling the peers takes a core, the kernels all the others
+    bash -c "timeout 90 bash .gpu/run python benches/peers/peers.py --check ${device_options[*]}" >"$results/peers.log" 2>&1 &
+    local peers=$!
+    step modules 60 bash -c "packed test lib every_module_loads --nocapture"
+    grep -h "all of them" "$results/modules.log"
+    step accuracy 30 bash -c "packed test it accuracy:: --nocapture"
+    grep -h "^| \`" "$results/accuracy.log" | tail -n 8
+    step driver 20 bash -c "packed test driver"
+    step cuda "$tests_limit" bash -c "packed test it cuda_softmax:: ${all_tests[*]}"
+    grep -h "^test .*\.\.\. [^o]" "$results/cuda.log"
+    step report 40 bash -c "packed bench report --quick --device cuda --time-budget 20 --out '$results' $rehearsing"
+    grep -h "^copy \|^first call\|^no " "$results/report.log"
+    wait $peers || echo "== peers: no PyTorch here, or it failed" | tee -a "$results/steps.txt"
+    last="$results/peers.log"
+}
+
+measure() {
+    step unpack 20 bash -c "packed unpack"
+    step report 255 bash -c "packed bench report --device cuda --time-budget 235 --peers 'bash .gpu/run python' \
+        --out '$results' $rehearsing"
+    # where the predictions are shakiest: rows in registers, and clusters
+    local sections="--section SpeedOfLight --section WarpStateStats --section MemoryWorkloadAnalysis --section Occupancy"
+    local profile="packed profile --clock-control none $sections -c 2"
+    step_with ncu partly registers 20 bash -c "$profile -k regex:softmax_reduce_plain_registers -- \
+        bench report --profile --device cuda --filter cross_entropy/bf16/65536x1000"
+    step_with ncu partly clusters 20 bash -c "$profile -k regex:softmax_fused_plain_cluster -- \
+        bench report --profile --device cuda --filter cross_entropy/bf16/8192x128256"
+    step_with compute-sanitizer partly memcheck 60 bash -c \
+        "packed sanitizer memcheck it cuda_softmax:: --test-threads=1"
+    step table 10 bash -c "packed bench report --goals '$results'/*.csv $rehearsing"
+    last="$results/table.log"
+    if [[ -n "$rehearse" ]] && grep "not measured" "$last"; then
+        failed=1
+    fi
+}
+
+rehearsing=""
+[[ -z "$rehearse" ]] || rehearsing=--rehearse
+"$run"
+echo "all results: $out/$run.tar.gz"
+cat "$last"
 exit $failed

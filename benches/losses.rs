@@ -3,12 +3,13 @@
 //!     cargo bench --bench losses                                  everything, about an hour on two cores
 //!     cargo bench --bench losses -- --quick cross_entropy/f32     what matches
 //!
-//! Throughput is the pass's minimum of bytes over its time, whatever an implementation really moves. On a GPU (`--features
+//! Throughput is the pass's minimum of bytes (of a linear layer's loss: of operations) over its time, whatever an
+//! implementation really does. On a GPU (`--features
 //! cuda`) the times are the device's own. `report` is the bench that interleaves what it compares and writes a table.
 
 mod common;
 
-use common::case::{Case, FORWARD, GRADIENT, Implementation, Pass, cases};
+use common::case::{Case, FORWARD, GRADIENT, Implementation, Pass, Unit, cases};
 use common::machine::Machine;
 use common::work::Inputs;
 use criterion::{BenchmarkId, Criterion, Throughput};
@@ -22,11 +23,15 @@ fn bench(criterion: &mut Criterion, machine: &Machine, case: Case) {
     let mut group = criterion.benchmark_group(case.to_string());
     group.sample_size(10).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
     for (implementation, pass) in FORWARD.into_iter().chain(GRADIENT) {
-        if !case.exists(implementation, pass) {
+        if !case.exists(implementation, pass, machine.device.is_cuda()) {
             continue;
         }
         let id = BenchmarkId::new(implementation.name(), pass.name());
-        group.throughput(Throughput::Bytes(case.bytes(pass).0 as u64));
+        let least = case.minimum(pass);
+        group.throughput(match least.unit {
+            Unit::Bytes => Throughput::Bytes(least.amount as u64),
+            Unit::Operations => Throughput::Elements(least.amount as u64),
+        });
         group.bench_function(id, |b| {
             // only what the filter lets through needs data
             let inputs = inputs.get_or_insert_with(|| Inputs::new(case, machine).expect("inputs of the bench"));

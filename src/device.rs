@@ -1,6 +1,6 @@
-//! The choice of a device.
+//! The choice of a device, and what becomes of its memory.
 
-use candle_core::Device;
+use candle_core::{Device, Result};
 
 /// The first CUDA device that works, else the CPU.
 ///
@@ -38,4 +38,56 @@ fn working_cuda_device() -> Option<Device> {
         (sum == 3.0).then_some(device)
     });
     found.ok().flatten()
+}
+
+/// Lets memory that is freed on a CUDA device stay with the process, for the next step to take.
+///
+/// A training step allocates and frees the same large tensors again and again. By default CUDA's memory pool, from which candle
+/// allocates, gives all that is free back to the system whenever the host waits for the device, as it does to read a loss.
+/// The next step then maps gigabytes anew while the GPU idles, which can take longer than the kernels. This raises the pool's
+/// release threshold to the most there is, for all of the process. Call it once, before the first step.
+///
+/// The price is memory: the process holds as much as it ever had in use at once, and other processes on the GPU don't get
+/// it. On other devices nothing changes.
+///
+/// # Errors
+/// The driver's.
+///
+/// # Example
+/// ```
+/// let device = candle_fused_loss::best_device();
+/// candle_fused_loss::keep_memory(&device)?;
+/// let logits = candle_core::Tensor::zeros((8, 10), candle_core::DType::F32, &device)?;
+/// assert_eq!(logits.sum_all()?.to_scalar::<f32>()?, 0.0);
+/// # candle_core::Result::Ok(())
+/// ```
+///
+/// Source: [the stream-ordered memory allocator](https://docs.nvidia.com/cuda/cuda-c-programming-guide/#stream-ordered-memory-allocator),
+/// `cudaMemPoolAttrReleaseThreshold`.
+pub fn keep_memory(device: &Device) -> Result<()> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => keep_pool(device),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn keep_pool(device: &candle_core::CudaDevice) -> Result<()> {
+    use candle_core::cuda_backend::WrapErr;
+    use cudarc::driver::result;
+    use cudarc::driver::sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    if !context.has_async_alloc() {
+        // without pools, memory is allocated and freed as the driver does for everybody
+        return Ok(());
+    }
+    context.bind_to_thread().w()?;
+    let mut most = u64::MAX;
+    // SAFETY: the device is the context's, the pool is the device's, and the attribute's value is a u64
+    unsafe {
+        let pool = result::device::get_mem_pool(context.cu_device()).w()?;
+        result::mem_pool::set_attribute(pool, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, (&raw mut most).cast()).w()
+    }
 }

@@ -24,7 +24,7 @@ mod validate;
 pub use binary::{binary_cross_entropy, binary_cross_entropy_with_logit, binary_cross_entropy_with_logits};
 pub use candle_nn::loss::{huber, mse};
 pub use cross_entropy::{RowStatistics, cross_entropy};
-pub use device::best_device;
+pub use device::{best_device, keep_memory};
 pub use focal::sigmoid_focal;
 pub use linear_cross_entropy::{LinearGradients, linear_cross_entropy};
 pub use multi_label::multi_label_soft_margin;

@@ -1,14 +1,17 @@
 //! Timing on a CUDA device, by events; and graphs, which replay work without the host.
 
-use super::machine::{self, Machine};
+use super::machine::{self, Machine, Replay};
 use candle_core::cuda_backend::cudarc;
 use candle_core::{CudaDevice, Device, Error, Result};
-use cudarc::driver::sys::{CUdevice_attribute_enum as Attribute, CUevent_flags};
-use cudarc::driver::{CudaEvent, CudaFunction, CudaSlice, CudaStream, DriverError, LaunchConfig, PushKernelArg};
+use cudarc::driver::sys::{
+    CUdevice_attribute_enum as Attribute, CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode,
+};
+use cudarc::driver::{
+    CudaEvent, CudaFunction, CudaSlice, CudaStream, DriverError, LaunchConfig, PushKernelArg, result,
+};
 use cudarc::nvrtc::Ptx;
-use std::ffi::{CStr, c_ulonglong, c_void};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Reads a buffer, 16 KB a block: each thread four independent vectors of 16 bytes. Their exclusive or is stored only where
 /// it is a number that the buffer was not made to give.
@@ -70,19 +73,32 @@ pub struct Clock {
     /// that have to be written back; and the device is busy while the host enqueues the work, so that the host's overhead is
     /// not measured as long as it is shorter than this.
     flush: CudaSlice<u8>,
-    /// Whether the device's own clock may stand still, and the host's is good enough.
-    rehearsal: bool,
+}
+
+/// A moment of the stream's work.
+pub struct Mark(CudaEvent);
+
+impl Mark {
+    /// The time to a later moment, for which it waits.
+    pub fn until(&self, end: &Mark) -> Result<Duration> {
+        end.0.synchronize().map_err(failed)?;
+        Ok(Duration::from_secs_f64(f64::from(self.0.elapsed_ms(&end.0).map_err(failed)?) / 1e3))
+    }
 }
 
 impl Clock {
-    fn event(&self) -> Result<CudaEvent> {
-        self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(failed)
-    }
-
     // not every bench that includes this file asks for it
     #[allow(dead_code)]
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
+    }
+
+    pub fn flush(&self) -> Result<()> {
+        self.read(&self.flush).map(|_| ())
+    }
+
+    pub fn mark(&self) -> Result<Mark> {
+        self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map(Mark).map_err(failed)
     }
 
     /// Starts to read whole blocks of a buffer; the number of bytes.
@@ -96,124 +112,35 @@ impl Clock {
         Ok(blocks * READ_BLOCK)
     }
 
-    pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
-        let begun = Instant::now();
-        self.read(&self.flush)?;
-        let start = self.event()?;
-        work()?;
-        let end = self.event()?;
-        end.synchronize().map_err(failed)?;
-        let elapsed = Duration::from_secs_f64(f64::from(start.elapsed_ms(&end).map_err(failed)?) / 1e3);
-        Ok(if self.rehearsal { begun.elapsed() } else { elapsed })
-    }
-
     /// Records what `work` starts, without starting it. It must not wait for the device or copy from the host, and frees what
     /// it allocates.
     #[allow(dead_code)]
-    pub fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
-        let Some(driver) = GraphFunctions::find() else { return Err(Error::msg(NO_GRAPHS)) };
-        self.stream.context().bind_to_thread().map_err(failed)?;
-        let stream = self.stream.cu_stream().cast();
-        let (mut graph, mut executable) = (std::ptr::null_mut(), std::ptr::null_mut());
-        // SAFETY: the signatures are those of cuda.h, and the stream lives as long as `self`
-        unsafe {
-            check("cuStreamBeginCapture", (driver.begin)(stream, RELAXED))?;
-            let worked = work();
-            let ended = (driver.end)(stream, &mut graph);
-            worked?;
-            check("cuStreamEndCapture", ended)?;
-            check("cuGraphInstantiate", (driver.instantiate)(&mut executable, graph, 0))?;
-            check("cuGraphDestroy", (driver.destroy)(graph))?;
-        }
-        Ok(Graph { executable, driver, stream: self.stream.clone() })
+    pub fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<Replay> {
+        // relaxed: allocations and loaded modules of other threads are none of this recording's business
+        self.stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).map_err(failed)?;
+        let worked = work();
+        // cudarc keeps the error of what was freed after a failure, and would return it instead of ending the recording
+        let _ = self.stream.context().check_err();
+        let graph = self.stream.end_capture(CUgraphInstantiate_flags(0));
+        worked?;
+        let Some(graph) = graph.map_err(failed)? else { return Err(Error::msg("nothing was recorded")) };
+        Ok(Box::new(move || graph.launch().map_err(failed)))
     }
-}
 
-/// `CU_STREAM_CAPTURE_MODE_RELAXED`
-const RELAXED: u32 = 2;
-const NO_GRAPHS: &str = "this driver cannot record a graph";
-
-type Pointer = *mut c_void;
-
-type Begin = unsafe extern "C" fn(Pointer, u32) -> u32;
-type End = unsafe extern "C" fn(Pointer, *mut Pointer) -> u32;
-type Instantiate = unsafe extern "C" fn(*mut Pointer, Pointer, c_ulonglong) -> u32;
-type Launch = unsafe extern "C" fn(Pointer, Pointer) -> u32;
-type Destroy = unsafe extern "C" fn(Pointer) -> u32;
-
-/// The driver's functions for graphs, looked up by name: a driver without them runs everything else.
-#[derive(Clone, Copy)]
-struct GraphFunctions {
-    begin: Begin,
-    end: End,
-    instantiate: Instantiate,
-    launch: Launch,
-    destroy: Destroy,
-    destroy_executable: Destroy,
-}
-
-impl GraphFunctions {
-    fn find() -> Option<Self> {
-        // SAFETY: the signatures are those of cuda.h
-        unsafe {
-            Some(GraphFunctions {
-                begin: std::mem::transmute::<Pointer, Begin>(symbol(c"cuStreamBeginCapture_v2")?),
-                end: std::mem::transmute::<Pointer, End>(symbol(c"cuStreamEndCapture")?),
-                instantiate: std::mem::transmute::<Pointer, Instantiate>(symbol(c"cuGraphInstantiateWithFlags")?),
-                launch: std::mem::transmute::<Pointer, Launch>(symbol(c"cuGraphLaunch")?),
-                destroy: std::mem::transmute::<Pointer, Destroy>(symbol(c"cuGraphDestroy")?),
-                destroy_executable: std::mem::transmute::<Pointer, Destroy>(symbol(c"cuGraphExecDestroy")?),
-            })
-        }
-    }
-}
-
-/// A function of the libraries that this program is linked to.
-#[cfg(target_os = "linux")]
-fn symbol(name: &CStr) -> Option<Pointer> {
-    // SAFETY: looks a name up
-    let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
-    (!found.is_null()).then_some(found)
-}
-
-#[cfg(not(target_os = "linux"))]
-fn symbol(_: &CStr) -> Option<Pointer> {
-    None
-}
-
-fn check(what: &str, status: u32) -> Result<()> {
-    if status == 0 { Ok(()) } else { Err(Error::msg(format!("{what}: CUDA error {status}"))) }
-}
-
-/// Recorded work.
-pub struct Graph {
-    executable: Pointer,
-    driver: GraphFunctions,
-    stream: Arc<CudaStream>,
-}
-
-impl Graph {
-    /// Starts all of it.
     #[allow(dead_code)]
-    pub fn replay(&self) -> Result<()> {
-        // SAFETY: the signature is that of cuda.h, and the stream lives as long as `self`
-        check("cuGraphLaunch", unsafe { (self.driver.launch)(self.executable, self.stream.cu_stream().cast()) })
+    pub fn release(&self) -> Result<()> {
+        self.stream.synchronize().map_err(failed)?;
+        // SAFETY: the device is the context's and the pool is the device's
+        unsafe {
+            let pool = result::device::get_mem_pool(self.stream.context().cu_device()).map_err(failed)?;
+            result::mem_pool::trim_to(pool, 0).map_err(failed)
+        }
     }
 }
 
-impl Drop for Graph {
-    fn drop(&mut self) {
-        // SAFETY: the signature is that of cuda.h; a replay that still runs goes on
-        unsafe { (self.driver.destroy_executable)(self.executable) };
-    }
-}
-
-/// The first GPU with a stream that can be recorded, which the default one can't.
+/// The first GPU with a stream of its own, all of whose work can be recorded.
 #[allow(dead_code)]
 pub fn recorder(rehearsal: bool) -> Result<Machine> {
-    if GraphFunctions::find().is_none() {
-        return Err(Error::msg(NO_GRAPHS));
-    }
     let device = Device::new_cuda_with_stream(0)?;
     let Device::Cuda(cuda) = &device else { return Err(Error::msg("no CUDA device")) };
     // SAFETY: nothing that this device allocates is used on another stream. A recording can't wait for events from before.
@@ -232,6 +159,8 @@ pub fn machine(device: &CudaDevice, rehearsal: bool) -> Result<Machine> {
     let flush = if rehearsal { 2 * READ_BLOCK } else { (384 << 20).max(3 * cache_bytes) };
     let flush = stream.alloc_zeros(flush).map_err(failed)?;
     let out = stream.alloc_zeros(1).map_err(failed)?;
-    let clock = machine::Clock::Gpu(Clock { stream, read, out, flush, rehearsal });
+    // one set of inputs is enough to see that all runs
+    let cache_bytes = if rehearsal { 1 } else { cache_bytes };
+    let clock = machine::Clock::Gpu(Arc::new(Clock { stream, read, out, flush }));
     Ok(Machine { device: Device::Cuda(device.clone()), name, cache_bytes, clock })
 }

@@ -12,10 +12,18 @@ pub struct Machine {
     pub clock: Clock,
 }
 
+#[derive(Clone)]
 pub enum Clock {
     Host,
     #[cfg(feature = "cuda")]
-    Gpu(super::gpu::Clock),
+    Gpu(std::sync::Arc<super::gpu::Clock>),
+}
+
+/// A moment of the work.
+pub enum Mark {
+    Host(Instant),
+    #[cfg(feature = "cuda")]
+    Gpu(super::gpu::Mark),
 }
 
 /// Starts recorded work.
@@ -24,14 +32,38 @@ pub type Replay = Box<dyn Fn() -> Result<()>>;
 impl Clock {
     /// The time that what `work` starts takes on the device.
     pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
+        self.flush()?;
+        let start = self.mark()?;
+        work()?;
+        self.between(&start, &self.mark()?)
+    }
+
+    /// Empties the cache, on a device.
+    pub fn flush(&self) -> Result<()> {
         match self {
-            Clock::Host => {
-                let start = Instant::now();
-                work()?;
-                Ok(start.elapsed())
-            }
+            Clock::Host => Ok(()),
             #[cfg(feature = "cuda")]
-            Clock::Gpu(clock) => clock.time(work),
+            Clock::Gpu(clock) => clock.flush(),
+        }
+    }
+
+    /// The moment at which what has been started so far is done.
+    pub fn mark(&self) -> Result<Mark> {
+        match self {
+            Clock::Host => Ok(Mark::Host(Instant::now())),
+            #[cfg(feature = "cuda")]
+            Clock::Gpu(clock) => clock.mark().map(Mark::Gpu),
+        }
+    }
+
+    /// The time between two moments, for the later of which it waits.
+    pub fn between(&self, start: &Mark, end: &Mark) -> Result<Duration> {
+        match (start, end) {
+            (Mark::Host(start), Mark::Host(end)) => Ok(*end - *start),
+            #[cfg(feature = "cuda")]
+            (Mark::Gpu(start), Mark::Gpu(end)) => start.until(end),
+            #[cfg(feature = "cuda")]
+            _ => candle_core::bail!("moments of two clocks"),
         }
     }
 
@@ -42,7 +74,7 @@ impl Clock {
         match self {
             Clock::Host => candle_core::bail!("the CPU has no graphs"),
             #[cfg(feature = "cuda")]
-            Clock::Gpu(clock) => clock.record(work).map(|graph| Box::new(move || graph.replay()) as Replay),
+            Clock::Gpu(clock) => clock.record(work),
         }
     }
 }
@@ -54,12 +86,18 @@ impl Machine {
 
     /// The GPU where one works and this is a build for it, else the CPU. `rehearsal`: the times are not looked at, and may be
     /// anything but long.
+    ///
+    /// On a GPU, freed memory stays with the process. The memory pool would give it back whenever the host waits for the device,
+    /// which is after each sample, and the next one would measure how gigabytes are mapped anew.
     #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
     pub fn best(rehearsal: bool) -> Result<Self> {
         let device = candle_fused_loss::best_device();
         match &device {
             #[cfg(feature = "cuda")]
-            Device::Cuda(cuda) => super::gpu::machine(cuda, rehearsal),
+            Device::Cuda(cuda) => {
+                candle_fused_loss::keep_memory(&device)?;
+                super::gpu::machine(cuda, rehearsal)
+            }
             Device::Cpu => Ok(Self::cpu()),
             _ => candle_core::bail!("the benches know the CPU and CUDA"),
         }
@@ -73,6 +111,16 @@ impl Machine {
             Clock::Host => candle_core::bail!("the CPU has no graphs"),
             #[cfg(feature = "cuda")]
             Clock::Gpu(_) => super::gpu::recorder(rehearsal),
+        }
+    }
+
+    /// Gives memory that is free back to the system: to other processes on the device.
+    #[allow(dead_code)]
+    pub fn release(&self) -> Result<()> {
+        match &self.clock {
+            Clock::Host => Ok(()),
+            #[cfg(feature = "cuda")]
+            Clock::Gpu(clock) => clock.release(),
         }
     }
 }

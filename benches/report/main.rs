@@ -2,27 +2,34 @@
 //! it draws its pictures.
 //!
 //!     cargo bench --bench report                                      the whole grid, bounded by --time-budget
+//!     cargo bench --bench report -- --peers python3                   and PyTorch on each case, right after it
 //!     cargo bench --bench report -- --quick --out /tmp/report         a minute, to see that it runs
 //!     cargo bench --features cuda --bench report -- --filter bf16     on a GPU if one works
 //!
-//! What is compared is measured in turns (A B A B …) in one run, after a warm-up, and so is the bandwidth that the shares
-//! refer to. See `benches/peers/README.md` for the columns.
+//! What is compared is measured in turns (A B A B …) in one run, after a warm-up, and so are the rates that the shares refer
+//! to. See `benches/README.md` for the columns.
 
 #[path = "../common/mod.rs"]
 mod common;
 
-mod bandwidth;
+mod driver;
+mod first;
+mod goals;
 mod memory;
+mod peers;
 mod picture;
+mod rates;
 mod series;
 mod table;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
-use common::case::{Case, FORWARD, GRADIENT, cases};
+use common::case::{Case, FORWARD, GRADIENT, HOST, Loss, Pass, SMALL, Shape, cases};
 use common::machine::Machine;
+use driver::Driver;
 use indicatif::{ProgressBar, ProgressStyle};
-use series::Series;
+use peers::Peers;
+use series::{Measured, Series};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use table::{Environment, Table};
@@ -62,9 +69,24 @@ struct Options {
     /// Threads of the CPU [default: all cores]
     #[arg(long)]
     threads: Option<usize>,
-    /// Draw the pictures of this CSV file again, with the peers' rows if their file lies beside it, and measure nothing
+    /// Measure the peers too: the command that runs a Python script, "python3" for example
+    #[arg(long)]
+    peers: Option<String>,
+    /// The peers' part of the time budget
+    #[arg(long, default_value_t = 0.4)]
+    peers_share: f64,
+    /// Draw the pictures of this CSV file again, and measure nothing
     #[arg(long)]
     draw: Option<PathBuf>,
+    /// Hold this CSV file against the goals for a GPU, and measure nothing
+    #[arg(long)]
+    goals: Option<PathBuf>,
+    /// Run a few calls of the cases that --filter leaves, for a profiler, and measure nothing
+    #[arg(long)]
+    profile: bool,
+    /// Be the process whose first call is timed
+    #[arg(long, hide = true)]
+    first_call: Option<String>,
     /// `cargo bench` says so
     #[arg(long, hide = true)]
     bench: bool,
@@ -74,6 +96,11 @@ fn main() -> Result<()> {
     let mut options = Options::parse();
     if let Some(csv) = &options.draw {
         return draw(csv);
+    }
+    if let Some(csv) = &options.goals {
+        let rows = table::read(csv).with_context(|| csv.display().to_string())?;
+        goals::table(&rows, options.rehearse).iter().for_each(|line| println!("{line}"));
+        return Ok(());
     }
     let (results, elsewhere) = (Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results"), std::env::temp_dir());
     let mut out = options.out.clone().unwrap_or(results);
@@ -95,82 +122,192 @@ fn main() -> Result<()> {
     if options.device == On::Cuda && !machine.device.is_cuda() {
         bail!("no CUDA device works, or this is a build without the cuda feature");
     }
-    measure(&options, &machine, &out)
+    if let Some(what) = &options.first_call {
+        return first::call(what, &machine.device);
+    }
+    if options.profile {
+        return options.cases(&machine).into_iter().try_for_each(|case| first::profile(case, &machine));
+    }
+    Report::new(&options, &machine, &out)?.run()
 }
 
-fn measure(options: &Options, machine: &Machine, out: &Path) -> Result<()> {
-    let started = Instant::now();
-    let environment = Environment::new(machine);
-    let mut table = Table::create(out, environment)?;
-    eprintln!("{}, {} threads, to {}", machine.name, rayon::current_num_threads(), table.path().display());
-
-    let hurry = options.quick || options.rehearse;
-    let copy = bandwidth::measure(machine, hurry)?;
-    table.bandwidth("copy", &copy.copy)?;
-    table.bandwidth("read", &copy.read)?;
-    println!("copy {:.1} GB/s, read {:.1} GB/s", copy.copy.rate(), copy.read.rate());
-    table.share_of(copy.copy.rate());
-
-    let recorder = machine.recorder(options.rehearse);
-    if let (true, Err(why)) = (machine.device.is_cuda(), &recorder) {
-        println!("no graph replays: {why}");
+impl Options {
+    /// Whether no number of the run is to be believed.
+    fn hurry(&self) -> bool {
+        self.quick || self.rehearse
     }
-    let mut cases = cases(machine.device.is_cuda(), options.quick);
-    if options.rehearse {
-        let shrunk: Vec<Case> = cases.into_iter().map(Case::shrunk).collect();
-        cases = (0..shrunk.len()).filter(|&i| !shrunk[..i].contains(&shrunk[i])).map(|i| shrunk[i]).collect();
-    }
-    let names: Vec<String> = cases.iter().map(|case| case.to_string()).collect();
-    // a case's whole name means that case alone
-    let wanted = |name: &str| {
-        let matches = |f: &String| if names.contains(f) { name == f } else { name.contains(f.as_str()) };
-        options.filter.is_empty() || options.filter.iter().any(matches)
-    };
-    cases.retain(|case| wanted(&case.to_string()));
-    let bar = ProgressBar::new(2 * cases.len() as u64);
-    bar.set_style(ProgressStyle::with_template("{elapsed_precise} [{wide_bar}] {pos}/{len} {msg}")?);
-    println!("{}", table::HEADING);
-    let budget = Duration::from_secs(options.time_budget);
-    let mut left_out = vec![];
-    for (i, &case) in cases.iter().enumerate() {
-        bar.set_message(case.to_string());
-        // what is left, evenly over the two series of each case that is left
-        let left = budget.saturating_sub(started.elapsed());
-        let each = (left / (2 * (cases.len() - i)) as u32).min(Duration::from_secs(40));
-        if left < Duration::from_secs(2) {
-            left_out.push(case.to_string());
-            continue;
+
+    /// The cases to measure.
+    fn cases(&self, machine: &Machine) -> Vec<Case> {
+        let mut cases = cases(machine.device.is_cuda(), self.quick);
+        if self.rehearse {
+            let shrunk: Vec<Case> = cases.into_iter().map(Case::shrunk).collect();
+            cases = (0..shrunk.len()).filter(|&i| !shrunk[..i].contains(&shrunk[i])).map(|i| shrunk[i]).collect();
         }
-        for kind in [&FORWARD[..], &GRADIENT[..]] {
-            let time = if hurry { each.min(Duration::from_millis(200)) } else { each };
-            let series = Series { case, kind, recorder: recorder.as_ref().ok(), time };
-            match series.measure(machine) {
-                Ok(results) => {
-                    for line in table.results(&case, &results)? {
-                        // the bar's own println is silent where there is no terminal
-                        bar.suspend(|| println!("{line}"));
-                    }
-                }
-                Err(e) => bar.suspend(|| println!("{case}: {e:#}")),
+        let names: Vec<String> = cases.iter().map(|case| case.to_string()).collect();
+        // a case's whole name means that case alone
+        let wanted = |name: &str| {
+            let matches = |f: &String| if names.contains(f) { name == f } else { name.contains(f.as_str()) };
+            self.filter.is_empty() || self.filter.iter().any(matches)
+        };
+        cases.retain(|case| wanted(&case.to_string()));
+        cases
+    }
+}
+
+/// A run of the bench.
+struct Report<'a> {
+    options: &'a Options,
+    machine: &'a Machine,
+    driver: Option<Driver>,
+    /// Where graphs can be recorded.
+    recorder: Option<Machine>,
+    peers: Option<Peers>,
+    table: Table,
+    bar: ProgressBar,
+}
+
+impl<'a> Report<'a> {
+    fn new(options: &'a Options, machine: &'a Machine, out: &Path) -> Result<Self> {
+        let is_cuda = machine.device.is_cuda();
+        let driver = is_cuda.then(|| Driver::of(&machine.name)).transpose().unwrap_or_else(|why| {
+            println!("no clocks: {why}");
+            None
+        });
+        let mut table = Table::create(out, Environment::new(machine, driver.as_ref()))?;
+        let threads = rayon::current_num_threads();
+        println!("{}, {threads} threads, to {}", machine.name, table.path().display());
+
+        let rates = rates::measure(machine, options.hurry())?;
+        print!("copy {:.1} GB/s, read {:.1} GB/s", rates.copy.rate(), rates.read.rate());
+        println!(
+            "{}",
+            rates.matmul.as_ref().map_or(String::new(), |r| format!(", product {:.1} TFLOP/s", r.rate() / 1e3))
+        );
+        table.rates(rates, driver.as_ref().and_then(Driver::sm_mhz))?;
+
+        let recorder = match is_cuda.then(|| machine.recorder(options.rehearse)).transpose() {
+            Ok(recorder) => recorder,
+            Err(why) => {
+                println!("no graph replays: {why}");
+                None
             }
-            bar.inc(1);
+        };
+        let budget = Duration::from_secs_f64(options.time_budget as f64 * options.peers_share);
+        let start = |command: &String| Peers::start(command, is_cuda && !options.rehearse, threads, budget);
+        let peers = options.peers.as_ref().map(start).transpose()?;
+        if let Some(peers) = &peers {
+            println!("peers: {} ({})", peers.names.join(", "), peers.versions);
+            peers.problems.iter().for_each(|problem| println!("not there: {problem}"));
         }
-        // a run that is cut off leaves pictures too
-        picture::draw_all(table.path(), &table::read(table.path())?, || {})?;
+        let bar = ProgressBar::hidden();
+        Ok(Report { options, machine, driver, recorder, peers, table, bar })
     }
-    bar.finish_and_clear();
-    if !left_out.is_empty() {
-        println!("left out, the time budget being spent: {}", left_out.join(", "));
+
+    fn run(mut self) -> Result<()> {
+        let cases = self.options.cases(self.machine);
+        self.bar = ProgressBar::new(2 * cases.len() as u64);
+        self.bar.set_style(ProgressStyle::with_template("{elapsed_precise} [{wide_bar}] {pos}/{len} {msg}")?);
+        if self.machine.device.is_cuda() {
+            self.first_calls()?;
+        }
+        println!("{}", table::HEADING);
+        let share = if self.peers.is_some() { 1.0 - self.options.peers_share } else { 1.0 };
+        let mut left = Duration::from_secs_f64(self.options.time_budget as f64 * share);
+        let mut left_out = vec![];
+        for (i, &case) in cases.iter().enumerate() {
+            self.bar.set_message(case.to_string());
+            if left < Duration::from_secs(2) {
+                left_out.push(case.to_string());
+                continue;
+            }
+            let started = Instant::now();
+            // what is left, evenly over the series of each case that is left
+            self.ours(case, (left / (2 * (cases.len() - i)) as u32).min(Duration::from_secs(40)))?;
+            left = left.saturating_sub(started.elapsed());
+            self.theirs(case, cases.len() - i)?;
+            // a run that is cut off leaves pictures too
+            picture::draw_all(self.table.path(), &table::read(self.table.path())?, || {})?;
+        }
+        self.bar.finish_and_clear();
+        if !left_out.is_empty() {
+            println!("left out, the time budget being spent: {}", left_out.join(", "));
+        }
+        if let Some(peers) = &self.peers {
+            peers.problems.iter().for_each(|problem| println!("not measured: {problem}"));
+        }
+        draw(self.table.path())
     }
-    draw(table.path())
+
+    fn first_calls(&mut self) -> Result<()> {
+        for (implementation, what) in [("candle", first::OPERATION), ("fused", first::LOSS)] {
+            match first::measure(what) {
+                Ok(us) => {
+                    println!("first call of a process, {implementation}'s {what}: {:.2} s", us / 1e6);
+                    self.table.first_call(implementation, what, us)?;
+                }
+                Err(e) => println!("the first call of a process: {e:#}"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether it is the case whose calls are timed on the host.
+    fn asks_the_host(&self, case: Case) -> bool {
+        let small = if self.options.rehearse { SMALL.shrunk() } else { SMALL };
+        self.machine.device.is_cuda() && case == small
+    }
+
+    /// This crate, candle and the composed path on a case.
+    fn ours(&mut self, case: Case, each: Duration) -> Result<()> {
+        let time = if self.options.hurry() { each.min(Duration::from_millis(200)) } else { each };
+        let host = self.asks_the_host(case);
+        for (kind, wanted) in [(&FORWARD[..], true), (&GRADIENT[..], true), (&HOST[..], host)] {
+            if !wanted {
+                continue;
+            }
+            let (recorder, driver) = (self.recorder.as_ref(), self.driver.as_ref());
+            let series = Series { case, kind, recorder, driver, time };
+            match series.measure(self.machine) {
+                Ok(results) => self.keep(case, &results, None)?,
+                Err(e) => self.bar.suspend(|| println!("{case}: {e:#}")),
+            }
+            self.bar.inc(1);
+        }
+        // the peers' processes need the memory
+        self.machine.release().map_err(Into::into)
+    }
+
+    /// The peers on a case, one of so many that are left.
+    fn theirs(&mut self, case: Case, cases_left: usize) -> Result<()> {
+        let backward =
+            matches!(case.loss, Loss::CrossEntropy | Loss::LogSoftmax) && matches!(case.shape, Shape::Rows { .. });
+        let host = self.asks_the_host(case);
+        let passes =
+            [(Pass::Forward, true), (Pass::ForwardBackward, true), (Pass::Backward, backward), (Pass::HostCall, host)];
+        for (i, (pass, _)) in passes.into_iter().filter(|(_, wanted)| *wanted).enumerate() {
+            let Some(peers) = &mut self.peers else { return Ok(()) };
+            let versions = peers.versions.clone();
+            match peers.measure(&case, pass, (3 * cases_left).saturating_sub(i)) {
+                Ok(Some(results)) => self.keep(case, &results, Some(&versions))?,
+                Ok(None) => {}
+                Err(e) => self.bar.suspend(|| println!("{case}: {e:#}")),
+            }
+        }
+        Ok(())
+    }
+
+    fn keep(&mut self, case: Case, results: &[Measured], versions: Option<&str>) -> Result<()> {
+        for line in self.table.results(&case, results, versions)? {
+            // the bar's own println is silent where there is no terminal
+            self.bar.suspend(|| println!("{line}"));
+        }
+        Ok(())
+    }
 }
 
 fn draw(csv: &Path) -> Result<()> {
-    let mut rows = table::read(csv).with_context(|| csv.display().to_string())?;
-    let peers = csv.with_extension("peers.csv");
-    if peers.exists() {
-        rows.extend(table::read(&peers).with_context(|| peers.display().to_string())?);
-    }
+    let rows = table::read(csv).with_context(|| csv.display().to_string())?;
     let bar = ProgressBar::new(3);
     for path in picture::draw_all(csv, &rows, || bar.inc(1))? {
         bar.suspend(|| println!("drawn: {}", path.display()));

@@ -31,13 +31,15 @@ struct Panel {
     lines: BTreeMap<String, Vec<(f64, f64)>>,
 }
 
+/// What a picture shows of a row with so many logits.
+type Value = fn(&Row, f64) -> Option<f64>;
+
 /// One picture for each kind of value, a panel for each dtype and kind of pass of cross-entropy.
 pub fn draw_all(csv: &Path, rows: &[Row], mut done: impl FnMut()) -> Result<Vec<PathBuf>> {
-    type Value = fn(&Row) -> Option<f64>;
     let kinds: [(&str, &str, bool, Value); 3] = [
-        ("time", "ns a logit", true, |r| Some(r.p50_us * 1e3 / (r.rows * r.classes) as f64)),
-        ("bandwidth", "minimum bytes / time, share of copy bandwidth", false, |r| r.share_of_copy),
-        ("memory", "peak allocation, bytes a logit", false, |r| Some(r.peak_bytes? / (r.rows * r.classes) as f64)),
+        ("time", "ns a logit", true, |r, logits| Some(r.p50_us * 1e3 / logits)),
+        ("bandwidth", "minimum bytes / time, share of copy bandwidth", false, |r, _| r.share_of_copy),
+        ("memory", "peak allocation, bytes a logit", false, |r, logits| Some(r.peak_bytes? / logits)),
     ];
     let mut written = vec![];
     for (name, y, logarithmic, value) in kinds {
@@ -52,12 +54,15 @@ pub fn draw_all(csv: &Path, rows: &[Row], mut done: impl FnMut()) -> Result<Vec<
     Ok(written)
 }
 
-fn panels(rows: &[Row], y: &'static str, logarithmic: bool, value: fn(&Row) -> Option<f64>) -> Vec<Panel> {
-    let is_large = |row: &Row| row.rows * row.classes >= 1 << 20;
-    let any_large = rows.iter().any(is_large);
+fn panels(rows: &[Row], y: &'static str, logarithmic: bool, value: Value) -> Vec<Panel> {
+    let others = ["accumulate", "host_call", "first_call"];
+    let shown = |row: &&Row| row.loss == "cross_entropy" && !others.contains(&row.pass.as_str());
+    let matrices = || rows.iter().filter(shown).filter_map(|row| Some((row, row.matrix()?)));
+    let is_large = |(n, v): (usize, usize)| n * v >= 1 << 20;
+    let any_large = matrices().any(|(_, matrix)| is_large(matrix));
     let mut panels: BTreeMap<(bool, String), Panel> = BTreeMap::new();
-    for row in rows.iter().filter(|row| row.loss == "cross_entropy" && row.pass != "accumulate") {
-        let Some(v) = value(row).filter(|v| v.is_finite() && *v > 0.0) else { continue };
+    for (row, (n, classes)) in matrices() {
+        let Some(v) = value(row, (n * classes) as f64).filter(|v| v.is_finite() && *v > 0.0) else { continue };
         let gradient = row.pass != "forward";
         let what = if gradient { "with gradient" } else { "forward" };
         let panel = panels.entry((gradient, row.dtype.clone())).or_insert_with(|| Panel {
@@ -68,10 +73,10 @@ fn panels(rows: &[Row], y: &'static str, logarithmic: bool, value: fn(&Row) -> O
             lines: BTreeMap::new(),
         });
         // only what fills the machine lies on a line; small problems measure the overhead
-        if !any_large || is_large(row) {
+        if !any_large || is_large((n, classes)) {
             let label =
                 if gradient { format!("{} {}", row.implementation, row.pass) } else { row.implementation.clone() };
-            panel.lines.entry(label).or_default().push((row.classes as f64, v));
+            panel.lines.entry(label).or_default().push((classes as f64, v));
         }
     }
     // a line has two ends

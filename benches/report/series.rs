@@ -1,8 +1,9 @@
 //! One interleaved series of measurements.
 
-use crate::common::case::{Case, Implementation, Pass};
+use crate::common::case::{Case, Implementation, Loss, Pass};
 use crate::common::machine::{Machine, Replay};
 use crate::common::work::Inputs;
+use crate::driver::Driver;
 use crate::memory::peak_of;
 use anyhow::Result;
 use std::time::{Duration, Instant};
@@ -12,6 +13,8 @@ pub struct Series<'a> {
     pub kind: &'a [(Implementation, Pass)],
     /// Where graphs can be recorded.
     pub recorder: Option<&'a Machine>,
+    /// Who knows the card's clock.
+    pub driver: Option<&'a Driver>,
     /// How long the samples may take, all together.
     pub time: Duration,
 }
@@ -33,12 +36,14 @@ impl Times {
 }
 
 pub struct Measured {
-    pub implementation: &'static str,
+    pub implementation: String,
     pub pass: Pass,
     /// Or why there are none.
     pub times: Result<Times, String>,
-    /// On the CPU.
+    /// The most that a call had allocated: on the CPU for this crate and candle, on a GPU for PyTorch.
     pub peak_bytes: Option<usize>,
+    /// The clock of the card's multiprocessors, asked for right after a sample.
+    pub sm_mhz: Option<u32>,
     /// The clock, the calls in a sample and the samples.
     pub method: String,
 }
@@ -49,6 +54,9 @@ const MAX_SAMPLES: usize = 51;
 /// On the CPU, calls that take less are timed as they are in a loop: what ran before has emptied the caches and let the threads
 /// fall asleep.
 const REPEATED: Duration = Duration::from_millis(50);
+
+/// The calls of a sample of what the host takes for one: fewer than a device's queue holds.
+const HOST_CALLS: usize = 200;
 
 /// The calls of one sample: enough for the clock, and on a GPU enough that what one call leaves in the cache is written back
 /// in the next one's time. Calls that are shorter than it takes to enqueue them are timed one by one.
@@ -77,14 +85,19 @@ struct Contender<'a> {
     min_samples: usize,
     next: usize,
     peak_bytes: Option<usize>,
+    sm_mhz: Option<u32>,
     samples: Result<Vec<f64>, String>,
 }
 
 impl Series<'_> {
     pub fn measure(&self, machine: &Machine) -> Result<Vec<Measured>> {
         let mut inputs = Inputs::new(self.case, machine)?;
-        let kind =
-            || self.kind.iter().copied().filter(|&(implementation, pass)| self.case.exists(implementation, pass));
+        let kind = || {
+            self.kind
+                .iter()
+                .copied()
+                .filter(|&(implementation, pass)| self.case.exists(implementation, pass, machine.device.is_cuda()))
+        };
         for (_, pass) in kind() {
             inputs.prepare(pass)?;
         }
@@ -114,18 +127,21 @@ impl Series<'_> {
             contenders.push(Contender {
                 implementation: implementation.name(),
                 pass,
-                clock: if machine.device.is_cpu() { "host" } else { "events" },
+                clock: if machine.device.is_cpu() || pass == Pass::HostCall { "host" } else { "events" },
                 time: Box::new(time),
-                calls: calls(machine, one),
+                calls: if pass == Pass::HostCall { HOST_CALLS } else { calls(machine, one) },
                 repeats: machine.device.is_cpu() && one < REPEATED,
                 min_samples: if one > self.time / 10 { 1 } else { MIN_SAMPLES },
                 next: 2,
                 peak_bytes: machine.device.is_cpu().then_some(peak),
+                sm_mhz: None,
                 samples,
             });
         }
         if let Some(recorder) = self.recorder
             && self.case.input_bytes() <= REPLAYED_BYTES
+            // which copies the strides of candle's operations from the host
+            && self.case.loss != Loss::LinearCrossEntropy
         {
             let passes =
                 kind().filter(|(implementation, _)| *implementation == Implementation::Fused).map(|(_, pass)| pass);
@@ -148,14 +164,18 @@ impl Series<'_> {
                     Err(e) => c.samples = Err(e.to_string()),
                 }
                 c.next += c.calls;
+                if round == 2 || c.sm_mhz.is_none() {
+                    c.sm_mhz = self.driver.and_then(Driver::sm_mhz);
+                }
             }
         }
         let measured = contenders.into_iter().map(|c| Measured {
-            implementation: c.implementation,
+            implementation: c.implementation.to_string(),
             pass: c.pass,
             method: format!("{} {}x{}", c.clock, c.samples.as_ref().map_or(0, Vec::len), c.calls),
             times: c.samples.map(Times::of),
             peak_bytes: c.peak_bytes,
+            sm_mhz: c.sm_mhz,
         });
         Ok(measured.collect())
     }
@@ -181,6 +201,7 @@ impl Series<'_> {
             min_samples: MIN_SAMPLES,
             next: 0,
             peak_bytes: None,
+            sm_mhz: None,
             samples,
         }
     }

@@ -1,8 +1,10 @@
 //! The rows: written to the CSV file as they come, printed, and read again for the pictures.
 
-use crate::bandwidth::Rate;
-use crate::common::case::{Case, Implementation, Pass};
+use crate::common::case::{Case, Implementation, Minimum, Pass, Unit};
 use crate::common::machine::Machine;
+use crate::driver::Driver;
+use crate::first;
+use crate::rates::{Rate, Rates};
 use crate::series::{Measured, Times};
 use anyhow::{Context, Result};
 use std::fs::File;
@@ -12,7 +14,7 @@ use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 const COLUMNS: &str = "date,device,driver,toolkit,versions,threads,implementation,loss,pass,dtype,shape,p20_us,p50_us,\
-                       p80_us,bytes,bytes_formula,gb_per_s,share_of_copy,peak_bytes,method";
+                       p80_us,bytes,bytes_formula,gb_per_s,share_of_copy,peak_bytes,method,sm_mhz";
 
 /// What every row of a run says.
 pub struct Environment {
@@ -25,10 +27,11 @@ pub struct Environment {
 }
 
 impl Environment {
-    pub fn new(machine: &Machine) -> Self {
+    pub fn new(machine: &Machine, driver: Option<&Driver>) -> Self {
         let (driver, toolkit) = if machine.device.is_cuda() {
-            let query = ["--query-gpu=driver_version", "--format=csv,noheader"];
-            (first_line("nvidia-smi", &query), cuda_version())
+            let (driver, cuda) = driver.map(Driver::versions).unwrap_or_default();
+            let unknown = || "unknown".to_string();
+            (driver.unwrap_or_else(unknown), cuda.unwrap_or_else(unknown))
         } else {
             let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
             (format!("{} {}", std::env::consts::OS, kernel.trim()), first_line("rustc", &["--version"]))
@@ -43,13 +46,6 @@ impl Environment {
             threads: rayon::current_num_threads(),
         }
     }
-}
-
-/// "CUDA 13.0", as far as the driver can run it.
-fn cuda_version() -> String {
-    let said = Command::new("nvidia-smi").output().ok().map(|out| String::from_utf8_lossy(&out.stdout).into_owned());
-    let version = said.as_deref().and_then(|text| text.split_once("CUDA Version:")?.1.split_whitespace().next());
-    version.map_or("unknown".to_string(), |version| format!("CUDA {version}"))
 }
 
 fn first_line(program: &str, arguments: &[&str]) -> String {
@@ -83,12 +79,28 @@ pub struct Table {
     path: PathBuf,
     file: File,
     environment: Environment,
-    copy_rate: f64,
+    rates: Option<Rates>,
 }
 
 /// The heading of the printed lines.
 pub const HEADING: &str = "loss/dtype/shape                                      implementation pass                        \
                            time us     p20     p80    GB/s  of copy  x candle x unfused   peak MB";
+
+/// What a row is about.
+struct Entry<'a> {
+    implementation: &'a str,
+    loss: &'a str,
+    pass: &'a str,
+    dtype: &'a str,
+    shape: &'a str,
+    times: Times,
+    work: Minimum,
+    peak_bytes: Option<usize>,
+    method: &'a str,
+    sm_mhz: Option<u32>,
+    /// Of what was measured, where it is not this crate or candle.
+    versions: Option<&'a str>,
+}
 
 impl Table {
     /// Begins a file named after the device. One that is there already is replaced.
@@ -99,51 +111,91 @@ impl Table {
         let path = folder.join(format!("{slug}.csv"));
         let mut file = File::create(&path).with_context(|| path.display().to_string())?;
         writeln!(file, "{COLUMNS}")?;
-        Ok(Table { path, file, environment, copy_rate: f64::NAN })
+        Ok(Table { path, file, environment, rates: None })
     }
 
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The bandwidth that the following rows are compared with, in GB/s.
-    pub fn share_of(&mut self, copy_rate: f64) {
-        self.copy_rate = copy_rate;
+    /// Keeps the rates, which the shares of the rows after them refer to.
+    pub fn rates(&mut self, rates: Rates, sm_mhz: Option<u32>) -> Result<()> {
+        let mut rate = |implementation, pass, dtype, rate: &Rate| {
+            let shape = match rate.work.unit {
+                Unit::Bytes => rate.work.amount.to_string(),
+                Unit::Operations => "8192x8192x8192".to_string(),
+            };
+            let Rate { times, work, method } = rate;
+            let (times, work, shape) = (*times, *work, shape.as_str());
+            self.write(Entry {
+                implementation,
+                loss: "-",
+                pass,
+                dtype,
+                shape,
+                times,
+                work,
+                peak_bytes: None,
+                method,
+                sm_mhz,
+                versions: None,
+            })
+        };
+        rate("memory", "copy", "-", &rates.copy)?;
+        rate("memory", "read", "-", &rates.read)?;
+        if let Some(matmul) = &rates.matmul {
+            rate("matmul", "product", "bf16", matmul)?;
+        }
+        self.rates = Some(rates);
+        Ok(())
     }
 
-    pub fn bandwidth(&mut self, pass: &str, rate: &Rate) -> Result<()> {
-        let shape = rate.bytes.to_string();
-        let formula = if pass == "copy" { "read+written" } else { "read" };
-        self.write(["memory", "-", pass, "-", &shape], &rate.times, (rate.bytes, formula), None, &rate.method)
+    /// The share of what the machine can do: of a copy's rate, or of a matrix product's.
+    fn share(&self, work: Minimum, times: Times) -> Option<f64> {
+        let rate = work.amount as f64 / times.p50 / 1e3;
+        Some(rate / self.rates.as_ref()?.of(work.unit)?)
     }
 
-    fn write(
-        &mut self,
-        what: [&str; 5],
-        times: &Times,
-        (bytes, formula): (usize, &str),
-        peak_bytes: Option<usize>,
-        method: &str,
-    ) -> Result<()> {
+    fn write(&mut self, entry: Entry) -> Result<()> {
         let Environment { date, device, driver, toolkit, versions, threads } = &self.environment;
+        let Entry { implementation, loss, pass, dtype, shape, times, work, peak_bytes, method, sm_mhz, .. } = entry;
         let Times { p20, p50, p80 } = times;
-        let rate = bytes as f64 / p50 / 1e3;
-        let share = if self.copy_rate.is_nan() { String::new() } else { format!("{:.4}", rate / self.copy_rate) };
-        let peak = peak_bytes.map_or(String::new(), |bytes| bytes.to_string());
+        let Minimum { amount, formula, .. } = work;
+        let rate = amount as f64 / p50 / 1e3;
+        let share = self.share(work, times).map_or(String::new(), |share| format!("{share:.4}"));
+        let number = |n: Option<usize>| n.map_or(String::new(), |n| n.to_string());
+        let (peak, sm_mhz) = (number(peak_bytes), number(sm_mhz.map(|mhz| mhz as usize)));
         let text = |s: &str| s.replace([',', '"', '\n'], " ");
         let (device, driver, toolkit) = (text(device), text(driver), text(toolkit));
+        let versions = text(entry.versions.unwrap_or(versions));
         let row = format!(
-            "{date},{device},{driver},{toolkit},{versions},{threads},{},{p20:.3},{p50:.3},{p80:.3},{bytes},{formula},\
-             {rate:.3},{share},{peak},{method}\n",
-            what.join(",")
+            "{date},{device},{driver},{toolkit},{versions},{threads},{implementation},{loss},{pass},{dtype},{shape},\
+             {p20:.3},{p50:.3},{p80:.3},{amount},{formula},{rate:.3},{share},{peak},{method},{sm_mhz}\n",
         );
         // one write for each row, so that a run that is cut off leaves whole rows
         self.file.write_all(row.as_bytes())?;
         Ok(self.file.flush()?)
     }
 
-    /// Keeps the results of a series; the lines to print of them.
-    pub fn results(&mut self, case: &Case, results: &[Measured]) -> Result<Vec<String>> {
+    /// Keeps the time of a process's first call.
+    pub fn first_call(&mut self, implementation: &str, what: &str, us: f64) -> Result<()> {
+        self.write(Entry {
+            implementation,
+            loss: what,
+            pass: first::PASS,
+            dtype: "f32",
+            shape: &format!("{}x{}", first::ROWS, first::CLASSES),
+            times: Times { p20: us, p50: us, p80: us },
+            work: Minimum { amount: 0, formula: "-", unit: Unit::Bytes },
+            peak_bytes: None,
+            method: "host 1x1",
+            sm_mhz: None,
+            versions: None,
+        })
+    }
+
+    /// Keeps the results of a series; the lines to print of them. `versions`: of the peers that they are of.
+    pub fn results(&mut self, case: &Case, results: &[Measured], versions: Option<&str>) -> Result<Vec<String>> {
         let p50 = |implementation: Implementation| {
             let comparable = |r: &&Measured| {
                 r.implementation == implementation.name() && matches!(r.pass, Pass::Forward | Pass::ForwardBackward)
@@ -153,26 +205,37 @@ impl Table {
         let (candle, unfused) = (p50(Implementation::Candle), p50(Implementation::Unfused));
         let mut lines = vec![];
         for r in results {
-            let (implementation, pass) = (r.implementation, r.pass.name());
+            let (implementation, pass) = (&r.implementation, r.pass.name());
             let times = match &r.times {
-                Ok(times) => times,
+                Ok(times) => *times,
                 Err(e) => {
                     lines.push(format!("{:<53} {implementation:<14} {pass:<22} {e}", case.to_string()));
                     continue;
                 }
             };
-            let bytes = case.bytes(r.pass);
-            let what = [implementation, case.loss.name(), pass, case.dtype.as_str(), &case.shape()];
-            self.write(what, times, bytes, r.peak_bytes, &r.method)?;
-            let rate = bytes.0 as f64 / times.p50 / 1e3;
+            let work = case.minimum(r.pass);
+            self.write(Entry {
+                implementation,
+                loss: case.loss.name(),
+                pass,
+                dtype: case.dtype.as_str(),
+                shape: &case.shape.to_string(),
+                times,
+                work,
+                peak_bytes: r.peak_bytes,
+                method: &r.method,
+                sm_mhz: r.sm_mhz,
+                versions,
+            })?;
+            let rate = work.amount as f64 / times.p50 / 1e3;
             let ratio = |of: Option<f64>| of.map_or("-".to_string(), |of| format!("{:.2}", of / times.p50));
             lines.push(format!(
-                "{:<53} {implementation:<14} {pass:<22} {:>11.2} {:>7.1} {:>7.1} {rate:>7.1} {:>7.1}% {:>9} {:>9} {:>9}",
+                "{:<53} {implementation:<14} {pass:<22} {:>11.2} {:>7.1} {:>7.1} {rate:>7.1} {:>8} {:>9} {:>9} {:>9}",
                 case.to_string(),
                 times.p50,
                 times.p20,
                 times.p80,
-                100.0 * rate / self.copy_rate,
+                self.share(work, times).map_or("-".to_string(), |share| format!("{:.1}%", 100.0 * share)),
                 ratio(candle),
                 ratio(unfused),
                 r.peak_bytes.map_or("-".to_string(), |bytes| format!("{:.1}", bytes as f64 / 1e6)),
@@ -182,22 +245,32 @@ impl Table {
     }
 }
 
-/// One row of a file, as far as the pictures need it.
+/// One row of a file.
 pub struct Row {
     pub device: String,
+    pub driver: String,
     pub date: String,
     pub implementation: String,
     pub loss: String,
     pub pass: String,
     pub dtype: String,
-    pub rows: usize,
-    pub classes: usize,
+    pub shape: String,
     pub p50_us: f64,
+    pub gb_per_s: f64,
     pub share_of_copy: Option<f64>,
     pub peak_bytes: Option<f64>,
+    pub sm_mhz: Option<f64>,
 }
 
-/// The rows that are about a loss.
+impl Row {
+    /// The rows and classes of a matrix of logits.
+    pub fn matrix(&self) -> Option<(usize, usize)> {
+        let (rows, classes) = self.shape.split_once('x')?;
+        Some((rows.parse().ok()?, classes.parse().ok()?))
+    }
+}
+
+/// The rows of a file, but for one that was cut off.
 pub fn read(path: &Path) -> Result<Vec<Row>> {
     let mut lines = BufReader::new(File::open(path)?).lines();
     let heading = lines.next().context("an empty file")??;
@@ -206,26 +279,26 @@ pub fn read(path: &Path) -> Result<Vec<Row>> {
     for line in lines {
         let line = line?;
         let fields: Vec<&str> = line.split(',').collect();
-        let field = |name: &str| {
-            let at = names.iter().position(|n| *n == name)?;
-            fields.get(at).copied()
-        };
+        if fields.len() != names.len() {
+            continue;
+        }
+        let field = |name: &str| names.iter().position(|n| *n == name).map(|at| fields[at]);
         let text = |name: &str| field(name).map(str::to_string).with_context(|| format!("no {name} in {line}"));
         let number = |name: &str| field(name).and_then(|text| text.parse::<f64>().ok());
-        let shape = text("shape")?;
-        let Some((n, v)) = shape.split_once('x') else { continue };
         rows.push(Row {
             device: text("device")?,
+            driver: text("driver")?,
             date: text("date")?,
             implementation: text("implementation")?,
             loss: text("loss")?,
             pass: text("pass")?,
             dtype: text("dtype")?,
-            rows: n.parse()?,
-            classes: v.parse()?,
+            shape: text("shape")?,
             p50_us: number("p50_us").context("no time")?,
+            gb_per_s: number("gb_per_s").context("no rate")?,
             share_of_copy: number("share_of_copy"),
             peak_bytes: number("peak_bytes"),
+            sm_mhz: number("sm_mhz"),
         });
     }
     Ok(rows)

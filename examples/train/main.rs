@@ -39,6 +39,8 @@ use training::Outcome;
 fn main() -> Result<ExitCode> {
     let options = Options::parse();
     let device = options.device()?;
+    // each step's tensors take the place of those of the step before
+    candle_fused_loss::keep_memory(&device)?;
     println!("{}", report::heading(&options, &device));
 
     let mut panels = Vec::new();

@@ -17,7 +17,7 @@ use candle_fused_loss::{
     log_softmax,
 };
 
-/// The largest errors that are allowed on any device: loss and gradient for f16, bf16, f32, f64.
+/// The largest errors that are allowed on the CPU: loss and gradient for f16, bf16, f32, f64.
 const BOUNDS: [(&str, [(f64, f64); 4]); 8] = [
     ("`CrossEntropyLoss`, class indices", [(14.0, 0.6), (5.0, 0.6), (20.0, 40.0), (6.0, 8.0)]),
     ("`CrossEntropyLoss`, probabilities", [(14.0, 0.6), (5.0, 0.6), (20.0, 40.0), (6.0, 8.0)]),
@@ -29,7 +29,16 @@ const BOUNDS: [(&str, [(f64, f64); 4]); 8] = [
     ("`SigmoidFocalLoss`", [(24.0, 0.6), (24.0, 0.6), (24.0, 24.0), (36.0, 36.0)]),
 ];
 
-/// A line of the README's table.
+/// What is allowed on CUDA instead, where it is not the same: `ex2.approx` may be off by 2 units in the last place (CUDA's
+/// programming guide, "Intrinsic functions"), and these are the bounds with exponentials that are.
+const CUDA_BOUNDS: [(&str, [(f64, f64); 4]); 4] = [
+    ("`CrossEntropyLoss`, class indices", [(16.0, 0.6), (8.0, 0.6), (20.0, 40.0), (6.0, 8.0)]),
+    ("`CrossEntropyLoss`, probabilities", [(16.0, 0.6), (8.0, 0.6), (20.0, 40.0), (6.0, 8.0)]),
+    ("`BceWithLogitsLoss`", [(6.0, 0.6), (6.0, 0.6), (6.0, 7.0), (5.0, 5.0)]),
+    ("`MultiLabelSoftMarginLoss`", [(3.0, 0.6), (3.0, 0.6), (3.0, 7.0), (7.0, 6.0)]),
+];
+
+/// A line of the README's tables.
 fn line(name: &str, errors: &[(f64, f64); 4]) -> String {
     let cells: Vec<_> = errors.iter().map(|(loss, grad)| format!("{loss} / {grad}")).collect();
     format!("| {name} | {} |", cells.join(" | "))
@@ -167,7 +176,9 @@ fn errors_are_within_the_table() -> Result<()> {
                 line(name, &errors.map(|(a, b)| ((a * 100.0).round() / 100.0, (b * 100.0).round() / 100.0)))
             );
         }
-        for ((name, measured), (_, bounds)) in measured.iter().zip(&BOUNDS) {
+        for ((name, measured), (_, on_the_cpu)) in measured.iter().zip(&BOUNDS) {
+            let on_cuda = CUDA_BOUNDS.iter().find(|(of, _)| of == name).filter(|_| device.is_cuda());
+            let bounds = on_cuda.map_or(on_the_cpu, |(_, bounds)| bounds);
             for ((measured, bound), dtype) in measured.iter().zip(bounds).zip(FLOATS) {
                 assert!(measured.0 <= bound.0, "{name} {dtype:?}: loss {} ulp, bound {}", measured.0, bound.0);
                 assert!(measured.1 <= bound.1, "{name} {dtype:?}: gradient {} ulp, bound {}", measured.1, bound.1);
@@ -180,7 +191,7 @@ fn errors_are_within_the_table() -> Result<()> {
 #[test]
 fn readme_has_the_table() {
     let readme = include_str!("../../README.md");
-    for (name, bounds) in &BOUNDS {
+    for (name, bounds) in BOUNDS.iter().chain(&CUDA_BOUNDS) {
         let line = line(name, bounds);
         assert!(readme.contains(&line), "README.md lacks the line {line}");
     }

@@ -126,7 +126,10 @@ fn means_from_two_threads() -> Result<()> {
         for (thread, (got, want)) in together.into_iter().zip(&alone).enumerate() {
             for (round, (got, want)) in got?.iter().zip(want).enumerate() {
                 let wrong = got.iter().zip(want).filter(|(got, want)| got != want).count();
-                assert_eq!(wrong, 0, "means that differ, of {MEANS} in round {round} of thread {thread}, attempt {attempt}");
+                assert_eq!(
+                    wrong, 0,
+                    "means that differ, of {MEANS} in round {round} of thread {thread}, attempt {attempt}"
+                );
             }
         }
     }

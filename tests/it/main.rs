@@ -6,6 +6,8 @@ mod common;
 mod cross_entropy;
 #[cfg(feature = "cuda")]
 mod cuda_softmax;
+#[cfg(feature = "cuda")]
+mod device;
 mod errors;
 mod focal;
 mod linear_cross_entropy;
