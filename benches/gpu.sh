@@ -151,8 +151,8 @@ smoke() {
 
 measure() {
     step unpack 20 bash -c "packed unpack"
-    step report 255 bash -c "packed bench report --device cuda --time-budget 235 --peers 'bash .gpu/run python' \
-        --out '$results' $rehearsing"
+    step report 240 bash -c "packed bench report --device cuda --time-budget 220 --peers 'bash .gpu/run python' \
+        --peers-share 0.5 --out '$results' $rehearsing"
     # where the predictions are shakiest: rows in registers, and clusters
     local sections="--section SpeedOfLight --section WarpStateStats --section MemoryWorkloadAnalysis --section Occupancy"
     local profile="packed profile --clock-control none $sections -c 2"

@@ -1,91 +1,77 @@
 #!/usr/bin/env python3
-"""The same losses in PyTorch, eager and compiled, and on a GPU in Liger-Kernel, QuACK and cut-cross-entropy.
+"""Times the same losses in PyTorch, eager and compiled, and on a GPU in Liger-Kernel, QuACK and cut-cross-entropy.
 
-    python3 benches/peers/peers.py --quick --out /tmp/peers     a minute, to see that it runs
-    python3 benches/peers/peers.py --threads 2                  the CPU
-    python3 benches/peers/peers.py --time-budget 300            a GPU, if PyTorch sees one
+    python3 benches/peers/peers.py --device cuda|cpu [--threads N] [--without names,by,comma]
+    python3 benches/peers/peers.py --check --device cuda        what can be imported, and whether it runs
 
-The shapes, the method and the columns are those of the bench `report`; see README.md. What cannot be imported, compiled or
-run is listed at the end, with the reason.
+The first form is a server that the bench `report` starts and asks case by case, so that the peers of a case are timed
+on the same device right beside this crate's kernels. It reads requests and writes answers, one line of JSON each. The
+first line that it writes says what there is:
+
+    {"implementations": ["torch", "torch.compile"], "versions": "torch 2.11.0", "problems": ["quack: import of ..."]}
+
+then for each request
+
+    {"loss": "cross_entropy", "dtype": "bf16", "layout": "rows", "shape": [4096, 32000], "pass": "forward",
+     "seconds": 3.0, "without": ["torch.compile"]}
+
+one answer
+
+    {"results": [{"implementation": "torch", "us": [19.8, 20.1, 20.9], "samples": 51, "calls": 4, "clock": "events",
+     "peak_bytes": 123}], "problems": ["liger cross_entropy/...: ValueError: ..."]}
+
+`us` are the 20th, 50th and 80th percentile of the samples, in microseconds a call; the clock is "events", "host" or
+"graph". What cannot be imported, compiled or run is a problem and never the end of the server; without PyTorch all
+answers are empty. The method is that of `report`, and described in ../README.md. Everything else that is printed, also
+by the libraries, goes to stderr.
+
+layouts: "rows" is [n, v]. "shifted" is [batch, length, v], the logits of all but the last of length+1 positions, as
+language models take them. "image" is [n, c, h, w], the classes in the second dimension. "linear" is [n, d, v]: n rows
+of d features, and a weight of v classes.
+
+passes: "forward", without a graph. "forward+backward". "backward", with the forward outside of the time; only of
+PyTorch, as others compute the gradient in the forward. "host_call": what the host takes to start one forward.
 """
 
 import argparse
-import csv
-import datetime
+import contextlib
+import functools
+import gc
+import json
+import math
+import os
 import pathlib
-import platform
 import re
-import statistics
-import subprocess
 import sys
 import time
+from importlib import metadata
 
-import torch
-import torch.nn.functional as F
-
-COLUMNS = (
-    "date,device,driver,toolkit,versions,threads,implementation,loss,pass,dtype,shape,p20_us,p50_us,p80_us,bytes,"
-    "bytes_formula,gb_per_s,share_of_copy,peak_bytes,method"
-).split(",")
-DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
-ROWS = {"cross_entropy", "nll", "log_softmax"}
 MAX_SETS, MIN_SAMPLES, MAX_SAMPLES = 16, 5, 51
+# Logits of up to so many bytes are timed in replays of a CUDA graph too, as in `report`.
+REPLAYED_BYTES = 32 << 20
+# What compiling may take in one request, in seconds: after that nothing more is compiled, as the asking side gives up.
+COMPILING = 60
+SOFTCAP = 30.0
+
+INDEXED = {"cross_entropy", "cross_entropy_softcap", "nll", "log_softmax"}
+RANKS = {"rows": 2, "shifted": 3, "image": 4, "linear": 3}
+PASSES = ("forward", "forward+backward", "backward", "host_call")
+# name -> (package, module)
+PEERS = {
+    "liger": ("liger-kernel", "liger_kernel"),
+    "quack": ("quack-kernels", "quack"),
+    "cce": ("cut-cross-entropy", "cut_cross_entropy"),
+}
+
+torch = F = None
 
 
-def cases(cuda, quick):
-    """As `cases` in benches/common/case.rs, what matters most first; and linear cross-entropy on a GPU."""
-    ce, bce = "cross_entropy", "binary_cross_entropy_with_logits"
-    if quick:
-        losses = [ce, bce, "log_softmax", "nll", "cross_entropy_probabilities", "sigmoid_focal", "binary_cross_entropy",
-                  "multi_label_soft_margin"]
-        return [(loss, "f32", s) for loss in losses for s in [(64, 10), (16, 1000)]]
-    found = []
+def import_torch():
+    global torch, F
+    import torch as imported
+    import torch.nn.functional as functional
 
-    def add(losses, dtypes, shapes):
-        found.extend((loss, dtype, shape) for loss in losses for shape in shapes for dtype in dtypes)
-
-    if cuda:
-        add([ce], ["bf16"], [(4096, 32000), (8192, 128256), (16384, 50257), (65536, 1000), (32768, 256)])
-        add([ce], ["f32"], [(4096, 32000), (65536, 1000)])
-        add([bce], ["f32"], [(8192, 8192)])
-        add(["linear_cross_entropy"], ["bf16"], [(8192, 4096, 128256)])
-        add([ce], ["bf16"], [(64, 1000), (1, 2), (32768, 1024), (32768, 4096), (16384, 16384)])
-        add([ce], ["bf16"], [(8192, 65536), (8192, 262144), (65536, 10), (8, 128256)])
-        add([bce], ["bf16"], [(8192, 8192)])
-        add([bce], ["f32"], [(64, 1000), (1, 2)])
-        add(["log_softmax", "nll", "cross_entropy_probabilities"], ["bf16"], [(4096, 32000), (65536, 1000)])
-        add(["sigmoid_focal", "binary_cross_entropy", "multi_label_soft_margin"], ["f32"], [(8192, 8192)])
-    else:
-        add([ce], ["f32"], [(2048, 32000), (65536, 1000), (32768, 256)])
-        add([bce], ["f32"], [(4096, 4096)])
-        add([ce], ["f32"], [(1, 2), (64, 10), (64, 1000), (65536, 10), (4, 128256)])
-        add([bce], ["f32"], [(1, 2), (64, 10), (64, 1000), (1024, 1000)])
-        add([ce], ["bf16"], [(2048, 32000), (65536, 1000), (32768, 256)])
-        add([ce], ["f32"], [(1 << 22, 2), (1 << 17, 64), (1 << 15, 257), (1 << 13, 1024), (1 << 11, 4096)])
-        add([ce], ["f32"], [(1 << 9, 16384), (166, 50257), (64, 131072)])
-        add([bce], ["bf16"], [(4096, 4096)])
-        for loss in ["log_softmax", "nll", "cross_entropy_probabilities"]:
-            add([loss], ["f32"], [(512, 32000), (16384, 1000), (64, 1000), (1, 2)])
-        for loss in ["sigmoid_focal", "binary_cross_entropy", "multi_label_soft_margin"]:
-            add([loss], ["f32"], [(2048, 2048), (64, 1000), (1, 2)])
-        add([ce], ["f16", "f64"], [(512, 32000)])
-    return found
-
-
-def minimum_bytes(loss, gradient, dtype, shape):
-    """As `Case::bytes`: the gradient's bytes are those of forward and backward, which read everything twice."""
-    size = DTYPES[dtype].itemsize
-    if loss == "linear_cross_entropy":
-        n, d, v = shape
-        operands = (n * d + v * d) * size
-        return (3 * operands + 8 * n, "3(ND+VD)+8N") if gradient else (operands + 4 * n, "ND+VD+4N")
-    n, v = shape
-    e, index, picked = n * v * size, 4 * n, n * size
-    if loss == "cross_entropy":
-        return (3 * e + 2 * index, "3E+8N") if gradient else (e + index, "E+4N")
-    if loss == "nll":
-        return (e + picked + 2 * index, "E+E/V+8N") if gradient else (picked + index, "E/V+4N")
-    return (5 * e, "5E") if gradient else (2 * e, "2E")
+    torch, F = imported, functional
 
 
 def focal(x, t, alpha=0.25, gamma=2.0):
@@ -96,87 +82,102 @@ def focal(x, t, alpha=0.25, gamma=2.0):
     return ((alpha * t + (1 - alpha) * (1 - t)) * loss).mean()
 
 
-TORCH = {
-    "cross_entropy": F.cross_entropy,
-    "cross_entropy_probabilities": F.cross_entropy,
-    "nll": F.nll_loss,
-    "log_softmax": lambda x, t: torch.log_softmax(x, 1),
-    "binary_cross_entropy": F.binary_cross_entropy,
-    "binary_cross_entropy_with_logits": F.binary_cross_entropy_with_logits,
-    "multi_label_soft_margin": F.multilabel_soft_margin_loss,
-    "sigmoid_focal": focal,
-    "linear_cross_entropy": lambda x, w, t: F.cross_entropy(F.linear(x, w), t),
-}
+def torch_functions():
+    return {
+        "cross_entropy": F.cross_entropy,
+        "cross_entropy_softcap": lambda x, t: F.cross_entropy(SOFTCAP * torch.tanh(x / SOFTCAP), t),
+        "cross_entropy_probabilities": F.cross_entropy,
+        "nll": F.nll_loss,
+        "log_softmax": lambda x, t: torch.log_softmax(x, 1),
+        "binary_cross_entropy": F.binary_cross_entropy,
+        "binary_cross_entropy_with_logits": F.binary_cross_entropy_with_logits,
+        "multi_label_soft_margin": F.multilabel_soft_margin_loss,
+        "sigmoid_focal": focal,
+        "linear_cross_entropy": lambda x, w, t: F.cross_entropy(F.linear(x, w), t),
+    }
 
 
-def implementations(cuda, problems):
-    """Name -> loss -> function. What cannot be imported is noted in `problems`."""
-    found = {"torch": TORCH, "torch.compile": {}}
-    versions = [f"torch {torch.__version__}"]
-
-    def peer(name, module, package, functions):
-        try:
-            found[name] = functions()
-            from importlib.metadata import version
-
-            versions.append(f"{package} {version(package)}")
-        except Exception as e:  # whatever a missing or misfitting package raises
-            problems.append(f"{name}: import of {module} failed: {type(e).__name__}: {first_line(e)}")
-
-    def liger():
+def peer_functions(name, problems):
+    """Loss -> function, of one of PEERS. A part of it that cannot be imported is a problem, all of it an exception."""
+    if name == "liger":
         from liger_kernel.transformers.functional import liger_cross_entropy, liger_fused_linear_cross_entropy
 
         return {
             "cross_entropy": liger_cross_entropy,
+            "cross_entropy_softcap": lambda x, t: liger_cross_entropy(x, t, softcap=SOFTCAP),
             "linear_cross_entropy": liger_fused_linear_cross_entropy,
         }
-
-    def quack():
+    if name == "quack":
         from quack.cross_entropy import cross_entropy
 
-        return {"cross_entropy": lambda x, t: cross_entropy(x, t, reduction="mean")}
+        found = {"cross_entropy": lambda x, t: cross_entropy(x, t, reduction="mean")}
+        try:
+            from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    def cce():
-        from cut_cross_entropy import linear_cross_entropy
+            # `tuned` would try out many tiles of its products where they have to be general ones: minutes of compiling
+            found["linear_cross_entropy"] = lambda x, w, t: chunked_linear_cross_entropy(x, w, t, tuned=False)
+        except Exception as e:
+            problems.append(f"quack: import of quack.linear_cross_entropy failed: {describe(e)}")
+        return found
+    from cut_cross_entropy import linear_cross_entropy
 
-        return {"linear_cross_entropy": linear_cross_entropy}
-
-    if cuda:
-        peer("liger", "liger_kernel", "liger-kernel", liger)
-        peer("quack", "quack", "quack-kernels", quack)
-        peer("cce", "cut_cross_entropy", "cut-cross-entropy", cce)
-    return found, "; ".join(versions)
-
-
-def first_line(e):
-    return (str(e).strip().splitlines() or [""])[0][:200]
+    return {"linear_cross_entropy": linear_cross_entropy}
 
 
-def function_of(table, name, loss):
-    if name != "torch.compile":
-        return table[name].get(loss)
-    torch._dynamo.reset()
-    return torch.compile(TORCH[loss], dynamic=False)
+def functorch_config():
+    import torch._functorch.config as config
+
+    return config
+
+
+def describe(e):
+    """The first line of an exception, without colours."""
+    line = (re.sub("\x1b\\[[0-9;]*m", "", str(e)).strip().splitlines() or [""])[0][:200]
+    return f"{type(e).__name__}: {line}"
+
+
+def version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def cpu_cache():
+    sizes = pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(p.read_text().strip().removesuffix("K")) << 10 for p in sizes), default=32 << 20)
 
 
 class Machine:
     def __init__(self, device):
         self.device = torch.device(device)
         self.cuda = device == "cuda"
+        self.flush = None
+        self.cache = torch.cuda.get_device_properties(0).L2_cache_size if self.cuda else cpu_cache()
+
+    def prepare(self):
         if self.cuda:
-            properties = torch.cuda.get_device_properties(0)
-            self.name, self.cache = properties.name, properties.L2_cache_size
             self.flush = torch.zeros(max(96 << 20, 3 * self.cache // 4), dtype=torch.int32, device="cuda")
-            self.toolkit = f"CUDA {torch.version.cuda}"
-            self.driver = command(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-        else:
-            self.name, self.cache = cpu_name(), cpu_cache()
-            self.toolkit = f"Python {platform.python_version()}"
-            self.driver = f"linux {platform.release()}"
+
+    def release(self):
+        """Gives back all memory of the GPU: the asking process needs it."""
+        self.flush = None
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch._dynamo.reset()
+            gc.collect()
+            clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+            if clear is not None:
+                clear()
+            torch.cuda.empty_cache()
+
+    def synchronize(self):
+        if self.cuda:
+            torch.cuda.synchronize()
 
     def time(self, work, count=1, first=0):
-        """Microseconds a call. On a GPU by events, after a read of more than the cache: it leaves nothing to be written back,
-        and the host enqueues meanwhile."""
+        """Microseconds a call. On a GPU by events, after a read of more than the cache: it leaves nothing to be written
+        back, and the host enqueues meanwhile."""
         if self.cuda:
             self.flush.sum()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -186,215 +187,441 @@ class Machine:
             end.record()
             end.synchronize()
             return start.elapsed_time(end) * 1e3 / count
+        return self.host_time(work, count, first)
+
+    def host_time(self, work, count=1, first=0):
+        """Microseconds of the host a call, which on a GPU are those of starting it."""
         start = time.perf_counter()
         for i in range(first, first + count):
             work(i)
-        return (time.perf_counter() - start) * 1e6 / count
+        elapsed = time.perf_counter() - start
+        self.synchronize()
+        return elapsed * 1e6 / count
 
-    def calls(self, us):
+    def calls(self, us, kind):
+        """The calls of one sample."""
+        if kind == "host_call":
+            # so few that the queue to the GPU does not fill up: then the host would wait
+            return max(1, min(200, int((2000 if self.cuda else 500) / us)))
         if self.cuda:
             return 1 if us < 30 else max(1, min(8, int(500 / us)))
         return max(1, min(2000, int(500 / us)))
 
-    def copy(self, quick):
-        """Bytes read and written, and the times."""
-        size = (16 << 20) if quick else (1 << 30) if self.cuda else max(256 << 20, 8 * self.cache)
-        a, b = (torch.zeros(size // 8, dtype=torch.int64, device=self.device) for _ in range(2))
-        a.random_()
-        b.copy_(a)
-        rounds, count = (5, 1) if quick else (21, 4 if self.cuda else 1)
-        return 2 * size, [self.time(lambda i: b.copy_(a), count) for _ in range(rounds)]
 
+class Case:
+    def __init__(self, request):
+        self.loss, self.dtype_name = str(request["loss"]), str(request["dtype"])
+        self.layout, self.kind = str(request["layout"]), str(request["pass"])
+        self.shape = [int(size) for size in request["shape"]]
+        self.seconds = float(request["seconds"])
+        dtypes = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
+        if self.layout not in RANKS or len(self.shape) != RANKS[self.layout]:
+            raise ValueError(f"layout {self.layout} with shape {self.shape}")
+        if (self.layout == "linear") != (self.loss == "linear_cross_entropy"):
+            raise ValueError(f"loss {self.loss} in layout {self.layout}")
+        if self.kind not in PASSES:
+            raise ValueError(f"pass {self.kind}")
+        self.dtype = dtypes[self.dtype_name]
 
-def command(arguments):
-    try:
-        return subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return "unknown"
+    def __str__(self):
+        shape = "x".join(map(str, self.shape))
+        return f"{self.loss}/{self.dtype_name}/{'' if self.layout == 'rows' else self.layout + '/'}{shape} {self.kind}"
 
+    def input_bytes(self):
+        """Those of the logits; of a linear layer's input and weight, as it need not store the logits."""
+        n, *_, v = self.shape
+        numbers = (n + v) * self.shape[1] if self.layout == "linear" else math.prod(self.shape)
+        return numbers * self.dtype.itemsize
 
-def cpu_name():
-    info = dict(re.findall(r"^([a-z ]+?)\s*: (.*)$", pathlib.Path("/proc/cpuinfo").read_text(), re.M))
-    name = info.get("model name", platform.machine())
-    if not re.search(r"\d", name) and "cpu family" in info:
-        name += f" family {info['cpu family']} model {info['model']}"
-    return name
+    def inputs(self, machine):
+        """As many sets as push each other out of the cache. The last of each is the target, which gets no gradient."""
+        sets = max(1, min(MAX_SETS, -(-3 * machine.cache // max(1, self.input_bytes()))))
+        return [self.input_set(machine.device) for _ in range(sets)]
 
-
-def cpu_cache():
-    sizes = pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    return max((int(p.read_text().strip().removesuffix("K")) << 10 for p in sizes), default=32 << 20)
-
-
-def inputs(loss, dtype, shape, machine):
-    """As many sets as push each other out of the cache. The first of each is what the gradient is of."""
-    kind = {"dtype": DTYPES[dtype], "device": machine.device}
-    n, v = shape[0], shape[-1]
-    sets = max(1, min(MAX_SETS, -(-3 * machine.cache // (n * v * DTYPES[dtype].itemsize))))
-
-    def one():
-        if loss == "linear_cross_entropy":
-            hidden, weight = torch.randn(n, shape[1], **kind), torch.randn(v, shape[1], **kind) / shape[1] ** 0.5
-            return [hidden.requires_grad_(), weight.requires_grad_(), torch.randint(v, (n,), device=machine.device)]
-        x = torch.randn(n, v, **kind) * 2
-        if loss == "binary_cross_entropy":
-            x = x.sigmoid().clamp(0.01, 0.99)
-        if loss == "nll":
-            x = x.abs().neg() - 0.5
-        if loss in ROWS:
-            t = torch.randint(v, (n,), device=machine.device)
-        elif loss == "cross_entropy_probabilities":
-            t = torch.rand(n, v, **kind) * (2 / v)
+    def input_set(self, device):
+        kind = {"dtype": self.dtype, "device": device}
+        if self.layout == "linear":
+            n, d, v = self.shape
+            hidden, weight = torch.randn(n, d, **kind), torch.randn(v, d, **kind).div_(d**0.5)
+            return [hidden.requires_grad_(), weight.requires_grad_(), torch.randint(v, (n,), device=device)]
+        classes = 1 if self.layout == "image" else -1
+        logits = list(self.shape)
+        if self.layout == "shifted":
+            logits[1] += 1
+        x = torch.randn(logits, **kind).mul_(2)
+        if self.loss == "binary_cross_entropy":
+            x = x.sigmoid_().clamp_(0.01, 0.99)
+        if self.loss == "nll":
+            x = x.abs_().neg_().sub_(0.5)
+        if self.loss in INDEXED:
+            indices = [size for i, size in enumerate(self.shape) if i != classes % len(self.shape)]
+            t = torch.randint(self.shape[classes], indices, device=device)
+        elif self.loss == "cross_entropy_probabilities":
+            t = torch.rand(self.shape, **kind).mul_(2 / self.shape[classes])
         else:
-            t = torch.randint(2, (n, v), device=machine.device).to(kind["dtype"])
+            t = torch.randint(2, self.shape, device=device).to(self.dtype)
         return [x.requires_grad_(), t]
 
-    return [one() for _ in range(1 if loss == "linear_cross_entropy" else sets)]
+    def function(self, function):
+        """With what the layout asks for before it: a part of the positions, as rows."""
+        if self.layout != "shifted":
+            return function
+        v = self.shape[-1]
+
+        def shifted(x, t):
+            t = t.reshape(-1) if self.loss in INDEXED else t.reshape(-1, v)
+            return function(x[:, :-1].reshape(-1, v), t)
+
+        return shifted
+
+    def work(self, function, sets):
+        """The call that is timed, of the i-th set; it returns the loss."""
+        if self.kind in ("forward", "host_call"):
+            # detached, because Liger-Kernel asks the logits whether they want a gradient, not whether there is a graph
+            without_graph = [[x.detach() for x in arguments] for arguments in sets]
+
+            def forward(i):
+                with torch.no_grad():
+                    return function(*without_graph[i % len(sets)])
+
+            return forward
+
+        def ones(y):
+            return None if y.dim() == 0 else torch.ones_like(y)
+
+        if self.kind == "forward+backward":
+
+            def step(i):
+                arguments = sets[i % len(sets)]
+                y = function(*arguments)
+                torch.autograd.grad(y, arguments[:-1], ones(y))
+                return y
+
+            return step
+
+        graphs = [function(*arguments) for arguments in sets]
+        gradients = [ones(y) for y in graphs]
+
+        def backward(i):
+            i %= len(sets)
+            torch.autograd.grad(graphs[i], sets[i][:-1], gradients[i], retain_graph=True)
+            return graphs[i]
+
+        return backward
 
 
-def work_of(function, loss, gradient, sets):
-    def forward(i):
-        with torch.no_grad():
-            return function(*sets[i % len(sets)])
+class Contender:
+    """One of those that are compared, with what its samples need."""
 
-    def step(i):
-        arguments = sets[i % len(sets)]
-        y = function(*arguments)
-        return torch.autograd.grad(y, arguments[:-1], None if y.dim() == 0 else torch.ones_like(y))
+    def __init__(self, name, work, clock, calls=1, us=0.0, peak=None):
+        self.name, self.work, self.clock, self.calls, self.us, self.peak = name, work, clock, calls, us, peak
+        self.samples = []
 
-    return step if gradient else forward
+    def sample(self, machine, r):
+        if self.clock == "graph":
+            return machine.time(self.work) / self.calls
+        timed = machine.host_time if self.clock == "host" else machine.time
+        if self.clock == "host" and self.us < 5e4:
+            # timed as in a loop, whatever ran before
+            timed(self.work, self.calls, 3 + r * self.calls)
+        return timed(self.work, self.calls, 3 + r * self.calls)
+
+
+class Server:
+    def __init__(self, options):
+        self.cuda = options.device == "cuda"
+        self.machine = None
+        self.tables = {}
+        self.versions = []
+        self.problems = []
+        self.lost = False
+        without = set(filter(None, options.without.split(",")))
+        try:
+            import_torch()
+        except Exception as e:
+            self.problems.append(f"torch: import of torch failed: {describe(e)}")
+            return
+        self.versions.append(f"torch {torch.__version__}")
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        try:
+            self.machine = Machine(options.device)
+        except Exception as e:
+            self.problems.append(f"torch: {options.device} cannot be used: {describe(e)}")
+            return
+        self.tables = {"torch": torch_functions(), "torch.compile": torch_functions()}
+        if self.cuda:
+            self.tables["torch-graph"] = torch_functions()
+        for name, (package, module) in PEERS.items() if self.cuda else ():
+            if name in without:
+                continue
+            try:
+                self.tables[name] = peer_functions(name, self.problems)
+                self.versions.append(f"{package} {version(package)}")
+            except Exception as e:  # whatever a missing or misfitting package raises
+                self.problems.append(f"{name}: import of {module} failed: {describe(e)}")
+        self.tables = {name: table for name, table in self.tables.items() if name not in without}
+
+    def hello(self):
+        versions = "; ".join(self.versions).replace(",", " ")
+        return {"implementations": list(self.tables), "versions": versions, "problems": self.problems}
+
+    def answer(self, line):
+        problems, results = [], []
+        if self.machine is None:
+            return {"results": results, "problems": problems}
+        what = line.strip()[:120]
+        try:
+            request = json.loads(line)
+            case = Case(request)
+            what = str(case)
+            without = request.get("without") or ()
+            results = self.measure(case, [name for name in self.tables if name not in without], problems)
+        except Exception as e:
+            problems.append(f"{what}: {describe(e)}")
+        try:
+            self.machine.release()
+        except Exception as e:  # an access out of bounds, say: nothing runs on this context any more
+            problems.append(f"{what}: the CUDA context was lost: {describe(e)}")
+            self.lost = True
+        return {"results": results, "problems": problems}
+
+    def measure(self, case, names, problems):
+        """What is compared is measured in turns."""
+        machine = self.machine
+        machine.prepare()
+        sets = case.inputs(machine)
+        contenders, reference = [], None
+        spent, asked = 0.0, time.perf_counter()
+        # a compiled backward may otherwise write over what the forward kept, and then runs only once
+        with functorch_config().patch(donated_buffer=False) if case.kind == "backward" else contextlib.nullcontext():
+            for name in names:
+                try:
+                    function = self.function_of(name, case)
+                    if function is None:
+                        continue
+                    if time.perf_counter() - asked > COMPILING + spent:
+                        problems.append(f"{name} {case}: left out, as compiling the others took long")
+                        continue
+                    if name == "torch-graph":
+                        contenders.append(self.replayed(case, function, sets))
+                        continue
+                    contender, value, seconds = self.prepared(case, name, function, sets)
+                    spent += seconds
+                    contenders.append(contender)
+                    if reference is None and name == "torch":
+                        reference = value
+                    if reference is None and "torch" in names:
+                        problems.append(f"{name} {case}: not compared, as torch has no value")
+                    elif reference is not None and not abs(value - reference) <= 0.02 * abs(reference) + 0.02:
+                        problems.append(f"{name} {case}: {value}, where torch has {reference}")
+                except Exception as e:  # a peer that fails is listed, the others go on
+                    problems.append(f"{name} {case}: {describe(e)}")
+                    self.after_failure()
+            started = time.perf_counter() - min(spent, case.seconds / 2)
+            for r in range(MAX_SAMPLES):
+                for c in list(contenders):
+                    needed = 1 if c.us * c.calls > case.seconds * 1e5 else MIN_SAMPLES
+                    if r >= needed and time.perf_counter() - started > case.seconds:
+                        continue
+                    try:
+                        c.samples.append(c.sample(machine, r))
+                    except Exception as e:
+                        problems.append(f"{c.name} {case}: {describe(e)}")
+                        contenders.remove(c)
+        return [
+            {
+                "implementation": c.name,
+                "us": quantiles(c.samples),
+                "samples": len(c.samples),
+                "calls": c.calls,
+                "clock": c.clock,
+                "peak_bytes": c.peak,
+            }
+            for c in contenders
+        ]
+
+    def function_of(self, name, case):
+        function = self.tables[name].get(case.loss)
+        of_torch = name.startswith("torch")
+        if function is None or (case.layout == "image" and not of_torch):
+            return None
+        if case.kind == "backward" and not of_torch:
+            return None
+        if name == "torch-graph":
+            replayed = case.kind in ("forward", "forward+backward") and case.input_bytes() <= REPLAYED_BYTES
+            return case.function(function) if replayed else None
+        function = case.function(function)
+        if name == "torch.compile":
+            torch._dynamo.reset()
+            function = torch.compile(function, dynamic=False)
+        return function
+
+    def prepared(self, case, name, function, sets):
+        """A contender that is warm, its first value, and the seconds that this took, compiling left out."""
+        machine = self.machine
+        if name == "liger" and case.kind == "forward+backward" and case.layout != "linear":
+            # it writes the gradient over the logits, which the others are still to read
+            sets = [[x.detach().clone().requires_grad_() for x in s[:-1]] + s[-1:] for s in sets]
+        started = time.perf_counter()
+        work = case.work(function, sets)
+        value = work(0).detach().float().mean().item()  # compiles
+        peak = None
+        if machine.cuda:
+            machine.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            work(0)
+            machine.synchronize()
+            if case.kind != "host_call":
+                peak = torch.cuda.max_memory_allocated() - before
+        # past what runs slower at first: a compiled function's second call, clocks, inputs that are in no cache yet
+        timed = machine.host_time if case.kind == "host_call" else machine.time
+        us = 1e6
+        began = time.perf_counter()
+        for i in range(1, 2 * len(sets) + 1) if began - started < 60 else ():
+            if i > 2 and time.perf_counter() - began > case.seconds / 10:
+                break
+            us = min(us, timed(work, 1, i))
+        clock = "events" if machine.cuda and case.kind != "host_call" else "host"
+        contender = Contender(name, work, clock, machine.calls(us, case.kind), us, peak)
+        return contender, value, time.perf_counter() - began
+
+    def replayed(self, case, function, sets):
+        """PyTorch without the host: one call on each set of inputs, recorded once; a sample is one replay."""
+        work = case.work(function, sets)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for i in range(len(sets)):
+                work(i)  # what a recording cannot do: load kernels, make cuBLAS's workspace
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(len(sets)):
+                work(i)
+
+        def replay(_):
+            graph.replay()
+
+        us = min(self.machine.time(replay) for _ in range(2)) / len(sets)
+        return Contender("torch-graph", replay, "graph", len(sets), us)
+
+    def after_failure(self):
+        """What a failed peer held is for the next one. A context that is lost fails here too; `answer` notices."""
+        with contextlib.suppress(Exception):
+            gc.collect()
+            if self.cuda:
+                torch.cuda.empty_cache()
 
 
 def quantiles(samples):
     s = sorted(samples)
-    return [s[round((len(s) - 1) * q)] for q in (0.2, 0.5, 0.8)]
+    return [round(s[round((len(s) - 1) * q)], 4) for q in (0.2, 0.5, 0.8)]
 
 
-def measure(machine, table, loss, dtype, shape, gradient, seconds, problems, label):
-    """[(implementation, [p20, p50, p80], method, peak bytes or None)], measured in turns."""
-    sets = inputs(loss, dtype, shape, machine)
-    contenders = []
-    reference = None
-    for name in table:
+def serve(options):
+    # the real ones are kept; whatever else reads or prints, a library or its compiler, does so elsewhere
+    requests = os.fdopen(os.dup(0), "rb", buffering=0)
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+
+    def say(message):
+        answers.write(json.dumps(message).encode() + b"\n")
+
+    server = Server(options)
+    if not options.resumed:
+        say(server.hello())
+    while line := requests.readline():
+        if not line.strip():
+            continue
+        say(server.answer(line.decode(errors="replace")))
+        if server.lost:
+            # a new process has a new context
+            os.dup2(requests.fileno(), 0)
+            os.dup2(answers.fileno(), 1)
+            arguments = [a for a in sys.argv[1:] if a != "--resumed"]
+            os.execv(sys.executable, [sys.executable, os.path.abspath(__file__), "--resumed", *arguments])
+
+
+def check(options):
+    """One line for each library: its version, how long its import took, and whether a small case runs."""
+
+    small = {"cross_entropy": [(64, 1000)], "linear_cross_entropy": [(128, 128), (1024, 128)]}
+
+    def inputs(*shapes):
+        x = [torch.randn(*shape, dtype=torch.bfloat16, device=options.device).requires_grad_() for shape in shapes]
+        return [*x, torch.randint(1000, shapes[0][:1], device=options.device)]
+
+    def run(function, arguments):
+        began = time.perf_counter()
+        y = function(*arguments)
+        gradients = torch.autograd.grad(y, arguments[:-1])
+        if not all(x.isfinite().all() for x in (y, *gradients)):
+            raise ValueError("the loss or a gradient is not finite")
+        return f"{y.item():.4f} after {time.perf_counter() - began:.1f} s"
+
+    def line(name, package, load):
+        said, imported = [], ""
         try:
-            function = function_of(table, name, loss)
-            if function is None:
-                continue
-            started = time.perf_counter()
-            if not gradient and loss != "linear_cross_entropy":
-                value = work_of(function, loss, False, sets)(0).float().mean().item()
-                reference = value if reference is None else reference
-                if abs(value - reference) > 0.02 * abs(reference) + 0.02:
-                    problems.append(f"{name} {label}: {value}, where torch has {reference}")
-            work = work_of(function, loss, gradient, sets)
-            work(0)  # compiles
-            if machine.cuda:
-                torch.cuda.synchronize()
-                before = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-                work(0)
-                torch.cuda.synchronize()
-                peak = torch.cuda.max_memory_allocated() - before
-            else:
-                peak = None
-            # past what runs slower at first: a compiled function's second call, clocks, inputs that are in no cache yet
-            us = 1e6
             began = time.perf_counter()
-            for i in range(1, 2 * len(sets) + 1) if began - started < 60 else ():
-                if i > 2 and time.perf_counter() - began > seconds / 10:
-                    break
-                us = min(us, machine.time(work, 1, i))
-            contenders.append([name, work, machine.calls(us), us, [], peak])
-        except Exception as e:  # a peer that fails is listed, the others go on
-            problems.append(f"{name} {label}: {type(e).__name__}: {first_line(e)}")
-    started = time.perf_counter()
-    for r in range(MAX_SAMPLES):
-        for name, work, calls, us, samples, _ in contenders:
-            needed = 1 if us > seconds * 1e5 else MIN_SAMPLES
-            if r < needed or time.perf_counter() - started < seconds:
-                if us < 5e4 and not machine.cuda:
-                    machine.time(work, calls, 3 + r * calls)  # timed as in a loop, whatever ran before
-                samples.append(machine.time(work, calls, 3 + r * calls))
-    clock = "events" if machine.cuda else "host"
-    return [(name, quantiles(s), f"{clock} {len(s)}x{calls}", peak) for name, _, calls, _, s, peak in contenders]
+            functions = load()
+            imported = f", imported in {time.perf_counter() - began:.1f} s"
+            for loss, shapes in small.items():
+                if loss in functions:
+                    try:
+                        said.append(f"{loss} {run(functions[loss], inputs(*shapes))}")
+                    except Exception as e:
+                        said.append(f"{loss} FAILED: {describe(e)}")
+        except Exception as e:
+            said.append(f"import FAILED: {describe(e)}")
+        print(f"{name} {version(package)}{imported}: {'; '.join(said)}", flush=True)
+        return not any("FAILED" in s for s in said)
+
+    def load_torch():
+        import_torch()
+        return torch_functions()
+
+    def load_triton():
+        import triton  # noqa: F401
+
+        return {"cross_entropy": torch.compile(F.cross_entropy, dynamic=False)}
+
+    problems = []
+    good = line("torch", "torch", load_torch)
+    line("triton, by torch.compile", "triton", load_triton)
+    for name, (package, _) in PEERS.items():
+        line(name, package, functools.partial(peer_functions, name, problems))
+    for problem in problems:
+        print(problem)
+    return 0 if good else 1
+
+
+def leave_software_gpu():
+    """Starts this program anew where the software GPU's stand-ins for CUDA's libraries would be loaded by PyTorch."""
+    home, path = os.environ.get("SOFTGPU_HOME"), os.environ.get("LD_LIBRARY_PATH", "").split(":")
+    if home and f"{home}/lib" in path:
+        os.environ["LD_LIBRARY_PATH"] = ":".join(p for p in path if p != f"{home}/lib")
+        os.execv(sys.executable, [sys.executable, os.path.abspath(__file__), *sys.argv[1:]])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few small cases only")
-    parser.add_argument("--filter", default="", help="only cases whose loss/dtype/shape contains one of these, by commas")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent.parent / "results")
-    parser.add_argument("--device", choices=["best", "cpu", "cuda"], default="best")
-    parser.add_argument("--time-budget", type=float, default=1800, help="seconds")
+    parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     parser.add_argument("--threads", type=int, help="threads of the CPU")
     parser.add_argument("--without", default="", help="implementations to leave out, by commas")
+    parser.add_argument("--check", action="store_true", help="say what can be imported and run, and end")
+    parser.add_argument("--resumed", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    started = time.perf_counter()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    cuda = options.device == "cuda" or (options.device == "best" and torch.cuda.is_available())
-    machine = Machine("cuda" if cuda else "cpu")
-    problems = []
-    table, versions = implementations(cuda, problems)
-    for name in filter(None, options.without.split(",")):
-        table.pop(name, None)
-    print(f"{machine.name}, {torch.get_num_threads()} threads, {versions}")
-    for problem in problems:
-        print(problem)
-
-    options.out.mkdir(parents=True, exist_ok=True)
-    slug = "-".join(re.findall("[a-z0-9]+", machine.name.lower()))
-    path = options.out / f"{slug}.peers.csv"
-    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    head = [today, machine.name, machine.driver, machine.toolkit, versions, torch.get_num_threads()]
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-
-        def row(what, times, size, formula, copy_rate, peak, method):
-            rate = size / times[1] / 1e3
-            share = f"{rate / copy_rate:.4f}" if copy_rate else ""
-            numbers = [f"{t:.3f}" for t in times]
-            fields = head + what + numbers + [size, formula, f"{rate:.3f}", share, "" if peak is None else peak, method]
-            writer.writerow([str(f).replace(",", " ") for f in fields])
-            file.flush()
-            return rate, share
-
-        size, samples = machine.copy(options.quick)
-        times = quantiles(samples)
-        copy_rate, _ = row(["memory", "-", "copy", "-", size], times, size, "read+written", None, None, "torch copy_")
-        print(f"copy {copy_rate:.1f} GB/s")
-        wanted = [f for f in options.filter.split(",") if f]
-        selected = cases(cuda, options.quick)
-        selected = [(c, f"{c[0]}/{c[1]}/{'x'.join(map(str, c[2]))}") for c in selected]
-        names = {name for _, name in selected}
-        selected = [
-            (c, name) for c, name in selected if not wanted or any(name == f if f in names else f in name for f in wanted)
-        ]
-        for i, ((loss, dtype, shape), name) in enumerate(selected):
-            left = options.time_budget - (time.perf_counter() - started)
-            if left < 2:
-                problems.append(f"left out, the time budget being spent: {name}")
-                continue
-            seconds = min(left / (len(selected) - i), 0.2 if options.quick else 40) / 2
-            for gradient in (False, True):
-                label = "forward+backward" if gradient else "forward"
-                try:
-                    results = measure(
-                        machine, table, loss, dtype, shape, gradient, seconds, problems, f"{name} {label}"
-                    )
-                except Exception as e:
-                    problems.append(f"{name} {label}: {type(e).__name__}: {first_line(e)}")
-                    continue
-                size, formula = minimum_bytes(loss, gradient, dtype, shape)
-                what = [loss, label, dtype, "x".join(map(str, shape))]
-                for implementation, times, method, peak in results:
-                    rate, share = row([implementation] + what, times, size, formula, copy_rate, peak, method)
-                    print(f"{name:<52} {implementation:<14} {label:<17} {times[1]:>11.2f} us {rate:>8.1f} GB/s {share}")
-                    sys.stdout.flush()
-    for problem in problems:
-        print("not measured:", problem)
-    print(f"written: {path}")
+    leave_software_gpu()
+    if options.check:
+        sys.exit(check(options))
+    serve(options)
 
 
 if __name__ == "__main__":
