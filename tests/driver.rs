@@ -1,16 +1,25 @@
 //! What a program built with the `cuda` feature asks of the driver, and what it does where that fails: a broken driver leaves
-//! the CPU as `best_device`; no loss copies to the host or waits for the device, so that a CUDA graph can record it.
+//! the CPU as `best_device`; no loss copies to the host or waits for the device, so that a CUDA graph can record it and give
+//! what the loss gives, again and again.
 //!
 //! This binary has functions of the driver's names, which the linker prefers to those of the driver's library. They fail
 //! where a test says so and else call the library's.
 #![cfg(all(feature = "cuda", target_os = "linux"))]
 
+use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::sys::{
+    CUgraphInstantiate_flags as Flags, CUmemPool_attribute as Attribute, CUresult, CUstreamCaptureMode as Mode,
+    CUstreamCaptureStatus as Status,
+};
+use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaStream, DriverError, result};
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_fused_loss::{CrossEntropyLoss, best_device, cross_entropy, multi_label_soft_margin};
+use candle_fused_loss::{
+    CrossEntropyLoss, best_device, binary_cross_entropy_with_logit, cross_entropy, log_softmax,
+    multi_label_soft_margin, sigmoid_focal,
+};
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
-use std::io::Write;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The functions that fail, with what they return.
 static BROKEN: Mutex<&[(&CStr, c_int)]> = Mutex::new(&[]);
@@ -41,19 +50,17 @@ fn failure(function: &'static CStr) -> Option<c_int> {
 }
 
 /// The library's function of that name.
-fn find(function: &CStr) -> Option<*mut c_void> {
+fn library(function: &CStr) -> *mut c_void {
     // SAFETY: looks a name up
     let found = unsafe { libc::dlsym(libc::RTLD_NEXT, function.as_ptr()) };
-    (!found.is_null()).then_some(found)
+    assert!(!found.is_null(), "the driver's library has no {function:?}");
+    found
 }
 
-fn library(function: &CStr) -> *mut c_void {
-    find(function).unwrap_or_else(|| panic!("the driver's library has no {function:?}"))
-}
-
-/// Says what no assertion does, also where the output of tests that pass is not shown.
-fn say(what: &str) {
-    let _ = writeln!(std::io::stderr(), "{what}");
+fn cuda() -> Device {
+    Device::new_cuda(0).unwrap_or_else(|error| {
+        panic!("no CUDA device: run `. softgpu/env` for the software GPU, or test on a machine with a GPU; {error}")
+    })
 }
 
 macro_rules! driver_functions {
@@ -125,23 +132,23 @@ fn loss_on_the_cpu_is_right() -> Result<()> {
 #[test]
 fn best_device_is_the_cpu() -> Result<()> {
     let _turn = turn();
+    cuda();
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         PANICS.fetch_add(1, Relaxed);
         hook(info);
     }));
-    let works = Device::new_cuda(0).is_ok();
-    assert_eq!(best_device().is_cuda(), works);
+    assert!(best_device().is_cuda());
     for broken in &FAILURES {
         set_broken(std::slice::from_ref(broken));
         assert!(best_device().is_cpu(), "{broken:?}");
-        assert!(reached().is_some() || !works, "{broken:?} was not called");
+        assert!(reached().is_some(), "{broken:?} was not called");
         loss_on_the_cpu_is_right()?;
         assert_eq!(PANICS.load(Relaxed), 0, "{broken:?}");
     }
     // the failures were the reason
     set_broken(&[]);
-    assert_eq!(best_device().is_cuda(), works);
+    assert!(best_device().is_cuda());
     Ok(())
 }
 
@@ -205,11 +212,7 @@ impl Work {
 #[test]
 fn losses_do_not_wait_for_the_device() -> Result<()> {
     let _turn = turn();
-    if !best_device().is_cuda() {
-        say("no CUDA device: whether losses wait for it was not tested");
-        return Ok(());
-    }
-    let device = Device::new_cuda(0)?;
+    let device = cuda();
     for index in [DType::U8, DType::U32, DType::I32, DType::I64] {
         let work = Work::new(&device, index)?;
         // the first time, kernels are loaded
@@ -231,20 +234,36 @@ fn losses_do_not_wait_for_the_device() -> Result<()> {
     Ok(())
 }
 
+/// A device whose work is all in one stream, which can be recorded: the default stream can't, nor can it be waited in a
+/// recording for what came before.
+fn device_with_stream() -> Result<(Device, Arc<CudaStream>)> {
+    cuda();
+    let device = Device::new_cuda_with_stream(0)?;
+    let stream = device.as_cuda_device()?.cuda_stream();
+    // SAFETY: all work is on one stream
+    unsafe { stream.context().disable_event_tracking() };
+    Ok((device, stream))
+}
+
+fn begin(stream: &CudaStream) -> Result<()> {
+    // this mode forbids what a graph doesn't see
+    stream.begin_capture(Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()
+}
+
+/// The work as a graph. Nothing runs.
+fn record(stream: &Arc<CudaStream>, work: &Work) -> Result<CudaGraph> {
+    begin(stream)?;
+    let recorded = work.run();
+    let graph = stream.end_capture(Flags(0));
+    recorded?;
+    Ok(graph.w()?.expect("the driver gave no graph"))
+}
+
 /// Forward and backward recorded as a graph: nothing runs then, and each replay computes from what the logits are by then.
 #[test]
 fn losses_are_replayed_from_a_graph() -> Result<()> {
     let _turn = turn();
-    if !best_device().is_cuda() || find(c"cuStreamBeginCapture_v2").is_none() {
-        say("no CUDA device whose driver records graphs: their replay was not tested");
-        return Ok(());
-    }
-    // the default stream can't be recorded, nor can it be waited in a recording for what came before
-    let device = Device::new_cuda_with_stream(0)?;
-    let cuda = device.as_cuda_device()?;
-    // SAFETY: all work is on one stream
-    unsafe { cuda.disable_event_tracking() };
-    let stream: Pointer = cuda.cuda_stream().cu_stream().cast();
+    let (device, stream) = device_with_stream()?;
     let work = Work::new(&device, DType::I64)?;
     let logits = work.logits.as_detached_tensor().copy()?;
     let mut eager = vec![];
@@ -255,34 +274,121 @@ fn losses_are_replayed_from_a_graph() -> Result<()> {
     }
     assert_ne!(eager[0], eager[1]);
 
-    let (mut graph, mut executable): (Pointer, Pointer) = (std::ptr::null_mut(), std::ptr::null_mut());
     for out in &work.out {
         out.zero_set()?;
     }
-    // SAFETY: the signatures are those of cuda.h
-    unsafe {
-        type Begin = unsafe extern "C" fn(Pointer, c_uint) -> c_int;
-        type End = unsafe extern "C" fn(Pointer, *mut Pointer) -> c_int;
-        type Instantiate = unsafe extern "C" fn(*mut Pointer, Pointer, u64) -> c_int;
-        let begin = std::mem::transmute::<Pointer, Begin>(library(c"cuStreamBeginCapture_v2"));
-        let end = std::mem::transmute::<Pointer, End>(library(c"cuStreamEndCapture"));
-        let instantiate = std::mem::transmute::<Pointer, Instantiate>(library(c"cuGraphInstantiateWithFlags"));
-        // CU_STREAM_CAPTURE_MODE_RELAXED
-        assert_eq!(begin(stream, 2), 0);
-        let recorded = work.run();
-        assert_eq!(end(stream, &mut graph), 0);
-        recorded?;
-        assert_eq!(instantiate(&mut executable, graph, 0), 0);
-    }
+    let graph = record(&stream, &work)?;
     assert!(work.results()?.iter().all(|&v| v == 0.0), "the recording ran");
-    // SAFETY: the signature is that of cuda.h
-    let launch: unsafe extern "C" fn(Pointer, Pointer) -> c_int =
-        unsafe { std::mem::transmute(library(c"cuGraphLaunch")) };
     for (sign, eager) in [-1.0, 1.0].into_iter().zip(&eager) {
         work.logits.set(&logits.affine(sign, 0.0)?)?;
-        // SAFETY: the graph's memory is that of `work`, which is alive
-        assert_eq!(unsafe { launch(executable, stream) }, 0);
+        graph.launch().w()?;
         assert_eq!(&work.results()?, eager);
     }
+    Ok(())
+}
+
+/// Replays between eager calls of the same losses and of others: each gives what it gives alone, bit for bit.
+#[test]
+fn replays_and_eager_calls_take_turns() -> Result<()> {
+    let _turn = turn();
+    let (device, stream) = device_with_stream()?;
+    let (replayed, eager) = (Work::new(&device, DType::U32)?, Work::new(&device, DType::U32)?);
+    let logits = eager.logits.as_detached_tensor().copy()?;
+    let others = |logits: &Tensor| -> Result<Tensor> {
+        let labels = eager.labels.flatten_all()?;
+        let losses = [
+            log_softmax(logits, 1)?.flatten_all()?,
+            binary_cross_entropy_with_logit(&logits.flatten_all()?, &labels)?.reshape(1)?,
+            sigmoid_focal(logits, &eager.labels)?.flatten_all()?,
+        ];
+        Tensor::cat(&losses, 0)
+    };
+    let rounds: Vec<_> = (0..12).map(|round| logits.affine(1.0 - 0.2 * round as f64, 0.0)).collect::<Result<_>>()?;
+    let mut alone = vec![];
+    for logits in &rounds {
+        eager.logits.set(logits)?;
+        eager.run()?;
+        alone.push((eager.results()?, others(logits)?.to_vec1::<f32>()?));
+    }
+    replayed.run()?;
+    let graph = record(&stream, &replayed)?;
+    for (round, (logits, (losses, other_losses))) in rounds.iter().zip(&alone).enumerate() {
+        for work in [&replayed, &eager] {
+            work.logits.set(logits)?;
+            work.out.iter().try_for_each(Tensor::zero_set)?;
+        }
+        let mut other = None;
+        let (mut replay, mut again) = (|| graph.launch().w(), || eager.run());
+        let mut different = || others(logits).map(|loss| other = Some(loss));
+        let mut calls: [&mut dyn FnMut() -> Result<()>; 3] = [&mut replay, &mut again, &mut different];
+        // in each order, with nothing waited for
+        calls.rotate_left(round % 3);
+        if round % 2 == 0 {
+            calls.reverse();
+        }
+        calls.into_iter().try_for_each(|call| call())?;
+        assert_eq!(&replayed.results()?, losses, "the replay of round {round}");
+        assert_eq!(&eager.results()?, losses, "the eager calls of round {round}");
+        assert_eq!(&other.unwrap().to_vec1::<f32>()?, other_losses, "the other losses of round {round}");
+    }
+    Ok(())
+}
+
+/// Waiting for the device, or copying from it, ends a recording without a graph. The stream works on.
+#[test]
+fn waits_and_copies_to_the_host_invalidate_a_recording() -> Result<()> {
+    let _turn = turn();
+    let (device, stream) = device_with_stream()?;
+    let loss = Var::ones((6, 5), DType::F32, &device)?.sum_all()?;
+    let copy = || loss.to_scalar::<f32>().map(|_| ());
+    let wait = || device.synchronize();
+    let calls: [(&str, &dyn Fn() -> Result<()>); 2] = [("copy", &copy), ("wait", &wait)];
+    for (name, call) in calls {
+        begin(&stream)?;
+        assert!(call().is_err(), "{name}");
+        // the first call after a failed one in a destructor returns that one's error
+        let _ = stream.context().check_err();
+        assert_eq!(stream.capture_status().w()?, Status::CU_STREAM_CAPTURE_STATUS_INVALIDATED, "{name}");
+        assert!(loss.affine(2.0, 0.0).is_err(), "{name}: the stream went on");
+        let _ = stream.context().check_err();
+        match stream.end_capture(Flags(0)) {
+            Err(DriverError(CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED)) => (),
+            Err(other) => panic!("{name}: {other}"),
+            Ok(_) => panic!("{name}: the recording is valid"),
+        }
+        assert_eq!(loss.to_scalar::<f32>()?, 30.0, "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_memory_pool_has_attributes() -> Result<()> {
+    let _turn = turn();
+    let (device, stream) = device_with_stream()?;
+    // SAFETY: the device is the stream's
+    let pool = unsafe { result::device::get_default_mem_pool(stream.context().cu_device()) }.w()?;
+    let get = |attribute| {
+        let mut value = 0u64;
+        // SAFETY: these attributes are of 64 bits
+        unsafe { result::mem_pool::get_attribute(pool, attribute, (&raw mut value).cast()) }.w().map(|()| value)
+    };
+    let set = |attribute, mut value: u64| {
+        // SAFETY: as above
+        unsafe { result::mem_pool::set_attribute(pool, attribute, (&raw mut value).cast()) }.w()
+    };
+    let (threshold, used) = (Attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT);
+    let before = get(threshold)?;
+    for bytes in [u64::MAX, 1 << 20] {
+        set(threshold, bytes)?;
+        assert_eq!(get(threshold)?, bytes);
+    }
+    set(threshold, before)?;
+    let start = get(used)?;
+    let numbers = Tensor::zeros(1 << 18, DType::F32, &device)?;
+    assert!(get(used)? >= start + (1 << 20));
+    drop(numbers);
+    // it is free once the stream has come to that
+    device.synchronize()?;
+    assert_eq!(get(used)?, start);
     Ok(())
 }
