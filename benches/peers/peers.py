@@ -18,12 +18,12 @@ then for each request
 one answer
 
     {"results": [{"implementation": "torch", "us": [19.8, 20.1, 20.9], "samples": 51, "calls": 4, "clock": "events",
-     "peak_bytes": 123}], "problems": ["liger cross_entropy/...: ValueError: ..."]}
+     "peak_bytes": 123, "sm_mhz": 1980}], "problems": ["liger cross_entropy/...: ValueError: ..."]}
 
 `us` are the 20th, 50th and 80th percentile of the samples, in microseconds a call; the clock is "events", "host" or
-"graph". What cannot be imported, compiled or run is a problem and never the end of the server; without PyTorch all
-answers are empty. The method is that of `report`, and described in ../README.md. Everything else that is printed, also
-by the libraries, goes to stderr.
+"graph"; `sm_mhz` is the clock of the GPU's multiprocessors afterwards, or null. What cannot be imported, compiled or run
+is a problem and never the end of the server; without PyTorch all answers are empty. The method is that of `report`, and
+described in ../README.md. Everything else that is printed, also by the libraries, goes to stderr.
 
 layouts: "rows" is [n, v]. "shifted" is [batch, length, v], the logits of all but the last of length+1 positions, as
 language models take them. "image" is [n, c, h, w], the classes in the second dimension. "linear" is [n, d, v]: n rows
@@ -174,6 +174,12 @@ class Machine:
     def synchronize(self):
         if self.cuda:
             torch.cuda.synchronize()
+
+    def sm_mhz(self):
+        try:
+            return torch.cuda.clock_rate() if self.cuda else None
+        except Exception:  # without the package nvidia-ml-py, or where the driver does not say
+            return None
 
     def time(self, work, count=1, first=0):
         """Microseconds a call. On a GPU by events, after a read of more than the cache: it leaves nothing to be written
@@ -429,6 +435,7 @@ class Server:
                     except Exception as e:
                         problems.append(f"{c.name} {case}: {describe(e)}")
                         contenders.remove(c)
+        sm_mhz = machine.sm_mhz()
         return [
             {
                 "implementation": c.name,
@@ -437,6 +444,7 @@ class Server:
                 "calls": c.calls,
                 "clock": c.clock,
                 "peak_bytes": c.peak,
+                "sm_mhz": sm_mhz,
             }
             for c in contenders
         ]

@@ -165,6 +165,8 @@ struct Report<'a> {
     peers: Option<Peers>,
     table: Table,
     bar: ProgressBar,
+    /// What has no time, and why.
+    failures: Vec<String>,
 }
 
 impl<'a> Report<'a> {
@@ -201,7 +203,7 @@ impl<'a> Report<'a> {
             peers.problems.iter().for_each(|problem| println!("not there: {problem}"));
         }
         let bar = ProgressBar::hidden();
-        Ok(Report { options, machine, driver, recorder, peers, table, bar })
+        Ok(Report { options, machine, driver, recorder, peers, table, bar, failures: vec![] })
     }
 
     fn run(mut self) -> Result<()> {
@@ -236,7 +238,12 @@ impl<'a> Report<'a> {
         if let Some(peers) = &self.peers {
             peers.problems.iter().for_each(|problem| println!("not measured: {problem}"));
         }
-        draw(self.table.path())
+        draw(self.table.path())?;
+        match self.failures.as_slice() {
+            // a rehearsal is there to find them; elsewhere memory may not suffice for every implementation
+            [_, ..] if self.options.rehearse => bail!("failed: {}", self.failures.join("; ")),
+            _ => Ok(()),
+        }
     }
 
     fn first_calls(&mut self) -> Result<()> {
@@ -246,7 +253,7 @@ impl<'a> Report<'a> {
                     println!("first call of a process, {implementation}'s {what}: {:.2} s", us / 1e6);
                     self.table.first_call(implementation, what, us)?;
                 }
-                Err(e) => println!("the first call of a process: {e:#}"),
+                Err(e) => self.fail(format!("the first call of a process: {e:#}")),
             }
         }
         Ok(())
@@ -270,7 +277,7 @@ impl<'a> Report<'a> {
             let series = Series { case, kind, recorder, driver, time };
             match series.measure(self.machine) {
                 Ok(results) => self.keep(case, &results, None)?,
-                Err(e) => self.bar.suspend(|| println!("{case}: {e:#}")),
+                Err(e) => self.fail(format!("{case}: {e:#}")),
             }
             self.bar.inc(1);
         }
@@ -291,13 +298,20 @@ impl<'a> Report<'a> {
             match peers.measure(&case, pass, (3 * cases_left).saturating_sub(i)) {
                 Ok(Some(results)) => self.keep(case, &results, Some(&versions))?,
                 Ok(None) => {}
-                Err(e) => self.bar.suspend(|| println!("{case}: {e:#}")),
+                Err(e) => self.fail(format!("{case}: {e:#}")),
             }
         }
         Ok(())
     }
 
+    fn fail(&mut self, what: String) {
+        self.bar.suspend(|| println!("{what}"));
+        self.failures.push(what);
+    }
+
     fn keep(&mut self, case: Case, results: &[Measured], versions: Option<&str>) -> Result<()> {
+        let failed = results.iter().filter_map(|r| Some((r, r.times.as_ref().err()?)));
+        self.failures.extend(failed.map(|(r, e)| format!("{case} {} {}: {e}", r.implementation, r.pass.name())));
         for line in self.table.results(&case, results, versions)? {
             // the bar's own println is silent where there is no terminal
             self.bar.suspend(|| println!("{line}"));

@@ -9,7 +9,7 @@
 //! so few bits: at a difference of 40, half a unit is 2e-6, by which the exponential is off relatively, and with it a loss
 //! or gradient of 1e-17.
 
-use crate::common::{FLOATS, Random, arithmetic, devices, half_ulp, indices, tensor, values};
+use crate::common::{FLOATS, Random, arithmetic, devices, half_ulp, indices, is_slow, tensor, values};
 use crate::reference::{self, CrossEntropy, Elements, Expected, Near, Targets, Term};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_fused_loss::{
@@ -148,13 +148,12 @@ fn errors_are_within_the_table() -> Result<()> {
     for device in devices() {
         let mut measured = BOUNDS.map(|(name, _)| (name, [(0f64, 0f64); 4]));
         for (column, dtype) in FLOATS.into_iter().enumerate() {
-            // a device in software takes too long for more
-            let (rows, elements) = if device.is_cpu() { (256, 200_000) } else { (8, 4000) };
+            let (rows, elements) = if is_slow(&device) { (8, 4000) } else { (256, 200_000) };
             let mut all = vec![];
             for classes in [10, 1000] {
                 all.push(softmax_errors(dtype, classes, rows, &device)?.to_vec());
             }
-            if device.is_cpu() {
+            if !is_slow(&device) {
                 all.push(softmax_errors(dtype, 32_000, 8, &device)?.to_vec());
             }
             let elements = element_errors(dtype, elements, &device)?;

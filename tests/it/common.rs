@@ -21,6 +21,15 @@ pub fn cuda() -> Device {
     Device::new_cuda(0).unwrap_or_else(|e| panic!("no CUDA device works here: {remedy}: {e}"))
 }
 
+/// Whether a device's work is interpreted, and takes too long for more than a little of it.
+pub fn is_slow(device: &Device) -> bool {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => device.cuda_stream().context().name().is_ok_and(|name| name.contains("softgpu")),
+        _ => false,
+    }
+}
+
 pub const FLOATS: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
 pub const INDICES: [DType; 4] = [DType::U8, DType::U32, DType::I32, DType::I64];
 pub const REDUCTIONS: [Reduction; 3] = [Reduction::None, Reduction::Mean, Reduction::Sum];
