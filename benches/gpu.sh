@@ -102,12 +102,12 @@ step() { # [partly] name, limit in seconds, command…
 packed() { bash .gpu/run "$@"; }
 export -f packed
 
-# A tool that is not here, or can't work here, is said and is no failure of this crate.
+# A tool that is not here is said, and is no failure of this crate.
 step_with() { # tool, then as for `step`
     if command -v "$1" >/dev/null || [[ -x "/usr/local/cuda/bin/$1" ]]; then
         step "${@:2}"
     else
-        echo "== $1 is not here: no $3" | tee -a "$results/steps.txt"
+        echo "== $1 is not here" | tee -a "$results/steps.txt"
     fi
 }
 
@@ -161,6 +161,10 @@ smoke() {
     grep -h "^test .*\.\.\. [^o]" "$results/cuda.log"
     step report 40 bash -c "packed bench report --quick --device cuda --time-budget 20 --out '$results' $rehearsing"
     grep -h "^copy \|^first call\|^no " "$results/report.log"
+    # whether they work here, on little
+    step_with ncu ncu 15 bash -c "packed profile --clock-control none --section SpeedOfLight -c 1 -k regex:softmax -- \
+        bench report --profile --device cuda --filter cross_entropy/bf16/64x1000"
+    step_with compute-sanitizer memcheck 20 bash -c "packed sanitizer memcheck it cuda_softmax::bad_targets"
     wait "$peers" || echo "== peers: no PyTorch here, or it failed" | tee -a "$results/steps.txt"
     last="$results/peers.log"
 }
