@@ -144,7 +144,7 @@ export -f modules
 smoke() {
     local device_options=(--device cuda) all_tests=(--include-ignored) tests_limit=45
     if [[ -n "$rehearse" ]]; then
-        # what is ignored needs a real GPU, or hours
+        # what is ignored needs a real GPU, or takes minutes
         device_options=(--device cpu) all_tests=()
     fi
     step unpack 20 bash -c "packed unpack"

@@ -31,7 +31,7 @@ fn vocabularies_match_the_cpu() -> Result<()> {
 /// More rows than are split over blocks: each is a cluster's, of as many blocks and as much shared memory as a training
 /// step's, which no lowered threshold shows.
 #[test]
-#[ignore = "takes hours without a real GPU"]
+#[ignore = "takes five minutes on the software GPU"]
 fn clusters_at_full_size_match_the_cpu() -> Result<()> {
     let gpu = cuda();
     for dtype in [DType::BF16, DType::F16, DType::F32] {
