@@ -54,6 +54,7 @@ archive() {
     part="$(mktemp "$out/.$run.XXXXXX")"
     # files that grow meanwhile are as long as they are
     tar -C "$work" -czf "$part" "$run" 2>/dev/null
+    chmod 644 "$part"
     mv "$part" "$out/$run.tar.gz"
 }
 finish() {
@@ -64,7 +65,7 @@ finish() {
     archive
     rm -rf "$work"
 }
-while sleep 10; do archive; done &
+while sleep 10 && kill -0 $$ 2>/dev/null; do archive; done &
 trap finish EXIT
 trap 'exit 143' INT TERM
 

@@ -1,8 +1,5 @@
 //! The first call of a process: loading, and on a GPU compiling, what it needs.
 
-use crate::common::case::{Case, Implementation, Pass};
-use crate::common::machine::Machine;
-use crate::common::work::Inputs;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use std::process::Command;
@@ -43,16 +40,4 @@ pub fn measure(what: &str) -> Result<f64> {
         Ok(us) if output.status.success() => Ok(us),
         _ => bail!("{what}: {} {}", output.status, String::from_utf8_lossy(&output.stderr).trim()),
     }
-}
-
-/// What a profiler is to see of a case: a few calls of each of this crate's passes.
-pub fn profile(case: Case, machine: &Machine) -> Result<()> {
-    let inputs = Inputs::new(case, machine)?;
-    for pass in [Pass::Forward, Pass::LossAndGrad, Pass::ForwardBackward] {
-        if case.exists(Implementation::Fused, pass, machine.device.is_cuda()) {
-            (0..2).try_for_each(|i| inputs.call(Implementation::Fused, pass, i))?;
-            machine.device.synchronize()?;
-        }
-    }
-    Ok(())
 }

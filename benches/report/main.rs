@@ -24,8 +24,9 @@ mod table;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
-use common::case::{Case, FORWARD, GRADIENT, HOST, Loss, Pass, SMALL, Shape, cases};
+use common::case::{Case, FORWARD, GRADIENT, HOST, Implementation, Loss, Pass, SMALL, Shape, cases};
 use common::machine::Machine;
+use common::work::Inputs;
 use driver::Driver;
 use indicatif::{ProgressBar, ProgressStyle};
 use peers::Peers;
@@ -126,7 +127,7 @@ fn main() -> Result<()> {
         return first::call(what, &machine.device);
     }
     if options.profile {
-        return options.cases(&machine).into_iter().try_for_each(|case| first::profile(case, &machine));
+        return options.cases(&machine).into_iter().try_for_each(|case| profile(case, &machine));
     }
     Report::new(&options, &machine, &out)?.run()
 }
@@ -153,6 +154,18 @@ impl Options {
         cases.retain(|case| wanted(&case.to_string()));
         cases
     }
+}
+
+/// What a profiler is to see of a case: a few calls of each of this crate's passes.
+fn profile(case: Case, machine: &Machine) -> Result<()> {
+    let inputs = Inputs::new(case, machine)?;
+    for pass in [Pass::Forward, Pass::LossAndGrad, Pass::ForwardBackward] {
+        if case.exists(Implementation::Fused, pass, machine.device.is_cuda()) {
+            (0..2).try_for_each(|i| inputs.call(Implementation::Fused, pass, i))?;
+            machine.device.synchronize()?;
+        }
+    }
+    Ok(())
 }
 
 /// A run of the bench.
