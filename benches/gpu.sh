@@ -143,7 +143,7 @@ modules() {
 export -f modules
 
 smoke() {
-    local device_options=(--device cuda) all_tests=(--include-ignored) tests_limit=45
+    local device_options=(--device cuda) all_tests=(--include-ignored) tests_limit=60
     if [[ -n "$rehearse" ]]; then
         # what is ignored needs a real GPU, or takes minutes
         device_options=(--device cpu) all_tests=()
