@@ -23,9 +23,9 @@ usage() {
     exit 2
 }
 
-rehearse=""
+rehearse="" # or the option, which `report` has too
 if [[ "${1:-}" == --rehearse ]]; then
-    rehearse=1
+    rehearse="$1"
     shift
 fi
 run="${1:-}"
@@ -143,7 +143,7 @@ modules() {
 export -f modules
 
 smoke() {
-    local device_options=(--device cuda) all_tests=(--include-ignored) tests_limit=60
+    local device_options=(--device cuda) all_tests=(--include-ignored)
     if [[ -n "$rehearse" ]]; then
         # what is ignored needs a real GPU, or takes minutes
         device_options=(--device cpu) all_tests=()
@@ -158,9 +158,9 @@ smoke() {
     step accuracy 30 bash -c "packed test it accuracy:: --nocapture"
     grep -h "^| \`" "$results/accuracy.log" | tail -n 8
     step driver 20 bash -c "packed test driver"
-    step cuda "$tests_limit" bash -c "packed test it cuda_softmax:: ${all_tests[*]}"
+    step cuda 60 bash -c "packed test it cuda_softmax:: ${all_tests[*]}"
     grep -h "^test .*\.\.\. [^o]" "$results/cuda.log"
-    step report 40 bash -c "packed bench report --quick --device cuda --time-budget 20 --out '$results' $rehearsing"
+    step report 40 bash -c "packed bench report --quick --device cuda --time-budget 20 --out '$results' $rehearse"
     grep -h "^copy \|^first call\|^no " "$results/report.log"
     # whether they work here, on little
     step_with ncu ncu 15 bash -c "packed profile --clock-control none --section SpeedOfLight -c 1 -k regex:softmax -- \
@@ -173,7 +173,7 @@ smoke() {
 measure() {
     step unpack 20 bash -c "packed unpack"
     step partly report 240 bash -c "packed bench report --device cuda --time-budget 220 --peers 'bash .gpu/run python' \
-        --peers-share 0.5 --out '$results' $rehearsing"
+        --peers-share 0.5 --out '$results' $rehearse"
     # where the predictions are shakiest: rows in registers, and clusters
     local sections="--section SpeedOfLight --section WarpStateStats --section MemoryWorkloadAnalysis --section Occupancy"
     local profile="packed profile --clock-control none $sections -c 2"
@@ -183,15 +183,13 @@ measure() {
         bench report --profile --device cuda --filter cross_entropy/bf16/8192x128256"
     step_with compute-sanitizer partly memcheck 60 bash -c \
         "packed sanitizer memcheck it cuda_softmax:: --test-threads=1"
-    step table 10 bash -c "packed bench report --goals '$results'/*.csv $rehearsing"
+    step table 10 bash -c "packed bench report --goals '$results'/*.csv $rehearse"
     last="$results/table.log"
     if [[ -n "$rehearse" ]] && grep "not measured" "$last"; then
         failed=1
     fi
 }
 
-rehearsing=""
-[[ -z "$rehearse" ]] || rehearsing=--rehearse
 "$run"
 echo "all results: $out/$run.tar.gz"
 cat "$last"

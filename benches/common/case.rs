@@ -280,19 +280,19 @@ impl Case {
     }
 }
 
-const fn rows(loss: Loss, dtype: DType, rows: usize, classes: usize) -> Case {
+pub const fn rows(loss: Loss, dtype: DType, rows: usize, classes: usize) -> Case {
     Case { loss, dtype, shape: Shape::Rows { rows, classes } }
 }
 
-const fn linear(dtype: DType, rows: usize, features: usize, classes: usize) -> Case {
+pub const fn linear(dtype: DType, rows: usize, features: usize, classes: usize) -> Case {
     Case { loss: Loss::LinearCrossEntropy, dtype, shape: Shape::Linear { rows, features, classes } }
 }
 
-const fn shifted(dtype: DType, batch: usize, length: usize, classes: usize) -> Case {
+pub const fn shifted(dtype: DType, batch: usize, length: usize, classes: usize) -> Case {
     Case { loss: Loss::CrossEntropy, dtype, shape: Shape::Shifted { batch, length, classes } }
 }
 
-const fn image(dtype: DType, images: usize, classes: usize, side: usize) -> Case {
+pub const fn image(dtype: DType, images: usize, classes: usize, side: usize) -> Case {
     Case { loss: Loss::CrossEntropy, dtype, shape: Shape::Image { images, classes, height: side, width: side } }
 }
 

@@ -1,9 +1,9 @@
 //! The goals for a GPU, and the table that holds a file's rows against them.
 
-use crate::common::case::{Case, Loss, Pass, SMALL, Shape, Unit};
+use crate::common::case::{Case, Loss, Pass, SMALL, Unit, image, linear, rows, shifted};
 use crate::first;
 use crate::table::Row;
-use candle_core::DType::{self, BF16, F32};
+use candle_core::DType::{BF16, F32};
 
 enum Goal {
     /// The minimum of bytes over time, as a share of the copy's rate: at least.
@@ -36,19 +36,13 @@ fn lines() -> Vec<Line> {
     let mut add = |case, passes: Vec<(Pass, Goal)>| {
         lines.extend(passes.into_iter().map(|(pass, goal)| Line { case, implementation: FUSED, pass, goal }));
     };
-    let rows = |loss, dtype: DType, rows, classes| Case { loss, dtype, shape: Shape::Rows { rows, classes } };
-    let linear = |classes| {
-        let shape = Shape::Linear { rows: 8192, features: 4096, classes };
-        Case { loss: Loss::LinearCrossEntropy, dtype: BF16, shape }
-    };
     let ce = |n, v| rows(Loss::CrossEntropy, BF16, n, v);
     for (n, v) in [(4096, 32000), (16384, 16384), (8192, 65536), (8192, 128_256), (8192, 262_144)] {
         add(ce(n, v), vec![(Forward, Share(1.0)), (LossAndGrad, Share(0.95)), (Backward, Share(0.95))]);
     }
     add(ce(16384, 50257), vec![(Forward, Share(1.0)), (LossAndGrad, Share(0.93)), (Backward, Share(0.93))]);
     add(ce(32768, 4096), vec![(LossAndGrad, Share(0.95)), (Backward, Share(0.95))]);
-    let shifted = Shape::Shifted { batch: 8, length: 2047, classes: 50257 };
-    add(Case { shape: shifted, ..ce(1, 1) }, vec![(LossAndGrad, Share(0.9))]);
+    add(shifted(BF16, 8, 2047, 50257), vec![(LossAndGrad, Share(0.9))]);
     add(
         rows(Loss::CrossEntropySoftcap, BF16, 4096, 256_000),
         vec![(Forward, Share(0.9)), (LossAndGrad, Share(0.8)), (Backward, Share(0.8))],
@@ -57,12 +51,11 @@ fn lines() -> Vec<Line> {
     add(rows(Loss::LogSoftmax, BF16, 4096, 32000), vec![(Forward, Share(0.95)), (Backward, Share(0.93))]);
     let short = || ShareOn(0.85, "H200", 0.75);
     add(ce(65536, 1000), vec![(Forward, short()), (LossAndGrad, short())]);
-    let image = Shape::Image { images: 16, classes: 21, height: 512, width: 512 };
-    add(Case { shape: image, ..ce(1, 1) }, vec![(Forward, Share(0.8)), (LossAndGrad, Share(0.8))]);
+    add(image(BF16, 16, 21, 512), vec![(Forward, Share(0.8)), (LossAndGrad, Share(0.8))]);
     add(rows(Loss::BceWithLogits, F32, 8192, 8192), vec![(LossAndGrad, Share(0.95))]);
     add(rows(Loss::BceWithLogits, BF16, 8192, 8192), vec![(LossAndGrad, Share(0.9))]);
-    add(linear(128_256), vec![(LossAndGrad, Products(1.06))]);
-    add(linear(50257), vec![(LossAndGrad, Products(1.15))]);
+    add(linear(BF16, 8192, 4096, 128_256), vec![(LossAndGrad, Products(1.06))]);
+    add(linear(BF16, 8192, 4096, 50257), vec![(LossAndGrad, Products(1.15))]);
     add(SMALL, vec![(HostCall, Time(10.0))]);
     for (case, pass, us) in [(ce(32768, 256), Forward, 9.0), (SMALL, LossAndGrad, 5.0)] {
         lines.push(Line { case, implementation: GRAPH, pass, goal: Time(us) });

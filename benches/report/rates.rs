@@ -17,6 +17,8 @@ pub struct Rates {
 
 pub struct Rate {
     pub times: Times,
+    /// How many bytes, or which product.
+    pub shape: String,
     pub work: Minimum,
     pub method: String,
 }
@@ -38,8 +40,27 @@ impl Rates {
     }
 }
 
-fn bytes(amount: usize, formula: &'static str) -> Minimum {
-    Minimum { amount, formula, unit: Unit::Bytes }
+/// A buffer's rate.
+fn memory(times: Times, amount: usize, formula: &'static str, method: &str) -> Rate {
+    let work = Minimum { amount, formula, unit: Unit::Bytes };
+    Rate { times, shape: amount.to_string(), work, method: method.to_string() }
+}
+
+/// Random numbers: memory and arithmetic are faster on zeros.
+fn word(i: usize) -> u64 {
+    (i as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15)
+}
+
+/// So many samples of so many calls each, after a first one.
+fn sample(
+    machine: &Machine,
+    (rounds, calls): (usize, usize),
+    work: &mut dyn FnMut() -> candle_core::Result<()>,
+) -> Result<Times> {
+    work()?;
+    let samples = (0..rounds).map(|_| machine.clock.time(|| (0..calls).try_for_each(|_| work())));
+    let us = samples.map(|time| Ok(time?.as_secs_f64() * 1e6 / calls as f64)).collect::<Result<Vec<_>>>()?;
+    Ok(Times::of(us))
 }
 
 /// `quick`: of little memory, a few times.
@@ -55,34 +76,25 @@ pub fn measure(machine: &Machine, quick: bool) -> Result<Rates> {
 fn cpu(machine: &Machine, quick: bool) -> Result<Rates> {
     let size = (8 * machine.cache_bytes).clamp(if quick { 32 << 20 } else { 256 << 20 }, 1 << 30);
     let words = size / 8;
-    let source: Vec<u64> = (0..words as u64).into_par_iter().map(|i| i.wrapping_mul(0x9E37_79B9_7F4A_7C15)).collect();
+    let source: Vec<u64> = (0..words).into_par_iter().map(word).collect();
     let mut target = vec![1u64; words];
     let part = words.div_ceil(rayon::current_num_threads());
     let rounds = if quick { 5 } else { 21 };
-    let sample = |work: &mut dyn FnMut()| {
-        work();
-        let samples = (0..rounds).map(|_| {
-            machine.clock.time(|| {
-                work();
-                Ok(())
-            })
-        });
-        let us = samples.map(|time| Ok(time?.as_secs_f64() * 1e6)).collect::<Result<Vec<_>>>()?;
-        anyhow::Ok(Times::of(us))
-    };
-    let copy = sample(&mut || {
+    let copy = sample(machine, (rounds, 1), &mut || {
         let parts = target.par_chunks_mut(part).zip(source.par_chunks(part));
         parts.for_each(|(to, from)| to.copy_from_slice(from));
         black_box(&mut target);
+        Ok(())
     })?;
-    let read = sample(&mut || {
+    let read = sample(machine, (rounds, 1), &mut || {
         let sum = |part: &[u64]| part.iter().fold(0u64, |sum, &v| sum.wrapping_add(v));
         black_box(source.par_chunks(part).map(sum).reduce(|| 0, u64::wrapping_add));
+        Ok(())
     })?;
     let method = format!("host {rounds}x1");
     Ok(Rates {
-        copy: Rate { times: copy, work: bytes(2 * words * 8, "read+written"), method: method.clone() },
-        read: Rate { times: read, work: bytes(words * 8, "read"), method },
+        copy: memory(copy, 2 * words * 8, "read+written", &method),
+        read: memory(read, words * 8, "read", &method),
         matmul: None,
     })
 }
@@ -94,20 +106,13 @@ fn gpu(machine: &Machine, clock: &crate::common::gpu::Clock, quick: bool) -> Res
     let stream = clock.stream();
     let (free, _) = stream.context().mem_get_info().map_err(failed)?;
     let size = (if quick { 1 << 20 } else { 1 << 30 }).min(free / 8) / 16384 * 16384;
-    // random numbers: memory and arithmetic are faster on zeros
-    let words = (0..size as u64 / 8).into_par_iter().map(|i| i.wrapping_mul(0x9E37_79B9_7F4A_7C15).to_le_bytes());
+    let words = (0..size / 8).into_par_iter().map(|i| word(i).to_le_bytes());
     let source = stream.clone_htod(words.collect::<Vec<_>>().as_flattened()).map_err(failed)?;
     let mut target = stream.alloc_zeros::<u8>(size).map_err(failed)?;
     let (rounds, calls) = if quick { (3, 1) } else { (21, 4) };
-    let sample = |work: &mut dyn FnMut() -> candle_core::Result<()>| {
-        work()?;
-        let samples = (0..rounds).map(|_| machine.clock.time(|| (0..calls).try_for_each(|_| work())));
-        let us = samples.map(|time| Ok(time?.as_secs_f64() * 1e6 / calls as f64)).collect::<Result<Vec<_>>>()?;
-        anyhow::Ok(Times::of(us))
-    };
+    let sample = |work: &mut dyn FnMut() -> candle_core::Result<()>| sample(machine, (rounds, calls), work);
     let copy = sample(&mut || stream.memcpy_dtod(&source, &mut target).map_err(failed))?;
     let read = sample(&mut || clock.read(&source).map(|_| ()))?;
-    black_box(&target);
     let side = if quick { 64 } else { 8192 };
     let factor = || Tensor::randn(0f32, 1f32, (side, side), &machine.device)?.to_dtype(DType::BF16);
     let (a, b) = (factor()?, factor()?);
@@ -115,8 +120,8 @@ fn gpu(machine: &Machine, clock: &crate::common::gpu::Clock, quick: bool) -> Res
     let work = Minimum { amount: 2 * side * side * side, formula: "2MNK flop", unit: Unit::Operations };
     let method = format!("events {rounds}x{calls}");
     Ok(Rates {
-        copy: Rate { times: copy, work: bytes(2 * size, "read+written"), method: method.clone() },
-        read: Rate { times: read, work: bytes(size, "read"), method: method.clone() },
-        matmul: Some(Rate { times: product, work, method }),
+        copy: memory(copy, 2 * size, "read+written", &method),
+        read: memory(read, size, "read", &method),
+        matmul: Some(Rate { times: product, shape: format!("{side}x{side}x{side}"), work, method }),
     })
 }

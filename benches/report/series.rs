@@ -164,7 +164,8 @@ impl Series<'_> {
                     Err(e) => c.samples = Err(e.to_string()),
                 }
                 c.next += c.calls;
-                if round == 2 || c.sm_mhz.is_none() {
+                // once, after a sample that every contender has
+                if round + 1 == c.min_samples {
                     c.sm_mhz = self.driver.and_then(Driver::sm_mhz);
                 }
             }

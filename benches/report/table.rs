@@ -121,12 +121,8 @@ impl Table {
     /// Keeps the rates, which the shares of the rows after them refer to.
     pub fn rates(&mut self, rates: Rates, sm_mhz: Option<u32>) -> Result<()> {
         let mut rate = |implementation, pass, dtype, rate: &Rate| {
-            let shape = match rate.work.unit {
-                Unit::Bytes => rate.work.amount.to_string(),
-                Unit::Operations => "8192x8192x8192".to_string(),
-            };
-            let Rate { times, work, method } = rate;
-            let (times, work, shape) = (*times, *work, shape.as_str());
+            let Rate { times, shape, work, method } = rate;
+            let (times, work) = (*times, *work);
             self.write(Entry {
                 implementation,
                 loss: "-",
