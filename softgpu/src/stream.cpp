@@ -1,5 +1,5 @@
-// stream.cpp - streams, events, and graphs: capture, instantiation, replay. Work runs when it is put in a stream, so
-// streams never overlap; a capture records it instead, and a replay runs what was recorded in that order.
+// stream.cpp - streams, events, and graphs: capture, instantiation, replay. What is put in a stream is queued
+// (queue.cpp); a capture records it instead, and a replay puts what was recorded in the stream, in that order.
 #include <algorithm>
 
 #include "driver.h"
@@ -7,6 +7,7 @@
 namespace softgpu {
 struct Node {
     CUgraphNodeType type;
+    std::string name;
     Work work;
 };
 struct Graph {
@@ -30,8 +31,11 @@ struct Capture {
 
 namespace {
 struct Event {
-    bool timing, recorded = false, captured = false;  // last in a stream that ran its work, or that captured
+    bool timing, recorded = false, captured = false;  // last in a stream that didn't capture, or in one that did
+    int records = 0;
+    bool happened = false;  // the last record
     std::chrono::steady_clock::time_point time;
+    Clock clock;  // what waits for it comes after
     std::weak_ptr<Capture> capture;
     Seen seen;
 };
@@ -42,21 +46,25 @@ struct Executable {
 };
 
 Stream& legacy_stream() {
-    static Stream s{true, false, nullptr, {}};
+    static Stream& s = *new Stream(true, false);
     return s;
 }
-thread_local Stream thread_stream;
+Stream& thread_stream() {
+    legacy_stream();
+    thread_local Stream s(false, true);
+    return s;
+}
 thread_local CUstreamCaptureMode thread_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
 // What the handles stand for. Never destroyed: other threads may still run when the program ends.
 auto& streams = *new std::map<CUstream, std::unique_ptr<Stream>>;
-auto& events = *new std::map<CUevent, std::unique_ptr<Event>>;
+auto& events = *new std::map<CUevent, std::shared_ptr<Event>>;
 auto& graphs = *new std::map<CUgraph, std::shared_ptr<Graph>>;
 auto& executables = *new std::map<CUgraphExec, std::unique_ptr<Executable>>;
 auto& captures = *new std::vector<std::shared_ptr<Capture>>;  // that were begun and not ended
 
 Stream* find_stream(CUstream s) {
     if (!s || s == CU_STREAM_LEGACY) return &legacy_stream();
-    if (s == CU_STREAM_PER_THREAD) return &thread_stream;
+    if (s == CU_STREAM_PER_THREAD) return &thread_stream();
     auto it = streams.find(s);
     return it == streams.end() ? nullptr : it->second.get();
 }
@@ -98,9 +106,11 @@ CUresult refuse_where(F&& is_so, CUresult error, const std::string& message) {
 }  // namespace
 
 namespace softgpu {
+unsigned long long Stream::last_id = 0;
 Stream::~Stream() {
-    if (!capture) return;
     Lock lock;
+    queue = nullptr;
+    if (!capture) return;
     auto& all = capture->streams;
     all.erase(std::find(all.begin(), all.end(), this));
     capture->invalid = true;
@@ -140,9 +150,21 @@ CUresult enter(CUstream handle, Stream** to, Capture** capture) {
         return bad(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, "work in a stream whose capture was invalidated");
     return CUDA_SUCCESS;
 }
-void record(Stream& s, CUgraphNodeType type, Work work) {
+void record(Stream& s, CUgraphNodeType type, const std::string& name, Work work) {
     ++s.seen[&s];
-    s.capture->graph->nodes.push_back(std::unique_ptr<Node>(new Node{type, std::move(work)}));
+    s.capture->graph->nodes.push_back(std::unique_ptr<Node>(new Node{type, name, std::move(work)}));
+}
+CUresult enqueue(CUstream handle, CUgraphNodeType type, const std::string& name, Work work) {
+    CHECK();
+    Stream* stream;
+    Capture* capture;
+    if (CUresult r = enter(handle, &stream, &capture)) return r;
+    if (capture) {
+        record(*stream, type, name, std::move(work));
+        return CUDA_SUCCESS;
+    }
+    push(stream->queue, name, std::move(work));
+    return settle(stream->queue);
 }
 CUresult refuse_host_copy(CUstream handle, const char* what, const char* why) {
     Stream* stream;
@@ -157,7 +179,7 @@ CUresult capture_alloc(Stream& s, CUdeviceptr* p, size_t n) {
     if (!range->p) return bad(CUDA_ERROR_OUT_OF_MEMORY, "no memory for a graph");
     s.capture->graph->memory[range->p] = {range, false};
     *p = range->p;
-    record(s, CU_GRAPH_NODE_TYPE_MEM_ALLOC, [range] { return place(range); });
+    record(s, CU_GRAPH_NODE_TYPE_MEM_ALLOC, "cuMemAllocAsync", once([range] { return place(range); }));
     return CUDA_SUCCESS;
 }
 CUresult capture_free(Stream& s, CUdeviceptr p) {
@@ -167,7 +189,7 @@ CUresult capture_free(Stream& s, CUdeviceptr p) {
                    "cuMemFreeAsync in a stream that captures, of memory that was not allocated in this capture");
     if (memory->freed) return bad(CUDA_ERROR_INVALID_VALUE, "cuMemFreeAsync twice in one capture");
     memory->freed = true;
-    record(s, CU_GRAPH_NODE_TYPE_MEM_FREE, [p] { return release(p); });
+    record(s, CU_GRAPH_NODE_TYPE_MEM_FREE, "cuMemFreeAsync", once([p] { return release(p); }));
     return CUDA_SUCCESS;
 }
 }  // namespace softgpu
@@ -175,8 +197,8 @@ CUresult capture_free(Stream& s, CUdeviceptr p) {
 // ---- streams
 API cuStreamCreate(CUstream* s, unsigned flags) {
     CHECK();
-    auto made = std::make_unique<Stream>();
-    made->blocking = !(flags & CU_STREAM_NON_BLOCKING);
+    legacy_stream();  // whose queue is the first
+    auto made = std::make_unique<Stream>(false, !(flags & CU_STREAM_NON_BLOCKING));
     *s = (CUstream)made.get();
     streams[*s] = std::move(made);
     return CUDA_SUCCESS;
@@ -204,34 +226,54 @@ static CUresult stream_wait(CUstream handle, const char* what) {
                           std::string(what) + " of a stream that captures: nothing has run that could be waited for");
     if (CUresult r = s->legacy ? refuse_legacy(what) : CUDA_SUCCESS) return r;
     if (CUresult r = refuse_unsafe(what)) return r;
+    CUresult r = wait_for(s->legacy ? clock_of(*s->queue) : s->queue->clock);
     pool_waited();
-    return CUDA_SUCCESS;
+    return r;
 }
 API cuStreamSynchronize(CUstream s) { return stream_wait(s, "cuStreamSynchronize"); }
 API cuStreamQuery(CUstream s) { return stream_wait(s, "cuStreamQuery"); }
 API cuCtxSynchronize() {
     CHECK();
     if (CUresult r = refuse_any("cuCtxSynchronize")) return r;
+    CUresult r = wait_for_all();
     pool_waited();
-    return CUDA_SUCCESS;
+    return r;
 }
 API cuLaunchHostFunc(CUstream s, CUhostFn function, void* data) {
-    auto call = [=] {
-        function(data);
-        return CUDA_SUCCESS;
+    auto call = [=](std::shared_ptr<void>& state) -> CUresult {
+        if (!state) {
+            host_knows(ptxsim::current->before);  // as the function may tell other threads
+            auto ended = std::make_shared<std::atomic<bool>>(false);
+            std::thread([=] {  // as it may also wait for them
+                function(data);
+                *ended = true;
+            })
+                .detach();
+            state = ended;
+        }
+        if (*(std::atomic<bool>*)state.get()) return CUDA_SUCCESS;
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
+        return CUDA_ERROR_NOT_READY;
     };
-    return enqueue(s, CU_GRAPH_NODE_TYPE_HOST, call);
+    return enqueue(s, CU_GRAPH_NODE_TYPE_HOST, "cuLaunchHostFunc", call);
+}
+API cuStreamGetId(CUstream handle, unsigned long long* id) {
+    Lock lock;
+    Stream* s = find_stream(handle);
+    if (!s) return no_handle("stream");
+    *id = s->id;
+    return CUDA_SUCCESS;
 }
 // For the libraries of libs.cpp: `drop` is called when the data is of no more use.
-EXPORT int softgpu_enqueue(void* s, int (*run)(void*), void* data, void (*drop)(void*)) {
+EXPORT int softgpu_enqueue(void* s, const char* name, int (*run)(void*), void* data, void (*drop)(void*)) {
     std::shared_ptr<void> owned(data, drop);
-    return enqueue((CUstream)s, CU_GRAPH_NODE_TYPE_KERNEL, [=] { return (CUresult)run(owned.get()); });
+    return enqueue((CUstream)s, CU_GRAPH_NODE_TYPE_KERNEL, name, once([=] { return (CUresult)run(owned.get()); }));
 }
 
 // ---- events
 API cuEventCreate(CUevent* e, unsigned flags) {
     CHECK();
-    auto made = std::make_unique<Event>();
+    auto made = std::make_shared<Event>();
     made->timing = !(flags & CU_EVENT_DISABLE_TIMING);
     *e = (CUevent)made.get();
     events[*e] = std::move(made);
@@ -248,12 +290,23 @@ API cuEventRecord(CUevent handle, CUstream to) {
     Stream* stream;
     Capture* capture;
     if (CUresult r = enter(to, &stream, &capture)) return r;
-    (*e)->capture = stream->capture;
-    (*e)->captured = capture;
-    (*e)->seen = stream->seen;
-    (*e)->recorded = !capture;
-    (*e)->time = std::chrono::steady_clock::now();
-    return CUDA_SUCCESS;
+    std::shared_ptr<Event> event = *e;
+    event->capture = stream->capture;
+    event->captured = capture;
+    event->seen = stream->seen;
+    event->recorded = !capture;
+    event->happened = false;
+    int now = ++event->records;
+    if (capture) return CUDA_SUCCESS;
+    auto happens = [event, now] {
+        if (event->records != now) return CUDA_SUCCESS;  // it was recorded again
+        event->happened = true;
+        event->time = std::chrono::steady_clock::now();
+        return CUDA_SUCCESS;
+    };
+    push(stream->queue, "cuEventRecord", once(happens));
+    event->clock = stream->queue->clock;
+    return settle(stream->queue);
 }
 static CUresult event_wait(CUevent handle, const char* what) {
     CHECK();
@@ -265,8 +318,9 @@ static CUresult event_wait(CUevent handle, const char* what) {
         return c ? invalidate(*c, CUDA_ERROR_CAPTURED_EVENT, message) : bad(CUDA_ERROR_CAPTURED_EVENT, message);
     }
     if (CUresult r = refuse_unsafe(what)) return r;
+    CUresult r = (*e)->recorded ? wait_for((*e)->clock) : CUDA_SUCCESS;
     pool_waited();
-    return CUDA_SUCCESS;
+    return r;
 }
 API cuEventSynchronize(CUevent e) { return event_wait(e, "cuEventSynchronize"); }
 API cuEventQuery(CUevent e) { return event_wait(e, "cuEventQuery"); }
@@ -278,6 +332,7 @@ static CUresult elapsed(float* ms, CUevent from, CUevent to) {
         return bad(CUDA_ERROR_INVALID_HANDLE, "cuEventElapsedTime of an event without timing");
     if (!(*a)->recorded || !(*b)->recorded)
         return bad(CUDA_ERROR_INVALID_HANDLE, "cuEventElapsedTime of an event that was not recorded");
+    if (!(*a)->happened || !(*b)->happened) return CUDA_ERROR_NOT_READY;
     *ms = std::chrono::duration<float, std::milli>((*b)->time - (*a)->time).count();
     return CUDA_SUCCESS;
 }
@@ -294,7 +349,11 @@ API cuStreamWaitEvent(CUstream handle, CUevent event, unsigned flags) {
     Capture* capture;
     if (CUresult r = enter(handle, &stream, &capture)) return r;
     if (!e.captured) {
-        if (!capture || !e.recorded) return CUDA_SUCCESS;
+        if (!e.recorded) return CUDA_SUCCESS;
+        if (!capture) {
+            merge(stream->queue->clock, e.clock);
+            return CUDA_SUCCESS;
+        }
         return invalidate(*capture, CUDA_ERROR_STREAM_CAPTURE_ISOLATION,
                           "cuStreamWaitEvent in a stream that captures, for an event recorded outside of the capture");
     }
@@ -413,38 +472,43 @@ API cuGraphExecDestroy(CUgraphExec handle) {
     Lock lock;
     return executables.erase(handle) ? CUDA_SUCCESS : no_handle("executable graph");
 }
-static CUresult enter_with_graph(CUgraphExec handle, CUstream to, Executable** executable) {
+static CUresult enter_with_graph(CUgraphExec handle, CUstream to, Executable** executable,
+                                 std::shared_ptr<Queue>* queue) {
     auto* found = find(executables, handle);
     if (!found) return no_handle("executable graph");
     *executable = found->get();
     Stream* stream;
     Capture* capture;
     CUresult r = enter(to, &stream, &capture);
-    if (r || !capture) return r;
+    if (r) return r;
+    *queue = stream->queue;
+    if (!capture) return CUDA_SUCCESS;
     return invalidate(*capture, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "graphs in graphs are not supported");
 }
 API cuGraphUpload(CUgraphExec handle, CUstream to) {
     CHECK();
     Executable* executable;
-    return enter_with_graph(handle, to, &executable);
+    std::shared_ptr<Queue> queue;
+    return enter_with_graph(handle, to, &executable, &queue);
 }
 API cuGraphLaunch(CUgraphExec handle, CUstream to) {
     CHECK();
     Executable* executable;
-    if (CUresult r = enter_with_graph(handle, to, &executable)) return r;
+    std::shared_ptr<Queue> queue;
+    if (CUresult r = enter_with_graph(handle, to, &executable, &queue)) return r;
     std::shared_ptr<Graph> graph = executable->graph;
+    bool auto_free = executable->auto_free;
+    // so that memory which an earlier launch leaves is there, to be noticed
+    if (CUresult r = run_all_of(queue)) return r;
     for (auto& [p, memory] : graph->memory) {
         if (!is_live(p)) continue;
-        if (!executable->auto_free)
+        if (!auto_free)
             return bad(CUDA_ERROR_INVALID_VALUE,
                        "cuGraphLaunch while memory that the last launch allocated has not been freed");
-        release(p);
+        release_in(queue, p);
     }
     LOG("graph of %zu nodes", graph->nodes.size());
-    for (size_t i = 0; i < graph->nodes.size(); ++i) {
-        CUresult r = graph->nodes[i]->work();
-        if (r)
-            return sticky ? r : fatal(CUDA_ERROR_ILLEGAL_ADDRESS, "node " + std::to_string(i) + " of a graph failed");
-    }
-    return CUDA_SUCCESS;
+    for (auto& node : graph->nodes)
+        push(queue, node->name, [graph, node = node.get()](std::shared_ptr<void>& state) { return node->work(state); });
+    return settle(queue);
 }

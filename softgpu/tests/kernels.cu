@@ -28,6 +28,24 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) ranks(int* to) {
     if (!threadIdx.x) to[blockIdx.x] = rank;
 }
 
+// A block's number in its cluster and the size of that.
+extern "C" __global__ void places(int* to) {
+    unsigned rank, size;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    if (!threadIdx.x) to[2 * blockIdx.x] = rank, to[2 * blockIdx.x + 1] = size;
+}
+
+// Each block appends the number to a log.
+extern "C" __global__ void append(int* log, int* length, int number) {
+    if (!threadIdx.x) log[atomicAdd(length, 1)] = number;
+}
+
+__device__ int total;
+extern "C" __global__ void add_to_total(int* sum, int n) {
+    if (INDEX < n) atomicAdd(&total, 1), atomicAdd(sum, 1);
+}
+
 // What all threads of the block say of their numbers: in warps that differ.
 extern "C" __global__ void votes(const int* x, int* to) {
     int mine = x[threadIdx.x];
@@ -67,4 +85,28 @@ extern "C" __global__ void integers(const long long* x, const long long* y, long
     z[4] = signed_bit, z[5] = saturated;
     double d = a ? (double)(long long)b * 1e3 : nan("");
     z[6] = (int)d, z[7] = (long long)d;
+}
+
+#define APPROXIMATE(i, instruction) asm(instruction ".f32 %0, %1;" : "=f"(z[i]) : "f"(a))
+#define QUOTIENT(i, instruction) asm(instruction ".f32 %0, %1, %2;" : "=f"(z[i]) : "f"(a), "f"(b))
+// Approximate instructions and what they approximate, 16 numbers for each pair.
+extern "C" __global__ void approximate(const float* x, const float* y, float* results, int n) {
+    if (INDEX >= n) return;
+    float a = x[INDEX], b = y[INDEX], *z = results + 16 * INDEX;
+    APPROXIMATE(0, "ex2.approx");
+    APPROXIMATE(1, "lg2.approx");
+    APPROXIMATE(2, "rcp.approx.ftz");
+    APPROXIMATE(3, "rsqrt.approx");
+    APPROXIMATE(4, "sqrt.approx");
+    APPROXIMATE(5, "tanh.approx");
+    QUOTIENT(6, "div.approx");
+    QUOTIENT(7, "div.full.ftz");
+    APPROXIMATE(8, "rcp.rn");
+    APPROXIMATE(9, "sqrt.rn");
+    QUOTIENT(10, "div.rn");
+    __half2 h = __floats2half2_rn(a, b), e;
+    asm("ex2.approx.f16x2 %0, %1;" : "=r"(*(unsigned*)&e) : "r"(*(unsigned*)&h));
+    z[11] = __low2float(h), z[12] = __low2float(e), z[13] = __high2float(h), z[14] = __high2float(e);
+    asm("tanh.approx.f16x2 %0, %1;" : "=r"(*(unsigned*)&e) : "r"(*(unsigned*)&h));
+    z[15] = __low2float(e);
 }
