@@ -1,4 +1,5 @@
-//! Compiles `kernels/*.cu` to PTX for the `cuda` feature; does nothing without it.
+//! Compiles `kernels/*.cu` for the `cuda` feature: to PTX, and that to the machine code of the architecture that the build is
+//! for. Does nothing without the feature.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -9,13 +10,21 @@ fn main() {
 #[cfg(feature = "cuda")]
 mod cuda {
     use cudaforge::{CudaToolkit, Error, GpuArch, KernelBuilder};
-    use std::path::PathBuf;
+    use rayon::prelude::*;
+    use std::fmt::Write;
+    use std::path::{Path, PathBuf};
+    use std::process::Command;
+    use std::{fs, io};
 
     /// The oldest architecture that the kernels and today's CUDA toolkits support: Turing.
     const OLDEST: usize = 75;
+    /// Set to 1, it adds line numbers, by which profilers and sanitizers name the source. They cost nothing at run time, and
+    /// double the PTX.
+    const LINEINFO: &str = "CANDLE_FUSED_LOSS_LINEINFO";
 
     pub fn compile_kernels() {
         println!("cargo::rerun-if-env-changed=NVCC");
+        println!("cargo::rerun-if-env-changed={LINEINFO}");
         if let Err(message) = compile() {
             // cargo shows these lines as the error; returning an `Err` from main would print it in Debug form
             for line in message.lines() {
@@ -32,24 +41,95 @@ mod cuda {
         })?;
         let arch = architecture(&toolkit)?;
         let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("OUT_DIR is not set: run this through cargo")?);
-        // Line numbers cost nothing at run time and let profilers and sanitizers name the source. No --use_fast_math: it
-        // would flush subnormal results and break the infinities that the losses rely on.
-        let ptx = KernelBuilder::new()
+        let lineinfo = match std::env::var(LINEINFO).as_deref() {
+            Ok("1") => true,
+            Ok("" | "0") | Err(_) => false,
+            Ok(other) => return Err(format!("{LINEINFO} is \"{other}\", expected 0 or 1")),
+        };
+        // No --use_fast_math: it would flush subnormal results and break the infinities that the losses rely on.
+        let mut args = vec!["-std=c++17", "-O3"];
+        args.extend(lineinfo.then_some("-lineinfo"));
+        let failed = |path: &Path| {
+            format!(
+                "{} could not compile {} for compute capability {arch} (its messages are above): if the GPU is newer than \
+                 the toolkit, update the toolkit; if its host compiler is too new, name an older one with NVCC_CCBIN",
+                toolkit.nvcc_path.display(),
+                path.display()
+            )
+        };
+        KernelBuilder::new()
             .source_dir("kernels")
             .watch(["kernels"])
+            .thread_percentage(1.0)
             .compute_cap_arch(&arch.to_string())
-            .args(["-std=c++17", "-O3", "-lineinfo"])
+            .args(&args)
             .build_ptx()
             .map_err(|e| match e {
-                Error::CompilationFailed { path, .. } => format!(
-                    "{} could not compile {} for compute capability {arch} (its messages are above): if the GPU is newer than \
-                     the toolkit, update the toolkit; if its host compiler is too new, name an older one with NVCC_CCBIN",
-                    toolkit.nvcc_path.display(),
-                    path.display()
-                ),
+                Error::CompilationFailed { path, .. } => failed(&path),
                 e => e.to_string(),
             })?;
-        ptx.write(out.join("ptx.rs")).map_err(|e| e.to_string())
+        let modules = modules().map_err(|e| format!("kernels/ can't be listed: {e}"))?;
+        modules.par_iter().try_for_each(|name| {
+            let (ptx, code) = (out.join(format!("{name}.ptx")), out.join(format!("{name}.cubin")));
+            if is_newer(&code, &ptx) {
+                return Ok(());
+            }
+            let mut nvcc = Command::new(&toolkit.nvcc_path);
+            nvcc.args(["-cubin", &format!("-arch={}", arch.to_nvcc_arch())]).args(lineinfo.then_some("-lineinfo"));
+            match nvcc.arg("-o").arg(&code).arg(&ptx).status() {
+                Ok(status) if status.success() => {}
+                _ => return Err(failed(&ptx)),
+            }
+            [ptx, code].iter().try_for_each(|file| compress(file).map_err(|e| format!("{}: {e}", file.display())))
+        })?;
+        fs::write(out.join("kernels.rs"), embedded(&modules, &arch)).map_err(|e| e.to_string())
+    }
+
+    /// The names of `kernels/*.cu`, without the suffix.
+    fn modules() -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for file in fs::read_dir("kernels")? {
+            let path = file?.path();
+            if path.extension().is_some_and(|e| e == "cu") {
+                names.extend(path.file_stem().map(|name| name.to_string_lossy().into_owned()));
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    /// Whether the file was made after another one was.
+    fn is_newer(file: &Path, than: &Path) -> bool {
+        let time = |path: &Path| fs::metadata(path).and_then(|data| data.modified()).ok();
+        time(file).is_some() && time(file) > time(than)
+    }
+
+    /// Puts a compressed copy beside a file: PTX shrinks to a fifth, machine code to a quarter.
+    fn compress(file: &Path) -> io::Result<()> {
+        let mut to = file.as_os_str().to_owned();
+        to.push(".z");
+        fs::write(to, miniz_oxide::deflate::compress_to_vec_zlib(&fs::read(file)?, 9))
+    }
+
+    /// The source of the Rust module that holds all of them.
+    fn embedded(modules: &[String], arch: &GpuArch) -> String {
+        let mut source = format!(
+            "/// The compute capability that the kernels were compiled for, times 10.\npub(crate) const ARCHITECTURE: u32 = {};\n",
+            arch.base()
+        );
+        for name in modules {
+            let constant = name.to_uppercase();
+            // writing to a string doesn't fail
+            let _ = writeln!(
+                source,
+                "pub(crate) static {constant}: Module = Module {{ name: \"{name}\", machine_code: \
+                 include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{name}.cubin.z\")), ptx: \
+                 include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{name}.ptx.z\")) }};"
+            );
+        }
+        let all = modules.iter().map(|name| format!("&{}", name.to_uppercase())).collect::<Vec<_>>().join(", ");
+        let _ = writeln!(source, "#[cfg(test)]\npub(crate) static ALL: [&Module; {}] = [{all}];", modules.len());
+        source
     }
 
     /// What candle's own kernels are built for: CUDA_COMPUTE_CAP, or else the first GPU of this machine.
@@ -64,7 +144,7 @@ mod cuda {
         if arch.base() < OLDEST {
             return Err(format!(
                 "the CUDA kernels need compute capability 7.5 or newer, and CUDA_COMPUTE_CAP or the GPU says {}",
-                arch.base()
+                arch
             ));
         }
         if !known.is_empty() && !known.contains(&arch.base()) {
@@ -73,7 +153,7 @@ mod cuda {
                  or use another toolkit",
                 toolkit.nvcc_path.display(),
                 toolkit.version.as_deref().unwrap_or("of unknown version"),
-                arch.base()
+                arch
             ));
         }
         Ok(arch)

@@ -199,20 +199,14 @@ template <class Op, class A> __device__ __forceinline__ A block_reduce(A v, A *s
 // ---------------------------------------------------------------------------------------------------------------------
 // A second stage without a second launch
 
-// How many blocks of a launch have arrived; 0 again behind each launch. A module belongs to one candle device, which has one
-// stream, so that launches don't meet here; should a captured graph be replayed beside that stream, they are still apart where
-// their partial results lie in different places.
-constexpr int TICKETS = 256;
-__device__ unsigned tickets[TICKETS];
-
 // Whether this block is the last of `count` to arrive, and then sees what thread 0 of each of them wrote before. All threads of
-// the block call it; `partials` is where the launch's partial results are. The order of arrival decides only who adds them.
-__device__ __forceinline__ bool is_last_block(const void *partials, unsigned count) {
+// the block call it. `ticket` counts arrivals: 0 before and after each launch, and no launch that may run at the same time has
+// the same (`Tickets` of src/cuda/gpu.rs). The order of arrival decides only who adds the partial results.
+__device__ __forceinline__ bool is_last_block(unsigned *ticket, unsigned count) {
     __shared__ bool last;
     if (threadIdx.x + threadIdx.y == 0) {
         __threadfence();
-        const unsigned place = reinterpret_cast<uintptr_t>(partials) / 512 % TICKETS;
-        last = atomicInc(&tickets[place], count - 1) == count - 1;
+        last = atomicInc(ticket, count - 1) == count - 1;
     }
     __syncthreads();
     if (last) __threadfence();

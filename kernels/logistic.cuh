@@ -10,9 +10,11 @@
 //
 // Every pass has two variants, of which the host picks one (src/plan/logistic.rs).
 // - `dense`: input and target are contiguous, of one dtype, aligned alike, and alone. Each thread moves 16 bytes at a time,
-//   two windows in flight. The elements before the first and behind the last window of a span are taken one by one.
+//   two windows in flight. The elements before the first and behind the last window of a span are taken one by one. Each term
+//   has its own kernels; f64 has none, as its arithmetic takes longer than any way of loading.
 // - `any`: weights, masks, every stride, dtype and alignment. Neighbouring threads take neighbouring elements, so that
-//   contiguous operands are still read in whole sectors; four elements of a thread are in flight.
+//   contiguous operands are still read in whole sectors; four elements of a thread are in flight. The terms share a kernel,
+//   which has a loop for each.
 #pragma once
 
 #include "terms.cuh"
@@ -42,6 +44,7 @@ struct Problem {
     int64_t span;
     double smooth_scale, smooth_shift; // target <- scale * target + shift
     double alpha, gamma;
+    TermNumber term; // of the kernels that all terms share
     Reduction reduction;
     DType target_dtype;
     DType mask_dtype;
@@ -213,11 +216,12 @@ template <class In, int U> struct Elements {
 
 // Where a loss goes: `each`, `rows` or `loss`.
 template <class A> struct Losses {
-    A *each;        // every element's
-    A *rows;        // every span's mean
-    double *sums;   // with more than one span: memory for every span's sum, and behind them, if there is a mask, every count
-    A *loss;        // the result
-    A *denominator; // what the losses' sum is divided by; null if nobody asks
+    A *each;          // every element's
+    A *rows;          // every span's mean
+    double *sums;     // with more than one span: memory for every span's sum, and behind them, if there is a mask, every count
+    unsigned *ticket; // ... and what `is_last_block` needs
+    A *loss;          // the result
+    A *denominator;   // what the losses' sum is divided by; null if nobody asks
 };
 
 // The sum of an earlier kernel's partial counts, in all threads of the block.
@@ -258,82 +262,127 @@ __device__ __forceinline__ double mean_divisor(bool masked, long long count, con
     return masked ? static_cast<double>(count) : static_cast<double>(q.elements / q.group.value);
 }
 
-// A sum of losses becomes the result.
+// What the gradient for an upstream gradient of ones is multiplied with. All threads of the block call it. `counts`: the partial
+// counts of the elements that the mask leaves; null where there is no need to know them, or where each block counts by itself.
 template <class A>
-__device__ __forceinline__ void write_result(double sum, bool masked, long long count, const Problem &q, A *loss, A *denominator) {
-    const double divisor = q.reduction == Reduction::Mean ? mean_divisor(masked, count, q) : 1.0;
-    *loss = static_cast<A>(sum / static_cast<double>(q.group.value) / divisor);
-    if (denominator) *denominator = static_cast<A>(divisor);
+__device__ __forceinline__ A ones_scale(const void *mask, const long long *counts, int count_parts, const Problem &q) {
+    __shared__ long long scratch[WARP];
+    double divisor = 1.0;
+    if (q.reduction == Reduction::Mean) {
+        long long left = 0;
+        if (counts) left = sum_counts(counts, count_parts, scratch);
+        else if (mask) left = count_elements(mask, q, 0, q.elements, threadIdx.x, blockDim.x, scratch);
+        divisor = mean_divisor(mask, left, q);
+    }
+    return static_cast<A>(1.0 / (divisor * static_cast<double>(q.group.value)));
 }
 
-// `grad`, with GRAD: the gradient for an upstream gradient of ones. `counts`: the partial counts of the elements that the
-// mask leaves; null where the gradient does not need to know them beforehand, or where each block counts by itself.
-template <class Term, class In, bool DENSE, bool GRAD>
-__device__ __forceinline__ void loss_pass(const Arrays<In> &a, const long long *counts, int count_parts, const Losses<Acc<In>> &to,
-                                          In *grad, const Problem &q) {
-    using A = Acc<In>;
-    constexpr int N = LANES_16B<In>;
+// What a thread adds up.
+template <class A> struct Sums {
+    A loss = A(0);
+    int count = 0; // of elements that the mask leaves
+};
+
+// Sums of losses become the result. All threads of the block call it.
+template <class A>
+__device__ __forceinline__ void write_losses(const Sums<A> &sums, bool masked, const Losses<A> &to, const Span &span, const Problem &q) {
     __shared__ double scratch[WARP];
     __shared__ long long count_scratch[WARP];
-
-    // ahead of all else, as a division of doubles is a subroutine
-    A grad_scale = A(1);
-    if (GRAD) {
-        double divisor = 1.0;
-        if (q.reduction == Reduction::Mean) {
-            long long left = 0;
-            if (counts) left = sum_counts(counts, count_parts, count_scratch);
-            else if (a.mask) left = count_elements(a.mask, q, 0, q.elements, threadIdx.x, blockDim.x, count_scratch);
-            divisor = mean_divisor(a.mask, left, q);
-        }
-        grad_scale = static_cast<A>(1.0 / (divisor * static_cast<double>(q.group.value)));
+    const bool leader = threadIdx.x == 0;
+    if (to.each || to.rows) {
+        if (to.denominator && leader && span.index == 0) *to.denominator = A(1);
+        if (to.each) return;
     }
+    double total = team_reduce<Sum>(static_cast<double>(sums.loss), blockDim.x, scratch);
+    if (to.rows) {
+        if (leader && span.first < q.elements) to.rows[span.index] = static_cast<A>(total / static_cast<double>(q.group.value));
+        return;
+    }
+    // exact in a double as long as there are fewer than 2^53 elements
+    double counted = masked ? static_cast<double>(team_reduce<Sum>(static_cast<long long>(sums.count), blockDim.x, count_scratch)) : 0.0;
+    if (to.sums) {
+        if (leader) {
+            to.sums[span.index] = total;
+            if (masked) to.sums[gridDim.x + span.index] = counted;
+        }
+        if (!is_last_block(to.ticket, gridDim.x)) return;
+        total = counted = 0;
+#pragma unroll 4
+        for (int i = threadIdx.x; i < gridDim.x; i += blockDim.x) {
+            total += __ldcg(to.sums + i);
+            if (masked) counted += __ldcg(to.sums + gridDim.x + i);
+        }
+        total = block_reduce<Sum>(total, scratch);
+        if (masked) counted = block_reduce<Sum>(counted, scratch);
+    }
+    if (!leader) return;
+    const double divisor = q.reduction == Reduction::Mean ? mean_divisor(masked, static_cast<long long>(counted), q) : 1.0;
+    *to.loss = static_cast<A>(total / static_cast<double>(q.group.value) / divisor);
+    if (to.denominator) *to.denominator = static_cast<A>(divisor);
+}
+
+// `grad`, with GRAD: the gradient for an upstream gradient of ones.
+template <class Term, class In, bool GRAD>
+__device__ __forceinline__ void dense_loss_pass(const In *input, const In *target, const Losses<Acc<In>> &to, In *grad, const Problem &q) {
+    using A = Acc<In>;
+    constexpr int N = LANES_16B<In>;
+    // ahead of all else, as a division of doubles is a subroutine
+    const A grad_scale = GRAD ? ones_scale<A>(nullptr, nullptr, 0, q) : A(1);
     const Formula<Term, A> formula(q);
     const Span span(q);
-
-    A sum = A(0);
-    int count = 0;
-    if (DENSE) {
-        const In *target = static_cast<const In *>(a.target);
-        walk_dense<N, 2>(
-            span, q.phase,
-            [&](const int64_t(&start)[2], const bool(&in)[2]) {
-                Pack<In, N> x[2], t[2];
+    Sums<A> sums;
+    walk_dense<N, 2>(
+        span, q.phase,
+        [&](const int64_t(&start)[2], const bool(&in)[2]) {
+            Pack<In, N> x[2], t[2];
 #pragma unroll
-                for (int k = 0; k < 2; k++) {
-                    if (in[k]) x[k] = Pack<In, N>::load_const(a.input + start[k]);
-                    if (in[k]) t[k] = Pack<In, N>::load_const(target + start[k]);
-                }
+            for (int k = 0; k < 2; k++) {
+                if (in[k]) x[k] = Pack<In, N>::load_const(input + start[k]);
+                if (in[k]) t[k] = Pack<In, N>::load_const(target + start[k]);
+            }
 #pragma unroll
-                for (int k = 0; k < 2; k++) {
-                    if (!in[k]) continue;
-                    Pack<In, N> grads;
+            for (int k = 0; k < 2; k++) {
+                if (!in[k]) continue;
+                Pack<In, N> grads;
 #pragma unroll
-                    for (int first = 0; first < N; first += LANES_16B<A>) {
-                        // by 16 bytes of losses: the branch behind them keeps a window of 16-bit inputs from taking all registers
-                        Pack<A, LANES_16B<A>> losses;
+                for (int first = 0; first < N; first += LANES_16B<A>) {
+                    // by 16 bytes of losses: the branch behind them keeps a window of 16-bit inputs from taking all registers
+                    Pack<A, LANES_16B<A>> losses;
 #pragma unroll
-                        for (int l = 0; l < LANES_16B<A>; l++) {
-                            const int i = first + l;
-                            const Value<A> v = formula.at(widen<A>(x[k].at[i]), widen<A>(t[k].at[i]), A(1));
-                            losses.at[l] = v.loss;
-                            sum += v.loss;
-                            if (GRAD) grads.at[i] = narrow<In>(v.grad * grad_scale);
-                        }
-                        if (opaque(to.each)) losses.store(to.each + start[k] + first);
+                    for (int l = 0; l < LANES_16B<A>; l++) {
+                        const int i = first + l;
+                        const Value<A> v = formula.at(widen<A>(x[k].at[i]), widen<A>(t[k].at[i]), A(1));
+                        losses.at[l] = v.loss;
+                        sums.loss += v.loss;
+                        if (GRAD) grads.at[i] = narrow<In>(v.grad * grad_scale);
                     }
-                    if (GRAD) grads.store(grad + start[k]);
+                    if (opaque(to.each)) losses.store(to.each + start[k] + first);
                 }
-            },
-            [&](int64_t i) {
-                const Value<A> v = formula.at(widen<A>(a.input[i]), widen<A>(target[i]), A(1));
-                sum += v.loss;
-                if (opaque(to.each)) to.each[i] = v.loss;
-                if (GRAD) grad[i] = narrow<In>(v.grad * grad_scale);
-            });
-    } else {
-        constexpr int U = 4;
-        const int team = blockDim.x;
+                if (GRAD) grads.store(grad + start[k]);
+            }
+        },
+        [&](int64_t i) {
+            const Value<A> v = formula.at(widen<A>(input[i]), widen<A>(target[i]), A(1));
+            sums.loss += v.loss;
+            if (opaque(to.each)) to.each[i] = v.loss;
+            if (GRAD) grad[i] = narrow<In>(v.grad * grad_scale);
+        });
+    write_losses(sums, false, to, span, q);
+}
+
+// `grad`, where it is not null: as above. `counts`: as for `ones_scale`.
+template <class In>
+__device__ __forceinline__ void any_loss_pass(const Arrays<In> &a, const long long *counts, int count_parts, const Losses<Acc<In>> &to,
+                                              In *grad, const Problem &q) {
+    using A = Acc<In>;
+    constexpr int U = 4;
+    A grad_scale = A(1);
+    if (grad) grad_scale = ones_scale<A>(a.mask, counts, count_parts, q);
+    const Span span(q);
+    const int team = blockDim.x;
+    Sums<A> sums;
+    with_term(q.term, [&](auto term) {
+        const Formula<decltype(term), A> formula(q);
 #pragma unroll 1
         for (int64_t at = span.first + threadIdx.x; at < span.last; at += static_cast<int64_t>(team) * U) {
             const Elements<In, U> e(a, q, at, span.last, team);
@@ -343,42 +392,14 @@ __device__ __forceinline__ void loss_pass(const Arrays<In> &a, const long long *
                 const int64_t i = at + static_cast<int64_t>(k) * team;
                 const Value<A> v = formula.at(e.x[k], e.t[k], e.p[k]);
                 const A loss = e.on[k] ? v.loss * e.w[k] : A(0);
-                sum += loss;
-                count += e.on[k];
+                sums.loss += loss;
+                sums.count += e.on[k];
                 if (opaque(to.each)) to.each[i] = loss;
-                if (GRAD) grad[i] = narrow<In>(e.on[k] ? v.grad * e.w[k] * grad_scale : A(0));
+                if (opaque(grad)) grad[i] = narrow<In>(e.on[k] ? v.grad * e.w[k] * grad_scale : A(0));
             }
         }
-    }
-
-    const bool leader = threadIdx.x == 0;
-    if (to.each || to.rows) {
-        if (to.denominator && leader && span.index == 0) *to.denominator = A(1);
-        if (to.each) return;
-    }
-    double total = team_reduce<Sum>(static_cast<double>(sum), blockDim.x, scratch);
-    if (to.rows) {
-        if (leader && span.first < q.elements) to.rows[span.index] = static_cast<A>(total / static_cast<double>(q.group.value));
-        return;
-    }
-    // exact in a double as long as there are fewer than 2^53 elements
-    double counted = a.mask ? static_cast<double>(team_reduce<Sum>(static_cast<long long>(count), blockDim.x, count_scratch)) : 0.0;
-    if (to.sums) {
-        if (leader) {
-            to.sums[span.index] = total;
-            if (a.mask) to.sums[gridDim.x + span.index] = counted;
-        }
-        if (!is_last_block(to.sums, gridDim.x)) return;
-        total = counted = 0;
-#pragma unroll 4
-        for (int i = threadIdx.x; i < gridDim.x; i += blockDim.x) {
-            total += __ldcg(to.sums + i);
-            if (a.mask) counted += __ldcg(to.sums + gridDim.x + i);
-        }
-        total = block_reduce<Sum>(total, scratch);
-        counted = block_reduce<Sum>(counted, scratch);
-    }
-    if (leader) write_result(total, a.mask, static_cast<long long>(counted), q, to.loss, to.denominator);
+    });
+    write_losses(sums, a.mask, to, span, q);
 }
 
 // The number of the span's elements whose mask is not 0, one number for each block.
@@ -392,88 +413,97 @@ __device__ __forceinline__ void count_pass(const void *mask, long long *counts, 
 // ---------------------------------------------------------------------------------------------------------------------
 // The gradient, from the upstream gradient and the denominator that the loss's pass wrote
 
-// Of the input in its dtype, or BY_TARGET of the target in the arithmetic type.
-template <class Term, class In, bool DENSE, bool BY_TARGET, class Out>
-__device__ __forceinline__ void grad_pass(const Arrays<In> &a, const Acc<In> *upstream, const Acc<In> *denominator, Out *grad,
-                                          const Problem &q) {
+template <class A>
+__device__ __forceinline__ A upstream_scale(const A *upstream, const A *denominator, const Problem &q) {
+    const A scale = A(1) / (*denominator * static_cast<A>(q.group.value));
+    return q.upstream_each ? scale : scale * *upstream;
+}
+
+// Of the input.
+template <class Term, class In>
+__device__ __forceinline__ void dense_grad_pass(const In *input, const In *target, const Acc<In> *upstream, const Acc<In> *denominator,
+                                                In *grad, const Problem &q) {
     using A = Acc<In>;
     constexpr int N = LANES_16B<In>;
     const Formula<Term, A> formula(q);
-    const Span span(q);
-    A scale = A(1) / (*denominator * static_cast<A>(q.group.value));
-    if (!q.upstream_each) scale *= *upstream;
+    const A scale = upstream_scale(upstream, denominator, q);
+    walk_dense<N, 2>(
+        Span(q), q.phase,
+        [&](const int64_t(&start)[2], const bool(&in)[2]) {
+            Pack<In, N> x[2], t[2];
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                if (in[k]) x[k] = Pack<In, N>::load_const(input + start[k]);
+                if (in[k]) t[k] = Pack<In, N>::load_const(target + start[k]);
+            }
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                if (!in[k]) continue;
+                Pack<A, N> g;
+                Pack<In, N> grads;
+                if (q.upstream_each) g = Pack<A, N>::load_const(upstream + start[k]);
+#pragma unroll
+                for (int i = 0; i < N; i++) {
+                    const A v = formula.at(widen<A>(x[k].at[i]), widen<A>(t[k].at[i]), A(1)).grad;
+                    grads.at[i] = narrow<In>(v * (q.upstream_each ? g.at[i] * scale : scale));
+                }
+                grads.store(grad + start[k]);
+            }
+        },
+        [&](int64_t i) {
+            const A v = formula.at(widen<A>(input[i]), widen<A>(target[i]), A(1)).grad;
+            grad[i] = narrow<In>(v * (q.upstream_each ? upstream[i] * scale : scale));
+        });
+}
 
-    if (DENSE) {
-        const In *target = static_cast<const In *>(a.target);
-        walk_dense<N, 2>(
-            span, q.phase,
-            [&](const int64_t(&start)[2], const bool(&in)[2]) {
-                Pack<In, N> x[2], t[2];
-#pragma unroll
-                for (int k = 0; k < 2; k++) {
-                    if (in[k]) x[k] = Pack<In, N>::load_const(a.input + start[k]);
-                    if (in[k]) t[k] = Pack<In, N>::load_const(target + start[k]);
-                }
-#pragma unroll
-                for (int k = 0; k < 2; k++) {
-                    if (!in[k]) continue;
-                    Pack<A, N> g;
-                    Pack<Out, N> grads;
-                    if (q.upstream_each) g = Pack<A, N>::load_const(upstream + start[k]);
-#pragma unroll
-                    for (int i = 0; i < N; i++) {
-                        const A v = formula.at(widen<A>(x[k].at[i]), widen<A>(t[k].at[i]), A(1)).grad;
-                        grads.at[i] = narrow<Out>(v * (q.upstream_each ? g.at[i] * scale : scale));
-                    }
-                    grads.store(grad + start[k]);
-                }
-            },
-            [&](int64_t i) {
-                const A v = formula.at(widen<A>(a.input[i]), widen<A>(target[i]), A(1)).grad;
-                grad[i] = narrow<Out>(v * (q.upstream_each ? upstream[i] * scale : scale));
-            });
-        return;
-    }
+// Of the input in its dtype, or BY_TARGET of the target in the arithmetic type.
+template <class In, bool BY_TARGET, class Out>
+__device__ __forceinline__ void any_grad_pass(const Arrays<In> &a, const Acc<In> *upstream, const Acc<In> *denominator, Out *grad,
+                                              const Problem &q) {
+    using A = Acc<In>;
     constexpr int U = 4;
+    const Span span(q);
+    const A scale = upstream_scale(upstream, denominator, q);
     const int team = blockDim.x;
+    with_term(q.term, [&](auto term) {
+        const Formula<decltype(term), A> formula(q);
 #pragma unroll 1
-    for (int64_t at = span.first + threadIdx.x; at < span.last; at += static_cast<int64_t>(team) * U) {
-        const Elements<In, U> e(a, q, at, span.last, team);
+        for (int64_t at = span.first + threadIdx.x; at < span.last; at += static_cast<int64_t>(team) * U) {
+            const Elements<In, U> e(a, q, at, span.last, team);
 #pragma unroll
-        for (int k = 0; k < U; k++) {
-            if (!e.in[k]) continue;
-            const int64_t i = at + static_cast<int64_t>(k) * team;
-            const A g = q.upstream_each ? upstream[divide(i, q.group, q.small)] * scale : scale;
-            const A v = BY_TARGET ? formula.by_target(e.x[k], e.t[k], e.p[k]) : formula.at(e.x[k], e.t[k], e.p[k]).grad;
-            grad[i] = narrow<Out>(e.on[k] ? v * e.w[k] * g : A(0));
+            for (int k = 0; k < U; k++) {
+                if (!e.in[k]) continue;
+                const int64_t i = at + static_cast<int64_t>(k) * team;
+                const A g = q.upstream_each ? upstream[divide(i, q.group, q.small)] * scale : scale;
+                const A v = BY_TARGET ? formula.by_target(e.x[k], e.t[k], e.p[k]) : formula.at(e.x[k], e.t[k], e.p[k]).grad;
+                grad[i] = narrow<Out>(e.on[k] ? v * e.w[k] * g : A(0));
+            }
         }
-    }
+    });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The check, for terms whose operands have a range
 
 // The lowest index of an element whose input or target is out of range; `bad` stays as it is where there is none.
-template <class Term, class In>
-__device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long long *bad, const Problem &q) {
+template <class In> __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long long *bad, const Problem &q) {
     const Span span(q);
+    with_term(q.term, [&](auto term) {
 #pragma unroll 1
-    for (int64_t i = span.first + threadIdx.x; i < span.last; i += blockDim.x) {
-        const Elements<In, 1> e(a, q, i, span.last, 1);
-        if (Term::valid(e.x[0], e.t[0])) continue;
-        // an integer's minimum does not depend on the order
-        atomicMin(bad, static_cast<unsigned long long>(i));
-        return;
-    }
+        for (int64_t i = span.first + threadIdx.x; i < span.last; i += blockDim.x) {
+            const Elements<In, 1> e(a, q, i, span.last, 1);
+            if (decltype(term)::valid(e.x[0], e.t[0])) continue;
+            // an integer's minimum does not depend on the order
+            atomicMin(bad, static_cast<unsigned long long>(i));
+            return;
+        }
+    });
 }
 
 } // namespace fused_loss
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Entry points: <pass>_<term>_<variant>, in one module for each dtype
-
-#define LOGISTIC_OPERANDS                                                                                              \
-    const In *input, const void *target, const A *weight, const A *pos_weight, const void *mask
+// Entry points: <pass>_<term>_dense and <pass>_any, in one module for each dtype
 
 // Blocks that a multiprocessor has room for: left to itself, the compiler spills a register or two to fit one more. A window of
 // 16-bit inputs is twice as many numbers as one of floats; with the gradient three such blocks fit in the code for sm_8x and sm_90.
@@ -482,45 +512,51 @@ __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long lo
 #else
 #define LOGISTIC_FUSED_BLOCKS 2
 #endif
-#define LOGISTIC_BLOCKS(DENSE, FUSED)                                                                                  \
-    (sizeof(A) == 8 ? 2 : !(DENSE) ? 3 : sizeof(In) == 4 ? 4 : (FUSED) ? LOGISTIC_FUSED_BLOCKS : 3)
-#define LOGISTIC_LOOP(DENSE, FUSED)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS, LOGISTIC_BLOCKS(DENSE, FUSED))
-#define LOGISTIC_KERNEL extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS)
+#define LOGISTIC_DENSE(FUSED)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS,                                              \
+                                                 sizeof(In) == 4 ? 4 : (FUSED) ? LOGISTIC_FUSED_BLOCKS : 3)
+#define LOGISTIC_ANY                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS, sizeof(A) == 8 ? 2 : 3)
 
-#define LOGISTIC_LOSS(NAME, Term, DENSE, GRAD)                                                                         \
-    LOGISTIC_LOOP(DENSE, GRAD) NAME(LOGISTIC_OPERANDS, const long long *counts, int count_parts, A *each, A *rows,     \
-                         double *sums, A *loss, A *denominator, In *grad,                                              \
-                         const __grid_constant__ fused_loss::Problem q) {                                              \
-        fused_loss::loss_pass<fused_loss::Term, In, DENSE, GRAD>({input, target, weight, pos_weight, mask}, counts,    \
-                                                                 count_parts, {each, rows, sums, loss, denominator},   \
-                                                                 grad, q);                                             \
+#define LOGISTIC_OPERANDS                                                                                              \
+    const In *input, const void *target, const A *weight, const A *pos_weight, const void *mask
+#define LOGISTIC_LOSSES                                                                                                \
+    const long long *counts, int count_parts, A *each, A *rows, double *sums, unsigned *ticket, A *loss, A *denominator
+#define LOGISTIC_PROBLEM const __grid_constant__ fused_loss::Problem q
+
+#define LOGISTIC_DENSE_LOSS(NAME, Term, GRAD)                                                                          \
+    LOGISTIC_DENSE(GRAD) NAME(LOGISTIC_OPERANDS, LOGISTIC_LOSSES, In *grad, LOGISTIC_PROBLEM) {                        \
+        fused_loss::dense_loss_pass<fused_loss::Term, In, GRAD>(                                                       \
+            input, static_cast<const In *>(target), {each, rows, sums, ticket, loss, denominator}, grad, q);           \
     }
 
-#define LOGISTIC_GRAD(NAME, Term, DENSE, BY_TARGET, Out)                                                               \
-    LOGISTIC_LOOP(DENSE, false) NAME(LOGISTIC_OPERANDS, const A *upstream, const A *denominator, Out *grad,            \
-                         const __grid_constant__ fused_loss::Problem q) {                                              \
-        fused_loss::grad_pass<fused_loss::Term, In, DENSE, BY_TARGET>({input, target, weight, pos_weight, mask},       \
-                                                                      upstream, denominator, grad, q);                 \
+#define LOGISTIC_DENSE_KERNELS(Term, term)                                                                             \
+    LOGISTIC_DENSE_LOSS(loss_##term##_dense, Term, false)                                                              \
+    LOGISTIC_DENSE_LOSS(fused_##term##_dense, Term, true)                                                              \
+    LOGISTIC_DENSE(false)                                                                                              \
+    grad_##term##_dense(LOGISTIC_OPERANDS, const A *upstream, const A *denominator, In *grad, LOGISTIC_PROBLEM) {      \
+        fused_loss::dense_grad_pass<fused_loss::Term, In>(input, static_cast<const In *>(target), upstream,            \
+                                                          denominator, grad, q);                                       \
     }
 
-#define LOGISTIC_TERM(Term, term)                                                                                      \
-    LOGISTIC_LOSS(loss_##term##_dense, Term, true, false)                                                              \
-    LOGISTIC_LOSS(loss_##term##_any, Term, false, false)                                                               \
-    LOGISTIC_LOSS(fused_##term##_dense, Term, true, true)                                                              \
-    LOGISTIC_LOSS(fused_##term##_any, Term, false, true)                                                               \
-    LOGISTIC_GRAD(grad_##term##_dense, Term, true, false, In)                                                          \
-    LOGISTIC_GRAD(grad_##term##_any, Term, false, false, In)                                                           \
-    LOGISTIC_GRAD(target_grad_##term##_any, Term, false, true, A)                                                      \
-    LOGISTIC_KERNEL check_##term##_any(LOGISTIC_OPERANDS, unsigned long long *bad,                                     \
-                                       const __grid_constant__ fused_loss::Problem q) {                                \
-        fused_loss::check_pass<fused_loss::Term, In>({input, target, weight, pos_weight, mask}, bad, q);               \
+#define LOGISTIC_ANY_GRAD(NAME, BY_TARGET, Out)                                                                        \
+    LOGISTIC_ANY NAME(LOGISTIC_OPERANDS, const A *upstream, const A *denominator, Out *grad, LOGISTIC_PROBLEM) {       \
+        fused_loss::any_grad_pass<In, BY_TARGET, Out>({input, target, weight, pos_weight, mask}, upstream,             \
+                                                      denominator, grad, q);                                           \
     }
 
-// All kernels of the family for the dtype `In`, which the including file has defined.
-#define LOGISTIC_KERNELS                                                                                               \
+// The kernels of a dtype `In`, which the including file has defined: those of all dtypes, and those of all but f64.
+#define LOGISTIC_ANY_KERNELS                                                                                           \
     using A = fused_loss::Acc<In>;                                                                                     \
-    FOR_EACH_TERM(LOGISTIC_TERM)                                                                                       \
-    LOGISTIC_KERNEL count_mask(const void *mask, long long *counts, const __grid_constant__ fused_loss::Problem q) {   \
-        fused_loss::count_pass(mask, counts, q);                                                                       \
+    LOGISTIC_ANY loss_any(LOGISTIC_OPERANDS, LOGISTIC_LOSSES, In *grad, LOGISTIC_PROBLEM) {                            \
+        fused_loss::any_loss_pass<In>({input, target, weight, pos_weight, mask}, counts, count_parts,                  \
+                                      {each, rows, sums, ticket, loss, denominator}, grad, q);                         \
+    }                                                                                                                  \
+    LOGISTIC_ANY_GRAD(grad_any, false, In)                                                                             \
+    LOGISTIC_ANY_GRAD(target_grad_any, true, A)                                                                        \
+    LOGISTIC_ANY check_any(LOGISTIC_OPERANDS, unsigned long long *bad, LOGISTIC_PROBLEM) {                             \
+        fused_loss::check_pass<In>({input, target, weight, pos_weight, mask}, bad, q);                                 \
     }
+#define LOGISTIC_KERNELS                                                                                               \
+    LOGISTIC_ANY_KERNELS                                                                                               \
+    FOR_EACH_TERM(LOGISTIC_DENSE_KERNELS)

@@ -1,4 +1,4 @@
 #include "logistic.cuh"
 
 using In = double;
-LOGISTIC_KERNELS
+LOGISTIC_ANY_KERNELS

@@ -663,6 +663,7 @@ template <class A> struct Outputs {
     A *loss;            // for each row, or null
     A *statistics;      // (2, rows): max, rest; a third line with mass where it differs between rows; or null
     double2 *partials;  // for each block (loss, weight); null if the grid is one block or there is no scalar loss
+    unsigned *ticket;   // with partials: by which the last block knows that it is
     A *result;          // the reduced loss or null
     A *denominator;     // what the backward divides by, or null
 };
@@ -700,7 +701,7 @@ __device__ __forceinline__ void finish_block(const Problem &p, const Outputs<A> 
     const int thread = threadIdx.x + blockDim.x * threadIdx.y;
     if (out.partials) {
         if (thread == 0) out.partials[index] = {loss, weight};
-        if (!is_last_block(out.partials, count)) return;
+        if (!is_last_block(out.ticket, count)) return;
         double2 total = {0, 0};
 #pragma unroll 8
         for (int i = thread; i < count; i += blockDim.x * blockDim.y) {

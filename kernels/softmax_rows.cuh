@@ -465,6 +465,11 @@ __device__ __forceinline__ unsigned cluster_rank() {
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
     return r;
 }
+__device__ __forceinline__ unsigned cluster_size() {
+    unsigned n;
+    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
+    return n;
+}
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -484,8 +489,9 @@ __device__ __forceinline__ void cluster_load(double &v, uint32_t address) {
     asm volatile("ld.shared::cluster.f64 %0, [%1];" : "=d"(v) : "r"(address) : "memory");
 }
 #else
-// Without clusters these are never launched; they compile so that one source serves all architectures.
+// A build without clusters has no kernel that calls these; they let one source serve all architectures.
 __device__ __forceinline__ unsigned cluster_rank() { return 0; }
+__device__ __forceinline__ unsigned cluster_size() { return 1; }
 __device__ __forceinline__ void cluster_sync() {}
 __device__ __forceinline__ uint32_t cluster_address(const void *, unsigned) { return 0; }
 template <class A> __device__ __forceinline__ void cluster_load(A &, uint32_t) {}
@@ -499,8 +505,8 @@ template <class A, Detail D> struct Exchange {
 
 // Merges the states of the blocks of a cluster, in the order of their ranks, and fetches the own logit from the block that
 // read it: all threads of all its blocks call it and get both. The blocks' `shared` may be used again.
-template <int CLUSTER, class T, class A, Detail D>
-__device__ __forceinline__ void merge_cluster(const Problem &p, State<A, D> &state, A &own_logit, int owner, Exchange<A, D> *shared) {
+template <class T, class A, Detail D>
+__device__ __forceinline__ void merge_cluster(const Problem &p, State<A, D> &state, A &own_logit, int owner, int blocks, Exchange<A, D> *shared) {
     if (threadIdx.x == 0) {
         shared->state = state;
         shared->own_logit = own_logit;
@@ -508,7 +514,7 @@ __device__ __forceinline__ void merge_cluster(const Problem &p, State<A, D> &sta
     cluster_sync();
     cluster_load(own_logit, cluster_address(&shared->own_logit, owner));
     state = State<A, D>::empty();
-    for (int rank = 0; rank < CLUSTER; rank++) {
+    for (int rank = 0; rank < blocks; rank++) {
         State<A, D> part;
         part.each([&](auto &field, int) {
             // a field's address in the other block is that in this one
@@ -521,13 +527,13 @@ __device__ __forceinline__ void merge_cluster(const Problem &p, State<A, D> &sta
     cluster_sync();
 }
 
-// Loss and gradient in one pass. A team (or a cluster of blocks) reads its row once, keeps `Problem::kept` windows a thread
+// Loss and gradient in one pass. A team (or, with CLUSTER, a cluster of blocks) reads its row once, keeps `Problem::kept` windows a thread
 // in shared memory, merges the states, and writes the gradient from what it kept. What does not fit is read a second time,
 // most recent first, which the second-level cache serves. Reads E, writes E.
 //
 // The gradient may replace the logits (x null): a window is read, and written, by one thread alone, and the own logits are
 // read before the barriers (or the shuffles) of the merge.
-template <class Rule, int CLUSTER, class T>
+template <class Rule, bool CLUSTER, class T>
 __device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, const void *t, const Acc<T> *weight, const double *counts, const Outputs<Acc<T>> &out) {
     using A = Acc<T>;
     constexpr Detail D = Rule::DETAIL;
@@ -538,12 +544,12 @@ __device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, 
     if (!x) x = to;
     const Kept kept = {slots + threadIdx.x, p.kept};
     const int team = p.team, teams = blockDim.x / team;
-    const int blocks = gridDim.x / CLUSTER;
-    const int rank = CLUSTER > 1 ? cluster_rank() : 0;
-    const int thread = threadIdx.x % team + rank * blockDim.x, threads = team * CLUSTER;
+    const int size = CLUSTER ? cluster_size() : 1, rank = CLUSTER ? cluster_rank() : 0;
+    const int blocks = gridDim.x / size, block = blockIdx.x / size;
+    const int thread = threadIdx.x % team + rank * blockDim.x, threads = team * size;
     const A upstream = A(1) / denominator_of(p, t, weight, counts, scratch);
     double2 total = {0, 0};
-    for (int64_t first = static_cast<int64_t>(blockIdx.x / CLUSTER) * teams; first < p.rows; first += static_cast<int64_t>(blocks) * teams) {
+    for (int64_t first = static_cast<int64_t>(block) * teams; first < p.rows; first += static_cast<int64_t>(blocks) * teams) {
         const int64_t row = first + threadIdx.x / team;
         const bool exists = row < p.rows;
         State<A, D> state = State<A, D>::empty();
@@ -559,11 +565,11 @@ __device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, 
             target = read_target(p, t, weight, row);
             // in a cluster, by the block that will overwrite it
             owner = w.thread_of(max(0, target.index), 0, w.count, threads) / blockDim.x;
-            if (CLUSTER == 1 || owner == rank) x_t = own_logit<D>(p, logits, target);
+            if (!CLUSTER || owner == rank) x_t = own_logit<D>(p, logits, target);
             if (target.kind == Kind::LIVE && !(D >= GENERAL && p.log_probs)) state = reduce_windows<D, BATCH<D>>(p, o, w, thread, threads, 0, w.count, kept);
         }
         state = merge_team<T>(p, state, team, states);
-        if constexpr (CLUSTER > 1) merge_cluster<CLUSTER, T>(p, state, x_t, owner, &exchange);
+        if constexpr (CLUSTER) merge_cluster<T>(p, state, x_t, owner, size, &exchange);
         if (!exists) continue;
         if (thread == 0) {
             const double2 one = finish_row<D>(p, out, target, x_t, state, row);
@@ -574,7 +580,7 @@ __device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, 
         emit_windows<Rule>(p, o, written, s, gradient, thread, threads, 0, written.count, kept);
     }
     // in a cluster, the first block has the losses
-    if (rank == 0 && (out.partials || out.result)) finish_block(p, out, total.x, total.y, scratch, blockIdx.x / CLUSTER, blocks);
+    if (rank == 0 && (out.partials || out.result)) finish_block(p, out, total.x, total.y, scratch, block, blocks);
 }
 
 // log-softmax: x - m - log-sum. Reads E once, writes E; as `fused_rows` with another rule.

@@ -177,10 +177,24 @@ struct Focal {
     }
 };
 
-// TERM(type, name of its kernels)
+// TERM(type, name of its kernels), in the order of their numbers
 #define FOR_EACH_TERM(TERM)                                                                                            \
     TERM(Bce, bce)                                                                                                     \
     TERM(BceWithLogits, bce_with_logits)                                                                               \
     TERM(Focal, focal)
+
+// A term that is not a template parameter. `Term::number` in src/cuda/logistic.rs has the same numbers.
+#define TERM_NUMBER(Term, term) Term,
+enum class TermNumber : int { FOR_EACH_TERM(TERM_NUMBER) };
+#undef TERM_NUMBER
+
+// Calls f with a value of the type that `number` names, so that a generic lambda is compiled once for each term. The branch is
+// the same in all threads of a launch.
+#define TERM_CASE(Term, term)                                                                                          \
+    case TermNumber::Term: return f(Term{});
+template <class F> __device__ __forceinline__ void with_term(TermNumber number, F f) {
+    switch (number) { FOR_EACH_TERM(TERM_CASE) }
+}
+#undef TERM_CASE
 
 } // namespace fused_loss

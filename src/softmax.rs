@@ -139,7 +139,7 @@ pub(crate) fn contiguous_indices(target: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if let (Storage::Cuda(storage), false) = (&*target.storage_and_layout().0, target.is_contiguous()) {
         // candle's own copy has no kernel for i32, and for the others one that no CUDA graph can record
-        return Ok(cuda_tensor(cuda::indices::contiguous(storage, target.layout())?, target.shape()));
+        return Ok(cuda_tensor(cuda::operands::contiguous(storage, target.layout())?, target.shape()));
     }
     target.contiguous()
 }

@@ -1,28 +1,17 @@
-//! Modules, arguments and launches.
+//! Parameters and launches.
 
+use super::gpu::{Gpu, Kernel, Module};
 use crate::plan::Grid;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice, WrapErr};
 use candle_core::{DType, Layout, Result, bail};
 use cudarc::driver::{
-    CudaFunction, CudaSlice, CudaView, CudaViewMut, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg,
+    CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop, sys,
 };
 use half::{bf16, f16};
-
-/// One compiled `kernels/*.cu`. Each device loads it at its first use and keeps it.
-pub(crate) struct Module {
-    /// Unique among all crates that load kernels into candle's devices.
-    pub key: &'static str,
-    pub ptx: &'static str,
-}
-
-impl Module {
-    pub fn function(&self, device: &CudaDevice, name: &str) -> Result<CudaFunction> {
-        #[cfg(test)]
-        USED.with_borrow_mut(|used| used.insert((self.key, name.to_string())));
-        Ok(device.get_or_load_custom_func(name, self.key, self.ptx)?.into_cuda_function())
-    }
-}
+use std::ffi::c_void;
+use std::marker::PhantomData;
+use std::sync::Arc;
 
 /// The dtype of an operand in the kernels' parameters: `DType` of `kernels/common.cuh`.
 #[repr(i32)]
@@ -65,7 +54,7 @@ pub(crate) fn arithmetic(dtype: DType) -> DType {
     }
 }
 
-/// The memory of a tensor from its first element on, whatever its dtype. Pass it with `arg(&input.bytes)`.
+/// The memory of a tensor from its first element on, whatever its dtype. Pass it with [`Launch::read`].
 pub(crate) struct Input<'a> {
     pub bytes: CudaView<'a, u8>,
     pub tag: Tag,
@@ -97,7 +86,7 @@ fn from<T>(slice: &CudaSlice<T>, start: usize) -> Option<CudaView<'_, u8>> {
     unsafe { view.transmute(len) }
 }
 
-/// The memory of an output, whatever its dtype. Pass it with `arg(&mut bytes)`, so that cudarc records the write.
+/// The memory of an output, whatever its dtype. Pass it with [`Launch::write`].
 pub(crate) fn output(slice: &mut CudaStorageSlice) -> Result<CudaViewMut<'_, u8>> {
     fn all<T>(slice: &mut CudaSlice<T>) -> Option<CudaViewMut<'_, u8>> {
         let len = slice.len() * std::mem::size_of::<T>();
@@ -159,25 +148,6 @@ pub(crate) fn to_host<T: DeviceRepr>(device: &CudaDevice, view: &CudaView<T>) ->
     device.clone_dtoh(view)
 }
 
-/// An operand that may be absent: a null pointer then.
-pub(crate) fn push<'a>(builder: &mut LaunchArgs<'a>, input: &'a Option<Input>) {
-    match input {
-        Some(input) => builder.arg(&input.bytes),
-        None => builder.arg(&NULL),
-    };
-}
-
-/// An output that may be absent: a null pointer then.
-pub(crate) fn push_output<'a>(builder: &mut LaunchArgs<'a>, output: &'a mut Option<CudaViewMut<u8>>) {
-    match output {
-        Some(bytes) => builder.arg(bytes),
-        None => builder.arg(&NULL),
-    };
-}
-
-/// The argument for a pointer that a kernel does not get.
-pub(crate) static NULL: u64 = 0;
-
 /// One element of a tensor, in row-major order: a copy to the host that waits for the device.
 pub(crate) fn read_element(storage: &CudaStorage, layout: &Layout, mut element: usize) -> Result<f64> {
     let mut index = layout.start_offset();
@@ -209,18 +179,101 @@ pub(crate) fn read_element(storage: &CudaStorage, layout: &Layout, mut element: 
     }
 }
 
-/// # Safety
-/// The arguments are what the kernel expects, and the grid keeps it inside of their memory.
-pub(crate) unsafe fn launch(builder: &mut LaunchArgs, grid: Grid) -> Result<()> {
-    tally(|work| work.launches += 1);
-    let config = LaunchConfig {
-        grid_dim: grid.blocks.into(),
-        block_dim: grid.threads.into(),
-        shared_mem_bytes: grid.shared_bytes,
-    };
-    // SAFETY: by this function's contract
-    unsafe { builder.launch(config) }.w()?;
-    Ok(())
+/// A launch in the making: the kernel's parameters, in their order.
+///
+/// Where cudarc orders the streams of one context, a stream waits for a parameter's memory as that is added here, and says
+/// that it used it when this is dropped, behind the launch.
+pub(crate) struct Launch<'a> {
+    gpu: Arc<Gpu>,
+    stream: &'a Arc<CudaStream>,
+    kernel: Kernel,
+    parameters: Vec<Parameter>,
+    used: Vec<SyncOnDrop<'a>>,
+    values: PhantomData<&'a ()>,
+}
+
+enum Parameter {
+    Address(u64),
+    /// A value that lives as long as the launch.
+    Value(*const c_void),
+}
+
+impl<'a> Launch<'a> {
+    pub fn new(device: &CudaDevice, stream: &'a Arc<CudaStream>, module: &Module, name: &str) -> Result<Self> {
+        let gpu = Gpu::of(device)?;
+        let kernel = gpu.kernel(module, name)?;
+        Ok(Launch { gpu, stream, kernel, parameters: Vec::with_capacity(16), used: Vec::new(), values: PhantomData })
+    }
+
+    pub fn value<T: DeviceRepr>(&mut self, value: &'a T) -> &mut Self {
+        self.parameters.push(Parameter::Value(std::ptr::from_ref(value).cast()));
+        self
+    }
+
+    pub fn null(&mut self) -> &mut Self {
+        self.address(0)
+    }
+
+    /// Of memory that is not a tensor's.
+    pub fn address(&mut self, address: u64) -> &mut Self {
+        self.parameters.push(Parameter::Address(address));
+        self
+    }
+
+    pub fn read<T>(&mut self, memory: &'a impl DevicePtr<T>) -> &mut Self {
+        let (address, used) = memory.device_ptr(self.stream);
+        self.used.push(used);
+        self.address(address)
+    }
+
+    pub fn write<T>(&mut self, memory: &'a mut impl DevicePtrMut<T>) -> &mut Self {
+        let (address, used) = memory.device_ptr_mut(self.stream);
+        self.used.push(used);
+        self.address(address)
+    }
+
+    /// An operand that may be absent: a null pointer then.
+    pub fn read_if<T: DevicePtr<U> + 'a, U>(&mut self, memory: Option<&'a T>) -> &mut Self {
+        match memory {
+            Some(memory) => self.read(memory),
+            None => self.null(),
+        }
+    }
+
+    /// An output that may be absent: a null pointer then.
+    pub fn write_if<T: DevicePtrMut<U> + 'a, U>(&mut self, memory: Option<&'a mut T>) -> &mut Self {
+        match memory {
+            Some(memory) => self.write(memory),
+            None => self.null(),
+        }
+    }
+
+    /// Whether the GPU has room for the grid's clusters.
+    pub fn has_room(&self, grid: &Grid) -> Result<bool> {
+        self.gpu.has_room(self.kernel, grid)
+    }
+
+    /// # Safety
+    /// The parameters are what the kernel expects, and the grid keeps it inside of their memory.
+    pub unsafe fn run(self, grid: Grid) -> Result<()> {
+        tally(|work| work.launches += 1);
+        self.stream.context().bind_to_thread().w()?;
+        let mut parameters: Vec<*mut c_void> = self
+            .parameters
+            .iter()
+            .map(|parameter| match parameter {
+                Parameter::Address(address) => std::ptr::from_ref(address).cast_mut().cast(),
+                Parameter::Value(value) => value.cast_mut(),
+            })
+            .collect();
+        let mut attributes = grid.attributes();
+        let config = grid.config(&mut attributes, self.stream.cu_stream());
+        // SAFETY: by this function's contract; the driver copies the parameters, which live until here, and the configuration
+        unsafe {
+            sys::cuLaunchKernelEx(&config, self.kernel.function, parameters.as_mut_ptr(), std::ptr::null_mut()).result()
+        }
+        .w()
+    }
 }
 
 /// What a call made the driver do.
@@ -253,11 +306,23 @@ fn tally(count: impl FnOnce(&mut Work)) {
 }
 
 #[cfg(test)]
+pub(super) fn note_use(module: &'static str, kernel: &str) {
+    USED.with_borrow_mut(|used| used.insert((module, kernel.to_string())));
+}
+
+#[cfg(test)]
 impl Module {
+    /// Its kernels' names.
+    pub fn kernels(&self) -> Result<Vec<String>> {
+        let ptx = String::from_utf8(self.image(super::gpu::Image::Ptx)?).map_err(candle_core::Error::wrap)?;
+        let entries = ptx.lines().filter_map(|line| line.strip_prefix(".visible .entry ")?.split('(').next());
+        Ok(entries.map(str::to_string).collect())
+    }
+
     /// The kernels that this thread has not asked for.
-    pub fn unused(&self) -> Vec<&str> {
-        let entries = self.ptx.lines().filter_map(|line| line.strip_prefix(".visible .entry ")?.split('(').next());
-        USED.with_borrow(|used| entries.filter(|name| !used.contains(&(self.key, name.to_string()))).collect())
+    pub fn unused(&self) -> Result<Vec<String>> {
+        let kernels = self.kernels()?.into_iter();
+        Ok(USED.with_borrow(|used| kernels.filter(|name| !used.contains(&(self.name, name.clone()))).collect()))
     }
 }
 

@@ -1,7 +1,8 @@
 //! The logistic family on CUDA: at most two launches for a loss, one for a gradient, three for both.
 
-use super::launch::{self, Input, Module, alloc, arithmetic, launch, output, partials, push, push_output, to_host};
-use super::ptx;
+use super::gpu::{Gpu, Module};
+use super::kernels;
+use super::launch::{Input, Launch, alloc, arithmetic, output, partials, read_element, to_host};
 use crate::logistic::{Logistic, Term};
 use crate::plan::logistic::{Alignment, Axes, Divisor, MAX_AXES, OPERANDS, Problem, Spans, Variant, View};
 use crate::reduction::Reduction;
@@ -9,28 +10,38 @@ use crate::softmax::{Arg, Operand};
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::cuda_backend::{CudaDevice, CudaStorageSlice};
 use candle_core::{CudaStorage, DType, Layout, Result, Storage, StorageRef, Tensor, bail};
-use cudarc::driver::{DevicePtr, DeviceRepr, LaunchArgs, PushKernelArg};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr};
+use std::sync::Arc;
 
 // SAFETY: a C struct of numbers, the same as the kernels' `Problem`
 unsafe impl DeviceRepr for Problem {}
 
-fn module(name: &str, dtype: DType) -> Result<Module> {
+fn module(name: &str, dtype: DType) -> Result<&'static Module> {
     Ok(match dtype {
-        DType::F16 => Module { key: "candle-fused-loss/logistic_f16", ptx: ptx::LOGISTIC_F16 },
-        DType::BF16 => Module { key: "candle-fused-loss/logistic_bf16", ptx: ptx::LOGISTIC_BF16 },
-        DType::F32 => Module { key: "candle-fused-loss/logistic_f32", ptx: ptx::LOGISTIC_F32 },
-        DType::F64 => Module { key: "candle-fused-loss/logistic_f64", ptx: ptx::LOGISTIC_F64 },
+        DType::F16 => &kernels::LOGISTIC_F16,
+        DType::BF16 => &kernels::LOGISTIC_BF16,
+        DType::F32 => &kernels::LOGISTIC_F32,
+        DType::F64 => &kernels::LOGISTIC_F64,
         other => bail!("{name}: input of dtype {other:?}, expected f16, bf16, f32 or f64"),
     })
 }
 
 impl Term {
-    /// The name of the term's kernels: `FOR_EACH_TERM` of `kernels/terms.cuh`.
+    /// The name of the kernels that only this term has: `FOR_EACH_TERM` of `kernels/terms.cuh`.
     fn kernel(&self) -> &'static str {
         match self {
             Term::Bce => "bce",
             Term::BceWithLogits => "bce_with_logits",
             Term::Focal { .. } => "focal",
+        }
+    }
+
+    /// `TermNumber` of `kernels/terms.cuh`.
+    fn number(&self) -> i32 {
+        match self {
+            Term::Bce => 0,
+            Term::BceWithLogits => 1,
+            Term::Focal { .. } => 2,
         }
     }
 
@@ -114,8 +125,10 @@ impl<'a> Operands<'a> {
 struct Inputs<'a>([Option<Input<'a>>; OPERANDS]);
 
 impl<'a> Inputs<'a> {
-    fn push(&'a self, builder: &mut LaunchArgs<'a>) {
-        self.0.iter().for_each(|input| push(builder, input));
+    fn push(&'a self, launch: &mut Launch<'a>) {
+        for input in &self.0 {
+            launch.read_if(input.as_ref().map(|input| &input.bytes));
+        }
     }
 
     fn mask(&self) -> Option<&Input<'a>> {
@@ -127,7 +140,8 @@ impl<'a> Inputs<'a> {
 struct Call<'a> {
     options: &'a Logistic,
     device: CudaDevice,
-    module: Module,
+    stream: Arc<CudaStream>,
+    module: &'static Module,
     dtype: DType,
     elements: usize,
     group: usize,
@@ -139,6 +153,7 @@ impl<'a> Call<'a> {
         Ok(Call {
             options,
             device: input.0.device().clone(),
+            stream: input.0.device().cuda_stream(),
             module: module(options.name, dtype)?,
             dtype,
             elements: input.1.shape().elem_count(),
@@ -169,6 +184,7 @@ impl<'a> Call<'a> {
             smooth_shift: smoothing / 2.0,
             alpha,
             gamma,
+            term: self.options.term.number(),
             reduction: match self.options.reduction {
                 Reduction::None => 0,
                 Reduction::Mean => 1,
@@ -191,38 +207,41 @@ impl<'a> Call<'a> {
     }
 
     fn variant(&self, inputs: &Inputs, axes: &Axes, writes: bool, upstream: Option<&Input>) -> Variant {
-        let stream = self.device.cuda_stream();
-        let address = |input: &Option<Input>| input.as_ref().map_or(0, |input| input.bytes.device_ptr(&stream).0);
+        let address = |input: &Input| input.bytes.device_ptr(&self.stream).0;
         let dtype = |input: &Option<Input>| input.as_ref().map(|input| input.tag);
         let [input, target, others @ ..] = &inputs.0;
         Variant::choose(&Alignment {
             plain: axes.axes == 0 && dtype(input) == dtype(target) && others.iter().all(Option::is_none),
-            input_address: address(input),
-            target_address: address(target),
-            upstream_address: upstream.map(|input| input.bytes.device_ptr(&stream).0),
+            input_address: input.as_ref().map_or(0, address),
+            target_address: target.as_ref().map_or(0, address),
+            upstream_address: upstream.map(address),
             element_bytes: self.bytes(),
             writes,
         })
     }
 
-    fn kernel(&self, pass: &str, variant: Variant) -> String {
-        format!("{pass}_{}_{}", self.options.term.kernel(), variant.name())
+    /// A launch of a pass, with the operands as its first parameters.
+    fn launch<'b>(&'b self, pass: &str, variant: Variant, inputs: &'b Inputs) -> Result<Launch<'b>> {
+        let name = match variant {
+            Variant::Dense { .. } => format!("{pass}_{}_dense", self.options.term.kernel()),
+            Variant::Any => format!("{pass}_any"),
+        };
+        let mut launch = Launch::new(&self.device, &self.stream, self.module, &name)?;
+        inputs.push(&mut launch);
+        Ok(launch)
     }
 
-    /// Counts the elements that the mask leaves: partial counts, and how many.
-    fn count_mask(&self, inputs: &Inputs, axes: &Axes) -> Result<(cudarc::driver::CudaSlice<i64>, i32)> {
+    /// Counts the elements that the mask leaves: partial counts.
+    fn count_mask(&self, inputs: &Inputs, axes: &Axes) -> Result<CudaSlice<i64>> {
         let spans = Spans::count(self.elements as u64);
-        // SAFETY: every block writes its count
-        let mut counts = unsafe { partials::<i64>(&self.device, spans.count as usize) }?;
         let problem = self.problem(inputs, axes, Variant::Any, spans.span);
-        let function = self.module.function(&self.device, "count_mask")?;
-        let stream = self.device.cuda_stream();
-        let mut builder = stream.launch_builder(&function);
-        push(&mut builder, &inputs.0[4]);
-        builder.arg(&mut counts).arg(&problem);
+        // SAFETY: every block writes its count
+        let mut counts = unsafe { partials(&self.device, spans.count as usize) }?;
+        let mut launch = Launch::new(&self.device, &self.stream, &kernels::OPERANDS, "count_mask")?;
+        launch.read_if(inputs.mask().map(|mask| &mask.bytes)).write(&mut counts).value(&problem);
         // SAFETY: the parameters of `count_mask`; the spans cover the mask's elements
-        unsafe { launch(&mut builder, spans.grid) }?;
-        Ok((counts, spans.count as i32))
+        unsafe { launch.run(spans.grid) }?;
+        Ok(counts)
     }
 
     /// The loss and its denominator, and the gradient if it is asked for.
@@ -244,56 +263,38 @@ impl<'a> Call<'a> {
         let several = !none && spans.count > 1;
 
         let mean = self.options.reduction == Reduction::Mean;
-        let counted = if with_grad && masked && mean && !spans.count_themselves(elements) {
-            Some(self.count_mask(&inputs, axes)?)
-        } else {
-            None
-        };
-        let parts = counted.as_ref().map_or(0, |(_, parts)| *parts);
-        let counts = counted.as_ref().map(|(counts, _)| counts);
+        let count_first = with_grad && masked && mean && !spans.count_themselves(elements);
+        let counts = count_first.then(|| self.count_mask(&inputs, axes)).transpose()?;
+        let parts = counts.as_ref().map_or(0, |counts| counts.len() as i32);
 
         let losses = if none { self.elements / self.group } else { 1 };
-        // SAFETY: the kernels write every element of the outputs
+        let sums = spans.count as usize * (1 + masked as usize);
+        // SAFETY: the kernels write every element of these
         let (mut loss, mut denominator, mut grad, mut sums) = unsafe {
             (
                 alloc(&self.device, self.accumulator(), losses)?,
                 alloc(&self.device, self.accumulator(), 1)?,
                 with_grad.then(|| alloc(&self.device, self.dtype, self.elements)).transpose()?,
-                several
-                    .then(|| partials::<f64>(&self.device, spans.count as usize * (1 + masked as usize)))
-                    .transpose()?,
+                several.then(|| partials::<f64>(&self.device, sums)).transpose()?,
             )
         };
+        let ticket = if several { Gpu::of(&self.device)?.ticket(&self.stream)? } else { 0 };
 
-        let stream = self.device.cuda_stream();
-        {
-            let function =
-                self.module.function(&self.device, &self.kernel(if with_grad { "fused" } else { "loss" }, variant))?;
-            let mut builder = stream.launch_builder(&function);
-            inputs.push(&mut builder);
-            match counts {
-                Some(counts) => builder.arg(counts),
-                None => builder.arg(&launch::NULL),
-            };
-            builder.arg(&parts);
-            let mut to = [None, None, None];
-            to[if each { 0 } else { 1 + !rows as usize }] = Some(output(&mut loss)?);
-            let [to_each, to_rows, to_loss] = &mut to;
-            push_output(&mut builder, to_each);
-            push_output(&mut builder, to_rows);
-            match &mut sums {
-                Some(sums) => builder.arg(sums),
-                None => builder.arg(&launch::NULL),
-            };
-            push_output(&mut builder, to_loss);
-            let mut to_denominator = Some(output(&mut denominator)?);
-            push_output(&mut builder, &mut to_denominator);
-            let mut to_grad = grad.as_mut().map(output).transpose()?;
-            push_output(&mut builder, &mut to_grad);
-            builder.arg(&problem);
-            // SAFETY: the parameters of `LOGISTIC_LOSS`; the spans cover the elements, which all operands have
-            unsafe { launch(&mut builder, spans.grid) }?;
-        }
+        let pass = match variant {
+            Variant::Dense { .. } if with_grad => "fused",
+            _ => "loss",
+        };
+        let mut result = Some(output(&mut loss)?);
+        let mut to_each = if each { result.take() } else { None };
+        let mut to_rows = if rows { result.take() } else { None };
+        let mut to_denominator = output(&mut denominator)?;
+        let mut to_grad = grad.as_mut().map(output).transpose()?;
+        let mut launch = self.launch(pass, variant, &inputs)?;
+        launch.read_if(counts.as_ref()).value(&parts).write_if(to_each.as_mut()).write_if(to_rows.as_mut());
+        launch.write_if(sums.as_mut()).address(ticket).write_if(result.as_mut()).write(&mut to_denominator);
+        launch.write_if(to_grad.as_mut()).value(&problem);
+        // SAFETY: the parameters of loss_* and fused_*; the spans cover the elements, which all operands have
+        unsafe { launch.run(spans.grid) }?;
         Ok((self.storage(loss), self.storage(denominator), grad.map(|grad| self.storage(grad))))
     }
 
@@ -320,14 +321,11 @@ impl<'a> Call<'a> {
         let inputs = operands.inputs()?;
         let spans = Spans::each(self.elements as u64, Variant::Any, self.bytes());
         let problem = self.problem(&inputs, &operands.axes, Variant::Any, spans.span);
-        let stream = self.device.cuda_stream();
         let mut bad = self.device.clone_htod(&[u64::MAX])?;
-        let function = self.module.function(&self.device, &self.kernel("check", Variant::Any))?;
-        let mut builder = stream.launch_builder(&function);
-        inputs.push(&mut builder);
-        builder.arg(&mut bad).arg(&problem);
-        // SAFETY: the parameters of `check`; the spans cover the elements, which all operands have
-        unsafe { launch(&mut builder, spans.grid) }?;
+        let mut launch = self.launch("check", Variant::Any, &inputs)?;
+        launch.write(&mut bad).value(&problem);
+        // SAFETY: the parameters of `check_any`; the spans cover the elements, which all operands have
+        unsafe { launch.run(spans.grid) }?;
         let at = match to_host(&self.device, &bad.as_view())?.first() {
             Some(&at) if at != u64::MAX => at as usize,
             _ => return Ok(()),
@@ -335,7 +333,7 @@ impl<'a> Call<'a> {
         let value = |operand: usize| -> Result<f64> {
             let Some(held) = &operands.held[operand] else { return Ok(f64::NAN) };
             let (storage, layout) = held.get()?;
-            launch::read_element(storage, layout, at)
+            read_element(storage, layout, at)
         };
         let is_probability = |v: f64| (0.0..=1.0).contains(&v);
         let (what, v) = match value(0)? {
@@ -446,20 +444,13 @@ pub(crate) fn backward(
 
     // SAFETY: the kernel writes every element
     let mut grad = unsafe { alloc(&call.device, dtype, call.elements) }?;
+    let mut to_grad = output(&mut grad)?;
     let pass = if of == Operand::Target { "target_grad" } else { "grad" };
-    let function = call.module.function(&call.device, &call.kernel(pass, variant))?;
-    let stream = call.device.cuda_stream();
-    {
-        let mut builder = stream.launch_builder(&function);
-        inputs.push(&mut builder);
-        builder.arg(&upstream.bytes).arg(&denominator.bytes);
-        let mut to_grad = Some(output(&mut grad)?);
-        push_output(&mut builder, &mut to_grad);
-        builder.arg(&problem);
-        // SAFETY: the parameters of `LOGISTIC_GRAD`; the spans cover the elements, which all operands have, and the upstream
-        // gradient has one value or one for each group
-        unsafe { launch(&mut builder, spans.grid) }?;
-    }
+    let mut launch = call.launch(pass, variant, &inputs)?;
+    launch.read(&upstream.bytes).read(&denominator.bytes).write(&mut to_grad).value(&problem);
+    // SAFETY: the parameters of grad_* and target_grad_any; the spans cover the elements, which all operands have, and the
+    // upstream gradient has one value or one for each group
+    unsafe { launch.run(spans.grid) }?;
     Ok(call.storage(grad))
 }
 

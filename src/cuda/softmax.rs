@@ -1,39 +1,23 @@
 //! The softmax family: the launches of each pass. The kernels are in `kernels/softmax*.cuh`, the launch shapes come from
 //! [`plan::softmax`](crate::plan::softmax).
 
-use super::launch::{Input, Module, Tag, alloc, arithmetic, launch, output, partials, push, push_output, to_host};
-use super::ptx;
+use super::gpu::{Gpu, Module};
+use super::kernels;
+use super::launch::{Input, Launch, Tag, alloc, arithmetic, output, partials, to_host};
 use crate::plan::Grid;
 use crate::plan::softmax::{Device, Form, Fused, Pass, Planner, Shape, Thresholds};
 use crate::reduction::Reduction;
 use crate::softmax::{Arg, CrossEntropy, Operand, Rows, Saved, Statistics, cuda_tensor};
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice, WrapErr};
+use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
 use candle_core::{DType, Layout, Result, Storage, bail};
-use cudarc::driver::sys::{CUdevice_attribute as Attribute, CUfunction_attribute};
-use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, CudaViewMut, DeviceRepr, PushKernelArg};
-use std::sync::{Arc, OnceLock};
-
-macro_rules! module {
-    ($key:literal, $ptx:ident) => {
-        Module { key: concat!("candle_fused_loss_", $key), ptx: ptx::$ptx }
-    };
-}
-const F16: Module = module!("softmax_f16", SOFTMAX_F16);
-const BF16: Module = module!("softmax_bf16", SOFTMAX_BF16);
-const F32: Module = module!("softmax_f32", SOFTMAX_F32);
-const F64: Module = module!("softmax_f64", SOFTMAX_F64);
-const UNIFORM_F16: Module = module!("softmax_uniform_f16", SOFTMAX_UNIFORM_F16);
-const UNIFORM_BF16: Module = module!("softmax_uniform_bf16", SOFTMAX_UNIFORM_BF16);
-const UNIFORM_F32: Module = module!("softmax_uniform_f32", SOFTMAX_UNIFORM_F32);
-const GENERAL_F16: Module = module!("softmax_general_f16", SOFTMAX_GENERAL_F16);
-const GENERAL_BF16: Module = module!("softmax_general_bf16", SOFTMAX_GENERAL_BF16);
-const GENERAL_F32: Module = module!("softmax_general_f32", SOFTMAX_GENERAL_F32);
-const GENERAL_F64: Module = module!("softmax_general_f64", SOFTMAX_GENERAL_F64);
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
+use std::sync::Arc;
 
 /// Static shared memory of the kernels, which a block's limit includes.
 const STATIC_SHARED: u32 = 2 << 10;
-const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
+/// The largest cluster of any GPU so far.
+const LARGEST_CLUSTER: u32 = 16;
 
 /// `Strides` of `kernels/softmax.cuh`.
 #[repr(C)]
@@ -128,13 +112,14 @@ impl Problem {
     }
 }
 
-/// Which of a dtype's modules.
+/// Which of a dtype's kernels: what they know of the classes beside their logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Detail {
     /// Class indices and nothing else than class weights.
     Plain,
-    /// Class indices with label smoothing (then without class weights), z-loss and a positive scale, in `f32` arithmetic.
+    /// Class indices with label smoothing (then without class weights), z-loss and a positive scale.
     Uniform,
+    /// All else, and all of `f64`.
     General,
 }
 
@@ -147,46 +132,39 @@ impl Detail {
         }
     }
 
+    /// The module of the kernels and, for `Plain`, of log-softmax.
     fn module(self, dtype: DType) -> Result<&'static Module> {
         Ok(match (self, dtype) {
-            (Detail::Plain, DType::F16) => &F16,
-            (Detail::Plain, DType::BF16) => &BF16,
-            (Detail::Plain, DType::F32) => &F32,
-            (Detail::Plain, DType::F64) => &F64,
-            (Detail::Uniform, DType::F16) => &UNIFORM_F16,
-            (Detail::Uniform, DType::BF16) => &UNIFORM_BF16,
-            (Detail::Uniform, DType::F32) => &UNIFORM_F32,
-            (Detail::General, DType::F16) => &GENERAL_F16,
-            (Detail::General, DType::BF16) => &GENERAL_BF16,
-            (Detail::General, DType::F32) => &GENERAL_F32,
-            (Detail::General, DType::F64) => &GENERAL_F64,
-            (_, other) => bail!("no loss kernel computes in dtype {other:?}"),
+            (Detail::Plain, DType::F16) => &kernels::SOFTMAX_F16,
+            (Detail::Plain, DType::BF16) => &kernels::SOFTMAX_BF16,
+            (Detail::Plain, DType::F32) => &kernels::SOFTMAX_F32,
+            (Detail::Plain, DType::F64) => &kernels::SOFTMAX_F64,
+            (Detail::Uniform, DType::F16) => &kernels::SOFTMAX_UNIFORM_F16,
+            (Detail::Uniform, DType::BF16) => &kernels::SOFTMAX_UNIFORM_BF16,
+            (Detail::Uniform, DType::F32) => &kernels::SOFTMAX_UNIFORM_F32,
+            (Detail::General, DType::F16) => &kernels::SOFTMAX_GENERAL_F16,
+            (Detail::General, DType::BF16) => &kernels::SOFTMAX_GENERAL_BF16,
+            (Detail::General, DType::F32) => &kernels::SOFTMAX_GENERAL_F32,
+            (Detail::General, DType::F64) => &kernels::SOFTMAX_GENERAL_F64,
+            (detail, other) => bail!("there are no {} kernels for dtype {other:?}", detail.name()),
         })
+    }
+
+    /// Of the plain kernels there are those that the uniform ones would slow down.
+    fn unless_served(self, by_uniform: bool) -> Self {
+        if self == Detail::Plain && by_uniform { Detail::Uniform } else { self }
     }
 }
 
-fn planner(device: &CudaDevice) -> Result<Planner> {
-    /// Whether this build is for an architecture with clusters.
-    static CLUSTERS: OnceLock<bool> = OnceLock::new();
-    let built = *CLUSTERS.get_or_init(|| ptx::SOFTMAX_F32.contains("_cluster_4("));
-    let stream = device.cuda_stream();
-    let attribute = |attribute| stream.context().attribute(attribute).w();
-    let built = built && attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH)? != 0;
-    let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-    Ok(Planner {
+fn planner(gpu: &Gpu) -> Planner {
+    Planner {
         device: Device {
-            processors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
-            shared_bytes: (attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32)
-                .saturating_sub(STATIC_SHARED),
-            cluster: match (built, major) {
-                (false, _) => 1,
-                // more than 8 blocks are not portable: these have them
-                (true, 9 | 10) => 16,
-                (true, _) => 8,
-            },
+            processors: gpu.processors,
+            shared_bytes: gpu.shared_bytes.saturating_sub(STATIC_SHARED),
+            cluster: if gpu.clusters { LARGEST_CLUSTER } else { 1 },
         },
         thresholds: thresholds(),
-    })
+    }
 }
 
 #[cfg(not(test))]
@@ -199,27 +177,13 @@ fn thresholds() -> Thresholds {
     tests::THRESHOLDS.get()
 }
 
-/// A kernel of the family, allowed the shared memory that its grid asks for and the cluster that it is made for.
-fn function(device: &CudaDevice, (detail, dtype): (Detail, DType), name: &str, grid: &Grid) -> Result<CudaFunction> {
-    let function = detail.module(dtype)?.function(device, name)?;
-    if grid.shared_bytes > SHARED_WITHOUT_ASKING {
-        let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        function.set_attribute(most, grid.shared_bytes as i32).w()?;
-    }
-    if name.ends_with("_cluster_16") {
-        let allowed = CUfunction_attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
-        function.set_attribute(allowed, 1).w()?;
-    }
-    Ok(function)
-}
-
 fn form(pass: &Pass) -> String {
     match pass.form {
         Form::Rows => "rows".to_string(),
         Form::Tile => "tile".to_string(),
         Form::Strided => "strided".to_string(),
         Form::Registers(windows) => format!("registers_{windows}"),
-        Form::Cluster(size) => format!("cluster_{size}"),
+        Form::Cluster => "cluster".to_string(),
     }
 }
 
@@ -241,7 +205,7 @@ struct Task<'a> {
     target: Input<'a>,
     weight: Option<Input<'a>>,
     problem: Problem,
-    planner: Planner,
+    gpu: Arc<Gpu>,
 }
 
 /// Memory for the numbers that a reduction leaves, and where the scalar ones go.
@@ -304,7 +268,7 @@ impl<'a> Task<'a> {
             target: Input::new(target.0, target.1)?,
             weight,
             problem,
-            planner: planner(device)?,
+            gpu: Gpu::of(device)?,
             rows,
         };
         body(&task)
@@ -338,7 +302,7 @@ impl<'a> Task<'a> {
     fn detail(&self) -> Detail {
         let o = self.options;
         let indices = matches!(self.target.tag, Tag::U8 | Tag::U32 | Tag::I32 | Tag::I64);
-        if !indices || o.log_probs || o.softcap.is_some() {
+        if !indices || o.log_probs || o.softcap.is_some() || self.dtype == DType::F64 {
             return Detail::General;
         }
         if o.label_smoothing == 0.0 && o.z_loss == 0.0 && o.logit_scale == 1.0 {
@@ -346,11 +310,18 @@ impl<'a> Task<'a> {
         }
         // with class weights the smoothed classes count differently; a scale below 0 makes the lowest logit the largest
         let uniform = (o.label_smoothing == 0.0 || self.weight.is_none()) && o.logit_scale > 0.0;
-        if uniform && self.dtype != DType::F64 { Detail::Uniform } else { Detail::General }
+        if uniform { Detail::Uniform } else { Detail::General }
     }
 
-    fn module(&self) -> (Detail, DType) {
-        (self.detail(), self.dtype)
+    fn planner(&self) -> Planner {
+        planner(&self.gpu)
+    }
+
+    /// A launch of `softmax_<pass>_<detail>`, with the form of a pass that has several.
+    fn kernel(&self, pass: &str, detail: Detail, form: Option<&Pass>) -> Result<Launch<'_>> {
+        let form = form.map_or(String::new(), |pass| format!("_{}", self::form(pass)));
+        let name = format!("softmax_{pass}_{}{form}", detail.name());
+        Launch::new(&self.device, &self.stream, detail.module(self.dtype)?, &name)
     }
 
     fn wants_rows(&self) -> bool {
@@ -382,11 +353,10 @@ impl<'a> Task<'a> {
         }
         let shape = self.shape();
         let pass = match self.options.log_probs {
-            true => self.planner.gather(&shape),
-            false => self.planner.reduce(&shape),
+            true => self.planner().gather(&shape),
+            false => self.planner().reduce(&shape),
         };
         let rows = self.rows.count();
-        let device = &self.device;
         // SAFETY: the launches below write all of these
         let mut reduced = unsafe {
             Reduced {
@@ -396,77 +366,54 @@ impl<'a> Task<'a> {
             }
         };
         let mut loss = Some(output(&mut reduced.loss)?);
-        let mut denominator = Some(output(&mut reduced.denominator)?);
+        let mut denominator = output(&mut reduced.denominator)?;
         let mut statistics = reduced.statistics.as_mut().map(output).transpose()?;
         let (mut rows_loss, mut result) = if self.wants_rows() { (loss.take(), None) } else { (None, loss.take()) };
         let problem = self.problem.on(&pass);
-        let name = format!("softmax_reduce_{}_{}", self.detail().name(), form(&pass));
-        let function = function(device, self.module(), &name, &pass.grid)?;
-        let mut builder = self.stream.launch_builder(&function);
-        builder.arg(&problem).arg(&x.bytes).arg(&self.target.bytes);
-        push(&mut builder, &self.weight);
-        if pass.splits() > 1 {
-            // SAFETY: the launch writes all states before the merge reads them
-            let mut splits = unsafe { self.numbers(4 * rows * pass.splits() as usize)? };
-            {
-                let mut bytes = output(&mut splits)?;
-                let mut none = [const { None::<CudaViewMut<u8>> }; 5];
-                builder.arg(&mut bytes);
-                none.iter_mut().for_each(|none| push_output(&mut builder, none));
-                // SAFETY: the arguments are those of softmax_reduce_*_rows, and the rows are inside of their tensors
-                unsafe { launch(&mut builder, pass.grid)? };
-            }
-            let splits = output(&mut splits)?;
-            let count = pass.splits() as i32;
-            let grid = Grid::flat(1, MERGE_THREADS);
-            let function =
-                self::function(device, self.module(), &format!("softmax_merge_{}", self.detail().name()), &grid)?;
-            let mut builder = self.stream.launch_builder(&function);
-            builder.arg(&problem).arg(&x.bytes).arg(&self.target.bytes);
-            push(&mut builder, &self.weight);
-            let splits = splits.as_view();
-            builder.arg(&splits).arg(&count);
-            push_output(&mut builder, &mut rows_loss);
-            push_output(&mut builder, &mut statistics);
-            push_output(&mut builder, &mut result);
-            push_output(&mut builder, &mut denominator);
-            // SAFETY: the arguments are those of softmax_merge_*
-            unsafe { launch(&mut builder, grid)? };
-            return Ok(reduced);
+        let split = pass.splits() > 1;
+        let detail = self.detail().unless_served(split || pass.form == Form::Strided);
+        // SAFETY: the first launch writes all states before the merge reads them
+        let splits = split.then(|| unsafe { self.numbers(4 * rows * pass.splits() as usize) });
+        let mut splits = splits.transpose()?;
+        let mut states = splits.as_mut().map(output).transpose()?;
+        let mut partials = if split { Partials::default() } else { self.partials(&pass)? };
+        let mut launch = self.kernel("reduce", detail, Some(&pass))?;
+        launch.value(&problem).read(&x.bytes).read(&self.target.bytes).read_if(self.weight());
+        launch.write_if(states.as_mut());
+        if split {
+            launch.null().null().null().null().null().null();
+        } else {
+            launch.write_if(rows_loss.as_mut()).write_if(statistics.as_mut());
+            launch.write_if(partials.sums.as_mut()).address(partials.ticket);
+            launch.write_if(result.as_mut()).write(&mut denominator);
         }
-        // SAFETY: each block writes its element
-        let mut partials = unsafe { Partials::new(device, &pass, !self.wants_rows())? };
-        let mut none = None;
-        push_output(&mut builder, &mut none);
-        push_output(&mut builder, &mut rows_loss);
-        push_output(&mut builder, &mut statistics);
-        {
-            let mut bytes = partials.bytes()?;
-            push_output(&mut builder, &mut bytes);
-            push_output(&mut builder, &mut result);
-            push_output(&mut builder, &mut denominator);
-            // SAFETY: the arguments are those of softmax_reduce_*, and the rows are inside of their tensors
-            unsafe { launch(&mut builder, pass.grid)? };
+        // SAFETY: the parameters of softmax_reduce_*, and the rows are inside of their tensors
+        unsafe { launch.run(pass.grid)? };
+        if let Some(states) = &states {
+            let count = pass.splits() as i32;
+            let mut launch = self.kernel("merge", detail, None)?;
+            launch.value(&problem).read(&x.bytes).read(&self.target.bytes).read_if(self.weight());
+            launch.read(states).value(&count).write_if(rows_loss.as_mut()).write_if(statistics.as_mut());
+            launch.write_if(result.as_mut()).write(&mut denominator);
+            // SAFETY: the parameters of softmax_merge_*
+            unsafe { launch.run(Grid::flat(1, MERGE_THREADS))? };
         }
         Ok(reduced)
     }
 
     /// The number (or the weights) of the rows that count, in parts, ahead of a pass that needs it.
     fn count(&self, pass: &Pass) -> Result<Option<CudaSlice<f64>>> {
-        let blocks = self.planner.counts(self.problem.rows as u64, pass);
+        let blocks = self.planner().counts(self.problem.rows as u64, pass);
         if self.problem.counted == 0 || blocks == 0 {
             return Ok(None);
         }
-        let grid = Grid::flat(blocks, 1024);
-        let function = function(&self.device, self.module(), "softmax_count", &grid)?;
         // SAFETY: each block writes its element
         let mut counts = unsafe { partials::<f64>(&self.device, blocks as usize)? };
-        let mut builder = self.stream.launch_builder(&function);
-        builder.arg(&self.problem).arg(&self.target.bytes);
-        push(&mut builder, &self.weight);
-        builder.arg(&mut counts);
-        // SAFETY: the arguments are those of softmax_count
-        unsafe { launch(&mut builder, grid)? };
+        let name = format!("count_rows_{}", self.acc().as_str());
+        let mut launch = Launch::new(&self.device, &self.stream, &kernels::OPERANDS, &name)?;
+        launch.value(&self.problem).read(&self.target.bytes).read_if(self.weight()).write(&mut counts);
+        // SAFETY: the parameters of count_rows_*
+        unsafe { launch.run(Grid::flat(blocks, 1024))? };
         Ok(Some(counts))
     }
 
@@ -474,124 +421,112 @@ impl<'a> Task<'a> {
     /// without `x`. One launch.
     fn emit(
         &self,
-        x: &Option<Input>,
-        statistics: &Option<Input>,
+        x: Option<&Input>,
+        statistics: Option<&Input>,
         denominator: &Input,
-        upstream: &Option<Input>,
+        upstream: Option<&Input>,
         upstream_rows: bool,
         grad: &mut CudaViewMut<u8>,
     ) -> Result<()> {
-        let pass = self.planner.emit(&self.shape());
+        let pass = self.planner().emit(&self.shape());
         let problem = Problem { upstream_rows: upstream_rows as i32, ..self.problem.on(&pass) };
-        let name = format!("softmax_emit_{}_{}", self.detail().name(), form(&pass));
-        let function = function(&self.device, self.module(), &name, &pass.grid)?;
-        let mut builder = self.stream.launch_builder(&function);
-        builder.arg(&problem);
-        push(&mut builder, x);
-        builder.arg(&self.target.bytes);
-        push(&mut builder, &self.weight);
-        push(&mut builder, statistics);
-        builder.arg(&denominator.bytes);
-        push(&mut builder, upstream);
-        builder.arg(grad);
-        // SAFETY: the arguments are those of softmax_emit_*, and the rows are inside of their tensors
-        unsafe { launch(&mut builder, pass.grid) }
+        let mut launch = self.kernel("emit", self.detail().unless_served(true), Some(&pass))?;
+        launch.value(&problem).read_if(bytes(x)).read(&self.target.bytes).read_if(self.weight());
+        launch.read_if(bytes(statistics)).read(&denominator.bytes).read_if(bytes(upstream)).write(grad);
+        // SAFETY: the parameters of softmax_emit_*, and the rows are inside of their tensors
+        unsafe { launch.run(pass.grid) }
+    }
+
+    /// The plan for loss and gradient, with clusters that the GPU has room for.
+    fn plan_fused(&self) -> Result<Fused> {
+        let mut planner = self.planner();
+        loop {
+            let fused = planner.fused(&self.shape());
+            let Fused::OnePass(pass) = &fused else { return Ok(fused) };
+            if pass.form != Form::Cluster || self.kernel("fused", self.detail(), Some(pass))?.has_room(&pass.grid)? {
+                return Ok(fused);
+            }
+            planner.device.cluster = pass.grid.cluster / 2;
+        }
     }
 
     /// Loss and gradient. Without `x` the gradient replaces the logits in `grad`. One launch, and one ahead of it where there
     /// are many rows to count; three where rows are split over blocks.
-    fn loss_and_grad(&self, x: Option<Input>, grad: &mut CudaViewMut<u8>) -> Result<CudaStorage> {
+    fn loss_and_grad(&self, x: Option<&Input>, grad: &mut CudaViewMut<u8>) -> Result<CudaStorage> {
         let rows = self.rows.count();
-        let pass = match self.planner.fused(&self.shape()) {
+        let pass = match self.plan_fused()? {
             Fused::OnePass(pass) => pass,
             Fused::Split { .. } => return self.loss_and_grad_split(x, grad),
         };
         let mut problem = self.problem.on(&pass);
         let counts = self.count(&pass)?;
         problem.counts = counts.as_ref().map_or(0, |counts| counts.len() as i32);
-        // SAFETY: the launches below write all of it
+        // SAFETY: the launch below writes all of it
         let mut loss = unsafe { self.numbers(if self.wants_rows() { rows } else { 1 })? };
-        let mut loss_bytes = Some(output(&mut loss)?);
-        let (mut rows_loss, mut result) =
-            if self.wants_rows() { (loss_bytes.take(), None) } else { (None, loss_bytes.take()) };
-        // SAFETY: each block writes its element
-        let mut partials = unsafe { Partials::new(&self.device, &pass, !self.wants_rows())? };
-        let name = format!("softmax_fused_{}_{}", self.detail().name(), form(&pass));
-        let function = function(&self.device, self.module(), &name, &pass.grid)?;
         {
-            let mut bytes = partials.bytes()?;
-            let mut no_statistics = None;
-            let null = 0u64;
-            let mut builder = self.stream.launch_builder(&function);
-            builder.arg(&problem);
-            push(&mut builder, &x);
-            builder.arg(grad).arg(&self.target.bytes);
-            push(&mut builder, &self.weight);
-            match &counts {
-                Some(counts) => builder.arg(counts),
-                None => builder.arg(&null),
-            };
-            push_output(&mut builder, &mut rows_loss);
-            push_output(&mut builder, &mut no_statistics);
-            push_output(&mut builder, &mut bytes);
-            push_output(&mut builder, &mut result);
-            // SAFETY: the arguments are those of softmax_fused_*, and the rows are inside of their tensors
-            unsafe { launch(&mut builder, pass.grid)? };
+            let mut bytes = Some(output(&mut loss)?);
+            let (mut rows_loss, mut result) =
+                if self.wants_rows() { (bytes.take(), None) } else { (None, bytes.take()) };
+            let mut partials = self.partials(&pass)?;
+            let detail = self.detail().unless_served(pass.form == Form::Strided);
+            let mut launch = self.kernel("fused", detail, Some(&pass))?;
+            launch.value(&problem).read_if(self::bytes(x)).write(grad).read(&self.target.bytes);
+            launch.read_if(self.weight()).read_if(counts.as_ref()).write_if(rows_loss.as_mut());
+            launch.write_if(partials.sums.as_mut()).address(partials.ticket).write_if(result.as_mut());
+            // SAFETY: the parameters of softmax_fused_*, and the rows are inside of their tensors
+            unsafe { launch.run(pass.grid)? };
         }
         Ok(self.wrap(loss))
     }
 
     /// Few long rows, each over many blocks: the forward's two launches and the backward's one.
-    fn loss_and_grad_split(&self, x: Option<Input>, grad: &mut CudaViewMut<u8>) -> Result<CudaStorage> {
-        let in_place;
-        let reduced = match &x {
+    fn loss_and_grad_split(&self, x: Option<&Input>, grad: &mut CudaViewMut<u8>) -> Result<CudaStorage> {
+        let reduced = match x {
             Some(x) => self.reduce(x, self.kinds())?,
-            None => {
-                in_place = Input { bytes: grad.as_view(), tag: Tag::of(self.dtype)? };
-                self.reduce(&in_place, self.kinds())?
-            }
+            None => self.reduce(&Input { bytes: grad.as_view(), tag: Tag::of(self.dtype)? }, self.kinds())?,
         };
         let denominator = self.wrap(reduced.denominator);
         let statistics = reduced.statistics.map(|s| self.wrap(s));
         let scalar = Layout::contiguous(());
         let statistics = statistics.as_ref().map(|s| Input::new(s, &scalar)).transpose()?;
-        self.emit(&x, &statistics, &Input::new(&denominator, &scalar)?, &None, false, grad)?;
+        self.emit(x, statistics.as_ref(), &Input::new(&denominator, &scalar)?, None, false, grad)?;
         Ok(self.wrap(reduced.loss))
+    }
+
+    fn weight(&self) -> Option<&CudaView<'a, u8>> {
+        bytes(self.weight.as_ref())
+    }
+
+    /// Memory for a pass's partial sums, where its loss is a scalar and it has more than one block.
+    fn partials(&self, pass: &Pass) -> Result<Partials> {
+        if self.wants_rows() || pass.partials() == 1 {
+            return Ok(Partials::default());
+        }
+        // SAFETY: each block writes its numbers before the last one reads any
+        let sums = unsafe { partials::<f64>(&self.device, 2 * pass.partials() as usize)? };
+        Ok(Partials { sums: Some(sums), ticket: self.gpu.ticket(&self.stream)? })
     }
 }
 
 /// Threads of the block that merges split rows, a warp for each.
 const MERGE_THREADS: u32 = 256;
 
-/// The partial sums (loss, weight) of a pass with a scalar loss and more than one block.
-struct Partials(Option<CudaSlice<f64>>);
+/// The sums (loss, weight) of each block, where there are some, and what the blocks count themselves by.
+#[derive(Default)]
+struct Partials {
+    sums: Option<CudaSlice<f64>>,
+    ticket: u64,
+}
 
-impl Partials {
-    /// # Safety
-    /// It is not initialised: the pass writes them before anything reads one.
-    unsafe fn new(device: &CudaDevice, pass: &Pass, scalar: bool) -> Result<Self> {
-        // one block needs none
-        let wanted = scalar && pass.partials() > 1;
-        // SAFETY: by this function's contract
-        Ok(Partials(if wanted {
-            Some(unsafe { partials::<f64>(device, 2 * pass.partials() as usize)? })
-        } else {
-            None
-        }))
-    }
-
-    fn bytes(&mut self) -> Result<Option<CudaViewMut<'_, u8>>> {
-        let Some(slice) = &mut self.0 else { return Ok(None) };
-        let len = slice.len() * std::mem::size_of::<f64>();
-        // SAFETY: every byte of a number is a u8, and this is a view of exactly the same memory
-        Ok(unsafe { slice.transmute_mut(len) })
-    }
+fn bytes<'a, 'b>(input: Option<&'b Input<'a>>) -> Option<&'b CudaView<'a, u8>> {
+    input.map(|input| &input.bytes)
 }
 
 fn shape(rows: &Rows, dtype: DType, detail: Detail) -> Shape {
     let even = rows.inner == 1 || rows.outer == 1 || rows.outer_stride == rows.inner * rows.inner_stride;
     Shape {
-        simple: detail != Detail::General && dtype != DType::F64 && rows.class_stride == 1 && even,
+        even,
+        light: detail != Detail::General && dtype != DType::F64,
         rows: rows.count() as u64,
         classes: rows.classes as u64,
         element: dtype.size_in_bytes() as u64,
@@ -684,27 +619,24 @@ pub(crate) fn backward(
         let mut bytes = output(&mut grad)?;
         let x = Input::new(storage, layout)?;
         let upstream_rows = upstream.1.shape().elem_count() != 1;
-        let upstream = Some(Input::new(upstream.0, upstream.1)?);
-        let x = Some(x);
+        let upstream = Input::new(upstream.0, upstream.1)?;
+        let emit = |statistics: Option<&Input>, denominator: &Input, grad: &mut CudaViewMut<u8>| {
+            task.emit(Some(&x), statistics, denominator, Some(&upstream), upstream_rows, grad)
+        };
         with_input(&saved.denominator, |denominator| match (&saved.statistics, of) {
-            (None, _) => task.emit(&x, &None, &denominator, &upstream, upstream_rows, &mut bytes),
-            (Some(statistics), Operand::Logits) => with_input(statistics, |statistics| {
-                task.emit(&x, &Some(statistics), &denominator, &upstream, upstream_rows, &mut bytes)
-            }),
+            (None, _) => emit(None, &denominator, &mut bytes),
+            (Some(statistics), Operand::Logits) => {
+                with_input(statistics, |statistics| emit(Some(&statistics), &denominator, &mut bytes))
+            }
             (Some(statistics), Operand::Target) => with_input(statistics, |statistics| {
-                let pass = task.planner.any_layout(&task.shape());
+                let pass = task.planner().any_layout(&task.shape());
                 let problem = Problem { upstream_rows: upstream_rows as i32, ..task.problem.on(&pass) };
-                let function =
-                    function(&task.device, (Detail::General, task.dtype), "softmax_target_gradient", &pass.grid)?;
-                let mut builder = task.stream.launch_builder(&function);
-                builder.arg(&problem);
-                push(&mut builder, &x);
-                push(&mut builder, &task.weight);
-                builder.arg(&statistics.bytes).arg(&denominator.bytes);
-                push(&mut builder, &upstream);
-                builder.arg(&mut bytes);
-                // SAFETY: the arguments are those of softmax_target_gradient, and the rows are inside of their tensors
-                unsafe { launch(&mut builder, pass.grid) }
+                let module = Detail::General.module(task.dtype)?;
+                let mut launch = Launch::new(&task.device, &task.stream, module, "softmax_target_gradient")?;
+                launch.value(&problem).read(&x.bytes).read_if(task.weight()).read(&statistics.bytes);
+                launch.read(&denominator.bytes).read(&upstream.bytes).write(&mut bytes);
+                // SAFETY: the parameters of softmax_target_gradient, and the rows are inside of their tensors
+                unsafe { launch.run(pass.grid) }
             }),
         })?;
         Ok(task.wrap(grad))
@@ -726,7 +658,7 @@ pub(crate) fn loss_and_grad(
             return Ok((task.wrap(task.reduced_nothing(0)?.loss), task.wrap(grad)));
         }
         let mut bytes = output(&mut grad)?;
-        let loss = task.loss_and_grad(Some(Input::new(storage, layout)?), &mut bytes)?;
+        let loss = task.loss_and_grad(Some(&Input::new(storage, layout)?), &mut bytes)?;
         Ok((loss, task.wrap(grad)))
     })
 }
@@ -772,26 +704,21 @@ pub(crate) fn statistics(
             (slices, alloc(&task.device, DType::U32, rows.max(1))?, alloc(&task.device, DType::U8, rows.max(1))?)
         };
         if rows > 0 {
-            let pass = task.planner.statistics(&task.shape());
+            let pass = task.planner().statistics(&task.shape());
             let problem = task.problem.on(&pass);
-            let function = function(
-                &task.device,
-                (Detail::General, task.dtype),
-                &format!("softmax_statistics_{}", form(&pass)),
-                &pass.grid,
-            )?;
             let x = Input::new(storage, layout)?;
             let mut bytes = slices.iter_mut().map(output).collect::<Result<Vec<_>>>()?;
             let (mut argmax, mut correct) = (output(&mut argmax)?, output(&mut correct)?);
-            let mut builder = task.stream.launch_builder(&function);
-            builder.arg(&problem).arg(&x.bytes).arg(&task.target.bytes);
-            push(&mut builder, &task.weight);
+            let name = format!("softmax_statistics_{}", form(&pass));
+            let module = Detail::General.module(task.dtype)?;
+            let mut launch = Launch::new(&task.device, &task.stream, module, &name)?;
+            launch.value(&problem).read(&x.bytes).read(&task.target.bytes).read_if(task.weight());
             for bytes in &mut bytes {
-                builder.arg(bytes);
+                launch.write(bytes);
             }
-            builder.arg(&mut argmax).arg(&mut correct);
-            // SAFETY: the arguments are those of softmax_statistics_*, and the rows are inside of their tensors
-            unsafe { launch(&mut builder, pass.grid)? };
+            launch.write(&mut argmax).write(&mut correct);
+            // SAFETY: the parameters of softmax_statistics_*, and the rows are inside of their tensors
+            unsafe { launch.run(pass.grid)? };
         }
         let [loss, lse, z_loss, entropy] = slices.map(|slice| task.wrap(slice));
         Ok((loss, Statistics { lse, z_loss, entropy, argmax: task.wrap(argmax), correct: task.wrap(correct) }))
@@ -806,16 +733,15 @@ pub(crate) fn log_softmax(name: &str, logits: &CudaStorage, rows: &Rows) -> Resu
     // SAFETY: the launch below writes all of it
     let mut out = unsafe { alloc(device, dtype, len.max(1))? };
     if len > 0 {
-        let pass = planner(device)?.one_pass(&shape(rows, dtype, Detail::Plain), false);
+        let pass = planner(&*Gpu::of(device)?).one_pass(&shape(rows, dtype, Detail::Plain), false);
         let problem = Problem::of_rows(name, rows)?.on(&pass);
-        let function =
-            function(device, (Detail::Plain, dtype), &format!("softmax_log_softmax_{}", form(&pass)), &pass.grid)?;
         let x = Input::new(logits, &from(rows))?;
         let mut bytes = output(&mut out)?;
-        let mut builder = stream.launch_builder(&function);
-        builder.arg(&problem).arg(&x.bytes).arg(&mut bytes);
-        // SAFETY: the arguments are those of softmax_log_softmax_*, and the rows are inside of their tensors
-        unsafe { launch(&mut builder, pass.grid)? };
+        let kernel = format!("softmax_log_softmax_{}", form(&pass));
+        let mut launch = Launch::new(device, &stream, Detail::Plain.module(dtype)?, &kernel)?;
+        launch.value(&problem).read(&x.bytes).write(&mut bytes);
+        // SAFETY: the parameters of softmax_log_softmax_*, and the rows are inside of their tensors
+        unsafe { launch.run(pass.grid)? };
     }
     Ok(CudaStorage { slice: out, device: device.clone() })
 }
@@ -840,15 +766,14 @@ pub(crate) fn log_softmax_backward(
     // SAFETY: the launch below writes all of it
     let mut grad = unsafe { alloc(device, dtype, len.max(1))? };
     if len > 0 {
-        let pass = planner(device)?.any_layout(&shape(rows, dtype, Detail::Plain));
+        let pass = planner(&*Gpu::of(device)?).any_layout(&shape(rows, dtype, Detail::Plain));
         let problem = Problem { t: Strides::of(upstream_rows), ..Problem::of_rows(name, rows)?.on(&pass) };
-        let function = function(device, (Detail::Plain, dtype), "softmax_log_softmax_backward", &pass.grid)?;
         let (y, g) = (Input::new(out, &from(rows))?, Input::new(upstream, &from(upstream_rows))?);
         let mut bytes = output(&mut grad)?;
-        let mut builder = stream.launch_builder(&function);
-        builder.arg(&problem).arg(&y.bytes).arg(&g.bytes).arg(&mut bytes);
-        // SAFETY: the arguments are those of softmax_log_softmax_backward, and the rows are inside of their tensors
-        unsafe { launch(&mut builder, pass.grid)? };
+        let mut launch = Launch::new(device, &stream, Detail::Plain.module(dtype)?, "softmax_log_softmax_backward")?;
+        launch.value(&problem).read(&y.bytes).read(&g.bytes).write(&mut bytes);
+        // SAFETY: the parameters of softmax_log_softmax_backward, and the rows are inside of their tensors
+        unsafe { launch.run(pass.grid)? };
     }
     Ok(CudaStorage { slice: grad, device: device.clone() })
 }

@@ -50,6 +50,8 @@ pub(crate) struct Problem {
     pub smooth_shift: f64,
     pub alpha: f64,
     pub gamma: f64,
+    /// Its number in `TermNumber` of `kernels/terms.cuh`.
+    pub term: i32,
     /// 0 none, 1 mean, 2 sum
     pub reduction: i32,
     pub target_dtype: i32,
@@ -155,22 +157,16 @@ pub(crate) enum Variant {
 }
 
 impl Variant {
+    /// Doubles are taken one by one: their arithmetic takes longer than any way of loading them, and its code is long.
     pub fn choose(at: &Alignment) -> Self {
         let phase = at.input_address % 16 / at.element_bytes;
         let aligned_alike = at.input_address % 16 == at.target_address % 16;
         let outputs = !at.writes || phase == 0;
         let upstream = at.upstream_address.is_none_or(|address| address % 16 == 0 && phase == 0);
-        if at.plain && aligned_alike && outputs && upstream {
+        if at.plain && at.element_bytes < 8 && aligned_alike && outputs && upstream {
             Variant::Dense { phase: phase as i32 }
         } else {
             Variant::Any
-        }
-    }
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Variant::Dense { .. } => "dense",
-            Variant::Any => "any",
         }
     }
 
@@ -222,6 +218,7 @@ impl Spans {
             blocks: [count.div_ceil(teams) as u32, 1, 1],
             threads: [team as u32, teams as u32, 1],
             shared_bytes: 0,
+            cluster: 1,
         };
         Spans { span: row, count, grid }
     }
@@ -321,6 +318,8 @@ mod tests {
         assert_eq!(Variant::choose(&shifted), Variant::Any, "the output is aligned elsewhere");
         assert_eq!(Variant::choose(&Alignment { writes: false, ..shifted }), Variant::Dense { phase: 3 });
         assert_eq!(Variant::choose(&Alignment { upstream_address: Some(4), ..at }), Variant::Any);
+        assert_eq!(Variant::choose(&Alignment { element_bytes: 4, ..at }), Variant::Dense { phase: 0 });
+        assert_eq!(Variant::choose(&Alignment { element_bytes: 8, ..at }), Variant::Any, "f64 has no other kernels");
     }
 
     #[test]
@@ -351,7 +350,7 @@ mod tests {
         assert_eq!(Spans::rows(20 * 1000, 20, Variant::Any, 2).grid.threads, [8, 32, 1]);
         assert_eq!(
             Spans::rows(7, 1, Variant::Any, 4).grid,
-            Grid { blocks: [1, 1, 1], threads: [1, 256, 1], shared_bytes: 0 }
+            Grid { blocks: [1, 1, 1], threads: [1, 256, 1], shared_bytes: 0, cluster: 1 }
         );
         assert_eq!(Spans::rows(1 << 20, 1 << 16, dense, 4).grid.threads, [256, 1, 1]);
     }

@@ -11,11 +11,13 @@ pub(crate) struct Grid {
     pub threads: [u32; 3],
     /// Dynamic shared memory of a block.
     pub shared_bytes: u32,
+    /// Neighbouring blocks that form a cluster; 1: none do.
+    pub cluster: u32,
 }
 
 impl Grid {
     /// Blocks of `threads` in one dimension, without dynamic shared memory.
     pub fn flat(blocks: u32, threads: u32) -> Self {
-        Grid { blocks: [blocks, 1, 1], threads: [threads, 1, 1], shared_bytes: 0 }
+        Grid { blocks: [blocks, 1, 1], threads: [threads, 1, 1], shared_bytes: 0, cluster: 1 }
     }
 }

@@ -3,11 +3,11 @@
 //! | row | forward | loss and gradient |
 //! | --- | --- | --- |
 //! | classes apart | a column of threads a row, neighbouring threads on neighbouring rows | the same |
-//! | up to `tile_classes`, without gaps | tiles of whole rows in shared memory, 1 to 8 lanes a row | the same |
-//! | up to `warp_bytes`, if simple | 8 to 32 lanes a row, the row kept in registers, the next one on its way | the same |
+//! | up to `tile_classes`, light, without gaps | tiles of whole rows in shared memory, 1 to 8 lanes a row | the same |
+//! | up to `warp_bytes`, light | 8 to 32 lanes a row, the row kept in registers, the next one on its way | the same |
 //! | up to `warp_bytes` | 1 to 32 lanes a row | the same, the row kept in shared memory |
 //! | up to `cluster_bytes` | a block a row | the same, the row kept in shared memory |
-//! | longer | a block a row | a cluster of 2 to 16 blocks a row; without clusters, a block that keeps what it can |
+//! | longer | a block a row | light, a cluster of 2 to 16 blocks a row; else a block that keeps what it can |
 //! | long, and few rows | several blocks a row, then a merge | the same, then the gradient as the backward makes it |
 //!
 //! Up to `lone_rows` rows of `lone_classes` classes one block does everything, so that there is no second launch.
@@ -39,7 +39,7 @@ fn register_blocks(windows: u32, writes: bool) -> u32 {
     if windows == 4 && !writes { 3 } else { 2 }
 }
 
-/// The cluster sizes that there are kernels for; 1 is a block without a cluster.
+/// The cluster sizes; 1 is a block without a cluster.
 const CLUSTERS: [u32; 5] = [1, 2, 4, 8, 16];
 
 /// What a plan depends on.
@@ -53,9 +53,11 @@ pub(crate) struct Shape {
     pub adjacent: bool,
     /// Whether the rows are too, in their order.
     pub packed: bool,
-    /// Whether there are kernels that keep such rows in registers: class indices, one number for all classes beside them, `f32`
-    /// arithmetic, all rows at one distance from the next.
-    pub simple: bool,
+    /// Whether all rows are at one distance from the next, whatever lies between.
+    pub even: bool,
+    /// Whether memory is the limit, so that there are kernels for tiles, registers and clusters: class indices with at most one
+    /// number for all classes beside them, in `f32` arithmetic.
+    pub light: bool,
 }
 
 impl Shape {
@@ -76,7 +78,7 @@ pub(crate) struct Device {
     pub processors: u32,
     /// Dynamic shared memory that a block can have.
     pub shared_bytes: u32,
-    /// The largest cluster that the device runs and the build has kernels for; 1: none.
+    /// The largest cluster to use; 1: none.
     pub cluster: u32,
 }
 
@@ -93,7 +95,8 @@ pub(crate) struct Thresholds {
     pub warp_bytes: u64,
     /// The most windows of a row that a lane keeps in registers; below 4, none.
     pub register_windows: u32,
-    /// What a block of a cluster keeps of a row, at most; a longer row gets a larger cluster.
+    /// What a block of a cluster keeps of a row, at most; a longer row gets a larger cluster. Also what any block keeps of a row
+    /// that is not light.
     pub cluster_bytes: u64,
     /// The shortest row that is split over blocks, and the bytes that a block gets of it.
     pub split_bytes: u64,
@@ -131,8 +134,8 @@ pub(crate) enum Form {
     Strided,
     /// Parts of warps whose lanes keep so many windows in registers.
     Registers(u32),
-    /// Blocks of a cluster.
-    Cluster(u32),
+    /// The blocks of a cluster.
+    Cluster,
 }
 
 /// One launch over all rows.
@@ -158,10 +161,7 @@ impl Pass {
 
     /// Partial sums that a pass leaves: one for each block, or for each cluster.
     pub fn partials(&self) -> u32 {
-        match self.form {
-            Form::Cluster(size) => self.blocks() / size,
-            _ => self.blocks(),
-        }
+        self.blocks() / self.grid.cluster
     }
 }
 
@@ -202,8 +202,10 @@ impl Planner {
         if !shape.adjacent {
             return Some(self.strided(shape));
         }
-        let tile =
-            shape.packed && shape.classes <= self.thresholds.tile_classes.min(TILE_CLASSES) && !self.is_lone(shape);
+        let tile = shape.light
+            && shape.packed
+            && shape.classes <= self.thresholds.tile_classes.min(TILE_CLASSES)
+            && !self.is_lone(shape);
         tile.then(|| self.tile(shape))
     }
 
@@ -252,19 +254,22 @@ impl Planner {
             return pass;
         }
         let mut size = 1;
-        if may_cluster && !lone && pass.team == pass.grid.threads[0] {
+        if may_cluster && shape.light && !lone && pass.team == pass.grid.threads[0] {
             let needed = shape.row_bytes().div_ceil(self.thresholds.cluster_bytes.max(1));
             let sizes = CLUSTERS.into_iter().filter(|&size| size <= self.device.cluster);
             size = sizes.clone().find(|&size| needed <= size as u64).or(sizes.max()).unwrap_or(1);
         }
         if size > 1 {
-            pass.form = Form::Cluster(size);
+            pass.form = Form::Cluster;
             pass.grid.blocks[0] *= size;
+            pass.grid.cluster = size;
         }
         let threads = pass.grid.threads[0];
         let windows = shape.windows().div_ceil((pass.team * size) as u64);
-        let shared = self.thresholds.shared_bytes.unwrap_or(self.device.shared_bytes);
-        let room = shared as u64 / (threads as u64 * WINDOW);
+        let shared = self.thresholds.shared_bytes.unwrap_or(self.device.shared_bytes) as u64;
+        // where memory is not the limit, several blocks a multiprocessor are worth more than reading once
+        let shared = if shape.light { shared } else { shared.min(self.thresholds.cluster_bytes) };
+        let room = shared / (threads as u64 * WINDOW);
         let kept = if windows <= room { windows as u32 } else { room as u32 / BATCH * BATCH };
         Pass { kept, grid: Grid { shared_bytes: kept * threads * WINDOW as u32, ..pass.grid }, ..pass }
     }
@@ -280,7 +285,7 @@ impl Planner {
         let windows = shape.windows() / splits as u64;
         let threads = power_of_two(windows / 8, 64, ROWS_THREADS);
         let blocks = shape.rows.min(self.thresholds.blocks as u64) as u32;
-        let grid = Grid { blocks: [blocks, splits, 1], threads: [threads, 1, 1], shared_bytes: 0 };
+        let grid = Grid { blocks: [blocks, splits, 1], threads: [threads, 1, 1], shared_bytes: 0, cluster: 1 };
         Pass { form: Form::Rows, team: threads, kept: 0, grid }
     }
 
@@ -295,7 +300,10 @@ impl Planner {
 
     /// As many blocks as the device runs at once, each with rows in turn; `writes` something for each class.
     fn registers(&self, shape: &Shape, writes: bool) -> Option<Pass> {
-        if !shape.simple || shape.classes <= TILE_CLASSES || shape.row_bytes() > self.thresholds.warp_bytes {
+        if !(shape.light && shape.even)
+            || shape.classes <= TILE_CLASSES
+            || shape.row_bytes() > self.thresholds.warp_bytes
+        {
             return None;
         }
         let windows = shape.row_bytes() / WINDOW;
@@ -334,7 +342,7 @@ impl Planner {
         // whole warps, but no wider than there are rows
         let width = power_of_two(shape.rows, 32 / depth.min(32), STRIDED_THREADS / depth);
         let blocks = shape.rows.div_ceil(width as u64).min(self.thresholds.blocks as u64) as u32;
-        let grid = Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0 };
+        let grid = Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0, cluster: 1 };
         Pass { form: Form::Strided, team: depth, kept: 0, grid }
     }
 
@@ -346,7 +354,7 @@ impl Planner {
         let depth = power_of_two(shape.classes, 1, STRIDED_THREADS);
         let width = STRIDED_THREADS / depth;
         let blocks = shape.rows.div_ceil(width as u64).min(self.thresholds.blocks as u64) as u32;
-        let grid = Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0 };
+        let grid = Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0, cluster: 1 };
         Pass { form: Form::Strided, team: depth, kept: 0, grid }
     }
 
@@ -376,7 +384,7 @@ mod tests {
     }
 
     fn rows(rows: u64, classes: u64, element: u64) -> Shape {
-        Shape { rows, classes, element, adjacent: true, packed: true, simple: element < 8 }
+        Shape { rows, classes, element, adjacent: true, packed: true, even: true, light: element < 8 }
     }
 
     fn one_pass(device: Device, shape: Shape) -> Pass {
@@ -388,37 +396,40 @@ mod tests {
 
     #[test]
     fn regimes() {
-        // (rows, classes, bytes of a logit), the kernel, threads that share a row
+        // (rows, classes, bytes of a logit), the kernel, threads that share a row in a block, blocks that do
         let table = [
-            ((65536, 10, 2), Form::Tile, 2),
-            ((65536, 64, 2), Form::Tile, 8),
-            ((65536, 65, 2), Form::Registers(4), 8),
-            ((32768, 256, 2), Form::Registers(4), 8),
-            ((65536, 1000, 2), Form::Registers(4), 32),
-            ((65536, 1024, 2), Form::Registers(4), 32),
-            ((65536, 1031, 2), Form::Registers(4), 32),
-            ((65536, 1032, 2), Form::Registers(8), 32),
-            ((65536, 1000, 4), Form::Registers(8), 32),
-            ((65536, 4096, 2), Form::Registers(16), 32),
-            ((65536, 4097, 2), Form::Rows, 64),
-            ((65536, 1000, 8), Form::Rows, 32),
-            ((4096, 8192, 2), Form::Rows, 128),
-            ((4096, 32_000, 2), Form::Rows, 256),
-            ((4096, 32_000, 4), Form::Cluster(2), 256),
-            ((16384, 50_257, 2), Form::Cluster(2), 256),
-            ((8192, 128_256, 2), Form::Cluster(4), 256),
-            ((8192, 262_144, 2), Form::Cluster(8), 256),
-            ((8192, 262_144, 4), Form::Cluster(16), 256),
-            ((64, 1000, 2), Form::Registers(4), 32),
+            ((65536, 10, 2), Form::Tile, 2, 1),
+            ((65536, 64, 2), Form::Tile, 8, 1),
+            ((65536, 65, 2), Form::Registers(4), 8, 1),
+            ((32768, 256, 2), Form::Registers(4), 8, 1),
+            ((65536, 1000, 2), Form::Registers(4), 32, 1),
+            ((65536, 1024, 2), Form::Registers(4), 32, 1),
+            ((65536, 1031, 2), Form::Registers(4), 32, 1),
+            ((65536, 1032, 2), Form::Registers(8), 32, 1),
+            ((65536, 1000, 4), Form::Registers(8), 32, 1),
+            ((65536, 4096, 2), Form::Registers(16), 32, 1),
+            ((65536, 4097, 2), Form::Rows, 64, 1),
+            ((65536, 1000, 8), Form::Rows, 32, 1),
+            ((4096, 8192, 2), Form::Rows, 128, 1),
+            ((4096, 32_000, 2), Form::Rows, 256, 1),
+            ((4096, 32_000, 4), Form::Cluster, 256, 2),
+            ((16384, 50_257, 2), Form::Cluster, 256, 2),
+            ((8192, 128_256, 2), Form::Cluster, 256, 4),
+            ((8192, 262_144, 2), Form::Cluster, 256, 8),
+            ((8192, 262_144, 4), Form::Cluster, 256, 16),
+            ((64, 1000, 2), Form::Registers(4), 32, 1),
         ];
-        for ((n, classes, element), form, team) in table {
+        for ((n, classes, element), form, team, cluster) in table {
             let pass = one_pass(H100, rows(n, classes, element));
-            assert_eq!((pass.form, pass.team), (form, team), "{n} x {classes}, {element} bytes");
+            let got = (pass.form, pass.team, pass.grid.cluster);
+            assert_eq!(got, (form, team, cluster), "{n} x {classes}, {element} bytes");
         }
         assert_eq!(one_pass(A100, rows(8192, 128_256, 2)).form, Form::Rows);
         let portable = Device { cluster: 8, ..H100 };
-        assert_eq!(one_pass(portable, rows(8192, 262_144, 4)).form, Form::Cluster(8));
-        let apart = Shape { adjacent: false, packed: false, simple: false, ..rows(1 << 20, 21, 4) };
+        assert_eq!(one_pass(portable, rows(8192, 262_144, 4)).grid.cluster, 8);
+        // no cluster where arithmetic is the limit
+        assert_eq!(one_pass(H100, rows(8192, 262_144, 8)).form, Form::Rows);
+        let apart = Shape { adjacent: false, packed: false, even: false, ..rows(1 << 20, 21, 4) };
         assert_eq!(one_pass(H100, apart).form, Form::Strided);
         assert!(matches!(planner(H100).fused(&rows(2, 128_256, 2)), Fused::Split { .. }));
     }
@@ -449,7 +460,7 @@ mod tests {
                 (register_blocks(kept, writes) as u64, rows * windows(pass.team as u64).min(kept as u64))
             }
             Form::Tile => (2048 / threads, (threads / pass.team as u64 * shape.row_bytes()).div_ceil(threads * WINDOW)),
-            Form::Cluster(size) => (768 / threads, windows(threads * size as u64).min(4)),
+            Form::Cluster => (768 / threads, windows(threads * pass.grid.cluster as u64).min(4)),
             Form::Rows => {
                 (768 / threads, windows(pass.team as u64 * pass.splits() as u64).min(if writes { 4 } else { 8 }))
             }
@@ -505,7 +516,6 @@ mod tests {
                     for element in [2, 4, 8] {
                         for adjacent in [true, false] {
                             let shape = Shape { adjacent, packed: adjacent, ..rows(n, classes, element) };
-                            let shape = Shape { simple: shape.simple && adjacent, ..shape };
                             let planner = planner(device);
                             let mut passes = vec![
                                 planner.reduce(&shape),
@@ -539,11 +549,10 @@ mod tests {
                 assert!(pass.team.is_power_of_two() && (pass.team <= 32 || pass.team == threads), "{what}");
                 assert!(pass.splits() == 1 || pass.team == threads, "{what}");
             }
-            Form::Cluster(size) => {
-                assert!(
-                    size <= device.cluster && pass.team == threads && pass.grid.blocks[0].is_multiple_of(size),
-                    "{what}"
-                );
+            Form::Cluster => {
+                let size = pass.grid.cluster;
+                assert!(1 < size && size <= device.cluster && pass.grid.blocks[0].is_multiple_of(size), "{what}");
+                assert_eq!(pass.team, threads, "{what}");
             }
             Form::Registers(kept) => {
                 let per_window = WINDOW / shape.element;

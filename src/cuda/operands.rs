@@ -1,14 +1,13 @@
-//! A contiguous copy of strided class indices. The kernels are in `kernels/indices.cu`.
+//! What is done with operands ahead of a pass. The kernels are in `kernels/operands.cu`.
 
-use super::launch::{Input, Module, alloc, launch, output};
-use super::ptx;
+use super::kernels::OPERANDS;
+use super::launch::{Input, Launch, alloc, output};
 use crate::plan::Grid;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaStorage;
 use candle_core::{Layout, Result, bail};
-use cudarc::driver::{DeviceRepr, PushKernelArg};
+use cudarc::driver::DeviceRepr;
 
-const MODULE: Module = Module { key: "candle_fused_loss_indices", ptx: ptx::INDICES };
 const THREADS: usize = 256;
 const MAX_AXES: usize = 8;
 
@@ -39,7 +38,7 @@ impl Axes {
     }
 }
 
-/// The elements in row-major order. One launch.
+/// Class indices in row-major order, one after the other. One launch.
 pub(crate) fn contiguous(target: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
     let (device, dtype) = (&target.device, target.dtype());
     let rows = layout.shape().elem_count();
@@ -48,13 +47,12 @@ pub(crate) fn contiguous(target: &CudaStorage, layout: &Layout) -> Result<CudaSt
     if rows > 0 {
         let input = Input::new(target, layout)?;
         let (count, axes) = (rows as i64, Axes::of(layout)?);
-        let function = MODULE.function(device, &format!("copy_indices_{}", dtype.as_str()))?;
         let stream = device.cuda_stream();
         let mut bytes = output(&mut copy)?;
-        let mut builder = stream.launch_builder(&function);
-        builder.arg(&input.bytes).arg(&mut bytes).arg(&count).arg(&axes);
-        // SAFETY: the arguments are those of copy_indices_*; a thread for each row, and all rows are inside of the tensor
-        unsafe { launch(&mut builder, Grid::flat(rows.div_ceil(THREADS) as u32, THREADS as u32))? };
+        let mut launch = Launch::new(device, &stream, &OPERANDS, &format!("copy_indices_{}", dtype.as_str()))?;
+        launch.read(&input.bytes).write(&mut bytes).value(&count).value(&axes);
+        // SAFETY: the parameters of copy_indices_*; a thread for each row, and all rows are inside of the tensor
+        unsafe { launch.run(Grid::flat(rows.div_ceil(THREADS) as u32, THREADS as u32))? };
     }
     Ok(CudaStorage { slice: copy, device: device.clone() })
 }

@@ -1,0 +1,144 @@
+use super::gpu::{Gpu, Image, first_accepted};
+use super::kernels::ALL;
+use candle_core::cuda_backend::{WrapErr, kernels as candles};
+use candle_core::{Device, Result};
+use cudarc::driver::DriverError;
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUresult, CUstreamCaptureMode};
+use std::collections::HashSet;
+use std::time::Instant;
+
+fn gpu() -> Device {
+    Device::new_cuda(0).expect("a CUDA device: softgpu/README.md says how to have one in software")
+}
+
+/// Every module loads, and those of candle that a training step asks for. With `--nocapture` it says how long each took:
+/// PTX is compiled by a GPU's driver, which keeps the result in its cache for whatever runs next. `MODULES=2/8` leaves the
+/// third of eight parts, for several processes at once: within one the driver may compile one module after the other.
+#[test]
+fn every_module_loads() -> Result<()> {
+    let candles = [
+        ("candle's affine", candles::AFFINE),
+        ("candle's binary", candles::BINARY),
+        ("candle's cast", candles::CAST),
+        ("candle's fill", candles::FILL),
+        ("candle's indexing", candles::INDEXING),
+        ("candle's reduce", candles::REDUCE),
+        ("candle's ternary", candles::TERNARY),
+        ("candle's unary", candles::UNARY),
+    ];
+    let part = std::env::var("MODULES").unwrap_or("0/1".to_string());
+    let numbers = part.split_once('/').and_then(|(part, of)| Some((part.parse().ok()?, of.parse().ok()?)));
+    let (part, of): (usize, usize) = numbers.expect("MODULES is a part and how many there are, such as 2/8");
+    let device = gpu();
+    let device = device.as_cuda_device()?;
+    for module in ALL.into_iter().skip(part).step_by(of) {
+        let begun = Instant::now();
+        for kernel in module.kernels()? {
+            Gpu::of(device)?.kernel(module, &kernel)?;
+        }
+        let image = Gpu::of(device)?.image_of(module);
+        println!("{}: {:.2} s, from {image:?}", module.name, begun.elapsed().as_secs_f64());
+    }
+    let context = device.cuda_stream().context().clone();
+    for (name, module) in candles.into_iter().skip(part).step_by(of) {
+        let begun = Instant::now();
+        let loaded = context.load_module(module.ptx().into());
+        assert!(loaded.is_ok(), "{name}: {:?}", loaded.err());
+        println!("{name}: {:.2} s", begun.elapsed().as_secs_f64());
+    }
+    Ok(())
+}
+
+/// A GPU of the build's architecture takes the machine code; one that refuses it, as the software GPU does, gets the PTX.
+#[test]
+fn machine_code_comes_first() -> Result<()> {
+    let asked = |refusal: Option<CUresult>| {
+        let mut asked = Vec::new();
+        let chosen = first_accepted(|image| {
+            asked.push(image);
+            Ok(match refusal {
+                Some(error) if image == Image::MachineCode => Err(DriverError(error)),
+                _ => Ok(()),
+            })
+        });
+        (asked, chosen.map(|((), image)| image).ok())
+    };
+    assert_eq!(asked(None), (vec![Image::MachineCode], Some(Image::MachineCode)));
+    for refusal in [CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU, CUresult::CUDA_ERROR_INVALID_IMAGE] {
+        assert_eq!(asked(Some(refusal)), (vec![Image::MachineCode, Image::Ptx], Some(Image::Ptx)), "{refusal:?}");
+    }
+    // what PTX can't mend is told
+    assert_eq!(asked(Some(CUresult::CUDA_ERROR_OUT_OF_MEMORY)), (vec![Image::MachineCode], None));
+
+    let device = gpu();
+    let device = device.as_cuda_device()?;
+    let gpu = Gpu::of(device)?;
+    gpu.kernel(ALL[0], &ALL[0].kernels()?[0])?;
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    let capability = context.compute_capability().map(|(major, minor)| (10 * major + minor) as u32).ok();
+    let in_software = context.name().is_ok_and(|name| name.starts_with("softgpu"));
+    let takes_it = !in_software && capability == Some(super::kernels::ARCHITECTURE);
+    let expected = if takes_it { Image::MachineCode } else { Image::Ptx };
+    assert_eq!(gpu.image_of(ALL[0]), Some(expected), "a GPU of capability {capability:?}");
+    Ok(())
+}
+
+/// As many kernels as a program should carry, and a driver load.
+#[test]
+fn kernels_are_few() -> Result<()> {
+    let counts = ALL.into_iter().map(|module| Ok(module.kernels()?.len())).collect::<Result<Vec<_>>>()?;
+    assert!(counts.iter().sum::<usize>() <= 200, "{counts:?}");
+    Ok(())
+}
+
+/// The machine code is an ELF file for the architecture that the build names, and PTX is text that names it.
+#[test]
+fn modules_are_for_the_architecture() -> Result<()> {
+    for module in ALL {
+        let code = module.image(Image::MachineCode)?;
+        assert_eq!(&code[..4], b"\x7fELF", "{}", module.name);
+        let ptx = String::from_utf8(module.image(Image::Ptx)?).expect("PTX is text");
+        let target = format!(".target sm_{}", super::kernels::ARCHITECTURE);
+        assert!(ptx.contains(&target) && ptx.ends_with('\0'), "{}: no {target}", module.name);
+    }
+    Ok(())
+}
+
+/// A stream keeps its ticket, as its launches follow each other; each thread has a stream; a launch in a capture shares its ticket
+/// with none. Where captures have used up what was allocated, that is an error until a loss outside of them allocates more.
+#[test]
+fn tickets_are_not_shared() -> Result<()> {
+    let device = gpu();
+    let ticket = |device: &Device| -> Result<u64> {
+        let device = device.as_cuda_device()?;
+        Gpu::of(device)?.ticket(&device.cuda_stream())
+    };
+    let mine = ticket(&device)?;
+    assert_eq!(ticket(&device)?, mine);
+    let other = std::thread::scope(|scope| scope.spawn(|| ticket(&device)).join().expect("no panic"))?;
+    let with_stream = Device::new_cuda_with_stream(0)?;
+    let of_stream = ticket(&with_stream)?;
+    let mut given = HashSet::from([mine, other, of_stream]);
+    assert_eq!(given.len(), 3);
+
+    let stream = with_stream.as_cuda_device()?.cuda_stream();
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;
+    let mut captured = 0;
+    let error = loop {
+        match ticket(&with_stream) {
+            Ok(ticket) => assert!(given.insert(ticket), "ticket {captured} of a capture is not new"),
+            Err(error) => break error.to_string(),
+        }
+        captured += 1;
+    };
+    stream.end_capture(CUgraphInstantiate_flags(0)).w()?;
+    assert!(captured >= 2000, "{captured} launches in a capture, then: {error}");
+    assert!(error.contains("compute one outside of a capture first"), "{error}");
+    assert_eq!(ticket(&with_stream)?, of_stream);
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;
+    let more = ticket(&with_stream);
+    stream.end_capture(CUgraphInstantiate_flags(0)).w()?;
+    assert!(given.insert(more?));
+    Ok(())
+}
