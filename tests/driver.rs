@@ -251,9 +251,9 @@ fn begin(stream: &CudaStream) -> Result<()> {
 }
 
 /// The work as a graph. Nothing runs.
-fn record(stream: &Arc<CudaStream>, work: &Work) -> Result<CudaGraph> {
+fn record(stream: &Arc<CudaStream>, work: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
     begin(stream)?;
-    let recorded = work.run();
+    let recorded = work();
     let graph = stream.end_capture(Flags(0));
     recorded?;
     Ok(graph.w()?.expect("the driver gave no graph"))
@@ -277,7 +277,7 @@ fn losses_are_replayed_from_a_graph() -> Result<()> {
     for out in &work.out {
         out.zero_set()?;
     }
-    let graph = record(&stream, &work)?;
+    let graph = record(&stream, || work.run())?;
     assert!(work.results()?.iter().all(|&v| v == 0.0), "the recording ran");
     for (sign, eager) in [-1.0, 1.0].into_iter().zip(&eager) {
         work.logits.set(&logits.affine(sign, 0.0)?)?;
@@ -311,7 +311,7 @@ fn replays_and_eager_calls_take_turns() -> Result<()> {
         alone.push((eager.results()?, others(logits)?.to_vec1::<f32>()?));
     }
     replayed.run()?;
-    let graph = record(&stream, &replayed)?;
+    let graph = record(&stream, || replayed.run())?;
     for (round, (logits, (losses, other_losses))) in rounds.iter().zip(&alone).enumerate() {
         for work in [&replayed, &eager] {
             work.logits.set(logits)?;
@@ -330,6 +330,64 @@ fn replays_and_eager_calls_take_turns() -> Result<()> {
         assert_eq!(&replayed.results()?, losses, "the replay of round {round}");
         assert_eq!(&eager.results()?, losses, "the eager calls of round {round}");
         assert_eq!(&other.unwrap().to_vec1::<f32>()?, other_losses, "the other losses of round {round}");
+    }
+    Ok(())
+}
+
+/// Means over several blocks, the last of which adds up what all have left.
+struct Means {
+    inputs: Vec<(Tensor, Tensor)>,
+    out: Tensor,
+}
+
+impl Means {
+    fn new(device: &Device) -> Result<Self> {
+        let input = |(rows, classes): (usize, usize)| -> Result<_> {
+            let logits =
+                Tensor::arange(0f32, (rows * classes) as f32, &Device::Cpu)?.sin()?.reshape((rows, classes))?;
+            Ok((logits.to_device(device)?, Tensor::zeros(rows, DType::U32, device)?))
+        };
+        let inputs = [(70, 300), (1500, 10), (300, 70)].into_iter().map(input).collect::<Result<Vec<_>>>()?;
+        let out = Tensor::zeros(inputs.len(), DType::F32, device)?;
+        Ok(Means { inputs, out })
+    }
+
+    fn run(&self) -> Result<()> {
+        let mut means = self.inputs.iter().map(|(logits, target)| cross_entropy(logits, target)?.reshape(1));
+        (0..self.inputs.len()).try_for_each(|i| self.out.slice_set(&means.next().unwrap()?, 0, i))
+    }
+
+    /// Some rounds of runs that nothing waits for, and what each round leaves.
+    fn rounds(&self, run: impl Fn() -> Result<()>) -> Result<Vec<Vec<f32>>> {
+        let round = |_| {
+            self.out.zero_set()?;
+            (0..10).try_for_each(|_| run())?;
+            self.out.to_vec1()
+        };
+        (0..8).map(round).collect()
+    }
+}
+
+/// Replays in one stream beside eager calls in another thread's, whose launches overlap: both give what they give alone, bit for bit.
+#[test]
+fn replays_and_eager_calls_run_at_once() -> Result<()> {
+    let _turn = turn();
+    let (device, stream) = device_with_stream()?;
+    let replayed = Means::new(&device)?;
+    replayed.run()?;
+    let alone: Vec<f32> = replayed.out.to_vec1()?;
+    let graph = record(&stream, || replayed.run())?;
+    let (replays, eager) = std::thread::scope(|scope| {
+        let eager = scope.spawn(|| {
+            let means = Means::new(&cuda())?;
+            means.rounds(|| means.run())
+        });
+        (replayed.rounds(|| graph.launch().w()), eager.join().expect("no panic"))
+    });
+    for (what, rounds) in [("replays", replays?), ("eager calls", eager?)] {
+        for (round, results) in rounds.into_iter().enumerate() {
+            assert_eq!(results, alone, "round {round} of the {what}");
+        }
     }
     Ok(())
 }

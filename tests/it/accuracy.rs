@@ -29,8 +29,9 @@ const BOUNDS: [(&str, [(f64, f64); 4]); 8] = [
     ("`SigmoidFocalLoss`", [(24.0, 0.6), (24.0, 0.6), (24.0, 24.0), (36.0, 36.0)]),
 ];
 
-/// What is allowed on CUDA instead, where it is not the same: `ex2.approx` may be off by 2 units in the last place (CUDA's
-/// programming guide, "Intrinsic functions"), and these are the bounds with exponentials that are.
+/// What is allowed on CUDA instead, where it is not the same: `ex2.approx` and `div.approx` may be off by 2 units in the last
+/// place (CUDA's programming guide, "Intrinsic functions"), and these are the bounds with instructions that are, as those of
+/// the software GPU with `SOFTGPU_ULP=2`.
 const CUDA_BOUNDS: [(&str, [(f64, f64); 4]); 4] = [
     ("`CrossEntropyLoss`, class indices", [(16.0, 0.6), (8.0, 0.6), (20.0, 40.0), (6.0, 8.0)]),
     ("`CrossEntropyLoss`, probabilities", [(16.0, 0.6), (8.0, 0.6), (20.0, 40.0), (6.0, 8.0)]),

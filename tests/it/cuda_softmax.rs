@@ -1,6 +1,6 @@
 //! Cross-entropy on a CUDA device: sizes whose launches differ, and what only a device can get wrong.
 
-use crate::common::{INDICES, Random, bits, cuda, indices, tensor, values};
+use crate::common::{INDICES, Random, bits, cuda, indices, is_slow, tensor, values};
 use candle_core::{DType, Device, Result, Tensor};
 use candle_fused_loss::{CrossEntropyLoss, Reduction};
 
@@ -103,14 +103,14 @@ fn bad_targets_do_not_end_the_context() -> Result<()> {
 /// Two threads with one device, each with a stream of its own, so that their launches overlap: means of sizes between one
 /// block and thousands, whose last blocks add up what all have left. The same bits as those of one thread alone.
 #[test]
-#[ignore = "only a real GPU runs two launches at once"]
 fn means_from_two_threads() -> Result<()> {
-    const ROUNDS: usize = 50;
-    const MEANS: usize = 100;
     let gpu = cuda();
+    let (rounds, means, shapes) = match is_slow(&gpu) {
+        true => (8, 60, [(8, 100), (130, 10), (300, 10), (65, 70), (700, 5)]),
+        false => (50, 100, [(8, 1000), (4096, 1000), (30_000, 10), (2048, 4096), (700, 33)]),
+    };
     let of_thread = |thread: u64| -> Result<Vec<Vec<u64>>> {
         let mut random = Random::new(thread);
-        let shapes = [(8, 1000), (4096, 1000), (30_000, 10), (2048, 4096), (700, 33)];
         let inputs = shapes.map(|(rows, classes)| -> Result<_> {
             let logits = tensor(&random.normals(rows * classes, 2.0), &[rows, classes], DType::BF16, &gpu)?;
             Ok((logits, indices(&random.classes(rows, classes), &[rows], DType::U32, &gpu)?))
@@ -119,8 +119,8 @@ fn means_from_two_threads() -> Result<()> {
         let loss = CrossEntropyLoss::new();
         let mean = |i: usize| loss.forward(&inputs[i % inputs.len()].0, &inputs[i % inputs.len()].1);
         // nothing waits between the launches of a round
-        let round = |_| bits(&Tensor::stack(&(0..MEANS).map(mean).collect::<Result<Vec<_>>>()?, 0)?);
-        (0..ROUNDS).map(round).collect()
+        let round = |_| bits(&Tensor::stack(&(0..means).map(mean).collect::<Result<Vec<_>>>()?, 0)?);
+        (0..rounds).map(round).collect()
     };
     let alone = [of_thread(1)?, of_thread(2)?];
     for attempt in 0..2 {
@@ -133,7 +133,7 @@ fn means_from_two_threads() -> Result<()> {
                 let wrong = got.iter().zip(want).filter(|(got, want)| got != want).count();
                 assert_eq!(
                     wrong, 0,
-                    "means that differ, of {MEANS} in round {round} of thread {thread}, attempt {attempt}"
+                    "means that differ, of {means} in round {round} of thread {thread}, attempt {attempt}"
                 );
             }
         }
