@@ -154,7 +154,7 @@ smoke() {
     bash -c "timeout 90 bash .gpu/run python benches/peers/peers.py --check ${device_options[*]}" >"$results/peers.log" 2>&1 &
     local peers=$!
     step modules 60 bash -c modules
-    sort -t : -k 2 -rn "$results/modules.log" | grep -m 3 " of PTX"
+    sort -t : -k 2 -rn "$results/modules.log" | grep -m 3 " s, from "
     step accuracy 30 bash -c "packed test it accuracy:: --nocapture"
     grep -h "^| \`" "$results/accuracy.log" | tail -n 8
     step driver 20 bash -c "packed test driver"
