@@ -503,8 +503,8 @@ template <class A, Detail D> struct Exchange {
     A own_logit;
 };
 
-// Merges the states of the blocks of a cluster, in the order of their ranks, and fetches the own logit from the block that
-// read it: all threads of all its blocks call it and get both. The blocks' `shared` may be used again.
+// Merges the states of the `blocks` blocks of a cluster, a power of two up to 16, and fetches the own logit from the block that
+// read it: all threads of all its blocks call it and get both, the same bits. The blocks' `shared` may be used again.
 template <class T, class A, Detail D>
 __device__ __forceinline__ void merge_cluster(const Problem &p, State<A, D> &state, A &own_logit, int owner, int blocks, Exchange<A, D> *shared) {
     if (threadIdx.x == 0) {
@@ -513,16 +513,14 @@ __device__ __forceinline__ void merge_cluster(const Problem &p, State<A, D> &sta
     }
     cluster_sync();
     cluster_load(own_logit, cluster_address(&shared->own_logit, owner));
-    state = State<A, D>::empty();
-    for (int rank = 0; rank < blocks; rank++) {
-        State<A, D> part;
-        part.each([&](auto &field, int) {
-            // a field's address in the other block is that in this one
-            const ptrdiff_t offset = reinterpret_cast<const char *>(&field) - reinterpret_cast<const char *>(&part);
-            cluster_load(field, cluster_address(reinterpret_cast<const char *>(&shared->state) + offset, rank));
-        });
-        state = merge<T>(p, state, part);
-    }
+    // neighbouring lanes fetch a block's state each, in one trip, and exchange them
+    const unsigned rank = threadIdx.x & (blocks - 1);
+    state.each([&](auto &field, int) {
+        // a field's address in the other block is that in this one
+        const ptrdiff_t offset = reinterpret_cast<const char *>(&field) - reinterpret_cast<const char *>(&state);
+        cluster_load(field, cluster_address(reinterpret_cast<const char *>(&shared->state) + offset, rank));
+    });
+    state = merge_lanes<T>(p, state, blocks);
     // nobody overwrites or leaves while others read
     cluster_sync();
 }

@@ -150,7 +150,7 @@ impl Detail {
         })
     }
 
-    /// Of the plain kernels there are those that the uniform ones would slow down.
+    /// The uniform kernels serve plain class indices as well: there are plain ones only for what these would slow down.
     fn unless_served(self, by_uniform: bool) -> Self {
         if self == Detail::Plain && by_uniform { Detail::Uniform } else { self }
     }
