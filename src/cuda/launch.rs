@@ -184,7 +184,7 @@ pub(crate) fn read_element(storage: &CudaStorage, layout: &Layout, mut element: 
 /// Where cudarc orders the streams of one context, a stream waits for a parameter's memory as that is added here, and says
 /// that it used it when this is dropped, behind the launch.
 pub(crate) struct Launch<'a> {
-    gpu: Arc<Gpu>,
+    gpu: &'a Gpu,
     stream: &'a Arc<CudaStream>,
     kernel: Kernel,
     parameters: Vec<Parameter>,
@@ -199,8 +199,7 @@ enum Parameter {
 }
 
 impl<'a> Launch<'a> {
-    pub fn new(device: &CudaDevice, stream: &'a Arc<CudaStream>, module: &Module, name: &str) -> Result<Self> {
-        let gpu = Gpu::of(device)?;
+    pub fn new(gpu: &'a Gpu, stream: &'a Arc<CudaStream>, module: &Module, name: &str) -> Result<Self> {
         let kernel = gpu.kernel(module, name)?;
         Ok(Launch { gpu, stream, kernel, parameters: Vec::with_capacity(16), used: Vec::new(), values: PhantomData })
     }

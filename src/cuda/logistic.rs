@@ -141,6 +141,7 @@ struct Call<'a> {
     options: &'a Logistic,
     device: CudaDevice,
     stream: Arc<CudaStream>,
+    gpu: Arc<Gpu>,
     module: &'static Module,
     dtype: DType,
     elements: usize,
@@ -154,6 +155,7 @@ impl<'a> Call<'a> {
             options,
             device: input.0.device().clone(),
             stream: input.0.device().cuda_stream(),
+            gpu: Gpu::of(input.0.device())?,
             module: module(options.name, dtype)?,
             dtype,
             elements: input.1.shape().elem_count(),
@@ -226,7 +228,7 @@ impl<'a> Call<'a> {
             Variant::Dense { .. } => format!("{pass}_{}_dense", self.options.term.kernel()),
             Variant::Any => format!("{pass}_any"),
         };
-        let mut launch = Launch::new(&self.device, &self.stream, self.module, &name)?;
+        let mut launch = Launch::new(&self.gpu, &self.stream, self.module, &name)?;
         inputs.push(&mut launch);
         Ok(launch)
     }
@@ -237,7 +239,7 @@ impl<'a> Call<'a> {
         let problem = self.problem(inputs, axes, Variant::Any, spans.span);
         // SAFETY: every block writes its count
         let mut counts = unsafe { partials(&self.device, spans.count as usize) }?;
-        let mut launch = Launch::new(&self.device, &self.stream, &kernels::OPERANDS, "count_mask")?;
+        let mut launch = Launch::new(&self.gpu, &self.stream, &kernels::OPERANDS, "count_mask")?;
         launch.read_if(inputs.mask().map(|mask| &mask.bytes)).write(&mut counts).value(&problem);
         // SAFETY: the parameters of `count_mask`; the spans cover the mask's elements
         unsafe { launch.run(spans.grid) }?;
@@ -278,7 +280,7 @@ impl<'a> Call<'a> {
                 several.then(|| partials::<f64>(&self.device, sums)).transpose()?,
             )
         };
-        let ticket = if several { Gpu::of(&self.device)?.ticket(&self.stream)? } else { 0 };
+        let ticket = if several { self.gpu.ticket(&self.stream)? } else { 0 };
 
         let pass = match variant {
             Variant::Dense { .. } if with_grad => "fused",

@@ -1,5 +1,6 @@
 //! What is done with operands ahead of a pass. The kernels are in `kernels/operands.cu`.
 
+use super::gpu::Gpu;
 use super::kernels::OPERANDS;
 use super::launch::{Input, Launch, alloc, output};
 use crate::plan::Grid;
@@ -49,7 +50,8 @@ pub(crate) fn contiguous(target: &CudaStorage, layout: &Layout) -> Result<CudaSt
         let (count, axes) = (rows as i64, Axes::of(layout)?);
         let stream = device.cuda_stream();
         let mut bytes = output(&mut copy)?;
-        let mut launch = Launch::new(device, &stream, &OPERANDS, &format!("copy_indices_{}", dtype.as_str()))?;
+        let gpu = Gpu::of(device)?;
+        let mut launch = Launch::new(&gpu, &stream, &OPERANDS, &format!("copy_indices_{}", dtype.as_str()))?;
         launch.read(&input.bytes).write(&mut bytes).value(&count).value(&axes);
         // SAFETY: the parameters of copy_indices_*; a thread for each row, and all rows are inside of the tensor
         unsafe { launch.run(Grid::flat(rows.div_ceil(THREADS) as u32, THREADS as u32))? };

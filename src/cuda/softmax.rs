@@ -321,7 +321,7 @@ impl<'a> Task<'a> {
     fn kernel(&self, pass: &str, detail: Detail, form: Option<&Pass>) -> Result<Launch<'_>> {
         let form = form.map_or(String::new(), |pass| format!("_{}", self::form(pass)));
         let name = format!("softmax_{pass}_{}{form}", detail.name());
-        Launch::new(&self.device, &self.stream, detail.module(self.dtype)?, &name)
+        Launch::new(&self.gpu, &self.stream, detail.module(self.dtype)?, &name)
     }
 
     fn wants_rows(&self) -> bool {
@@ -410,7 +410,7 @@ impl<'a> Task<'a> {
         // SAFETY: each block writes its element
         let mut counts = unsafe { partials::<f64>(&self.device, blocks as usize)? };
         let name = format!("count_rows_{}", self.acc().as_str());
-        let mut launch = Launch::new(&self.device, &self.stream, &kernels::OPERANDS, &name)?;
+        let mut launch = Launch::new(&self.gpu, &self.stream, &kernels::OPERANDS, &name)?;
         launch.value(&self.problem).read(&self.target.bytes).read_if(self.weight()).write(&mut counts);
         // SAFETY: the parameters of count_rows_*
         unsafe { launch.run(Grid::flat(blocks, 1024))? };
@@ -632,7 +632,7 @@ pub(crate) fn backward(
                 let pass = task.planner().any_layout(&task.shape());
                 let problem = Problem { upstream_rows: upstream_rows as i32, ..task.problem.on(&pass) };
                 let module = Detail::General.module(task.dtype)?;
-                let mut launch = Launch::new(&task.device, &task.stream, module, "softmax_target_gradient")?;
+                let mut launch = Launch::new(&task.gpu, &task.stream, module, "softmax_target_gradient")?;
                 launch.value(&problem).read(&x.bytes).read_if(task.weight()).read(&statistics.bytes);
                 launch.read(&denominator.bytes).read(&upstream.bytes).write(&mut bytes);
                 // SAFETY: the parameters of softmax_target_gradient, and the rows are inside of their tensors
@@ -711,7 +711,7 @@ pub(crate) fn statistics(
             let (mut argmax, mut correct) = (output(&mut argmax)?, output(&mut correct)?);
             let name = format!("softmax_statistics_{}", form(&pass));
             let module = Detail::General.module(task.dtype)?;
-            let mut launch = Launch::new(&task.device, &task.stream, module, &name)?;
+            let mut launch = Launch::new(&task.gpu, &task.stream, module, &name)?;
             launch.value(&problem).read(&x.bytes).read(&task.target.bytes).read_if(task.weight());
             for bytes in &mut bytes {
                 launch.write(bytes);
@@ -733,12 +733,13 @@ pub(crate) fn log_softmax(name: &str, logits: &CudaStorage, rows: &Rows) -> Resu
     // SAFETY: the launch below writes all of it
     let mut out = unsafe { alloc(device, dtype, len.max(1))? };
     if len > 0 {
-        let pass = planner(&*Gpu::of(device)?).one_pass(&shape(rows, dtype, Detail::Plain), false);
+        let gpu = Gpu::of(device)?;
+        let pass = planner(&gpu).one_pass(&shape(rows, dtype, Detail::Plain), false);
         let problem = Problem::of_rows(name, rows)?.on(&pass);
         let x = Input::new(logits, &from(rows))?;
         let mut bytes = output(&mut out)?;
         let kernel = format!("softmax_log_softmax_{}", form(&pass));
-        let mut launch = Launch::new(device, &stream, Detail::Plain.module(dtype)?, &kernel)?;
+        let mut launch = Launch::new(&gpu, &stream, Detail::Plain.module(dtype)?, &kernel)?;
         launch.value(&problem).read(&x.bytes).write(&mut bytes);
         // SAFETY: the parameters of softmax_log_softmax_*, and the rows are inside of their tensors
         unsafe { launch.run(pass.grid)? };
@@ -766,11 +767,12 @@ pub(crate) fn log_softmax_backward(
     // SAFETY: the launch below writes all of it
     let mut grad = unsafe { alloc(device, dtype, len.max(1))? };
     if len > 0 {
-        let pass = planner(&*Gpu::of(device)?).any_layout(&shape(rows, dtype, Detail::Plain));
+        let gpu = Gpu::of(device)?;
+        let pass = planner(&gpu).any_layout(&shape(rows, dtype, Detail::Plain));
         let problem = Problem { t: Strides::of(upstream_rows), ..Problem::of_rows(name, rows)?.on(&pass) };
         let (y, g) = (Input::new(out, &from(rows))?, Input::new(upstream, &from(upstream_rows))?);
         let mut bytes = output(&mut grad)?;
-        let mut launch = Launch::new(device, &stream, Detail::Plain.module(dtype)?, "softmax_log_softmax_backward")?;
+        let mut launch = Launch::new(&gpu, &stream, Detail::Plain.module(dtype)?, "softmax_log_softmax_backward")?;
         launch.value(&problem).read(&y.bytes).read(&g.bytes).write(&mut bytes);
         // SAFETY: the parameters of softmax_log_softmax_backward, and the rows are inside of their tensors
         unsafe { launch.run(pass.grid)? };

@@ -96,11 +96,21 @@ fn uniform() -> CrossEntropy {
     CrossEntropy { label_smoothing: 0.1, z_loss: 0.01, logit_scale: 1.7, ..plain() }
 }
 
-/// The largest deviation that rounding to `dtype` and sums in another order explain.
+/// Whether the device's approximate instructions have no error, as on the software GPU unless it is told otherwise.
+fn instructions_are_exact() -> bool {
+    let gpu = Device::new_cuda(0).expect("a CUDA device");
+    let stream = gpu.as_cuda_device().expect("a CUDA device").cuda_stream();
+    let erring = std::env::var("SOFTGPU_ULP").is_ok_and(|ulps| ulps != "0");
+    stream.context().name().is_ok_and(|name| name.starts_with("softgpu")) && !erring
+}
+
+/// The largest deviation that rounding to `dtype` and sums in another order explain. Where exponentials and quotients are off by
+/// two units themselves, a soft cap multiplies that of its tanh, and a difference such as slope p - q loses a digit of it.
 fn tolerance(dtype: DType) -> f64 {
     match dtype {
         DType::F64 => 1e-12,
-        DType::F32 => 4e-6,
+        DType::F32 if instructions_are_exact() => 4e-6,
+        DType::F32 => 2.4e-5,
         DType::F16 => 1.2e-3,
         _ => 1e-2,
     }
@@ -757,7 +767,7 @@ fn target_gradient_matches_the_cpu() -> Result<()> {
                     let grads = options.forward(&x, target.as_tensor())?.backward()?;
                     Ok(grads.get(&target).unwrap().clone())
                 };
-                assert_close(&format!("{regime}: {dims:?}"), &on(&gpu)?, &on(&Device::Cpu)?, 4e-6);
+                assert_close(&format!("{regime}: {dims:?}"), &on(&gpu)?, &on(&Device::Cpu)?, tolerance(DType::F32));
             }
         }
     }
