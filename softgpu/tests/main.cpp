@@ -920,6 +920,30 @@ static std::vector<T> computed(const char* kernel, const std::vector<T>& x, cons
 static std::mt19937_64 rng(1);
 static double uniform(double from, double to) { return std::uniform_real_distribution<double>(from, to)(rng); }
 
+// What is queued has the numbers of its call, whatever seed comes later, and when the generator is gone.
+static void numbers_outlive_their_generator() {
+    if (!soft) return;
+    void *lib = dlopen("libcurand.so.10", RTLD_NOW), *g;
+    EXPECT(lib);
+    auto seed = (int (*)(void*, unsigned long long))dlsym(lib, "curandSetPseudoRandomGeneratorSeed");
+    auto numbers = [&](unsigned long long later, bool wait) {
+        CUstream s = stream_with();
+        CUdeviceptr p = memory(64);
+        EXPECT(((int (*)(void**, int))dlsym(lib, "curandCreateGenerator"))(&g, 100) == 0);
+        EXPECT(((int (*)(void*, void*))dlsym(lib, "curandSetStream"))(g, s) == 0);
+        EXPECT(seed(g, 1) == 0);
+        EXPECT(((int (*)(void*, float*, size_t))dlsym(lib, "curandGenerateUniform"))(g, (float*)p, 16) == 0);
+        if (wait) WORKS(cuStreamSynchronize(s));
+        EXPECT(seed(g, later) == 0);
+        EXPECT(((int (*)(void*))dlsym(lib, "curandDestroyGenerator"))(g) == 0);
+        WORKS(cuStreamSynchronize(s));
+        std::vector<float> out(16);
+        WORKS(cuMemcpyDtoH(out.data(), p, 64));
+        return out;
+    };
+    EXPECT(numbers(2, false) == numbers(2, true));
+}
+
 static void pow_is_right() {
     std::vector<double> x, y;
     const double special[] = {0.0, -0.0, 1, -1, INFINITY, -INFINITY, NAN, 2, 0.5, 3, 1e308, 5e-324, 0.3};
@@ -1122,6 +1146,7 @@ static const Test TESTS[] = {
     TEST(clusters_find_room, "at most 16 are possible", "compiled for", "SOFTGPU_CLUSTER", "launch attribute 2"),
     TEST(machine_code_is_refused),
     TEST(products_are_recorded_and_checked, "gemm, A: an operand is not inside", "leading dimensions"),
+    TEST(numbers_outlive_their_generator),
     TEST(pow_is_right),
     TEST(rounding_modes_are_right),
     TEST(integers_are_right),
