@@ -71,7 +71,8 @@ mod cuda {
         let modules = modules().map_err(|e| format!("kernels/ can't be listed: {e}"))?;
         modules.par_iter().try_for_each(|name| {
             let (ptx, code) = (out.join(format!("{name}.ptx")), out.join(format!("{name}.cubin")));
-            if is_newer(&code, &ptx) {
+            // what is written last
+            if is_newer(&out.join(format!("{name}.cubin.z")), &ptx) {
                 return Ok(());
             }
             let mut nvcc = Command::new(&toolkit.nvcc_path);
@@ -144,7 +145,7 @@ mod cuda {
         if arch.base() < OLDEST {
             return Err(format!(
                 "the CUDA kernels need compute capability 7.5 or newer, and CUDA_COMPUTE_CAP or the GPU says {}",
-                arch
+                arch.base()
             ));
         }
         if !known.is_empty() && !known.contains(&arch.base()) {
@@ -153,7 +154,7 @@ mod cuda {
                  or use another toolkit",
                 toolkit.nvcc_path.display(),
                 toolkit.version.as_deref().unwrap_or("of unknown version"),
-                arch
+                arch.base()
             ));
         }
         Ok(arch)

@@ -5,10 +5,20 @@ use candle_core::{Device, Result};
 use cudarc::driver::DriverError;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUresult, CUstreamCaptureMode};
 use std::collections::HashSet;
+use std::sync::OnceLock;
 use std::time::Instant;
 
 fn gpu() -> Device {
     Device::new_cuda(0).expect("a CUDA device: softgpu/README.md says how to have one in software")
+}
+
+/// Whether that device is the software GPU.
+pub(super) fn in_software() -> bool {
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        let stream = gpu().as_cuda_device().expect("a CUDA device").cuda_stream();
+        stream.context().name().is_ok_and(|name| name.starts_with("softgpu"))
+    })
 }
 
 /// Every module loads, and those of candle that a training step asks for. With `--nocapture` it says how long each took:
@@ -77,8 +87,7 @@ fn machine_code_comes_first() -> Result<()> {
     let stream = device.cuda_stream();
     let context = stream.context();
     let capability = context.compute_capability().map(|(major, minor)| (10 * major + minor) as u32).ok();
-    let in_software = context.name().is_ok_and(|name| name.starts_with("softgpu"));
-    let takes_it = !in_software && capability == Some(super::kernels::ARCHITECTURE);
+    let takes_it = !in_software() && capability == Some(super::kernels::ARCHITECTURE);
     let expected = if takes_it { Image::MachineCode } else { Image::Ptx };
     assert_eq!(gpu.image_of(ALL[0]), Some(expected), "a GPU of capability {capability:?}");
     Ok(())

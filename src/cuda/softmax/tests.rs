@@ -2,6 +2,7 @@
 
 use super::Detail;
 use crate::cuda::launch::{Work, work_of};
+use crate::cuda::tests::in_software;
 use crate::plan::softmax::Thresholds;
 use crate::reduction::Reduction;
 use crate::softmax::CrossEntropy;
@@ -98,10 +99,7 @@ fn uniform() -> CrossEntropy {
 
 /// Whether the device's approximate instructions have no error, as on the software GPU unless it is told otherwise.
 fn instructions_are_exact() -> bool {
-    let gpu = Device::new_cuda(0).expect("a CUDA device");
-    let stream = gpu.as_cuda_device().expect("a CUDA device").cuda_stream();
-    let erring = std::env::var("SOFTGPU_ULP").is_ok_and(|ulps| ulps != "0");
-    stream.context().name().is_ok_and(|name| name.starts_with("softgpu")) && !erring
+    in_software() && !std::env::var("SOFTGPU_ULP").is_ok_and(|ulps| ulps != "0")
 }
 
 /// The largest deviation that rounding to `dtype` and sums in another order explain. Where exponentials and quotients are off by
