@@ -1,4 +1,4 @@
-//! Compiles `kernels/*.cu` for the `cuda` feature: to PTX, and that to the machine code of the architecture that the build is
+//! Compiles `kernels/modules/*.cu` for the `cuda` feature: to PTX, and that to the machine code of the architecture that the build is
 //! for. Does nothing without the feature.
 
 fn main() {
@@ -58,7 +58,7 @@ mod cuda {
             )
         };
         KernelBuilder::new()
-            .source_dir("kernels")
+            .source_dir("kernels/modules")
             .watch(["kernels"])
             .thread_percentage(1.0)
             .compute_cap_arch(&arch.to_string())
@@ -68,7 +68,7 @@ mod cuda {
                 Error::CompilationFailed { path, .. } => failed(&path),
                 e => e.to_string(),
             })?;
-        let modules = modules().map_err(|e| format!("kernels/ can't be listed: {e}"))?;
+        let modules = modules().map_err(|e| format!("kernels/modules can't be listed: {e}"))?;
         modules.par_iter().try_for_each(|name| {
             let (ptx, code) = (out.join(format!("{name}.ptx")), out.join(format!("{name}.cubin")));
             // what is written last
@@ -86,10 +86,10 @@ mod cuda {
         fs::write(out.join("kernels.rs"), embedded(&modules, &arch)).map_err(|e| e.to_string())
     }
 
-    /// The names of `kernels/*.cu`, without the suffix.
+    /// The names of `kernels/modules/*.cu`, without the suffix.
     fn modules() -> io::Result<Vec<String>> {
         let mut names = Vec::new();
-        for file in fs::read_dir("kernels")? {
+        for file in fs::read_dir("kernels/modules")? {
             let path = file?.path();
             if path.extension().is_some_and(|e| e == "cu") {
                 names.extend(path.file_stem().map(|name| name.to_string_lossy().into_owned()));

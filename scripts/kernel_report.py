@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the compiler made of the kernels: registers, spills and the widths of global accesses, without a GPU.
 
-    scripts/kernel_report.py [--arch 75,80,90a] [--only REGEX] [kernels/FILE.cu ...]
+    scripts/kernel_report.py [--arch 75,80,90a] [--only REGEX] [kernels/modules/FILE.cu ...]
 
 Compiles each file as build.rs does, assembles the PTX and disassembles the result. Prints one line for each kernel: registers
 of a thread, bytes of static shared memory, bytes spilled, the threads that a multiprocessor has room for, in blocks of the
@@ -134,9 +134,9 @@ def main():
         "--arch", default="90a", metavar="LIST", help="compute capabilities, separated by commas, or `all` (default: %(default)s)"
     )
     parser.add_argument("--only", default="", metavar="REGEX", help="only kernels whose name matches")
-    parser.add_argument("files", nargs="*", type=pathlib.Path, help="default: all of kernels/*.cu")
+    parser.add_argument("files", nargs="*", type=pathlib.Path, help="default: all of kernels/modules/*.cu")
     args = parser.parse_args()
-    sources = args.files or sorted((ROOT / "kernels").glob("*.cu"))
+    sources = args.files or sorted((ROOT / "kernels/modules").glob("*.cu"))
     summary = []
     for arch in ALL if args.arch == "all" else args.arch.split(","):
         kernels = {}

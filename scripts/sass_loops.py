@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the hot loops of the kernels cost, without a GPU: instructions for each element, from the machine code.
 
-    scripts/sass_loops.py [--arch 90a] [--only REGEX] [kernels/FILE.cu ...]
+    scripts/sass_loops.py [--arch 90a] [--only REGEX] [kernels/modules/FILE.cu ...]
 
 Finds the innermost loops that load 16 bytes at a time and prints, for each, the windows of 16 bytes that it moves in a round
 and, for each element, the issue slots, the operations of the special-function unit (MUFU), of the half-rate pipe (ALU: minima,
@@ -90,11 +90,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="90a", help="compute capability (default: %(default)s)")
     parser.add_argument("--only", default="", metavar="REGEX", help="only kernels whose name matches")
-    parser.add_argument("files", nargs="*", type=pathlib.Path, help="default: all of kernels/*.cu")
+    parser.add_argument("files", nargs="*", type=pathlib.Path, help="default: all of kernels/modules/*.cu")
     args = parser.parse_args()
     nvcc, ptxas, nvdisasm = report.tool("nvcc"), report.tool("ptxas"), report.tool("nvdisasm")
 
-    for source in args.files or sorted((ROOT / "kernels").glob("*.cu")):
+    for source in args.files or sorted((ROOT / "kernels/modules").glob("*.cu")):
         size = {"f64": 8, "f32": 4}.get(source.stem.split("_")[-1], 2)
         with tempfile.TemporaryDirectory() as folder:
             ptx, cubin = f"{folder}/k.ptx", f"{folder}/k.cubin"
@@ -118,7 +118,7 @@ def main():
             for first, last in loops(body):
                 ops = count(body[first : last + 1])
                 windows = max(ops["loads"], ops["kept"])
-                if source.stem.startswith("logistic"):
+                if source.stem.startswith("elementwise"):
                     # two windows of each operand: see `walk_dense`
                     windows = 2
                 per = windows * 16 // size

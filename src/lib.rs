@@ -1,34 +1,27 @@
 #![doc = include_str!("../README.md")]
 #![deny(missing_docs)]
 
-pub mod binary;
+mod check;
 mod cpu;
-pub mod cross_entropy;
-#[cfg(feature = "cuda")]
+#[cfg(any(test, feature = "cuda"))]
 mod cuda;
 mod device;
-pub mod focal;
+mod elementwise;
 mod linear;
-pub mod linear_cross_entropy;
-mod logistic;
-mod matmul;
-pub mod multi_label;
-pub mod nll;
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-mod plan;
+mod losses;
 mod reduction;
 mod softmax;
 pub mod unfused;
-mod validate;
 
-pub use binary::{binary_cross_entropy, binary_cross_entropy_with_logit, binary_cross_entropy_with_logits};
 pub use candle_nn::loss::{huber, mse};
-pub use cross_entropy::{RowStatistics, cross_entropy};
 pub use device::{best_device, keep_memory};
-pub use focal::sigmoid_focal;
-pub use linear_cross_entropy::{LinearGradients, linear_cross_entropy};
-pub use multi_label::multi_label_soft_margin;
-pub use nll::{log_softmax, nll};
+pub use losses::binary::{binary_cross_entropy, binary_cross_entropy_with_logit, binary_cross_entropy_with_logits};
+pub use losses::cross_entropy::{RowStatistics, cross_entropy};
+pub use losses::focal::sigmoid_focal;
+pub use losses::linear_cross_entropy::{LinearGradients, linear_cross_entropy};
+pub use losses::multi_label::multi_label_soft_margin;
+pub use losses::nll::{log_softmax, nll};
+pub use losses::{binary, cross_entropy, focal, linear_cross_entropy, multi_label, nll};
 pub use reduction::{Fused, Reduction, Unfused};
 
 /// Cross-entropy with one kernel a pass: see [`cross_entropy::CrossEntropyLoss`].

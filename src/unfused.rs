@@ -22,29 +22,29 @@
 //! # }
 //! ```
 
-use crate::linear_cross_entropy::LinearGradients;
-use crate::logistic::{Logistic, Term};
+use crate::elementwise::op::{Logistic, Term};
+use crate::losses::linear_cross_entropy::LinearGradients;
+use crate::losses::{binary, focal, multi_label};
 use crate::reduction::{Reduction, Unfused};
-use crate::softmax::CrossEntropy;
-use crate::{binary, focal, multi_label};
+use crate::softmax::op::CrossEntropy;
 use candle_core::shape::Dim;
 use candle_core::{D, DType, Result, Tensor, Var};
 
 /// [`crate::CrossEntropyLoss`] without a kernel.
-pub type CrossEntropyLoss = crate::cross_entropy::CrossEntropyLoss<Unfused>;
+pub type CrossEntropyLoss = crate::losses::cross_entropy::CrossEntropyLoss<Unfused>;
 /// [`crate::NllLoss`] without a kernel.
-pub type NllLoss = crate::nll::NllLoss<Unfused>;
+pub type NllLoss = crate::losses::nll::NllLoss<Unfused>;
 /// [`crate::BceLoss`] without a kernel.
-pub type BceLoss = crate::binary::BceLoss<Unfused>;
+pub type BceLoss = crate::losses::binary::BceLoss<Unfused>;
 /// [`crate::BceWithLogitsLoss`] without a kernel.
-pub type BceWithLogitsLoss = crate::binary::BceWithLogitsLoss<Unfused>;
+pub type BceWithLogitsLoss = crate::losses::binary::BceWithLogitsLoss<Unfused>;
 /// [`crate::MultiLabelSoftMarginLoss`] without a kernel.
-pub type MultiLabelSoftMarginLoss = crate::multi_label::MultiLabelSoftMarginLoss<Unfused>;
+pub type MultiLabelSoftMarginLoss = crate::losses::multi_label::MultiLabelSoftMarginLoss<Unfused>;
 /// [`crate::SigmoidFocalLoss`] without a kernel.
-pub type SigmoidFocalLoss = crate::focal::SigmoidFocalLoss<Unfused>;
+pub type SigmoidFocalLoss = crate::losses::focal::SigmoidFocalLoss<Unfused>;
 
 /// [`crate::LinearCrossEntropyLoss`] without a kernel: all logits at once.
-pub type LinearCrossEntropyLoss = crate::linear_cross_entropy::LinearCrossEntropyLoss<Unfused>;
+pub type LinearCrossEntropyLoss = crate::losses::linear_cross_entropy::LinearCrossEntropyLoss<Unfused>;
 
 /// Whether the tensor's device has no kernel.
 pub(crate) fn only(tensor: &Tensor) -> bool {
@@ -99,7 +99,7 @@ pub fn log_softmax<A: Dim>(logits: &Tensor, dim: A) -> Result<Tensor> {
 }
 
 impl CrossEntropyLoss {
-    /// As [`crate::cross_entropy::CrossEntropyLoss::forward`] with a kernel.
+    /// As [`crate::losses::cross_entropy::CrossEntropyLoss::forward`] with a kernel.
     pub fn forward(&self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
         softmax_family(&self.options.problem("cross_entropy", false, logits, target)?, logits, target)
     }
@@ -111,7 +111,7 @@ impl CrossEntropyLoss {
 }
 
 impl NllLoss {
-    /// As [`crate::nll::NllLoss::forward`] with a kernel.
+    /// As [`crate::losses::nll::NllLoss::forward`] with a kernel.
     pub fn forward(&self, log_probs: &Tensor, target: &Tensor) -> Result<Tensor> {
         softmax_family(&self.options.problem("nll", true, log_probs, target)?, log_probs, target)
     }
@@ -123,7 +123,7 @@ impl NllLoss {
 }
 
 impl BceLoss {
-    /// As [`crate::binary::BceLoss::forward`] with a kernel.
+    /// As [`crate::losses::binary::BceLoss::forward`] with a kernel.
     pub fn forward(&self, probs: &Tensor, target: &Tensor) -> Result<Tensor> {
         logistic_family(&self.options.problem(binary::BCE, Term::Bce, probs, target)?, probs, target)
     }
@@ -135,7 +135,7 @@ impl BceLoss {
 }
 
 impl BceWithLogitsLoss {
-    /// As [`crate::binary::BceWithLogitsLoss::forward`] with a kernel.
+    /// As [`crate::losses::binary::BceWithLogitsLoss::forward`] with a kernel.
     pub fn forward(&self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
         logistic_family(
             &self.options.problem(binary::BCE_WITH_LOGITS, Term::BceWithLogits, logits, target)?,
@@ -151,7 +151,7 @@ impl BceWithLogitsLoss {
 }
 
 impl MultiLabelSoftMarginLoss {
-    /// As [`crate::multi_label::MultiLabelSoftMarginLoss::forward`] with a kernel.
+    /// As [`crate::losses::multi_label::MultiLabelSoftMarginLoss::forward`] with a kernel.
     pub fn forward(&self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
         logistic_family(&self.options.multi_label_problem(multi_label::NAME, logits, target)?, logits, target)
     }
@@ -163,7 +163,7 @@ impl MultiLabelSoftMarginLoss {
 }
 
 impl SigmoidFocalLoss {
-    /// As [`crate::focal::SigmoidFocalLoss::forward`] with a kernel.
+    /// As [`crate::losses::focal::SigmoidFocalLoss::forward`] with a kernel.
     pub fn forward(&self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
         logistic_family(&self.options.problem(focal::NAME, self.term(), logits, target)?, logits, target)
     }
@@ -175,7 +175,7 @@ impl SigmoidFocalLoss {
 }
 
 impl LinearCrossEntropyLoss {
-    /// As [`crate::linear_cross_entropy::LinearCrossEntropyLoss::forward`] with a kernel; the size of chunks means nothing.
+    /// As [`crate::losses::linear_cross_entropy::LinearCrossEntropyLoss::forward`] with a kernel; the size of chunks means nothing.
     pub fn forward(&self, hidden: &Tensor, weight: &Tensor, bias: Option<&Tensor>, target: &Tensor) -> Result<Tensor> {
         let linear = self.options.problem("linear_cross_entropy", hidden, weight, bias, target)?;
         let rows = target.elem_count();

@@ -17,7 +17,7 @@ const TASK_WORK: usize = 64 * 1024;
 const SERIAL_WORK: usize = TASK_WORK;
 
 /// Covers `0..units` with ranges, in parallel where there is enough work. Every unit is independent of every other.
-pub(super) fn for_each_task(units: usize, work_per_unit: usize, task: impl Fn(Range<usize>) + Sync) {
+pub(crate) fn for_each_task(units: usize, work_per_unit: usize, task: impl Fn(Range<usize>) + Sync) {
     if units == 0 {
         return;
     }

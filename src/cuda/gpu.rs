@@ -1,7 +1,7 @@
 //! What the process keeps for each GPU: its limits, the modules that it loaded, the tickets of launches.
 
 use super::kernels;
-use crate::plan::Grid;
+use crate::cuda::grid::Grid;
 use candle_core::cuda_backend::{CudaDevice, WrapErr};
 use candle_core::{Result, bail};
 use cudarc::driver::result::{self, DriverError};

@@ -1,7 +1,7 @@
 //! Parameters and launches.
 
 use super::gpu::{Gpu, Kernel, Module};
-use crate::plan::Grid;
+use crate::cuda::grid::Grid;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice, WrapErr};
 use candle_core::{DType, Layout, Result, bail};

@@ -1,22 +1,24 @@
-//! The CUDA kernels: what is launched, with which arguments. The kernels themselves are in `kernels/`, the launch shapes in
-//! [`plan`](crate::plan).
+//! What every CUDA kernel of the crate needs: modules, launches, memory, the shapes of launches.
 //!
 //! Nothing here copies to the host or waits for the device, except where a loss was asked to check its targets, and where more
 //! counters are made for launches: in a process's first loss, then once in some two thousand new streams or recorded launches.
 
+#[cfg(feature = "cuda")]
 pub(crate) mod gpu;
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) mod grid;
+#[cfg(feature = "cuda")]
 pub(crate) mod launch;
-pub(crate) mod logistic;
-pub(crate) mod matmul;
+#[cfg(feature = "cuda")]
 pub(crate) mod operands;
-pub(crate) mod softmax;
 
-/// The compiled `kernels/*.cu`: `kernels/softmax_f32.cu` is `kernels::SOFTMAX_F32`.
-mod kernels {
+/// The compiled `kernels/modules/*.cu`: `softmax_plain_f32.cu` is `kernels::SOFTMAX_PLAIN_F32`.
+#[cfg(feature = "cuda")]
+pub(crate) mod kernels {
     use super::gpu::Module;
 
     include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 }
 
-#[cfg(test)]
-mod tests;
+#[cfg(all(test, feature = "cuda"))]
+pub(crate) mod tests;

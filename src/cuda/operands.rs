@@ -3,7 +3,7 @@
 use super::gpu::Gpu;
 use super::kernels::OPERANDS;
 use super::launch::{Input, Launch, alloc, output};
-use crate::plan::Grid;
+use crate::cuda::grid::Grid;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaStorage;
 use candle_core::{Layout, Result, bail};

@@ -13,7 +13,7 @@ fn gpu() -> Device {
 }
 
 /// Whether that device is the software GPU.
-pub(super) fn in_software() -> bool {
+pub(crate) fn in_software() -> bool {
     static FOUND: OnceLock<bool> = OnceLock::new();
     *FOUND.get_or_init(|| {
         let stream = gpu().as_cuda_device().expect("a CUDA device").cuda_stream();

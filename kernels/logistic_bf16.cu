@@ -1,4 +1,0 @@
-#include "logistic.cuh"
-
-using In = fused_loss::bf16;
-LOGISTIC_KERNELS

@@ -1,4 +1,0 @@
-#include "logistic.cuh"
-
-using In = float;
-LOGISTIC_KERNELS

@@ -1,4 +1,0 @@
-#include "logistic.cuh"
-
-using In = double;
-LOGISTIC_ANY_KERNELS

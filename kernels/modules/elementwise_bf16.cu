@@ -1,0 +1,4 @@
+#include "../elementwise/elements.cuh"
+
+using In = fused_loss::bf16;
+LOGISTIC_KERNELS

@@ -1,0 +1,3 @@
+#define LOGIT bf16
+#define GENERAL_MODULE
+#include "../softmax/entry.cuh"

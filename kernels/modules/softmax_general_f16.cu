@@ -1,0 +1,3 @@
+#define LOGIT f16
+#define GENERAL_MODULE
+#include "../softmax/entry.cuh"

@@ -1,0 +1,3 @@
+#define LOGIT float
+#define GENERAL_MODULE
+#include "../softmax/entry.cuh"

@@ -1,0 +1,3 @@
+#define LOGIT double
+#define GENERAL_MODULE
+#include "../softmax/entry.cuh"

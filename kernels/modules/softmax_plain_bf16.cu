@@ -1,0 +1,3 @@
+#define LOGIT bf16
+#define PLAIN_MODULE
+#include "../softmax/entry.cuh"

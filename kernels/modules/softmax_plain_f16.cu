@@ -1,0 +1,3 @@
+#define LOGIT f16
+#define PLAIN_MODULE
+#include "../softmax/entry.cuh"

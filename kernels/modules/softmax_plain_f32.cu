@@ -1,0 +1,3 @@
+#define LOGIT float
+#define PLAIN_MODULE
+#include "../softmax/entry.cuh"

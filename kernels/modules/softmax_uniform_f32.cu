@@ -1,0 +1,3 @@
+#define LOGIT float
+#define UNIFORM_MODULE
+#include "../softmax/entry.cuh"

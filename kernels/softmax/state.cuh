@@ -1,0 +1,751 @@
+// The softmax family: one problem for each row of classes. What every pass of it shares.
+//
+//   m        the row's largest logit                      rest = sum exp(x - m) without the term of one maximum
+//   log-sum  log sum exp(x - m) = log1p(rest)             p    = exp(x - m) / (1 + rest)
+//   loss     w[t] (log-sum - (x[t] - m)), and with further numbers q for all classes (label smoothing, probability
+//            targets) mass * log-sum - linear, where mass = sum q and linear = sum q (x - m)
+//   gradient upstream / denominator * (slope p - q), the own class's w[t] counted into q and mass; slope = mass + 2 z lse
+//
+// Leaving one maximum out of the sum keeps the relative accuracy of a confident row: its loss log1p(rest), and
+// 1 - p = rest / (1 + rest) in the gradient at its most probable class, however small they are.
+//
+// Where to find what
+//   state.cuh       options, targets, the state of a row and how states merge, the value written for a logit
+//   rows.cuh        passes over rows of adjacent classes, in aligned windows of 16 bytes
+//   registers.cuh   passes over rows that fit into the registers of a part of a warp
+//   strided.cuh     passes over rows whose classes lie apart, neighbouring threads on neighbouring rows
+//   tile.cuh        passes over tiles of many short rows
+//   entry.cuh       the kernels' names and launch bounds
+#pragma once
+
+#include "../common.cuh"
+
+namespace fused_loss {
+namespace softmax {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Options: mirrored by `Problem` in src/softmax/cuda/call.rs
+
+// Where the logits of each row lie: row r is position (r / inner, r % inner).
+struct Strides {
+    int64_t inner, outer_stride, inner_stride, class_stride;
+
+    __device__ __forceinline__ int64_t start(int64_t row) const {
+        if (inner == 1) return row * outer_stride;
+        // a 64-bit division is a long subroutine
+        if (static_cast<uint64_t>(row) <= UINT32_MAX && static_cast<uint64_t>(inner) <= UINT32_MAX) {
+            const uint32_t r = static_cast<uint32_t>(row), n = static_cast<uint32_t>(inner);
+            return r / n * outer_stride + r % n * inner_stride;
+        }
+        return row / inner * outer_stride + row % inner * inner_stride;
+    }
+};
+
+struct Problem {
+    int64_t rows;
+    int64_t ignore_index;
+    Strides x;            // the logits
+    Strides t;            // probability targets
+    double keep;          // 1 - label smoothing
+    double spread;        // label smoothing / classes
+    double mass;          // the sum of a row's q without its own class; NaN where that is each row's own
+    double scale;         // logit scale
+    double softcap;       // 0: none
+    double inverse_cap;   // 1 / softcap
+    double z_loss;
+    double normalizer;    // what the sum of the losses is divided by, unless `counted`
+    int classes;
+    DType target;         // class indices if an integer, else probabilities
+    int log_probs;        // NLL: the input is log-probabilities
+    int counted;          // the denominator is the number (the weights) of the rows that are not ignored
+    int counts;           // partial counts made by an earlier launch; 0: each block counts the rows itself
+    int team;             // threads that share a row: a power of two up to 32, or the whole block
+    int kept;             // windows of a row that a thread keeps in shared memory between its two passes over them
+    int upstream_rows;    // whether the upstream gradient has a number for each row, or one for all
+    int class_last;       // gradients are written in the order (outer, inner, class), else (outer, class, inner)
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Targets
+
+enum class Kind : int { LIVE, IGNORED, BAD };
+
+// What a row's target says. `BAD` is an index outside of [0, classes): NaN for the row's loss and gradient, and no memory
+// is addressed by it.
+template <class A> struct Target {
+    Kind kind;
+    int index;   // the own class, or -1
+    A own;       // its weight times (1 - label smoothing)
+    A weight;    // what the row adds to a counted denominator
+};
+
+__device__ __forceinline__ bool is_index(DType dtype) { return dtype <= DType::I64; }
+
+template <class A>
+__device__ __forceinline__ Target<A> read_target(const Problem &p, const void *t, const A *weight, int64_t row) {
+    if (!is_index(p.target)) return {Kind::LIVE, -1, A(0), A(1)};
+    const int64_t index = load_index(t, p.target, row);
+    if (index == p.ignore_index) return {Kind::IGNORED, -1, A(0), A(0)};
+    // checked in 64 bits: 2^32 + 1 is not class 1
+    if (static_cast<uint64_t>(index) >= static_cast<uint64_t>(p.classes)) {
+        return {Kind::BAD, -1, quiet_nan<A>(), weight ? A(0) : A(1)};
+    }
+    const A w = weight ? weight[index] : A(1);
+    return {Kind::LIVE, static_cast<int>(index), w * A(p.keep), w};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Elementary functions
+
+// exp(d) for a difference d = x - m <= 0 of logits of type T.
+//
+// The subtraction comes first and is exact or nearly so; exp2(x log2e - m log2e) in one fused multiply-add would save an
+// instruction and lose everything to a common offset of the logits. For 16-bit logits: one multiplication and one ex2, a
+// relative error of |d| 2^-24 or so. For f32 there is time for CUDA's expf, which stays within 2 ulp.
+template <class T> __device__ __forceinline__ float exp_below(float d) {
+    float e;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(d * 1.44269504f));
+    return e;
+}
+template <> __device__ __forceinline__ float exp_below<float>(float d) { return expf(d); }
+template <class T> __device__ __forceinline__ double exp_below(double d) { return exp(d); }
+// exp(scale d): for 16-bit logits no more work than exp(d).
+template <class T> __device__ __forceinline__ float exp_below(float d, float scale) {
+    float e;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(d * (1.44269504f * scale)));
+    return e;
+}
+template <> __device__ __forceinline__ float exp_below<float>(float d, float scale) { return expf(d * scale); }
+
+template <class A> __device__ __forceinline__ bool is_finite(A x) { return x - x == A(0); }
+
+// log sum exp(x - m), NaN where the row has no finite maximum.
+template <class A> __device__ __forceinline__ A log_sum_of(A max, A rest) {
+    return is_finite(max) ? log1p_(rest) : quiet_nan<A>();
+}
+
+// tanh(x), and 1 - tanh(x)^2 without its cancellation.
+__device__ __forceinline__ float tanh_and_slope(float x, float &slope) {
+    const float e = expf(-2.0f * fabsf(x)), s = 1.0f + e, x2 = x * x;
+    // the denominators are in [1, 4], where the fast division is within 2 ulp
+    slope = __fdividef(4.0f * e, s * s);
+    // below 1/4, 1 - e cancels: the Taylor series instead, its next term is below 1e-8
+    const float series = fmaf(x2, fmaf(x2, fmaf(x2, fmaf(x2, 62.0f / 2835, -17.0f / 315), 2.0f / 15), -1.0f / 3), 1.0f);
+    return fabsf(x) < 0.25f ? x * series : copysignf(__fdividef(1.0f - e, s), x);
+}
+__device__ __forceinline__ double tanh_and_slope(double x, double &slope) {
+    const double e = exp(-2.0 * fabs(x)), s = 1.0 + e;
+    slope = 4.0 * e / (s * s);
+    return tanh(x);
+}
+
+// A logit after scale and soft cap, and the soft cap's derivative.
+template <class A> __device__ __forceinline__ A transform(const Problem &p, A x, A &slope) {
+    slope = A(1);
+    if (p.scale != 1.0) x *= A(p.scale);
+    if (p.softcap != 0.0) x = A(p.softcap) * tanh_and_slope(x * A(p.inverse_cap), slope);
+    return x;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The state of a row
+
+// How much a pass has to know of each row.
+enum Detail : int {
+    PLAIN,       // maximum and rest: class indices without smoothing, scale or cap
+    UNIFORM,     // class indices and one q for all classes, a positive scale; see below
+    GENERAL,     // the numbers q too
+    STATISTICS,  // entropy and arg max too
+};
+
+// UNIFORM is what label smoothing without class weights, z-loss and a logit scale make of PLAIN, in f32 arithmetic. Its maxima
+// are those of the logits as they are, and the scale goes into the exponentials' factor: exp(scale (x - m)). `linear` and `mass`
+// have UNIT in place of q until the loss is computed; a power of two, so that products with it are exact, and small, so that
+// logits such as the lowest of bf16 may be added.
+constexpr float UNIT = 1.0f / 4294967296.0f;
+
+// exp of a difference of logits.
+template <Detail D, class T, class A> __device__ __forceinline__ A exp_of(const Problem &p, A d) {
+    if constexpr (D == UNIFORM) {
+        return exp_below<T>(d, static_cast<float>(p.scale));
+    } else {
+        return exp_below<T>(d);
+    }
+}
+
+// A difference of logits after the scale.
+template <Detail D, class A> __device__ __forceinline__ A scaled(const Problem &p, A d) { return D == UNIFORM ? A(p.scale) * d : d; }
+
+constexpr int NO_CLASS = 0x7fffffff;
+
+// Some classes of a row, reduced. Fields beyond `Detail` are not touched, and cost nothing.
+template <class A, Detail D> struct State {
+    A max, rest;     // rest: sum exp(x - max) without the term of one maximum; 0 while all is -inf, NaN after a NaN
+    A linear, mass;  // sum q (x - max), sum q
+    A moment;        // sum exp(x - max) (x - max)
+    A top;           // the largest probability of the target
+    int argmax, top_class;
+
+    State() = default;
+    __device__ __forceinline__ State(const State &from) { *this = from; }
+    __device__ __forceinline__ State &operator=(const State &from) {
+        max = from.max, rest = from.rest;
+        if constexpr (D >= UNIFORM) linear = from.linear, mass = from.mass;
+        if constexpr (D >= STATISTICS) moment = from.moment, top = from.top, argmax = from.argmax, top_class = from.top_class;
+        return *this;
+    }
+
+    __device__ __forceinline__ static State empty() {
+        State s;
+        s.max = -infinity<A>();
+        s.rest = A(0);
+        if constexpr (D >= UNIFORM) s.linear = s.mass = A(0);
+        if constexpr (D >= STATISTICS) {
+            s.moment = A(0);
+            s.top = -infinity<A>();
+            s.argmax = s.top_class = NO_CLASS;
+        }
+        return s;
+    }
+
+    // Applies f to each field, with its place among the fields.
+    template <class F> __device__ __forceinline__ void each(F f) {
+        f(max, 0);
+        f(rest, 1);
+        if constexpr (D >= UNIFORM) f(linear, 2), f(mass, 3);
+        if constexpr (D >= STATISTICS) f(moment, 4), f(top, 5), f(argmax, 6), f(top_class, 7);
+    }
+};
+
+// The state of two sets of classes. Commutative to the bit, so that a butterfly of lanes ends with the same bits in all.
+template <class T, class A, Detail D>
+__device__ __forceinline__ State<A, D> merge(const Problem &p, const State<A, D> &a, const State<A, D> &b) {
+    const A max = max_(a.max, b.max);
+    const bool a_at = a.max == max, b_at = b.max == max;
+    // by how much the lower of both falls short; never -inf - -inf
+    const A low = a_at ? b.max : a.max;
+    const A shift = low == -infinity<A>() ? A(0) : low - max;
+    const A shrink = low == -infinity<A>() ? A(0) : exp_of<D, T>(p, shift);
+    State<A, D> s;
+    s.max = max;
+    // a lower side's own maximum counts again; a NaN in a rest stays one through the product
+    const A from_a = a_at ? a.rest : (A(1) + a.rest) * shrink;
+    const A from_b = b_at ? b.rest : (A(1) + b.rest) * shrink;
+    // where both have it, only one of the two maxima is left out
+    s.rest = (from_a + from_b) + (a_at && b_at && max != -infinity<A>() ? A(1) : A(0));
+    if constexpr (D >= UNIFORM) {
+        s.linear = (a.linear + (a_at ? A(0) : a.mass * shift)) + (b.linear + (b_at ? A(0) : b.mass * shift));
+        s.mass = a.mass + b.mass;
+    }
+    if constexpr (D >= STATISTICS) {
+        const A moment_a = a_at ? a.moment : shrink * a.moment + from_a * shift;
+        const A moment_b = b_at ? b.moment : shrink * b.moment + from_b * shift;
+        s.moment = moment_a + moment_b;
+        s.argmax = min(a_at ? a.argmax : NO_CLASS, b_at ? b.argmax : NO_CLASS);
+        s.top = max_(a.top, b.top);
+        s.top_class = min(a.top == s.top ? a.top_class : NO_CLASS, b.top == s.top ? b.top_class : NO_CLASS);
+    }
+    return s;
+}
+
+// The sum of q without the own class.
+template <class A, Detail D> __device__ __forceinline__ A mass_of(const Problem &p, const State<A, D> &s) {
+    if constexpr (D >= GENERAL) return s.mass;
+    return D == UNIFORM ? A(p.mass) : A(0);
+}
+
+// Merges the states of `width` neighbouring lanes, a power of two up to 32; all lanes of the warp call it and all get it.
+template <class T, class A, Detail D> __device__ __forceinline__ State<A, D> merge_lanes(const Problem &p, State<A, D> s, int width) {
+    for (int step = width / 2; step > 0; step /= 2) {
+        State<A, D> other = s;
+        other.each([&](auto &field, int) { field = __shfl_xor_sync(ALL_LANES, field, step); });
+        s = merge<T>(p, s, other);
+    }
+    return s;
+}
+
+// The operands of a row that passes read beside its logits.
+template <class A> struct Operands {
+    const void *t;        // targets
+    const A *weight;      // class weights or null
+    int64_t t_start;      // where the row's probabilities begin
+};
+
+// The probabilities of N neighbouring classes from `first` on, 0 behind the row's end.
+template <class A, int N>
+__device__ __forceinline__ void load_probabilities(const Problem &p, const Operands<A> &o, int first, A (&q)[N]) {
+    const auto load = [&](auto t) {
+#pragma unroll
+        for (int k = 0; k < N; k++) {
+            const int c = first + k;
+            q[k] = c < p.classes ? widen<A>(t[o.t_start + c * p.t.class_stride]) : A(0);
+        }
+    };
+    switch (p.target) {
+    case DType::F16: return load(static_cast<const f16 *>(o.t));
+    case DType::BF16: return load(static_cast<const bf16 *>(o.t));
+    case DType::F32: return load(static_cast<const float *>(o.t));
+    default: return load(static_cast<const double *>(o.t));
+    }
+}
+
+// The numbers q of N neighbouring classes from `first` on; behind the row's end they mean nothing.
+template <class A, int N>
+__device__ __forceinline__ void load_q(const Problem &p, const Operands<A> &o, int first, A (&q)[N]) {
+    const A keep = A(p.keep), spread = A(p.spread);
+    if (is_index(p.target)) {
+#pragma unroll
+        for (int k = 0; k < N; k++) q[k] = spread;
+        if (spread == A(0)) return;
+    } else {
+        load_probabilities<A, N>(p, o, first, q);
+        // without smoothing a 0 stays 0 and a 1 stays 1
+        if (keep != A(1) || spread != A(0)) {
+#pragma unroll
+            for (int k = 0; k < N; k++) q[k] = fma_(keep, q[k], spread);
+        }
+    }
+    if (o.weight) {
+#pragma unroll
+        for (int k = 0; k < N; k++) {
+            const int c = first + k;
+            if (c < p.classes) q[k] *= o.weight[c];
+        }
+    }
+}
+
+// Logits in a register: a pair of 16-bit ones, for which there are instructions, or a single one.
+template <class X> struct Unit {
+    static constexpr int LOGITS = 1;
+    X bits;
+
+    __device__ __forceinline__ Acc<X> logit(int) const { return bits; }
+    __device__ __forceinline__ static Unit lowest() { return {-infinity<X>()}; }
+};
+template <class X, class Pair, uint32_t LOWEST> struct PairUnit {
+    static constexpr int LOGITS = 2;
+    uint32_t bits;
+
+    __device__ __forceinline__ Pair pair() const { return *reinterpret_cast<const Pair *>(&bits); }
+    __device__ __forceinline__ static Unit<X> of(Pair pair) { return {*reinterpret_cast<const uint32_t *>(&pair)}; }
+    __device__ __forceinline__ static Unit<X> lowest() { return {LOWEST}; }
+};
+template <> struct Unit<f16> : PairUnit<f16, __half2, 0xfc00fc00u> {
+    __device__ __forceinline__ float logit(int k) const { return k ? __high2float(pair()) : __low2float(pair()); }
+};
+template <> struct Unit<bf16> : PairUnit<bf16, __nv_bfloat162, 0xff80ff80u> {
+    __device__ __forceinline__ float logit(int k) const { return __uint_as_float(k ? bits & 0xffff0000u : bits << 16); }
+};
+
+// A match: the larger one is the winner, also against a NaN; the loser is NaN if one of both is.
+__device__ __forceinline__ void match(Unit<float> &winner, Unit<float> &other) {
+    const float a = winner.bits, b = other.bits;
+    winner.bits = fmaxf(a, b);
+#if __CUDA_ARCH__ >= 800
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(other.bits) : "f"(a), "f"(b));
+#else
+    other.bits = a < b || a != a ? a : b;
+#endif
+}
+template <class X> __device__ __forceinline__ void match(Unit<X> &winner, Unit<X> &other) {
+    const auto a = winner.pair(), b = other.pair();
+    winner = Unit<X>::of(__hmax2(a, b));
+    other = Unit<X>::of(__hmin2_nan(a, b));
+}
+
+// The largest of some logits, and, for units of two, the one that lost the last match to it.
+struct Winner {
+    float logit, loser;
+    bool nan;   // there is nothing else than NaN
+};
+
+// A tournament: returns the winner (-inf in place of a NaN) and leaves the losers in x[1], x[2], …: all logits but one
+// maximum. What has to be left out of the sum is left out at the price of finding the maximum, without a second comparison.
+template <class X, int COUNT> __device__ __forceinline__ Winner tournament(Unit<X> (&x)[COUNT]) {
+#pragma unroll
+    for (int step = 1; step < COUNT; step *= 2) {
+#pragma unroll
+        for (int i = 0; i + step < COUNT; i += 2 * step) match(x[i], x[i + step]);
+    }
+    Unit<float> winner = {x[0].logit(0)}, loser = Unit<float>::lowest();
+    if constexpr (Unit<X>::LOGITS == 2) {
+        loser = {x[0].logit(1)};
+        match(winner, loser);
+    }
+    const bool nan = winner.bits != winner.bits;
+    return {nan ? -infinity<float>() : winner.bits, loser.bits, nan};
+}
+
+// sum exp(x - reference) of a tournament's losers, for logits of type T; in sums that do not wait for each other.
+template <Detail D, class T, class X, int COUNT> __device__ __forceinline__ float sum_losers(const Problem &p, const Winner &winner, const Unit<X> (&x)[COUNT], float reference) {
+    constexpr int SUMS = 4;
+    float sums[SUMS] = {};
+    if constexpr (Unit<X>::LOGITS == 2) sums[0] = exp_of<D, T>(p, winner.loser - reference);
+    if (winner.nan) sums[0] = quiet_nan<float>();
+#pragma unroll
+    for (int i = 1; i < COUNT; i++) {
+#pragma unroll
+        for (int k = 0; k < Unit<X>::LOGITS; k++) sums[i % SUMS] += exp_of<D, T>(p, x[i].logit(k) - reference);
+    }
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// What exponentials are relative to: the maximum, or 0 where all is -inf.
+template <class A> __device__ __forceinline__ A reference_of(A max) { return max == -infinity<A>() ? A(0) : max; }
+
+// The state of logits of type T, stored as X, but for `linear` and `mass`: one exponential each. The logits are lost.
+template <Detail D, class T, class X, int COUNT> __device__ __forceinline__ State<float, D> state_of(const Problem &p, Unit<X> (&x)[COUNT]) {
+    const Winner winner = tournament(x);
+    State<float, D> state = State<float, D>::empty();
+    state.max = winner.logit;
+    state.rest = sum_losers<D, T>(p, winner, x, reference_of(winner.logit));
+    return state;
+}
+
+// The same of logits x[0], x[1], … of which some are there, the others -inf, and complete.
+template <Detail D, class T, int COUNT, class F> __device__ __forceinline__ State<float, D> state_of_logits(const Problem &p, const float (&x)[COUNT], F exists) {
+    Unit<float> units[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) units[i] = {x[i]};
+    State<float, D> state = state_of<D, T>(p, units);
+    if constexpr (D == UNIFORM) {
+        if (p.spread != 0.0) {
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) {
+                if (exists(i)) state.linear = fmaf(x[i] - reference_of(state.max), UNIT, state.linear), state.mass += UNIT;
+            }
+        }
+    }
+    return state;
+}
+
+// Adds U groups of N classes to a thread's state; group u begins at class first + u * step. `logit(u, k)` is a logit of
+// group u, -inf behind the row's end.
+//
+// The maximum comes first, then one exponential for each logit relative to it, then one merge for all of them.
+template <Detail D, class T, int U, int N, class A, class F>
+__device__ __forceinline__ void absorb(State<A, D> &state, const Problem &p, const Operands<A> &o, int first, int step, F logit) {
+    // doubles take another register for each comparison's result, and are bound by their arithmetic anyway
+    if constexpr (D <= UNIFORM && sizeof(A) == sizeof(float)) {
+        A logits[U * N];
+#pragma unroll
+        for (int i = 0; i < U * N; i++) logits[i] = logit(i / N, i % N);
+        state = merge<T>(p, state, state_of_logits<D, T>(p, logits, [&](int i) { return first + i / N * step + i % N < p.classes; }));
+        return;
+    }
+    State<A, D> part = State<A, D>::empty();
+    A x[U][N];
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+#pragma unroll
+        for (int k = 0; k < N; k++) {
+            A slope;
+            const bool exists = D == PLAIN || first + u * step + k < p.classes;
+            x[u][k] = !exists ? -infinity<A>() : D == PLAIN ? logit(u, k) : transform(p, logit(u, k), slope);
+        }
+    }
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+#pragma unroll
+        for (int k = 0; k < N; k++) {
+            if constexpr (D >= STATISTICS) {
+                if (x[u][k] > part.max) part.argmax = first + u * step + k;
+            }
+            part.max = max_(part.max, x[u][k]);
+        }
+    }
+    const A reference = reference_of(part.max);
+    A ties = part.max == -infinity<A>() ? A(0) : A(-1);
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+#pragma unroll
+        for (int k = 0; k < N; k++) {
+            const A d = x[u][k] - reference;
+            const A e = exp_below<T>(d);
+            if (d == A(0)) {
+                ties += A(1);
+            } else {
+                part.rest += e;
+                if constexpr (D >= STATISTICS) part.moment += e == A(0) ? A(0) : e * d;
+            }
+        }
+    }
+    part.rest += ties;
+    if constexpr (D >= GENERAL) {
+        if (!is_index(p.target) || p.spread != 0.0) {
+#pragma unroll
+            for (int u = 0; u < U; u++) {
+                A q[N];
+                load_q<A, N>(p, o, first + u * step, q);
+#pragma unroll
+                for (int k = 0; k < N; k++) {
+                    const int c = first + u * step + k;
+                    if (c >= p.classes) continue;
+                    // a probability of 0 at a logit of -inf counts as 0
+                    if (q[k] != A(0)) part.linear += q[k] * (x[u][k] - reference);
+                    part.mass += q[k];
+                }
+            }
+        }
+    }
+    if constexpr (D >= STATISTICS) {
+        if (!is_index(p.target)) {
+#pragma unroll
+            for (int u = 0; u < U; u++) {
+                A t[N];
+                load_probabilities<A, N>(p, o, first + u * step, t);
+#pragma unroll
+                for (int k = 0; k < N; k++) {
+                    const int c = first + u * step + k;
+                    if (c < p.classes && t[k] > part.top) part.top = t[k], part.top_class = c;
+                }
+            }
+        }
+    }
+    state = merge<T>(p, state, part);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A row's loss and the numbers its gradient is made of
+
+// z lse^2
+template <class A> __device__ __forceinline__ A z_loss_of(const Problem &p, A lse) {
+    return p.z_loss == 0.0 ? A(0) : A(p.z_loss) * lse * lse;
+}
+
+// The loss of a row; `x_t` is its own class's logit after scale and cap.
+template <Detail D, class A>
+__device__ __forceinline__ A loss_of(const Problem &p, const Target<A> &target, A x_t, const State<A, D> &state) {
+    if (target.kind == Kind::IGNORED) return A(0);
+    if (target.kind == Kind::BAD) return quiet_nan<A>();
+    if (D >= GENERAL && p.log_probs) return target.own == A(0) ? A(0) : -target.own * x_t;
+    const A log_sum = log_sum_of(state.max, state.rest);
+    // a weight of 0 still gives NaN in a row without a softmax
+    A loss = target.own == A(0) ? A(0) * log_sum : target.own * (log_sum - scaled<D>(p, x_t - state.max));
+    if constexpr (D == UNIFORM) {
+        if (p.spread != 0.0) loss += A(p.mass) * log_sum - A(p.spread / UNIT * p.scale) * state.linear;
+    }
+    if constexpr (D >= GENERAL) {
+        if (!is_index(p.target) || p.spread != 0.0) loss += state.mass * log_sum - state.linear;
+    }
+    if constexpr (D >= UNIFORM) loss += z_loss_of(p, scaled<D>(p, state.max) + log_sum);
+    return loss;
+}
+
+template <class A> struct RowScalars {
+    Kind kind;
+    int target;      // own class, or -1
+    A own;
+    A max;
+    A inverse;       // 1 / sum exp(x - m)
+    A log_sum;       // log sum exp(x - m)
+    A confident;     // rest / (1 + rest): 1 - p of the most probable class
+    A slope, mass;   // the factor of p, and the sum of the row's q
+    A upstream;      // upstream gradient over the denominator, times the logit scale
+
+    __device__ __forceinline__ static RowScalars of(A max, A rest) {
+        RowScalars s;
+        s.kind = Kind::LIVE;
+        s.target = -1;
+        // a row of only -inf, or with +inf, has no softmax
+        s.max = is_finite(max) ? max : quiet_nan<A>();
+        s.inverse = A(1) / (A(1) + rest);
+        s.log_sum = log_sum_of(max, rest);
+        s.confident = rest / (A(1) + rest);
+        s.own = s.slope = s.mass = A(0);
+        s.upstream = A(1);
+        return s;
+    }
+
+    // `mass` is the sum of q without the own class, `upstream` already over the denominator.
+    template <Detail D>
+    __device__ __forceinline__ static RowScalars gradient(const Problem &p, const Target<A> &target, A max, A rest, A mass, A upstream) {
+        RowScalars s = of(max, rest);
+        s.kind = target.kind;
+        s.target = target.index;
+        s.own = target.own;
+        s.upstream = upstream;
+        s.mass = s.slope = target.own;
+        if constexpr (D >= UNIFORM) {
+            s.upstream *= A(p.scale);
+            s.mass += mass;
+            s.slope = s.mass;
+            if (p.z_loss != 0.0) s.slope += A(2.0 * p.z_loss) * (scaled<D>(p, s.max) + s.log_sum);
+        }
+        return s;
+    }
+};
+
+// upstream (slope p - q)
+template <Detail D, class T, class A> __device__ __forceinline__ A gradient_value(const Problem &problem, const RowScalars<A> &s, A x, A q) {
+    const A p = exp_of<D, T>(problem, x - s.max) * s.inverse;
+    // at the most probable class, slope p - q = (mass - q) - mass (1 - p) + (slope - mass) p does not cancel
+    const A g = x == s.max ? (s.mass - q) - s.mass * s.confident + (s.slope - s.mass) * p : s.slope * p - q;
+    return s.upstream * g;
+}
+
+// A rule makes what a pass writes for N neighbouring logits x, the first of them of class `first`, from their row's
+// numbers. `DETAIL` is what it has to know of the row; `OWN` says that it leaves the own class to `own_value`, which one
+// thread calls once a row.
+
+// upstream (p - onehot) w[t]: for a class that is not the own one a subtraction, an exponential and a multiplication
+struct PlainGradient {
+    static constexpr Detail DETAIL = PLAIN;
+    static constexpr bool OWN = true;
+    template <class T, int N, class A>
+    __device__ __forceinline__ static void emit(const Problem &, const Operands<A> &, const RowScalars<A> &s, int, const A (&x)[N], A (&y)[N]) {
+        const A factor = s.upstream * s.slope * s.inverse;
+#pragma unroll
+        for (int k = 0; k < N; k++) y[k] = exp_below<T>(x[k] - s.max) * factor;
+    }
+    template <class T, class A> __device__ __forceinline__ static A own_value(const Problem &p, const RowScalars<A> &s, A x) {
+        return gradient_value<PLAIN, T>(p, s, x, s.own);
+    }
+};
+
+// upstream (slope p - q), the own class's with its weight: with one q, a subtraction, an exponential and a multiply-add. Other
+// classes than the own one need no care at the largest logit: their q is small beside their slope p there, if they are many.
+struct UniformGradient {
+    static constexpr Detail DETAIL = UNIFORM;
+    static constexpr bool OWN = true;
+    template <class T, int N, class A>
+    __device__ __forceinline__ static void emit(const Problem &p, const Operands<A> &, const RowScalars<A> &s, int, const A (&x)[N], A (&y)[N]) {
+        const A factor = s.upstream * s.slope * s.inverse, q = s.upstream * A(p.spread);
+#pragma unroll
+        for (int k = 0; k < N; k++) y[k] = fma_(exp_of<UNIFORM, T>(p, x[k] - s.max), factor, -q);
+    }
+    template <class T, class A> __device__ __forceinline__ static A own_value(const Problem &p, const RowScalars<A> &s, A x) {
+        return gradient_value<UNIFORM, T>(p, s, x, s.own + A(p.spread));
+    }
+};
+
+// upstream (slope p - q) and the soft cap's derivative; of NLL, -upstream w[t] at the own class and 0 elsewhere
+struct GeneralGradient {
+    static constexpr Detail DETAIL = GENERAL;
+    static constexpr bool OWN = false;
+    template <class T, int N, class A>
+    __device__ __forceinline__ static void emit(const Problem &p, const Operands<A> &o, const RowScalars<A> &s, int first, const A (&x)[N], A (&y)[N]) {
+        if (p.log_probs) {
+#pragma unroll
+            for (int k = 0; k < N; k++) y[k] = first + k == s.target ? -(s.own * s.upstream) : A(0);
+            return;
+        }
+        A q[N];
+        load_q<A, N>(p, o, first, q);
+#pragma unroll
+        for (int k = 0; k < N; k++) {
+            A slope;
+            const A v = transform(p, x[k], slope);
+            y[k] = gradient_value<GENERAL, T>(p, s, v, first + k == s.target ? s.own + q[k] : q[k]);
+            if (p.softcap != 0.0) y[k] *= slope;
+        }
+    }
+};
+
+// (x - m) - log-sum: log-softmax
+struct LogProbs {
+    static constexpr Detail DETAIL = PLAIN;
+    static constexpr bool OWN = false;
+    template <class T, int N, class A>
+    __device__ __forceinline__ static void emit(const Problem &, const Operands<A> &, const RowScalars<A> &s, int, const A (&x)[N], A (&y)[N]) {
+#pragma unroll
+        for (int k = 0; k < N; k++) y[k] = (x[k] - s.max) - s.log_sum;
+    }
+};
+
+// What is written for all classes of a row that doesn't count (whatever its logits are), or whose target is bad.
+template <class A> __device__ __forceinline__ A dead_value(Kind kind) { return kind == Kind::IGNORED ? A(0) : quiet_nan<A>(); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What a reduction leaves behind, and the scalar loss
+
+template <class A> struct Outputs {
+    A *loss;            // for each row, or null
+    A *statistics;      // (2, rows): max, rest; a third line with mass where it differs between rows; or null
+    double2 *partials;  // for each block (loss, weight); null if the grid is one block or there is no scalar loss
+    unsigned *ticket;   // with partials: by which the last block knows that it is
+    A *result;          // the reduced loss or null
+    A *denominator;     // what the backward divides by, or null
+};
+
+// Whether the sum of q without the own class differs between rows.
+__device__ __forceinline__ bool own_mass(const Problem &p) { return p.mass != p.mass; }
+
+template <Detail D, class A>
+__device__ __forceinline__ void write_statistics(const Problem &p, A *statistics, int64_t row, const State<A, D> &state) {
+    if (!statistics) return;
+    statistics[row] = state.max;
+    statistics[p.rows + row] = state.rest;
+    if constexpr (D >= GENERAL) {
+        if (own_mass(p)) statistics[2 * p.rows + row] = state.mass;
+    }
+}
+
+// The sum of a row's q without its own class, in the backward.
+template <class A> __device__ __forceinline__ A read_mass(const Problem &p, const A *statistics, int64_t row) {
+    return own_mass(p) ? statistics[2 * p.rows + row] : A(p.mass);
+}
+
+template <class A> __device__ __forceinline__ void write_result(const Problem &p, const Outputs<A> &out, double2 total) {
+    const double denominator = p.counted ? total.y : p.normalizer;
+    if (out.result) *out.result = A(total.x / denominator);
+    if (out.denominator) *out.denominator = A(denominator);
+}
+
+// Ends a kernel whose threads hold the losses and weights of their rows: the only block has the result; of several, each leaves
+// partial sums at its index of `count`, and the last one to arrive adds them in a fixed order. All threads of the block call it.
+template <class A>
+__device__ __forceinline__ void finish_block(const Problem &p, const Outputs<A> &out, double loss, double weight, double *scratch, int index, int count) {
+    loss = block_reduce<Sum>(loss, scratch);
+    weight = block_reduce<Sum>(weight, scratch);
+    const int thread = threadIdx.x + blockDim.x * threadIdx.y;
+    if (out.partials) {
+        if (thread == 0) out.partials[index] = {loss, weight};
+        if (!is_last_block(out.ticket, count)) return;
+        double2 total = {0, 0};
+#pragma unroll 8
+        for (int i = thread; i < count; i += blockDim.x * blockDim.y) {
+            const double2 part = __ldcg(out.partials + i);
+            total.x += part.x, total.y += part.y;
+        }
+        loss = block_reduce<Sum>(total.x, scratch);
+        weight = block_reduce<Sum>(total.y, scratch);
+        index = 0;
+    }
+    // otherwise the only block; or there is no scalar loss, and the denominator is a constant
+    if (thread == 0 && index == 0) write_result(p, out, {loss, weight});
+}
+
+// What the rows first, first + step, … add to a counted denominator.
+template <class A>
+__device__ __forceinline__ double count_rows(const Problem &p, const void *t, const A *weight, int64_t first, int64_t step) {
+    double sum = 0;
+    for (int64_t row = first; row < p.rows; row += step) sum += read_target(p, t, weight, row).weight;
+    return sum;
+}
+
+// The first stage of a counted denominator that a gradient needs before the rows' losses are known.
+template <class A> __device__ __forceinline__ void count(const Problem &p, const void *t, const A *weight, double *counts) {
+    __shared__ double scratch[WARP];
+    const double sum = count_rows(p, t, weight, blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x, static_cast<int64_t>(gridDim.x) * blockDim.x);
+    const double total = block_reduce<Sum>(sum, scratch);
+    if (threadIdx.x == 0) counts[blockIdx.x] = total;
+}
+
+// What a gradient of the reduced loss is divided by. All threads of the block call it and get it.
+template <class A>
+__device__ __forceinline__ A denominator_of(const Problem &p, const void *t, const A *weight, const double *counts, double *scratch) {
+    if (!p.counted) return A(p.normalizer);
+    const int thread = threadIdx.x + blockDim.x * threadIdx.y;
+    const int threads = blockDim.x * blockDim.y;
+    double sum = 0;
+    if (p.counts == 0) {
+        sum = count_rows(p, t, weight, thread, threads);
+    } else {
+        for (int i = thread; i < p.counts; i += threads) sum += counts[i];
+    }
+    return A(block_reduce<Sum>(sum, scratch));
+}
+
+} // namespace softmax
+} // namespace fused_loss

@@ -1,3 +1,0 @@
-#define LOGIT bf16
-#define PLAIN_MODULE
-#include "softmax_entry.cuh"

@@ -1,3 +1,0 @@
-#define LOGIT float
-#define PLAIN_MODULE
-#include "softmax_entry.cuh"

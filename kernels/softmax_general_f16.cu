@@ -1,3 +1,0 @@
-#define LOGIT f16
-#define GENERAL_MODULE
-#include "softmax_entry.cuh"

@@ -1,3 +1,0 @@
-#define LOGIT double
-#define GENERAL_MODULE
-#include "softmax_entry.cuh"

@@ -1,3 +1,0 @@
-#define LOGIT float
-#define UNIFORM_MODULE
-#include "softmax_entry.cuh"

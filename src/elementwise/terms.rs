@@ -1,0 +1,207 @@
+//! The losses of the logistic family, one element each.
+//!
+//! A term is all that a loss of this family needs on the CPU. It is written without branches, so that the loops of
+//! [`super::logistic`] vectorise it; LLVM shares the exponentials between `loss` and `grad` where a pass asks for both.
+
+use crate::cpu::math::{Isa, Real};
+
+/// Loss and gradients of one element: input x, target t, positive weight p (1 where a loss has none).
+pub(super) trait Term<A: Real>: Copy + Sync {
+    /// Whether input and target have to be in [0, 1].
+    const PROBABILITIES: bool = false;
+
+    fn loss<I: Isa>(self, x: A, t: A, p: A) -> A;
+    /// The derivative in x.
+    fn grad<I: Isa>(self, x: A, t: A, p: A) -> A;
+    /// The derivative in t.
+    fn target_grad<I: Isa>(self, x: A, t: A, p: A) -> A;
+}
+
+/// `factor * value`, 0 where the factor is 0 though the value may be infinite.
+#[inline(always)]
+fn scaled<A: Real>(factor: A, value: A) -> A {
+    let product = factor * value;
+    if factor == A::ZERO && !value.is_nan() { A::ZERO } else { product }
+}
+
+/// Binary cross-entropy of a probability, the logarithms clamped at -100 as in PyTorch.
+#[derive(Clone, Copy)]
+pub(super) struct Bce;
+
+impl Bce {
+    #[inline(always)]
+    fn clamped_logs<A: Real, I: Isa>(x: A) -> (A, A) {
+        let floor = A::of(-100.0);
+        let clamp = |v: A| if v < floor { floor } else { v };
+        (clamp(x.vln::<I>()), clamp((-x).vln_1p::<I>()))
+    }
+}
+
+impl<A: Real> Term<A> for Bce {
+    const PROBABILITIES: bool = true;
+
+    #[inline(always)]
+    fn loss<I: Isa>(self, x: A, t: A, _: A) -> A {
+        let (log_x, log_not_x) = Self::clamped_logs::<A, I>(x);
+        -(t * log_x + (A::ONE - t) * log_not_x)
+    }
+
+    #[inline(always)]
+    fn grad<I: Isa>(self, x: A, t: A, _: A) -> A {
+        let variance = x * (A::ONE - x);
+        let floor = A::of(1e-12);
+        (x - t) / if variance < floor { floor } else { variance }
+    }
+
+    #[inline(always)]
+    fn target_grad<I: Isa>(self, x: A, _: A, _: A) -> A {
+        let (log_x, log_not_x) = Self::clamped_logs::<A, I>(x);
+        log_not_x - log_x
+    }
+}
+
+/// What the losses of a logit are made of: softplus(x), softplus(-x), sigmoid(x) and sigmoid(-x), each with its full
+/// relative accuracy at both ends.
+struct Logit<A> {
+    softplus: A,
+    softplus_neg: A,
+    sigmoid: A,
+    sigmoid_neg: A,
+}
+
+impl<A: Real> Logit<A> {
+    #[inline(always)]
+    fn new<I: Isa>(x: A) -> Self {
+        let e = (-x.abs()).vexp::<I>();
+        let log = e.vln_1p_unit::<I>();
+        let large = A::ONE / (A::ONE + e);
+        let small = e * large;
+        let positive = x > A::ZERO;
+        Logit {
+            softplus: if positive { x + log } else { log },
+            softplus_neg: if positive { log } else { log - x },
+            sigmoid: if positive { large } else { small },
+            sigmoid_neg: if positive { small } else { large },
+        }
+    }
+}
+
+/// Binary cross-entropy of a logit.
+#[derive(Clone, Copy)]
+pub(super) struct BceWithLogits;
+
+impl<A: Real> Term<A> for BceWithLogits {
+    #[inline(always)]
+    fn loss<I: Isa>(self, x: A, t: A, p: A) -> A {
+        let logit = Logit::new::<I>(x);
+        scaled(p * t, logit.softplus_neg) + scaled(A::ONE - t, logit.softplus)
+    }
+
+    /// `(1 - t) sigmoid(x) - p t sigmoid(-x)`: nothing cancels at a confident logit.
+    #[inline(always)]
+    fn grad<I: Isa>(self, x: A, t: A, p: A) -> A {
+        let logit = Logit::new::<I>(x);
+        (A::ONE - t) * logit.sigmoid - p * t * logit.sigmoid_neg
+    }
+
+    #[inline(always)]
+    fn target_grad<I: Isa>(self, x: A, _: A, p: A) -> A {
+        // p softplus(-x) - softplus(x) with the logarithm that both have taken out
+        let log = (-x.abs()).vexp::<I>().vln_1p_unit::<I>();
+        let (negative, positive) = if x > A::ZERO { (A::ZERO, x) } else { (-x, A::ZERO) };
+        (p - A::ONE) * log + scaled(p, negative) - positive
+    }
+}
+
+/// Sigmoid focal loss.
+///
+/// `SQUARE`: gamma is 2, as it is by default; a square costs neither the logarithm nor the exponential of other powers.
+#[derive(Clone, Copy)]
+pub(super) struct Focal<A, const SQUARE: bool> {
+    /// The balance of the classes, if any.
+    pub alpha: Option<A>,
+    pub gamma: A,
+}
+
+/// What the focal loss and its gradients share: `u = t sigmoid(-x) + (1 - t) sigmoid(x)` is how wrong the prediction is.
+struct FocalParts<A> {
+    logit: Logit<A>,
+    alpha: A,
+    /// `u^gamma`
+    modulation: A,
+    cross_entropy: A,
+    u: A,
+}
+
+impl<A: Real, const SQUARE: bool> Focal<A, SQUARE> {
+    /// `u^gamma`
+    #[inline(always)]
+    fn modulation<I: Isa>(self, logit: &Logit<A>, t: A, u: A) -> A {
+        if SQUARE {
+            return u * u;
+        }
+        // for a hard label the logarithm of a sigmoid, which does not underflow with it
+        let log_u = if t == A::ZERO {
+            -logit.softplus_neg
+        } else if t == A::ONE {
+            -logit.softplus
+        } else {
+            u.vln::<I>()
+        };
+        if self.gamma == A::ZERO { A::ONE } else { (self.gamma * log_u).vexp::<I>() }
+    }
+
+    #[inline(always)]
+    fn parts<I: Isa>(self, x: A, t: A) -> FocalParts<A> {
+        let logit = Logit::new::<I>(x);
+        let not_t = A::ONE - t;
+        let u = scaled(t, logit.sigmoid_neg) + scaled(not_t, logit.sigmoid);
+        let modulation = self.modulation::<I>(&logit, t, u);
+        let alpha = match self.alpha {
+            Some(alpha) => alpha * t + (A::ONE - alpha) * not_t,
+            None => A::ONE,
+        };
+        let cross_entropy = scaled(t, logit.softplus_neg) + scaled(not_t, logit.softplus);
+        FocalParts { logit, alpha, modulation, cross_entropy, u }
+    }
+}
+
+impl<A: Real, const SQUARE: bool> Term<A> for Focal<A, SQUARE> {
+    #[inline(always)]
+    fn loss<I: Isa>(self, x: A, t: A, _: A) -> A {
+        let FocalParts { alpha, modulation, cross_entropy, .. } = self.parts::<I>(x, t);
+        alpha * scaled(modulation, cross_entropy)
+    }
+
+    /// `alpha u^gamma (sigmoid(x) - t + gamma (u'/u) cross_entropy)`
+    #[inline(always)]
+    fn grad<I: Isa>(self, x: A, t: A, _: A) -> A {
+        let FocalParts { logit, alpha, modulation, cross_entropy, u } = self.parts::<I>(x, t);
+        let not_t = A::ONE - t;
+        // u'/u, where for a hard label u itself cancels
+        let ratio = if t == A::ZERO {
+            logit.sigmoid_neg
+        } else if t == A::ONE {
+            -logit.sigmoid
+        } else {
+            logit.sigmoid * logit.sigmoid_neg * (not_t - t) / u
+        };
+        let direct = not_t * logit.sigmoid - t * logit.sigmoid_neg;
+        alpha * modulation * (direct + self.gamma * scaled(ratio, cross_entropy))
+    }
+
+    /// `alpha' u^gamma ce + alpha (u^gamma ce' + gamma u^(gamma - 1) u' ce)` with the derivatives in t
+    #[inline(always)]
+    fn target_grad<I: Isa>(self, x: A, t: A, _: A) -> A {
+        let FocalParts { logit, alpha, modulation, cross_entropy, u } = self.parts::<I>(x, t);
+        let alpha_slope = match self.alpha {
+            Some(alpha) => alpha + alpha - A::ONE,
+            None => A::ZERO,
+        };
+        // ce / u stays finite where both vanish: both are sigmoids of the same large |x| then, and ce / u -> 1
+        let per_u = if u == A::ZERO { A::ONE } else { cross_entropy / u };
+        let u_slope = logit.sigmoid_neg - logit.sigmoid;
+        let slope = -x + scaled(self.gamma, per_u * u_slope);
+        scaled(modulation, alpha_slope * cross_entropy + alpha * slope)
+    }
+}

@@ -1,0 +1,159 @@
+//! Matrix products by cuBLAS: as candle calls it, but with a result of its own dtype that can be added to.
+
+use super::matmul::{NAME, Place};
+use candle_core::cuda_backend::{CudaDType, WrapErr, gemm_reduced_precision_bf16, gemm_reduced_precision_f32};
+use candle_core::{CudaStorage, Result, bail};
+use cudarc::cublas::result::{dgemm_strided_batched, gemm_strided_batched_ex};
+use cudarc::cublas::sys::{
+    cublasComputeType_t as Compute, cublasGemmAlgo_t, cublasOperation_t as Transpose, cudaDataType_t,
+};
+use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr};
+use half::{bf16, f16};
+use std::ffi::c_void;
+
+static ONE: f32 = 1.0;
+
+pub(crate) trait Element: CudaDType + DeviceRepr {
+    const TYPE: cudaDataType_t;
+
+    /// How sums of products of these are computed: never in less than f32 but where candle was told so.
+    fn compute() -> Compute {
+        Compute::CUBLAS_COMPUTE_32F
+    }
+}
+
+impl Element for f16 {
+    const TYPE: cudaDataType_t = cudaDataType_t::CUDA_R_16F;
+}
+
+impl Element for bf16 {
+    const TYPE: cudaDataType_t = cudaDataType_t::CUDA_R_16BF;
+
+    fn compute() -> Compute {
+        match gemm_reduced_precision_bf16() {
+            true => Compute::CUBLAS_COMPUTE_32F_FAST_16BF,
+            false => Compute::CUBLAS_COMPUTE_32F,
+        }
+    }
+}
+
+impl Element for f32 {
+    const TYPE: cudaDataType_t = cudaDataType_t::CUDA_R_32F;
+
+    fn compute() -> Compute {
+        match gemm_reduced_precision_f32() {
+            true => Compute::CUBLAS_COMPUTE_32F_FAST_TF32,
+            false => Compute::CUBLAS_COMPUTE_32F,
+        }
+    }
+}
+
+impl Element for f64 {
+    const TYPE: cudaDataType_t = cudaDataType_t::CUDA_R_64F;
+
+    fn compute() -> Compute {
+        Compute::CUBLAS_COMPUTE_64F
+    }
+}
+
+impl Place {
+    /// The matrix as cuBLAS takes it: its columns are our rows. Whether it has to be transposed, and the distance of
+    /// its columns.
+    fn leading(&self) -> Result<(Transpose, i32)> {
+        // the stride of an axis with one position means nothing
+        if self.column_stride == 1 || self.columns == 1 && self.row_stride != 1 {
+            let distance = if self.rows == 1 { self.columns } else { self.row_stride };
+            return Ok((Transpose::CUBLAS_OP_N, small(distance.max(self.columns))?));
+        }
+        if self.row_stride == 1 || self.rows == 1 {
+            let distance = if self.columns == 1 { self.rows } else { self.column_stride };
+            return Ok((Transpose::CUBLAS_OP_T, small(distance.max(self.rows))?));
+        }
+        bail!("{NAME}: strides ({}, {}), expected one of them to be 1", self.row_stride, self.column_stride)
+    }
+}
+
+fn small(size: usize) -> Result<i32> {
+    match i32::try_from(size) {
+        Ok(size) => Ok(size),
+        Err(_) => bail!("{NAME}: size {size}, expected at most {}", i32::MAX),
+    }
+}
+
+pub(crate) fn product<To: Element, Of: Element>(
+    to: &mut CudaStorage,
+    lhs: &CudaStorage,
+    rhs: &CudaStorage,
+    [t, l, r]: [Place; 3],
+    accumulate: bool,
+) -> Result<()> {
+    let blas = to.device.cublas_handle();
+    let stream = to.device.cuda_stream();
+    let (Transpose::CUBLAS_OP_N, to_distance) = t.leading()? else {
+        bail!("{NAME}: strides ({}, {}) of the result, expected adjacent columns", t.row_stride, t.column_stride)
+    };
+    let (lhs_transpose, lhs_distance) = l.leading()?;
+    let (rhs_transpose, rhs_distance) = r.leading()?;
+    let mut to = to.as_cuda_slice_mut::<To>()?.slice_mut(t.range());
+    let (lhs, rhs) = (lhs.as_cuda_slice::<Of>()?.slice(l.range()), rhs.as_cuda_slice::<Of>()?.slice(r.range()));
+    let (to, _to) = to.device_ptr_mut(&stream);
+    let (lhs, _lhs) = lhs.device_ptr(&stream);
+    let (rhs, _rhs) = rhs.device_ptr(&stream);
+    let (columns, rows, inner) = (small(t.columns)?, small(t.rows)?, small(l.columns)?);
+    let handle = *blas.handle();
+    // SAFETY: the views hold every element that the sizes and distances lead to, on the handle's stream
+    unsafe {
+        if matches!(Of::compute(), Compute::CUBLAS_COMPUTE_64F) {
+            let (rhs, lhs, to) = (rhs as *const f64, lhs as *const f64, to as *mut f64);
+            let kept = if accumulate { &1.0 } else { &0.0 };
+            return dgemm_strided_batched(
+                handle,
+                rhs_transpose,
+                lhs_transpose,
+                columns,
+                rows,
+                inner,
+                &1.0,
+                rhs,
+                rhs_distance,
+                0,
+                lhs,
+                lhs_distance,
+                0,
+                kept,
+                to,
+                to_distance,
+                0,
+                1,
+            )
+            .w();
+        }
+        let kept: &f32 = if accumulate { &1.0 } else { &0.0 };
+        gemm_strided_batched_ex(
+            handle,
+            rhs_transpose,
+            lhs_transpose,
+            columns,
+            rows,
+            inner,
+            (&raw const ONE).cast(),
+            rhs as *const c_void,
+            Of::TYPE,
+            rhs_distance,
+            0,
+            lhs as *const c_void,
+            Of::TYPE,
+            lhs_distance,
+            0,
+            std::ptr::from_ref(kept).cast(),
+            to as *mut c_void,
+            To::TYPE,
+            to_distance,
+            0,
+            1,
+            Of::compute(),
+            cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
+        )
+        .w()
+    }
+}

@@ -1,0 +1,147 @@
+//! A matrix product into memory that exists already, replacing what is there or added to it.
+//!
+//! candle's `matmul` allocates its result in the dtype of its operands. Work on chunks wants more: one buffer for all
+//! chunks, and gradients that are summed over the chunks in f32, also where the operands are 16-bit. On the CPU this is the
+//! `gemm` crate and on CUDA cuBLAS, both as in candle itself.
+
+use candle_core::{CpuStorage, InplaceOp3, Layout, Result, Tensor, WithDType, bail};
+
+pub(crate) const NAME: &str = "matrix product";
+
+/// `to <- lhs rhs`, or `to <- to + lhs rhs`, for matrices of any strides on the CPU; on CUDA, one stride of each is 1.
+///
+/// The dtypes are the same, or on CUDA 16-bit operands and an f32 result.
+pub(crate) fn product(to: &Tensor, lhs: &Tensor, rhs: &Tensor, accumulate: bool) -> Result<()> {
+    if to.elem_count() == 0 {
+        return Ok(());
+    }
+    to.inplace_op3(lhs, rhs, &Product { accumulate })
+}
+
+struct Product {
+    accumulate: bool,
+}
+
+/// Where a matrix begins, and the strides of its rows and columns.
+#[derive(Clone, Copy)]
+pub(crate) struct Place {
+    pub start: usize,
+    pub rows: usize,
+    pub columns: usize,
+    pub row_stride: usize,
+    pub column_stride: usize,
+}
+
+impl Place {
+    fn of(layout: &Layout) -> Result<Self> {
+        let ((rows, columns), &[row_stride, column_stride]) = (layout.shape().dims2()?, layout.stride()) else {
+            bail!("{NAME}: strides {:?} of shape {:?}", layout.stride(), layout.dims())
+        };
+        Ok(Place { start: layout.start_offset(), rows, columns, row_stride, column_stride })
+    }
+
+    /// From the first element to behind the last.
+    pub fn range(&self) -> std::ops::Range<usize> {
+        if self.rows == 0 || self.columns == 0 {
+            return self.start..self.start;
+        }
+        self.start..self.start + (self.rows - 1) * self.row_stride + (self.columns - 1) * self.column_stride + 1
+    }
+}
+
+/// The three matrices of a product that fit together.
+fn places(to: &Layout, lhs: &Layout, rhs: &Layout) -> Result<[Place; 3]> {
+    let [t, l, r] = [Place::of(to)?, Place::of(lhs)?, Place::of(rhs)?];
+    if (l.rows, r.columns, l.columns) != (t.rows, t.columns, r.rows) {
+        bail!("{NAME}: {:?} times {:?} into {:?}", lhs.dims(), rhs.dims(), to.dims());
+    }
+    Ok([t, l, r])
+}
+
+impl InplaceOp3 for Product {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        to: &mut CpuStorage,
+        to_layout: &Layout,
+        lhs: &CpuStorage,
+        lhs_layout: &Layout,
+        rhs: &CpuStorage,
+        rhs_layout: &Layout,
+    ) -> Result<()> {
+        let places = places(to_layout, lhs_layout, rhs_layout)?;
+        match (to, lhs, rhs) {
+            (CpuStorage::F32(to), CpuStorage::F32(lhs), CpuStorage::F32(rhs)) => {
+                on_cpu(to, lhs, rhs, places, self.accumulate)
+            }
+            (CpuStorage::F64(to), CpuStorage::F64(lhs), CpuStorage::F64(rhs)) => {
+                on_cpu(to, lhs, rhs, places, self.accumulate)
+            }
+            _ => bail!("{NAME}: dtypes that don't go together, expected f32 or f64 for all three"),
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        to: &mut candle_core::CudaStorage,
+        to_layout: &Layout,
+        lhs: &candle_core::CudaStorage,
+        lhs_layout: &Layout,
+        rhs: &candle_core::CudaStorage,
+        rhs_layout: &Layout,
+    ) -> Result<()> {
+        use super::cublas;
+        use candle_core::DType::{BF16, F16, F32, F64};
+        use candle_core::backend::BackendStorage;
+        use half::{bf16, f16};
+
+        let places = places(to_layout, lhs_layout, rhs_layout)?;
+        match (to.dtype(), lhs.dtype(), rhs.dtype()) {
+            (F16, F16, F16) => cublas::product::<f16, f16>(to, lhs, rhs, places, self.accumulate),
+            (F32, F16, F16) => cublas::product::<f32, f16>(to, lhs, rhs, places, self.accumulate),
+            (BF16, BF16, BF16) => cublas::product::<bf16, bf16>(to, lhs, rhs, places, self.accumulate),
+            (F32, BF16, BF16) => cublas::product::<f32, bf16>(to, lhs, rhs, places, self.accumulate),
+            (F32, F32, F32) => cublas::product::<f32, f32>(to, lhs, rhs, places, self.accumulate),
+            (F64, F64, F64) => cublas::product::<f64, f64>(to, lhs, rhs, places, self.accumulate),
+            (t, l, r) => bail!("{NAME}: {l:?} times {r:?} into {t:?}"),
+        }
+    }
+}
+
+fn on_cpu<T: WithDType + From<i8>>(to: &mut [T], lhs: &[T], rhs: &[T], [t, l, r]: [Place; 3], accumulate: bool) {
+    let (to, lhs, rhs) = (&mut to[t.range()], &lhs[l.range()], &rhs[r.range()]);
+    let parallelism = match candle_core::utils::get_num_threads() {
+        1 => gemm::Parallelism::None,
+        threads => gemm::Parallelism::Rayon(threads),
+    };
+    // SAFETY: the slices end where the strides and sizes do, and the result's memory is borrowed for itself alone
+    unsafe {
+        gemm::gemm(
+            t.rows,
+            t.columns,
+            l.columns,
+            to.as_mut_ptr(),
+            t.column_stride as isize,
+            t.row_stride as isize,
+            accumulate,
+            lhs.as_ptr(),
+            l.column_stride as isize,
+            l.row_stride as isize,
+            rhs.as_ptr(),
+            r.column_stride as isize,
+            r.row_stride as isize,
+            // factors of what is there, and of the product
+            T::from(accumulate as i8),
+            T::from(1),
+            false,
+            false,
+            false,
+            parallelism,
+        )
+    }
+}

@@ -1,0 +1,6 @@
+//! Cross-entropy of a linear layer.
+
+#[cfg(feature = "cuda")]
+mod cublas;
+mod matmul;
+pub(crate) mod op;

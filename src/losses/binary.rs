@@ -1,0 +1,380 @@
+//! Binary cross-entropy, of probabilities and of logits.
+
+use crate::check::BinaryOptions;
+use crate::elementwise::op::Term;
+use crate::reduction::{Fused, Reduction};
+use crate::unfused;
+use candle_core::{Result, Tensor};
+use std::marker::PhantomData;
+
+pub(crate) const BCE: &str = "binary_cross_entropy";
+pub(crate) const BCE_WITH_LOGITS: &str = "binary_cross_entropy_with_logits";
+
+/// Binary cross-entropy of probabilities and targets in [0, 1].
+///
+/// For a probability x with target t, in nats:
+///
+/// ```text
+/// loss = -w (t max(ln x, -100) + (1 - t) max(ln(1 - x), -100))
+/// ```
+///
+/// `Mean` divides the sum by the number of elements, also with weights. The gradient is `w (x - t) / max(x (1 - x), 1e-12)`.
+/// Where the probabilities come from a sigmoid, [`BceWithLogitsLoss`] of its input is more accurate and faster.
+///
+/// Definition: [`torch.nn.BCELoss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.BCELoss.html). The gradient of a
+/// float target is the difference of the clamped logarithms, where PyTorch's is infinite at 0 and 1.
+///
+/// # Shapes
+/// Probabilities of any shape and layout, and a target of the same shape. The loss is a scalar, or with [`Reduction::None`]
+/// has that shape.
+///
+/// # Dtypes
+/// Probabilities f16, bf16, f32 or f64; targets of these or u8, u32, i32 or i64. Arithmetic and loss are f32 (f64 for f64);
+/// the gradient has the probabilities' dtype.
+///
+/// # Numerics
+/// Finite everywhere in [0, 1], the ends included.
+///
+/// # Errors
+/// Shapes, dtypes or devices that don't fit; on the CPU a probability or target outside of [0, 1], or NaN. On CUDA such an
+/// element is NaN instead, unless [`with_target_check`](Self::with_target_check) is on.
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_fused_loss::{BceLoss, Reduction};
+/// # fn main() -> candle_core::Result<()> {
+/// let probs = Tensor::new(&[0.5f32, 0., 1.], &Device::Cpu)?;
+/// let target = Tensor::new(&[1u8, 0, 0], &Device::Cpu)?;
+/// let loss = BceLoss::new().with_reduction(Reduction::None).forward(&probs, &target)?;
+/// assert_eq!(loss.to_vec1::<f32>()?, [std::f32::consts::LN_2, 0., 100.]);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct BceLoss<Path> {
+    pub(crate) options: BinaryOptions,
+    path: PhantomData<Path>,
+}
+
+impl<Path> BceLoss<Path> {
+    /// The defaults: no weights, mean.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::BceLoss::new();
+    /// # let _ = loss;
+    /// ```
+    pub fn new() -> Self {
+        BceLoss { options: BinaryOptions::default(), path: PhantomData }
+    }
+
+    /// A factor of each element's loss, of any float dtype and any shape that broadcasts to the target's. It is a constant:
+    /// no gradient flows into it.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let weight = Tensor::new(&[0.5f32, 2.], &Device::Cpu)?;
+    /// let loss = candle_fused_loss::BceLoss::new().with_weight(weight);
+    /// # let _ = loss; Ok(())
+    /// # }
+    /// ```
+    pub fn with_weight(mut self, weight: Tensor) -> Self {
+        self.options.weight = Some(weight);
+        self
+    }
+
+    /// What is done with the elements' losses, the mean by default.
+    ///
+    /// ```
+    /// use candle_fused_loss::{BceLoss, Reduction};
+    /// let loss = BceLoss::new().with_reduction(Reduction::Sum);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_reduction(mut self, reduction: Reduction) -> Self {
+        self.options.reduction = reduction;
+        self
+    }
+
+    /// On CUDA, return an error for a probability or target outside of [0, 1], at the price of a synchronisation. Off by
+    /// default: such an element is NaN then. The CPU always checks.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::BceLoss::new().with_target_check(true);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_target_check(mut self, check: bool) -> Self {
+        self.options.target_check = check;
+        self
+    }
+}
+
+impl BceLoss<Fused> {
+    /// The loss, differentiable in the probabilities and in float targets.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let probs = Tensor::new(&[0.25f32], &Device::Cpu)?;
+    /// let target = Tensor::new(&[0f32], &Device::Cpu)?;
+    /// let loss = candle_fused_loss::BceLoss::new().forward(&probs, &target)?;
+    /// assert!((loss.to_scalar::<f32>()? + 0.75f32.ln()).abs() < 1e-7);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn forward(&self, probs: &Tensor, target: &Tensor) -> Result<Tensor> {
+        if unfused::only(probs) {
+            return self.unfused().forward(probs, target);
+        }
+        self.options.problem(BCE, Term::Bce, probs, target)?.forward(probs, target)
+    }
+
+    /// The loss, and its gradient in the probabilities for an upstream gradient of ones, in one pass and without a graph.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let probs = Tensor::new(&[0.5f32], &Device::Cpu)?;
+    /// let target = Tensor::new(&[1u8], &Device::Cpu)?;
+    /// let (_, grad) = candle_fused_loss::BceLoss::new().loss_and_grad(&probs, &target)?;
+    /// assert_eq!(grad.to_vec1::<f32>()?, [-2.]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn loss_and_grad(&self, probs: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
+        if unfused::only(probs) {
+            return self.unfused().loss_and_grad(probs, target);
+        }
+        self.options.problem(BCE, Term::Bce, probs, target)?.loss_and_grad(probs, target)
+    }
+
+    fn unfused(&self) -> unfused::BceLoss {
+        BceLoss { options: self.options.clone(), path: PhantomData }
+    }
+}
+
+/// Binary cross-entropy of logits and targets, finite for every finite logit.
+///
+/// For a logit x with target t and positive weight p, in nats:
+///
+/// ```text
+/// loss = w (p t softplus(-x) + (1 - t) softplus(x)),    softplus(x) = log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|))
+/// ```
+///
+/// Label smoothing e replaces t by `(1 - e) t + e / 2`. `Mean` divides the sum by the number of elements whose ignore mask
+/// is not 0, also with weights. The gradient is `w ((1 - t) sigmoid(x) - p t sigmoid(-x))`.
+///
+/// Definition:
+/// [`torch.nn.BCEWithLogitsLoss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.BCEWithLogitsLoss.html); smoothing as
+/// in Keras, the ignore mask is this crate's.
+///
+/// # Shapes
+/// Logits of any shape and layout, and a target of the same shape. Weight, positive weight and mask broadcast to it. The loss
+/// is a scalar, or with [`Reduction::None`] has that shape.
+///
+/// # Dtypes
+/// Logits f16, bf16, f32 or f64; targets of these or u8, u32, i32 or i64. Arithmetic and loss are f32 (f64 for f64); the
+/// gradient has the logits' dtype.
+///
+/// # Numerics
+/// Loss and gradient keep their relative accuracy at both ends: 2.06e-9 for a logit of -20 with target 0. A logit of ±inf is
+/// 0 where it agrees with a target of exactly 0 or 1, and +inf where it doesn't.
+///
+/// # Errors
+/// Shapes, dtypes or devices that don't fit; label smoothing outside of [0, 1].
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor, Var};
+/// use candle_fused_loss::BceWithLogitsLoss;
+/// # fn main() -> candle_core::Result<()> {
+/// let logits = Var::new(&[[0.5f32, -1.], [2., 1e4]], &Device::Cpu)?;
+/// let target = Tensor::new(&[[1u8, 0], [1, 0]], &Device::Cpu)?;
+/// let pos_weight = Tensor::new(&[3f32, 1.], &Device::Cpu)?;
+/// let loss = BceWithLogitsLoss::new().with_pos_weight(pos_weight).forward(&logits, &target)?;
+/// assert!(loss.backward()?.get(&logits).unwrap().sum_all()?.to_scalar::<f32>()?.is_finite());
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct BceWithLogitsLoss<Path> {
+    pub(crate) options: BinaryOptions,
+    path: PhantomData<Path>,
+}
+
+impl<Path> BceWithLogitsLoss<Path> {
+    /// The defaults: no weights, no mask, no smoothing, mean.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::BceWithLogitsLoss::new();
+    /// # let _ = loss;
+    /// ```
+    pub fn new() -> Self {
+        BceWithLogitsLoss { options: BinaryOptions::default(), path: PhantomData }
+    }
+
+    /// A factor of each element's loss, of any float dtype and any shape that broadcasts to the target's. It is a constant:
+    /// no gradient flows into it.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let weight = Tensor::new(&[0.5f32, 2.], &Device::Cpu)?;
+    /// let loss = candle_fused_loss::BceWithLogitsLoss::new().with_weight(weight);
+    /// # let _ = loss; Ok(())
+    /// # }
+    /// ```
+    pub fn with_weight(mut self, weight: Tensor) -> Self {
+        self.options.weight = Some(weight);
+        self
+    }
+
+    /// A factor of the positive targets' part, broadcast as the weight: `(C)` for logits `(N, C)`, `(C, 1, 1)` for images.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let pos_weight = Tensor::new(&[3f32, 10.], &Device::Cpu)?;
+    /// let loss = candle_fused_loss::BceWithLogitsLoss::new().with_pos_weight(pos_weight);
+    /// # let _ = loss; Ok(())
+    /// # }
+    /// ```
+    pub fn with_pos_weight(mut self, pos_weight: Tensor) -> Self {
+        self.options.pos_weight = Some(pos_weight);
+        self
+    }
+
+    /// Label smoothing in [0, 1], 0 by default.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::BceWithLogitsLoss::new().with_label_smoothing(0.1);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_label_smoothing(mut self, label_smoothing: f64) -> Self {
+        self.options.label_smoothing = label_smoothing;
+        self
+    }
+
+    /// Elements where this is 0 have loss 0, gradient 0 and no part in the mean's denominator, whatever they hold. Any dtype,
+    /// and any shape that broadcasts to the target's.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let mask = Tensor::new(&[1u8, 0], &Device::Cpu)?;
+    /// let loss = candle_fused_loss::BceWithLogitsLoss::new().with_ignore_mask(mask);
+    /// # let _ = loss; Ok(())
+    /// # }
+    /// ```
+    pub fn with_ignore_mask(mut self, mask: Tensor) -> Self {
+        self.options.ignore_mask = Some(mask);
+        self
+    }
+
+    /// What is done with the elements' losses, the mean by default.
+    ///
+    /// ```
+    /// use candle_fused_loss::{BceWithLogitsLoss, Reduction};
+    /// let loss = BceWithLogitsLoss::new().with_reduction(Reduction::Sum);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_reduction(mut self, reduction: Reduction) -> Self {
+        self.options.reduction = reduction;
+        self
+    }
+}
+
+impl BceWithLogitsLoss<Fused> {
+    /// The loss, differentiable in the logits and in float targets.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let logits = Tensor::new(&[-20f32], &Device::Cpu)?;
+    /// let target = Tensor::new(&[0f32], &Device::Cpu)?;
+    /// let loss = candle_fused_loss::BceWithLogitsLoss::new().forward(&logits, &target)?;
+    /// assert!((loss.to_scalar::<f32>()? - 2.06115362e-9).abs() < 1e-15);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn forward(&self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
+        if unfused::only(logits) {
+            return self.unfused().forward(logits, target);
+        }
+        self.options.problem(BCE_WITH_LOGITS, Term::BceWithLogits, logits, target)?.forward(logits, target)
+    }
+
+    /// The loss, and its gradient in the logits for an upstream gradient of ones, in one pass and without a graph.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let logits = Tensor::new(&[0f32], &Device::Cpu)?;
+    /// let target = Tensor::new(&[1u8], &Device::Cpu)?;
+    /// let (_, grad) = candle_fused_loss::BceWithLogitsLoss::new().loss_and_grad(&logits, &target)?;
+    /// assert_eq!(grad.to_vec1::<f32>()?, [-0.5]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn loss_and_grad(&self, logits: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
+        if unfused::only(logits) {
+            return self.unfused().loss_and_grad(logits, target);
+        }
+        self.options.problem(BCE_WITH_LOGITS, Term::BceWithLogits, logits, target)?.loss_and_grad(logits, target)
+    }
+
+    fn unfused(&self) -> unfused::BceWithLogitsLoss {
+        BceWithLogitsLoss { options: self.options.clone(), path: PhantomData }
+    }
+}
+
+/// The mean binary cross-entropy of probabilities and targets of one shape, in nats: [`BceLoss`] with its defaults.
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor};
+/// # fn main() -> candle_core::Result<()> {
+/// let probs = candle_nn::ops::sigmoid(&Tensor::new(&[0.7f32, 0.2, 0.9], &Device::Cpu)?)?;
+/// let target = Tensor::new(&[1f32, 0., 1.], &Device::Cpu)?;
+/// let loss = candle_fused_loss::binary_cross_entropy(&probs, &target)?;
+/// assert!((loss.to_scalar::<f32>()? - 0.514159619808197).abs() < 1e-6);
+/// # Ok(())
+/// # }
+/// ```
+pub fn binary_cross_entropy(probs: &Tensor, target: &Tensor) -> Result<Tensor> {
+    BceLoss::<Fused>::new().forward(probs, target)
+}
+
+/// The mean binary cross-entropy of logits and targets of one shape, in nats: [`BceWithLogitsLoss`] with its defaults.
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor};
+/// # fn main() -> candle_core::Result<()> {
+/// let logits = Tensor::new(&[0.5f32, -1., 2.], &Device::Cpu)?;
+/// let target = Tensor::new(&[1f32, 0., 1.], &Device::Cpu)?;
+/// let loss = candle_fused_loss::binary_cross_entropy_with_logits(&logits, &target)?;
+/// assert!((loss.to_scalar::<f32>()? - 0.3048).abs() < 1e-4);
+/// # Ok(())
+/// # }
+/// ```
+pub fn binary_cross_entropy_with_logits(logits: &Tensor, target: &Tensor) -> Result<Tensor> {
+    BceWithLogitsLoss::<Fused>::new().forward(logits, target)
+}
+
+/// [`binary_cross_entropy_with_logits`] under the name that `candle_nn::loss` gives it.
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor};
+/// # fn main() -> candle_core::Result<()> {
+/// let logits = Tensor::new(&[1e4f32], &Device::Cpu)?;
+/// let target = Tensor::new(&[1f32], &Device::Cpu)?;
+/// let loss = candle_fused_loss::binary_cross_entropy_with_logit(&logits, &target)?;
+/// assert_eq!(loss.to_scalar::<f32>()?, 0.);
+/// # Ok(())
+/// # }
+/// ```
+pub fn binary_cross_entropy_with_logit(logits: &Tensor, target: &Tensor) -> Result<Tensor> {
+    binary_cross_entropy_with_logits(logits, target)
+}

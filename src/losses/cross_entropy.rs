@@ -1,0 +1,334 @@
+//! Cross-entropy.
+
+use crate::check::SoftmaxOptions;
+use crate::reduction::{Fused, Reduction};
+use crate::unfused;
+use candle_core::{Result, Tensor, bail};
+use std::marker::PhantomData;
+
+const NAME: &str = "cross_entropy";
+
+/// Cross-entropy of logits and class indices or class probabilities, with every option of PyTorch and a few more.
+///
+/// For a row of logits x with target class t, in nats:
+///
+/// ```text
+/// loss = w[t] (log sum_c exp(x_c) - x_t)                          class indices
+/// loss = -sum_c w_c t_c log softmax(x)_c                          probabilities t
+/// ```
+///
+/// Label smoothing e replaces the target by `(1 - e) target + e / C`, for a class index as
+/// `(1 - e) loss + (e / C) sum_c w_c (log sum exp(x) - x_c)`. `Mean` divides the sum by `sum w[t]` over the rows that are
+/// not ignored (their number without weights); with probabilities by the number of rows.
+///
+/// Definition: [`torch.nn.CrossEntropyLoss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html);
+/// z-loss: PaLM (Chowdhery et al. 2022); soft cap: Gemma 2.
+///
+/// # Shapes
+/// Logits `(C)`, `(N, C)` or `(N, C, d1, …, dk)` in any layout. A target of the logits' shape holds probabilities, a target
+/// of shape `()`, `(N)` or `(N, d1, …, dk)` holds class indices. The loss is a scalar, or with [`Reduction::None`] has the
+/// shape of class indices.
+///
+/// # Dtypes
+/// Logits and probabilities f16, bf16, f32 or f64; class indices u8, u32, i32 or i64. Arithmetic and loss are f32 (f64 for
+/// f64); the gradient has the logits' dtype, rounded once.
+///
+/// # Numerics
+/// Finite for all finite logits; classes at -inf are fine; a row of only -inf, or with +inf or NaN, is NaN in itself alone.
+/// The sum of a row is kept without its largest term, so that a loss of 4e-9 and its gradient are right. Ignored rows are
+/// exact zeros whatever they hold. The bits of the result don't depend on the number of threads. Where all rows are
+/// ignored, `Mean` is NaN and the gradient zero.
+///
+/// # Errors
+/// Tensors whose shapes, dtypes or devices don't fit, options out of range, and on the CPU a class index outside of
+/// `0..C` other than the ignore index. On CUDA that row's loss and gradient are NaN instead, unless
+/// [`with_target_check`](Self::with_target_check) is on.
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor, Var};
+/// use candle_fused_loss::CrossEntropyLoss;
+/// # fn main() -> candle_core::Result<()> {
+/// let logits = Var::new(&[[1f32, 2., 3.], [1., 2., 0.], [0., 2., 1.]], &Device::Cpu)?;
+/// let target = Tensor::new(&[2i64, 0, -100], &Device::Cpu)?;
+/// let loss = CrossEntropyLoss::new().with_label_smoothing(0.1).forward(&logits, &target)?;
+/// let grads = loss.backward()?;
+/// assert_eq!(grads.get(&logits).unwrap().to_vec2::<f32>()?[2], [0., 0., 0.]);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct CrossEntropyLoss<Path> {
+    pub(crate) options: SoftmaxOptions,
+    path: PhantomData<Path>,
+}
+
+/// Per-row results of [`CrossEntropyLoss::statistics`]; each tensor has the shape of class indices.
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_fused_loss::{CrossEntropyLoss, RowStatistics};
+/// # fn main() -> candle_core::Result<()> {
+/// let logits = Tensor::new(&[[1f32, 2., 3.], [5., 2., 0.]], &Device::Cpu)?;
+/// let target = Tensor::new(&[2u32, 1], &Device::Cpu)?;
+/// let RowStatistics { argmax, correct, .. } = CrossEntropyLoss::new().statistics(&logits, &target)?;
+/// assert_eq!(argmax.to_vec1::<u32>()?, [2, 0]);
+/// assert_eq!(correct.to_vec1::<u8>()?, [1, 0]);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct RowStatistics {
+    /// The row's loss in nats, before any reduction; 0 for an ignored row.
+    pub loss: Tensor,
+    /// `log sum_c exp(x_c)` after scale and soft cap; 0 for an ignored row.
+    pub lse: Tensor,
+    /// The part `z lse^2` of the loss; 0 for an ignored row.
+    pub z_loss: Tensor,
+    /// The entropy `-sum_c p_c log p_c` of the prediction in nats; 0 for an ignored row.
+    pub entropy: Tensor,
+    /// The first class of the largest logit, u32; kept for an ignored row.
+    pub argmax: Tensor,
+    /// 1 where `argmax` is the target (or the first most probable class of it), else 0, u8; 0 for an ignored row.
+    pub correct: Tensor,
+}
+
+impl<Path> CrossEntropyLoss<Path> {
+    /// The defaults: no weights, ignore index -100, no smoothing, mean.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::CrossEntropyLoss::new();
+    /// # let _ = loss;
+    /// ```
+    pub fn new() -> Self {
+        CrossEntropyLoss { options: SoftmaxOptions::default(), path: PhantomData }
+    }
+
+    /// Class weights of shape `(C)` and any float dtype. They are constants: no gradient flows into them.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let weight = Tensor::new(&[0.2f32, 1., 5.], &Device::Cpu)?;
+    /// let loss = candle_fused_loss::CrossEntropyLoss::new().with_weight(weight);
+    /// # let _ = loss; Ok(())
+    /// # }
+    /// ```
+    pub fn with_weight(mut self, weight: Tensor) -> Self {
+        self.options.weight = Some(weight);
+        self
+    }
+
+    /// The class index whose rows don't count, -100 by default. Any value is legal, a class too; it is compared before
+    /// indices are checked.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::CrossEntropyLoss::new().with_ignore_index(0); // padding has index 0
+    /// # let _ = loss;
+    /// ```
+    pub fn with_ignore_index(mut self, ignore_index: i64) -> Self {
+        self.options.ignore_index = ignore_index;
+        self
+    }
+
+    /// Label smoothing in [0, 1], 0 by default.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::CrossEntropyLoss::new().with_label_smoothing(0.1);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_label_smoothing(mut self, label_smoothing: f64) -> Self {
+        self.options.label_smoothing = label_smoothing;
+        self
+    }
+
+    /// What is done with the rows' losses, the mean by default.
+    ///
+    /// ```
+    /// use candle_fused_loss::{CrossEntropyLoss, Reduction};
+    /// let loss = CrossEntropyLoss::new().with_reduction(Reduction::Sum);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_reduction(mut self, reduction: Reduction) -> Self {
+        self.options.reduction = reduction;
+        self
+    }
+
+    /// `Mean` divides the sum by this positive number instead: the token count of all devices, say, or of all the batches
+    /// whose gradients are accumulated.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::CrossEntropyLoss::new().with_normalizer(4096.0);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_normalizer(mut self, normalizer: f64) -> Self {
+        self.options.normalizer = Some(normalizer);
+        self
+    }
+
+    /// Adds `z (log sum exp(x))^2` to each row that is not ignored, unweighted; 0 by default.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::CrossEntropyLoss::new().with_z_loss(1e-4);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_z_loss(mut self, z: f64) -> Self {
+        self.options.z_loss = z;
+        self
+    }
+
+    /// Replaces the logits by `cap tanh(x / cap)`, after the scale; off by default.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::CrossEntropyLoss::new().with_softcap(30.0);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_softcap(mut self, cap: f64) -> Self {
+        self.options.softcap = Some(cap);
+        self
+    }
+
+    /// Multiplies the logits by this number first, 1 by default: the inverse of a temperature.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::CrossEntropyLoss::new().with_logit_scale(1.0 / 0.07);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_logit_scale(mut self, scale: f64) -> Self {
+        self.options.logit_scale = scale;
+        self
+    }
+
+    /// On CUDA, check the class indices and return an error for one out of range, at the price of a synchronisation. Off by
+    /// default: such a row is NaN then. The CPU always checks.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::CrossEntropyLoss::new().with_target_check(true);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_target_check(mut self, check: bool) -> Self {
+        self.options.target_check = check;
+        self
+    }
+}
+
+impl CrossEntropyLoss<Fused> {
+    /// The loss, differentiable in the logits and, where they are probabilities, in the targets.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let logits = Tensor::new(&[[20f32, 0., 0.]], &Device::Cpu)?;
+    /// let target = Tensor::new(&[0u32], &Device::Cpu)?;
+    /// let loss = candle_fused_loss::CrossEntropyLoss::new().forward(&logits, &target)?;
+    /// assert!((loss.to_scalar::<f32>()? - 4.122307e-9).abs() < 1e-15);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn forward(&self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
+        if unfused::only(logits) {
+            return self.unfused().forward(logits, target);
+        }
+        self.options.problem(NAME, false, logits, target)?.forward(logits, target)
+    }
+
+    /// The loss as [`forward`](Self::forward) returns it, and its gradient in the logits for an upstream gradient of ones
+    /// (with [`Reduction::None`] each row's own), in one pass and without a graph.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let logits = Tensor::zeros((1, 4), candle_core::DType::F32, &Device::Cpu)?;
+    /// let target = Tensor::new(&[1u32], &Device::Cpu)?;
+    /// let (loss, grad) = candle_fused_loss::CrossEntropyLoss::new().loss_and_grad(&logits, &target)?;
+    /// assert_eq!(grad.to_vec2::<f32>()?, [[0.25, -0.75, 0.25, 0.25]]);
+    /// # let _ = loss; Ok(())
+    /// # }
+    /// ```
+    pub fn loss_and_grad(&self, logits: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
+        if unfused::only(logits) {
+            return self.unfused().loss_and_grad(logits, target);
+        }
+        self.options.problem(NAME, false, logits, target)?.loss_and_grad(logits, target)
+    }
+
+    /// As [`loss_and_grad`](Self::loss_and_grad), but the gradient replaces the logits, and with them the values of every
+    /// tensor that shares their storage.
+    ///
+    /// # Errors
+    /// Also if the logits are not contiguous, or are tracked by autograd: their values would be missing in the backward.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let logits = Tensor::zeros((1, 4), candle_core::DType::F32, &Device::Cpu)?;
+    /// let target = Tensor::new(&[1u32], &Device::Cpu)?;
+    /// let loss = candle_fused_loss::CrossEntropyLoss::new().loss_and_grad_inplace(&logits, &target)?;
+    /// assert_eq!(logits.to_vec2::<f32>()?, [[0.25, -0.75, 0.25, 0.25]]);
+    /// # let _ = loss; Ok(())
+    /// # }
+    /// ```
+    pub fn loss_and_grad_inplace(&self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
+        if logits.track_op() {
+            bail!(
+                "{NAME}: logits of shape {:?} are tracked by autograd, expected detached ones to replace in place",
+                logits.dims()
+            );
+        }
+        if !logits.is_contiguous() {
+            bail!(
+                "{NAME}: logits of shape {:?} with strides {:?}, expected contiguous ones to replace in place",
+                logits.dims(),
+                logits.stride()
+            );
+        }
+        self.options.problem(NAME, false, logits, target)?.loss_and_grad_inplace(logits, target)
+    }
+
+    /// What a training loop wants to log of each row, in one pass and without a graph.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let logits = Tensor::zeros((1, 4), candle_core::DType::F32, &Device::Cpu)?;
+    /// let target = Tensor::new(&[1u32], &Device::Cpu)?;
+    /// let rows = candle_fused_loss::CrossEntropyLoss::new().statistics(&logits, &target)?;
+    /// assert!((rows.entropy.to_vec1::<f32>()?[0] - 4f32.ln()).abs() < 1e-6);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn statistics(&self, logits: &Tensor, target: &Tensor) -> Result<RowStatistics> {
+        let (loss, rest) = self.options.problem(NAME, false, logits, target)?.statistics(logits, target)?;
+        Ok(RowStatistics {
+            loss,
+            lse: rest.lse,
+            z_loss: rest.z_loss,
+            entropy: rest.entropy,
+            argmax: rest.argmax,
+            correct: rest.correct,
+        })
+    }
+
+    fn unfused(&self) -> unfused::CrossEntropyLoss {
+        CrossEntropyLoss { options: self.options.clone(), path: PhantomData }
+    }
+}
+
+/// The mean cross-entropy of logits `(N, C)` and class indices `(N)`, in nats: [`CrossEntropyLoss`] with its defaults, and
+/// `candle_nn::loss::cross_entropy`'s signature.
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor};
+/// # fn main() -> candle_core::Result<()> {
+/// let logits = Tensor::new(&[[1f32, 2., 3.], [1., 2., 0.], [0., 2., 1.]], &Device::Cpu)?;
+/// let target = Tensor::new(&[2u32, 0, 1], &Device::Cpu)?;
+/// let loss = candle_fused_loss::cross_entropy(&logits, &target)?;
+/// assert!((loss.to_scalar::<f32>()? - 0.7409).abs() < 1e-4);
+/// # Ok(())
+/// # }
+/// ```
+pub fn cross_entropy(logits: &Tensor, target: &Tensor) -> Result<Tensor> {
+    CrossEntropyLoss::<Fused>::new().forward(logits, target)
+}

@@ -1,0 +1,181 @@
+//! Sigmoid focal loss.
+
+use crate::check::BinaryOptions;
+use crate::elementwise::op::Term;
+use crate::reduction::{Fused, Reduction};
+use crate::unfused;
+use candle_core::{Result, Tensor};
+use std::marker::PhantomData;
+
+pub(crate) const NAME: &str = "sigmoid_focal";
+
+/// Focal loss of logits and binary targets: binary cross-entropy that counts what is already right for less.
+///
+/// For a logit x with target t, in nats:
+///
+/// ```text
+/// ce    = t softplus(-x) + (1 - t) softplus(x)
+/// p_t   = t sigmoid(x) + (1 - t) sigmoid(-x)
+/// a_t   = alpha t + (1 - alpha) (1 - t), or 1 where alpha is negative
+/// loss  = a_t (1 - p_t)^gamma ce
+/// ```
+///
+/// `Mean` divides the sum by the number of elements.
+///
+/// Definition: Lin et al. 2017, as in
+/// [`torchvision.ops.sigmoid_focal_loss`](https://docs.pytorch.org/vision/stable/generated/torchvision.ops.sigmoid_focal_loss.html)
+/// (whose default reduction is none).
+///
+/// # Shapes
+/// Logits of any shape and layout, and a target of the same shape. The loss is a scalar, or with [`Reduction::None`] has
+/// that shape.
+///
+/// # Dtypes
+/// Logits f16, bf16, f32 or f64; targets of these or u8, u32, i32 or i64. Arithmetic and loss are f32 (f64 for f64); the
+/// gradient has the logits' dtype.
+///
+/// # Numerics
+/// Value and gradient are finite for every finite logit and any gamma >= 0, below 1 too.
+///
+/// # Errors
+/// Shapes, dtypes or devices that don't fit; gamma negative or not finite; alpha above 1 or NaN.
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_fused_loss::SigmoidFocalLoss;
+/// # fn main() -> candle_core::Result<()> {
+/// let logits = Tensor::new(&[0f32, 4.], &Device::Cpu)?;
+/// let target = Tensor::new(&[1u8, 0], &Device::Cpu)?;
+/// let loss = SigmoidFocalLoss::new().with_gamma(1.5).forward(&logits, &target)?;
+/// assert!(loss.to_scalar::<f32>()? > 0.);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct SigmoidFocalLoss<Path> {
+    pub(crate) options: BinaryOptions,
+    pub(crate) alpha: f64,
+    pub(crate) gamma: f64,
+    path: PhantomData<Path>,
+}
+
+impl<Path> Default for SigmoidFocalLoss<Path> {
+    fn default() -> Self {
+        SigmoidFocalLoss { options: BinaryOptions::default(), alpha: 0.25, gamma: 2.0, path: PhantomData }
+    }
+}
+
+impl<Path> SigmoidFocalLoss<Path> {
+    /// The defaults: alpha 0.25, gamma 2, mean.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::SigmoidFocalLoss::new();
+    /// # let _ = loss;
+    /// ```
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The weight of positive targets, 0.25 by default, against `1 - alpha` of negative ones; a negative number turns both
+    /// off.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::SigmoidFocalLoss::new().with_alpha(-1.0);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_alpha(mut self, alpha: f64) -> Self {
+        self.alpha = alpha;
+        self
+    }
+
+    /// The exponent, 2 by default; 0 makes this a binary cross-entropy.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::SigmoidFocalLoss::new().with_gamma(0.5);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_gamma(mut self, gamma: f64) -> Self {
+        self.gamma = gamma;
+        self
+    }
+
+    /// What is done with the elements' losses, the mean by default.
+    ///
+    /// ```
+    /// use candle_fused_loss::{Reduction, SigmoidFocalLoss};
+    /// let loss = SigmoidFocalLoss::new().with_reduction(Reduction::Sum);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_reduction(mut self, reduction: Reduction) -> Self {
+        self.options.reduction = reduction;
+        self
+    }
+
+    pub(crate) fn term(&self) -> Term {
+        // a NaN is kept, to be refused
+        let alpha = if self.alpha < 0.0 { None } else { Some(self.alpha) };
+        Term::Focal { alpha, gamma: self.gamma }
+    }
+}
+
+impl SigmoidFocalLoss<Fused> {
+    /// The loss, differentiable in the logits and in float targets.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let logits = Tensor::new(&[1e4f32, -1e4], &Device::Cpu)?;
+    /// let target = Tensor::new(&[1f32, 0.], &Device::Cpu)?;
+    /// let loss = candle_fused_loss::SigmoidFocalLoss::new().forward(&logits, &target)?;
+    /// assert_eq!(loss.to_scalar::<f32>()?, 0.);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn forward(&self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
+        if unfused::only(logits) {
+            return self.unfused().forward(logits, target);
+        }
+        self.options.problem(NAME, self.term(), logits, target)?.forward(logits, target)
+    }
+
+    /// The loss, and its gradient in the logits for an upstream gradient of ones, in one pass and without a graph.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let logits = Tensor::new(&[0f32], &Device::Cpu)?;
+    /// let target = Tensor::new(&[1u8], &Device::Cpu)?;
+    /// let (_, grad) = candle_fused_loss::SigmoidFocalLoss::new().loss_and_grad(&logits, &target)?;
+    /// assert!(grad.to_vec1::<f32>()?[0] < 0.);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn loss_and_grad(&self, logits: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
+        if unfused::only(logits) {
+            return self.unfused().loss_and_grad(logits, target);
+        }
+        self.options.problem(NAME, self.term(), logits, target)?.loss_and_grad(logits, target)
+    }
+
+    fn unfused(&self) -> unfused::SigmoidFocalLoss {
+        SigmoidFocalLoss { options: self.options.clone(), alpha: self.alpha, gamma: self.gamma, path: PhantomData }
+    }
+}
+
+/// The mean focal loss of logits and binary targets of one shape, in nats: [`SigmoidFocalLoss`] with its defaults.
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor};
+/// # fn main() -> candle_core::Result<()> {
+/// let logits = Tensor::new(&[0f32], &Device::Cpu)?;
+/// let target = Tensor::new(&[1f32], &Device::Cpu)?;
+/// let loss = candle_fused_loss::sigmoid_focal(&logits, &target)?;
+/// assert!((loss.to_scalar::<f32>()? - 0.25 * 0.25 * std::f32::consts::LN_2).abs() < 1e-7);
+/// # Ok(())
+/// # }
+/// ```
+pub fn sigmoid_focal(logits: &Tensor, target: &Tensor) -> Result<Tensor> {
+    SigmoidFocalLoss::<Fused>::new().forward(logits, target)
+}

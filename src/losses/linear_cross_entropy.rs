@@ -1,0 +1,305 @@
+//! Cross-entropy of a linear layer's output, without the logits.
+
+use crate::check::LinearOptions;
+use crate::reduction::{Fused, Reduction};
+use crate::unfused;
+use candle_core::{Result, Tensor};
+use std::marker::PhantomData;
+
+const NAME: &str = "linear_cross_entropy";
+
+/// Cross-entropy of the logits `hidden weightᵀ + bias`, of which only a chunk of rows exists at a time.
+///
+/// The last layer of a language model and its loss in one: for a vocabulary of 32 000 and more, the logits of a batch are
+/// larger than everything else in a training step. Loss and gradients are those of [`CrossEntropyLoss`] on
+/// `hidden.matmul(weight.t()) + bias`, with all of its options, in nats:
+///
+/// ```text
+/// x = hidden weightᵀ + bias
+/// loss = w[t] (log sum_c exp(x_c) - x_t)
+/// ```
+///
+/// Where an input is tracked by autograd, the forward computes the gradients too, from each chunk's logits while they
+/// exist, and the backward scales them: 6NDV operations altogether, as without chunks. With [`Reduction::None`] the
+/// backward computes the logits again (8NDV), as does a second backward on the same graph. Without tracked inputs nothing
+/// is kept.
+///
+/// Definition: as [`CrossEntropyLoss`]; the chunks: Liger Kernel (Hsu et al. 2024).
+///
+/// [`CrossEntropyLoss`]: crate::CrossEntropyLoss
+///
+/// # Shapes
+/// Hidden states `(…, D)`, weight `(V, D)`, bias `(V)` and class indices `(…)`. The loss is a scalar, or with
+/// [`Reduction::None`] has the target's shape.
+///
+/// # Dtypes
+/// Hidden states, weight and bias f16, bf16, f32 or f64, all the same; class indices u8, u32, i32 or i64. The loss is f32
+/// (f64 for f64); gradients have their input's dtype. For 16-bit inputs the gradients are summed over all rows in f32 and
+/// rounded once, the mean's denominator and the upstream gradient included; the logits and their gradient are f32 on the
+/// CPU, and on CUDA, where tensor cores multiply them, have the inputs' dtype.
+///
+/// # Numerics
+/// As [`CrossEntropyLoss`]. Results depend on the size of the chunks by the rounding of sums alone. Ignored rows don't
+/// take part in any product, so what they hold goes nowhere; on the CPU they cost nothing.
+///
+/// # Memory
+/// Beyond inputs and gradients: a chunk's logits (32 MB on the CPU, 512 MB on CUDA, or what
+/// [`with_chunk_rows`](Self::with_chunk_rows) asks for), and for 16-bit inputs the f32 sums that become the gradients. On
+/// top of that, candle's backward adds each gradient to a tensor of zeros;
+/// [`loss_and_grad`](LinearCrossEntropyLoss::<Fused>::loss_and_grad) does not.
+///
+/// # Errors
+/// Tensors whose shapes, dtypes or devices don't fit, options out of range, chunks of 0 rows, and on the CPU a class index
+/// outside of `0..V` other than the ignore index. On CUDA that row's loss is NaN instead, and with it every gradient that
+/// it enters, unless [`with_target_check`](Self::with_target_check) is on.
+///
+/// # Example
+/// ```
+/// use candle_core::{DType, Device, Tensor, Var};
+/// use candle_fused_loss::LinearCrossEntropyLoss;
+/// # fn main() -> candle_core::Result<()> {
+/// let hidden = Var::randn(0f32, 1., (2, 5, 8), &Device::Cpu)?; // sequences of 5, 8 features
+/// let weight = Var::randn(0f32, 1., (100, 8), &Device::Cpu)?; // 100 classes
+/// let target = Tensor::zeros((2, 5), DType::U32, &Device::Cpu)?;
+/// let loss = LinearCrossEntropyLoss::new().with_z_loss(1e-4).forward(&hidden, &weight, None, &target)?;
+/// let grads = loss.backward()?;
+/// assert_eq!(grads.get(&weight).unwrap().dims(), [100, 8]);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct LinearCrossEntropyLoss<Path> {
+    pub(crate) options: LinearOptions,
+    path: PhantomData<Path>,
+}
+
+/// The gradients of [`LinearCrossEntropyLoss::loss_and_grad`], each of its input's shape and dtype.
+///
+/// # Example
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_fused_loss::{LinearCrossEntropyLoss, LinearGradients};
+/// # fn main() -> candle_core::Result<()> {
+/// let hidden = Tensor::ones((1, 2), DType::F32, &Device::Cpu)?;
+/// let weight = Tensor::ones((4, 2), DType::F32, &Device::Cpu)?;
+/// let target = Tensor::new(&[0u32], &Device::Cpu)?;
+/// let (_, LinearGradients { weight, .. }) =
+///     LinearCrossEntropyLoss::new().loss_and_grad(&hidden, &weight, None, &target)?;
+/// assert_eq!(weight.to_vec2::<f32>()?[0], [-0.75, -0.75]);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct LinearGradients {
+    /// In the hidden states.
+    pub hidden: Tensor,
+    /// In the weight.
+    pub weight: Tensor,
+    /// In the bias, where there is one.
+    pub bias: Option<Tensor>,
+}
+
+impl<Path> LinearCrossEntropyLoss<Path> {
+    /// The defaults: no class weights, ignore index -100, no smoothing, mean, chunks by memory.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new();
+    /// # let _ = loss;
+    /// ```
+    pub fn new() -> Self {
+        LinearCrossEntropyLoss { options: LinearOptions::default(), path: PhantomData }
+    }
+
+    /// Class weights of shape `(V)` and any float dtype. They are constants: no gradient flows into them.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let weight = Tensor::new(&[0.2f32, 1., 5.], &Device::Cpu)?;
+    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new().with_weight(weight);
+    /// # let _ = loss; Ok(())
+    /// # }
+    /// ```
+    pub fn with_weight(mut self, weight: Tensor) -> Self {
+        self.options.softmax.weight = Some(weight);
+        self
+    }
+
+    /// The class index whose rows don't count, -100 by default. Any value is legal, a class too; it is compared before
+    /// indices are checked.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new().with_ignore_index(0); // padding has index 0
+    /// # let _ = loss;
+    /// ```
+    pub fn with_ignore_index(mut self, ignore_index: i64) -> Self {
+        self.options.softmax.ignore_index = ignore_index;
+        self
+    }
+
+    /// Label smoothing in [0, 1], 0 by default.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new().with_label_smoothing(0.1);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_label_smoothing(mut self, label_smoothing: f64) -> Self {
+        self.options.softmax.label_smoothing = label_smoothing;
+        self
+    }
+
+    /// What is done with the rows' losses, the mean by default.
+    ///
+    /// ```
+    /// use candle_fused_loss::{LinearCrossEntropyLoss, Reduction};
+    /// let loss = LinearCrossEntropyLoss::new().with_reduction(Reduction::Sum);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_reduction(mut self, reduction: Reduction) -> Self {
+        self.options.softmax.reduction = reduction;
+        self
+    }
+
+    /// `Mean` divides the sum by this positive number instead: the token count of all devices, say, or of all the batches
+    /// whose gradients are accumulated.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new().with_normalizer(4096.0);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_normalizer(mut self, normalizer: f64) -> Self {
+        self.options.softmax.normalizer = Some(normalizer);
+        self
+    }
+
+    /// Adds `z (log sum exp(x))^2` to each row that is not ignored, unweighted; 0 by default.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new().with_z_loss(1e-4);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_z_loss(mut self, z: f64) -> Self {
+        self.options.softmax.z_loss = z;
+        self
+    }
+
+    /// Replaces the logits by `cap tanh(x / cap)`, after the scale; off by default.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new().with_softcap(30.0);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_softcap(mut self, cap: f64) -> Self {
+        self.options.softmax.softcap = Some(cap);
+        self
+    }
+
+    /// Multiplies the logits by this number first, 1 by default: the inverse of a temperature.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new().with_logit_scale(1.0 / 0.07);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_logit_scale(mut self, scale: f64) -> Self {
+        self.options.softmax.logit_scale = scale;
+        self
+    }
+
+    /// On CUDA, check the class indices and return an error for one out of range, at the price of a synchronisation. Off by
+    /// default: such a row is NaN then. The CPU always checks.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new().with_target_check(true);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_target_check(mut self, check: bool) -> Self {
+        self.options.softmax.target_check = check;
+        self
+    }
+
+    /// How many rows' logits exist at a time; by default as many as take 32 MB on the CPU and 512 MB on CUDA. Fewer rows
+    /// save memory and cost time from where the products are too thin, around 128 rows on a CPU.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new().with_chunk_rows(256);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_chunk_rows(mut self, rows: usize) -> Self {
+        self.options.chunk_rows = Some(rows);
+        self
+    }
+}
+
+impl LinearCrossEntropyLoss<Fused> {
+    /// The loss, differentiable in the hidden states, the weight and the bias.
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let hidden = Tensor::zeros((3, 2), DType::F32, &Device::Cpu)?;
+    /// let weight = Tensor::ones((4, 2), DType::F32, &Device::Cpu)?;
+    /// let bias = Tensor::zeros(4, DType::F32, &Device::Cpu)?;
+    /// let target = Tensor::new(&[0u32, 3, 1], &Device::Cpu)?;
+    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new().forward(&hidden, &weight, Some(&bias), &target)?;
+    /// assert!((loss.to_scalar::<f32>()? - 4f32.ln()).abs() < 1e-6);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn forward(&self, hidden: &Tensor, weight: &Tensor, bias: Option<&Tensor>, target: &Tensor) -> Result<Tensor> {
+        if unfused::only(hidden) {
+            return self.unfused().forward(hidden, weight, bias, target);
+        }
+        self.options.problem(NAME, hidden, weight, bias, target)?.forward(hidden, weight, bias, target)
+    }
+
+    /// The loss as [`forward`](Self::forward) returns it, and its gradients for an upstream gradient of ones (with
+    /// [`Reduction::None`] of the sum of the rows' losses), without a graph.
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let hidden = Tensor::ones((1, 2), DType::F32, &Device::Cpu)?;
+    /// let weight = Tensor::ones((4, 2), DType::F32, &Device::Cpu)?;
+    /// let target = Tensor::new(&[0u32], &Device::Cpu)?;
+    /// let (loss, grads) =
+    ///     candle_fused_loss::LinearCrossEntropyLoss::new().loss_and_grad(&hidden, &weight, None, &target)?;
+    /// assert_eq!(grads.weight.to_vec2::<f32>()?[1], [0.25, 0.25]);
+    /// # let _ = loss; Ok(())
+    /// # }
+    /// ```
+    pub fn loss_and_grad(
+        &self,
+        hidden: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        target: &Tensor,
+    ) -> Result<(Tensor, LinearGradients)> {
+        if unfused::only(hidden) {
+            return self.unfused().loss_and_grad(hidden, weight, bias, target);
+        }
+        self.options.problem(NAME, hidden, weight, bias, target)?.loss_and_grad(hidden, weight, bias, target)
+    }
+
+    fn unfused(&self) -> unfused::LinearCrossEntropyLoss {
+        LinearCrossEntropyLoss { options: self.options.clone(), path: PhantomData }
+    }
+}
+
+/// The mean cross-entropy of the logits `hidden weightᵀ` and class indices, in nats: [`LinearCrossEntropyLoss`] with its
+/// defaults and without a bias.
+///
+/// # Example
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// # fn main() -> candle_core::Result<()> {
+/// let hidden = Tensor::zeros((3, 2), DType::F32, &Device::Cpu)?;
+/// let weight = Tensor::ones((4, 2), DType::F32, &Device::Cpu)?;
+/// let target = Tensor::new(&[0u32, 3, 1], &Device::Cpu)?;
+/// let loss = candle_fused_loss::linear_cross_entropy(&hidden, &weight, &target)?;
+/// assert!((loss.to_scalar::<f32>()? - 4f32.ln()).abs() < 1e-6);
+/// # Ok(())
+/// # }
+/// ```
+pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, target: &Tensor) -> Result<Tensor> {
+    LinearCrossEntropyLoss::<Fused>::new().forward(hidden, weight, None, target)
+}

@@ -1,0 +1,155 @@
+//! Multi-label soft margin.
+
+use crate::check::BinaryOptions;
+use crate::reduction::{Fused, Reduction};
+use crate::unfused;
+use candle_core::{Result, Tensor};
+use std::marker::PhantomData;
+
+pub(crate) const NAME: &str = "multi_label_soft_margin";
+
+/// Multi-label soft margin of logits and binary targets: the mean binary cross-entropy over the classes of a row.
+///
+/// For a row of logits x with targets t, in nats:
+///
+/// ```text
+/// loss = -(1 / C) sum_c w_c (t_c log sigmoid(x_c) + (1 - t_c) log sigmoid(-x_c))
+/// ```
+///
+/// `Mean` divides the sum of the rows' losses by the number of rows.
+///
+/// Definition:
+/// [`torch.nn.MultiLabelSoftMarginLoss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.MultiLabelSoftMarginLoss.html).
+///
+/// # Shapes
+/// Logits `(C)` or `(…, C)` in any layout, and a target of the same shape. The loss is a scalar, or with
+/// [`Reduction::None`] has the shape without the last axis.
+///
+/// # Dtypes
+/// Logits f16, bf16, f32 or f64; targets of these or u8, u32, i32 or i64. Arithmetic and loss are f32 (f64 for f64); the
+/// gradient has the logits' dtype.
+///
+/// # Numerics
+/// As for [`BceWithLogitsLoss`](crate::BceWithLogitsLoss).
+///
+/// # Errors
+/// Shapes, dtypes or devices that don't fit.
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_fused_loss::MultiLabelSoftMarginLoss;
+/// # fn main() -> candle_core::Result<()> {
+/// let logits = Tensor::new(&[[0.5f64, -1., 3.], [1.5, -2., 0.]], &Device::Cpu)?;
+/// let target = Tensor::new(&[[1u8, 0, 1], [0, 1, 0]], &Device::Cpu)?;
+/// let weight = Tensor::new(&[0.5f64, 2., 1.5], &Device::Cpu)?;
+/// let loss = MultiLabelSoftMarginLoss::new().with_weight(weight).forward(&logits, &target)?;
+/// assert!((loss.to_scalar::<f64>()? - 1.1801210641860962).abs() < 1e-7);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct MultiLabelSoftMarginLoss<Path> {
+    pub(crate) options: BinaryOptions,
+    path: PhantomData<Path>,
+}
+
+impl<Path> MultiLabelSoftMarginLoss<Path> {
+    /// The defaults: no weights, mean.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::MultiLabelSoftMarginLoss::new();
+    /// # let _ = loss;
+    /// ```
+    pub fn new() -> Self {
+        MultiLabelSoftMarginLoss { options: BinaryOptions::default(), path: PhantomData }
+    }
+
+    /// Class weights of shape `(C)` and any float dtype. They are constants: no gradient flows into them.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let weight = Tensor::new(&[0.5f32, 2., 1.5], &Device::Cpu)?;
+    /// let loss = candle_fused_loss::MultiLabelSoftMarginLoss::new().with_weight(weight);
+    /// # let _ = loss; Ok(())
+    /// # }
+    /// ```
+    pub fn with_weight(mut self, weight: Tensor) -> Self {
+        self.options.weight = Some(weight);
+        self
+    }
+
+    /// What is done with the rows' losses, the mean by default.
+    ///
+    /// ```
+    /// use candle_fused_loss::{MultiLabelSoftMarginLoss, Reduction};
+    /// let loss = MultiLabelSoftMarginLoss::new().with_reduction(Reduction::None);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_reduction(mut self, reduction: Reduction) -> Self {
+        self.options.reduction = reduction;
+        self
+    }
+}
+
+impl MultiLabelSoftMarginLoss<Fused> {
+    /// The loss, differentiable in the logits and in float targets.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let logits = Tensor::new(&[0f32, 0.], &Device::Cpu)?;
+    /// let target = Tensor::new(&[1f32, 0.], &Device::Cpu)?;
+    /// let loss = candle_fused_loss::MultiLabelSoftMarginLoss::new().forward(&logits, &target)?;
+    /// assert_eq!(loss.to_scalar::<f32>()?, std::f32::consts::LN_2);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn forward(&self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
+        if unfused::only(logits) {
+            return self.unfused().forward(logits, target);
+        }
+        self.options.multi_label_problem(NAME, logits, target)?.forward(logits, target)
+    }
+
+    /// The loss, and its gradient in the logits for an upstream gradient of ones, in one pass and without a graph.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let logits = Tensor::new(&[0f32, 0.], &Device::Cpu)?;
+    /// let target = Tensor::new(&[1f32, 0.], &Device::Cpu)?;
+    /// let (_, grad) = candle_fused_loss::MultiLabelSoftMarginLoss::new().loss_and_grad(&logits, &target)?;
+    /// assert_eq!(grad.to_vec1::<f32>()?, [-0.25, 0.25]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn loss_and_grad(&self, logits: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
+        if unfused::only(logits) {
+            return self.unfused().loss_and_grad(logits, target);
+        }
+        self.options.multi_label_problem(NAME, logits, target)?.loss_and_grad(logits, target)
+    }
+
+    fn unfused(&self) -> unfused::MultiLabelSoftMarginLoss {
+        MultiLabelSoftMarginLoss { options: self.options.clone(), path: PhantomData }
+    }
+}
+
+/// The mean multi-label soft margin of logits and targets `(N, C)`, in nats: [`MultiLabelSoftMarginLoss`] with its defaults.
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor};
+/// # fn main() -> candle_core::Result<()> {
+/// let logits = Tensor::new(&[[0f32, 0.]], &Device::Cpu)?;
+/// let target = Tensor::new(&[[1u32, 0]], &Device::Cpu)?;
+/// let loss = candle_fused_loss::multi_label_soft_margin(&logits, &target)?;
+/// assert_eq!(loss.to_scalar::<f32>()?, std::f32::consts::LN_2);
+/// # Ok(())
+/// # }
+/// ```
+pub fn multi_label_soft_margin(logits: &Tensor, target: &Tensor) -> Result<Tensor> {
+    MultiLabelSoftMarginLoss::<Fused>::new().forward(logits, target)
+}

@@ -1,0 +1,227 @@
+//! Negative log-likelihood, and the log-softmax it is used with.
+
+use crate::check::{SoftmaxOptions, arithmetic_dtype};
+use crate::reduction::{Fused, Reduction};
+use crate::unfused;
+use candle_core::shape::Dim;
+use candle_core::{Result, Tensor};
+use std::marker::PhantomData;
+
+const NAME: &str = "nll";
+
+/// Negative log-likelihood of log-probabilities and class indices.
+///
+/// For a row of log-probabilities x with target class t: `loss = -w[t] x_t`, in nats. `Mean` divides the sum by `sum w[t]`
+/// over the rows that are not ignored (their number without weights). [`CrossEntropyLoss`](crate::CrossEntropyLoss) of the
+/// logits is the same as this of their [`log_softmax`], in half the passes.
+///
+/// Definition: [`torch.nn.NLLLoss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.NLLLoss.html).
+///
+/// # Shapes
+/// Log-probabilities `(C)`, `(N, C)` or `(N, C, d1, …, dk)` in any layout with class indices of shape `()`, `(N)` or
+/// `(N, d1, …, dk)`. The loss is a scalar, or with [`Reduction::None`] has the target's shape.
+///
+/// # Dtypes
+/// Log-probabilities f16, bf16, f32 or f64; class indices u8, u32, i32 or i64. The loss is f32 (f64 for f64); the gradient
+/// has the input's dtype.
+///
+/// # Numerics
+/// Reads one number of each row; ignored rows are exact zeros whatever they hold. Where all rows are ignored, `Mean` is NaN.
+///
+/// # Errors
+/// As for [`CrossEntropyLoss`](crate::CrossEntropyLoss).
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_fused_loss::{NllLoss, log_softmax};
+/// # fn main() -> candle_core::Result<()> {
+/// let x = Tensor::new(&[[0.1f32, 0.2, 0.7], [0.8, 0.1, 0.1], [0.3, 0.5, 0.2]], &Device::Cpu)?;
+/// let target = Tensor::new(&[2u32, 0, 2], &Device::Cpu)?;
+/// let loss = NllLoss::new().with_ignore_index(0).forward(&log_softmax(&x, 1)?, &target)?;
+/// assert!(loss.to_scalar::<f32>()? > 0.);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct NllLoss<Path> {
+    pub(crate) options: SoftmaxOptions,
+    path: PhantomData<Path>,
+}
+
+impl<Path> NllLoss<Path> {
+    /// The defaults: no weights, ignore index -100, mean.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::NllLoss::new();
+    /// # let _ = loss;
+    /// ```
+    pub fn new() -> Self {
+        NllLoss { options: SoftmaxOptions::default(), path: PhantomData }
+    }
+
+    /// Class weights of shape `(C)` and any float dtype. They are constants: no gradient flows into them.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let weight = Tensor::new(&[0.2f32, 1., 5.], &Device::Cpu)?;
+    /// let loss = candle_fused_loss::NllLoss::new().with_weight(weight);
+    /// # let _ = loss; Ok(())
+    /// # }
+    /// ```
+    pub fn with_weight(mut self, weight: Tensor) -> Self {
+        self.options.weight = Some(weight);
+        self
+    }
+
+    /// The class index whose rows don't count, -100 by default; compared before indices are checked.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::NllLoss::new().with_ignore_index(0);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_ignore_index(mut self, ignore_index: i64) -> Self {
+        self.options.ignore_index = ignore_index;
+        self
+    }
+
+    /// What is done with the rows' losses, the mean by default.
+    ///
+    /// ```
+    /// use candle_fused_loss::{NllLoss, Reduction};
+    /// let loss = NllLoss::new().with_reduction(Reduction::None);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_reduction(mut self, reduction: Reduction) -> Self {
+        self.options.reduction = reduction;
+        self
+    }
+
+    /// `Mean` divides the sum by this positive number instead.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::NllLoss::new().with_normalizer(4096.0);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_normalizer(mut self, normalizer: f64) -> Self {
+        self.options.normalizer = Some(normalizer);
+        self
+    }
+
+    /// On CUDA, check the class indices and return an error for one out of range, at the price of a synchronisation.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::NllLoss::new().with_target_check(true);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_target_check(mut self, check: bool) -> Self {
+        self.options.target_check = check;
+        self
+    }
+}
+
+impl NllLoss<Fused> {
+    /// The loss, differentiable in the log-probabilities.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let log_probs = Tensor::new(&[[-0.5f32, -1., -2.]], &Device::Cpu)?;
+    /// let target = Tensor::new(&[1u32], &Device::Cpu)?;
+    /// let loss = candle_fused_loss::NllLoss::new().forward(&log_probs, &target)?;
+    /// assert_eq!(loss.to_scalar::<f32>()?, 1.0);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn forward(&self, log_probs: &Tensor, target: &Tensor) -> Result<Tensor> {
+        if unfused::only(log_probs) {
+            return self.unfused().forward(log_probs, target);
+        }
+        self.options.problem(NAME, true, log_probs, target)?.forward(log_probs, target)
+    }
+
+    /// The loss, and its gradient in the log-probabilities for an upstream gradient of ones, without a graph.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let log_probs = Tensor::new(&[[-0.5f32, -1., -2.]], &Device::Cpu)?;
+    /// let target = Tensor::new(&[1u32], &Device::Cpu)?;
+    /// let (_, grad) = candle_fused_loss::NllLoss::new().loss_and_grad(&log_probs, &target)?;
+    /// assert_eq!(grad.to_vec2::<f32>()?, [[0., -1., 0.]]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn loss_and_grad(&self, log_probs: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
+        if unfused::only(log_probs) {
+            return self.unfused().loss_and_grad(log_probs, target);
+        }
+        self.options.problem(NAME, true, log_probs, target)?.loss_and_grad(log_probs, target)
+    }
+
+    fn unfused(&self) -> unfused::NllLoss {
+        NllLoss { options: self.options.clone(), path: PhantomData }
+    }
+}
+
+/// The mean negative log-likelihood of log-probabilities `(N, C)` and class indices `(N)`, in nats: [`NllLoss`] with its
+/// defaults, and `candle_nn::loss::nll`'s signature.
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor};
+/// # fn main() -> candle_core::Result<()> {
+/// let x = Tensor::new(&[[0.1f32, 0.2, 0.7], [0.8, 0.1, 0.1], [0.3, 0.5, 0.2]], &Device::Cpu)?;
+/// let target = Tensor::new(&[2u32, 0, 1], &Device::Cpu)?;
+/// let loss = candle_fused_loss::nll(&candle_fused_loss::log_softmax(&x, 1)?, &target)?;
+/// assert!((loss.to_scalar::<f32>()? - 0.80).abs() < 5e-3);
+/// # Ok(())
+/// # }
+/// ```
+pub fn nll(log_probs: &Tensor, target: &Tensor) -> Result<Tensor> {
+    NllLoss::<Fused>::new().forward(log_probs, target)
+}
+
+/// `x - log sum exp(x)` along an axis, differentiable.
+///
+/// The log-probabilities are in nats, computed in f32 (f64 for f64) and rounded once to the input's dtype; that of a very
+/// probable class keeps its relative accuracy. The gradient is `g - exp(y) sum(g)`.
+///
+/// Definition: [`torch.nn.LogSoftmax`](https://docs.pytorch.org/docs/stable/generated/torch.nn.LogSoftmax.html).
+///
+/// # Shapes
+/// Any shape, layout and axis; the result has the input's shape. It is not contiguous where the axis is not the last but
+/// its elements are adjacent: it has the input's memory order then.
+///
+/// # Dtypes
+/// f16, bf16, f32, f64.
+///
+/// # Numerics
+/// As for [`CrossEntropyLoss`](crate::CrossEntropyLoss): finite where the input is, NaN only in rows without a softmax.
+///
+/// # Errors
+/// An axis outside of the shape, or a dtype that is not a float.
+///
+/// # Example
+/// ```
+/// use candle_core::{D, Device, Tensor};
+/// # fn main() -> candle_core::Result<()> {
+/// let x = Tensor::new(&[[1e8f32, 1e8]], &Device::Cpu)?;
+/// let y = candle_fused_loss::log_softmax(&x, D::Minus1)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[-std::f32::consts::LN_2; 2]]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn log_softmax<D: Dim>(logits: &Tensor, dim: D) -> Result<Tensor> {
+    const NAME: &str = "log_softmax";
+    let axis = dim.to_index(logits.shape(), NAME)?;
+    arithmetic_dtype(NAME, "logits", logits)?;
+    if unfused::only(logits) {
+        return unfused::log_softmax(logits, axis);
+    }
+    if logits.elem_count() == 0 {
+        return Ok(logits.clone());
+    }
+    crate::softmax::op::log_softmax(NAME, logits, axis)
+}

@@ -1,0 +1,567 @@
+//! Launch plans of the softmax family: which kernels a pass runs, and their shapes.
+//!
+//! | row | forward | loss and gradient |
+//! | --- | --- | --- |
+//! | classes apart | a column of threads a row, neighbouring threads on neighbouring rows | the same |
+//! | up to `tile_classes`, light, without gaps | tiles of whole rows in shared memory, 1 to 8 lanes a row | the same |
+//! | up to `warp_bytes`, light | 8 to 32 lanes a row, the row kept in registers, the next one on its way | the same |
+//! | up to `warp_bytes` | 1 to 32 lanes a row | the same, the row kept in shared memory |
+//! | up to `cluster_bytes` | a block a row | the same, the row kept in shared memory |
+//! | longer | a block a row | light, a cluster of 2 to 16 blocks a row; else a block that keeps what it can |
+//! | long, and few rows | several blocks a row, then a merge | the same, then the gradient as the backward makes it |
+//!
+//! Up to `lone_rows` rows of `lone_classes` classes one block does everything, so that there is no second launch.
+
+use crate::cuda::grid::Grid;
+
+/// Bytes that a thread moves at once, and the unit in which rows are shared out.
+const WINDOW: u64 = 16;
+/// Of the kernels for adjacent classes and for classes apart: the largest block.
+const ROWS_THREADS: u32 = 256;
+/// A block of teams that are parts of warps.
+const WARPS_THREADS: u32 = 128;
+const STRIDED_THREADS: u32 = 256;
+/// What a thread keeps of a row is all or a multiple of this.
+const BATCH: u32 = 4;
+/// Of the kernels for tiles: a block, the classes of a lane, and the most classes of a row.
+const TILE_THREADS: u32 = 256;
+const TILE_DEPTH: u64 = 8;
+const TILE_CLASSES: u64 = 64;
+
+/// Of the kernels for rows in registers: what a lane can keep of a row, the fewest lanes of a row (so that each has at most
+/// two of its edges), and the threads of a block.
+const REGISTER_WINDOWS: [u32; 3] = [4, 8, 16];
+const REGISTER_LANES: u32 = 8;
+const REGISTER_THREADS: u32 = 256;
+
+/// The blocks of such a kernel that a multiprocessor has registers for: one that writes something for each class or not.
+fn register_blocks(windows: u32, writes: bool) -> u32 {
+    if windows == 4 && !writes { 3 } else { 2 }
+}
+
+/// The cluster sizes; 1 is a block without a cluster.
+const CLUSTERS: [u32; 5] = [1, 2, 4, 8, 16];
+
+/// What a plan depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Shape {
+    pub rows: u64,
+    pub classes: u64,
+    /// Bytes of a logit.
+    pub element: u64,
+    /// Whether a row's classes are next to each other.
+    pub adjacent: bool,
+    /// Whether the rows are too, in their order.
+    pub packed: bool,
+    /// Whether all rows are at one distance from the next, whatever lies between.
+    pub even: bool,
+    /// Whether memory is the limit, so that there are kernels for tiles, registers and clusters: class indices with at most one
+    /// number for all classes beside them, in `f32` arithmetic.
+    pub light: bool,
+}
+
+impl Shape {
+    fn row_bytes(&self) -> u64 {
+        self.classes * self.element
+    }
+
+    /// The most windows that a row can touch: one more than it fills if it begins inside of one.
+    fn windows(&self) -> u64 {
+        let per_window = WINDOW / self.element;
+        (self.classes + per_window - 1).div_ceil(per_window)
+    }
+}
+
+/// The device, as far as plans depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Device {
+    pub processors: u32,
+    /// Dynamic shared memory that a block can have.
+    pub shared_bytes: u32,
+    /// The largest cluster to use; 1: none.
+    pub cluster: u32,
+}
+
+/// Where the regimes meet. Tests lower them to reach each regime with small rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Thresholds {
+    /// The most rows, of so many classes, that one block works through alone; a single row may be longer.
+    pub lone_rows: u64,
+    pub lone_classes: u64,
+    pub lone_row: u64,
+    /// The most classes of a row that is worked through in tiles, up to 64.
+    pub tile_classes: u64,
+    /// The longest row that part of a warp takes.
+    pub warp_bytes: u64,
+    /// The most windows of a row that a lane keeps in registers; below 4, none.
+    pub register_windows: u32,
+    /// What a block of a cluster keeps of a row, at most; a longer row gets a larger cluster. Also what any block keeps of a row
+    /// that is not light.
+    pub cluster_bytes: u64,
+    /// The shortest row that is split over blocks, and the bytes that a block gets of it.
+    pub split_bytes: u64,
+    /// The most rows whose count each block takes by itself.
+    pub count_rows: u64,
+    /// The most blocks of a grid that leaves a partial sum for each.
+    pub blocks: u32,
+    /// Less shared memory than the device has.
+    pub shared_bytes: Option<u32>,
+}
+
+impl Default for Thresholds {
+    fn default() -> Self {
+        Thresholds {
+            lone_rows: 64,
+            lone_classes: 1024,
+            lone_row: 32 * 1024,
+            tile_classes: TILE_CLASSES,
+            warp_bytes: 8 << 10,
+            register_windows: 16,
+            cluster_bytes: 64 << 10,
+            split_bytes: 16 << 10,
+            count_rows: 1024,
+            blocks: 16 * 1024,
+            shared_bytes: None,
+        }
+    }
+}
+
+/// Which kernel a pass over rows runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    Rows,
+    Tile,
+    Strided,
+    /// Parts of warps whose lanes keep so many windows in registers.
+    Registers(u32),
+    /// The blocks of a cluster.
+    Cluster,
+}
+
+/// One launch over all rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Pass {
+    pub form: Form,
+    /// Threads that share a row, or each block's share of it.
+    pub team: u32,
+    /// Windows that a thread keeps in shared memory.
+    pub kept: u32,
+    pub grid: Grid,
+}
+
+impl Pass {
+    /// Blocks that share a row without being a cluster.
+    pub fn splits(&self) -> u32 {
+        self.grid.blocks[1]
+    }
+
+    pub fn blocks(&self) -> u32 {
+        self.grid.blocks[0] * self.grid.blocks[1]
+    }
+
+    /// Partial sums that a pass leaves: one for each block, or for each cluster.
+    pub fn partials(&self) -> u32 {
+        self.blocks() / self.grid.cluster
+    }
+}
+
+/// Loss and gradient: in one pass, or with the rows split over blocks in a reduction, a merge and an emission.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fused {
+    OnePass(Pass),
+    Split { reduce: Pass, emit: Pass },
+}
+
+pub(crate) struct Planner {
+    pub device: Device,
+    pub thresholds: Thresholds,
+}
+
+impl Planner {
+    fn is_lone(&self, shape: &Shape) -> bool {
+        let longest = if shape.rows == 1 { self.thresholds.lone_row } else { self.thresholds.lone_classes };
+        shape.rows <= self.thresholds.lone_rows && shape.classes <= longest
+    }
+
+    /// A forward: a loss, and what the backward needs, for each row.
+    pub fn reduce(&self, shape: &Shape) -> Pass {
+        self.special(shape).unwrap_or_else(|| match self.splits(shape) {
+            _ if self.is_lone(shape) => self.lone(shape, false),
+            1 => self.registers(shape, false).unwrap_or_else(|| self.rows(shape)),
+            splits => self.block_per_row(shape, splits),
+        })
+    }
+
+    /// Row statistics, which are not made of parts of rows.
+    pub fn statistics(&self, shape: &Shape) -> Pass {
+        if shape.adjacent { self.rows(shape) } else { self.strided(shape) }
+    }
+
+    /// The passes of rows that are not simply rows.
+    fn special(&self, shape: &Shape) -> Option<Pass> {
+        if !shape.adjacent {
+            return Some(self.strided(shape));
+        }
+        let tile = shape.light
+            && shape.packed
+            && shape.classes <= self.thresholds.tile_classes.min(TILE_CLASSES)
+            && !self.is_lone(shape);
+        tile.then(|| self.tile(shape))
+    }
+
+    /// A forward that looks at one number of each row: a thread a row.
+    pub fn gather(&self, shape: &Shape) -> Pass {
+        let threads =
+            if shape.rows <= self.thresholds.count_rows { power_of_two(shape.rows, 32, STRIDED_THREADS) } else { 128 };
+        let blocks = match shape.rows <= self.thresholds.count_rows {
+            true => 1,
+            false => shape.rows.div_ceil(threads as u64).min(self.thresholds.blocks as u64) as u32,
+        };
+        let form = if shape.adjacent { Form::Rows } else { Form::Strided };
+        Pass { form, team: 1, kept: 0, grid: Grid::flat(blocks, threads) }
+    }
+
+    /// A backward. Its blocks need nothing of each other.
+    pub fn emit(&self, shape: &Shape) -> Pass {
+        self.special(shape).unwrap_or_else(|| match self.splits(shape) {
+            1 => self.rows(shape),
+            splits => self.block_per_row(shape, splits),
+        })
+    }
+
+    pub fn fused(&self, shape: &Shape) -> Fused {
+        if let Some(pass) = self.special(shape) {
+            return Fused::OnePass(pass);
+        }
+        if self.splits(shape) > 1 && !self.is_lone(shape) {
+            return Fused::Split { reduce: self.reduce(shape), emit: self.emit(shape) };
+        }
+        Fused::OnePass(self.one_pass(shape, true))
+    }
+
+    /// A pass that writes what it makes of each row, and that only `fused` runs in clusters.
+    pub fn one_pass(&self, shape: &Shape, may_cluster: bool) -> Pass {
+        if let Some(pass) = self.special(shape) {
+            return pass;
+        }
+        let lone = self.is_lone(shape);
+        let mut pass = match self.registers(shape, true) {
+            _ if lone => self.lone(shape, true),
+            Some(pass) => pass,
+            None => self.rows(shape),
+        };
+        if let Form::Registers(_) = pass.form {
+            return pass;
+        }
+        let mut size = 1;
+        if may_cluster && shape.light && !lone && pass.team == pass.grid.threads[0] {
+            let needed = shape.row_bytes().div_ceil(self.thresholds.cluster_bytes.max(1));
+            let sizes = CLUSTERS.into_iter().filter(|&size| size <= self.device.cluster);
+            size = sizes.clone().find(|&size| needed <= size as u64).or(sizes.max()).unwrap_or(1);
+        }
+        if size > 1 {
+            pass.form = Form::Cluster;
+            pass.grid.blocks[0] *= size;
+            pass.grid.cluster = size;
+        }
+        let threads = pass.grid.threads[0];
+        let windows = shape.windows().div_ceil((pass.team * size) as u64);
+        let shared = self.thresholds.shared_bytes.unwrap_or(self.device.shared_bytes) as u64;
+        // where memory is not the limit, several blocks a multiprocessor are worth more than reading once
+        let shared = if shape.light { shared } else { shared.min(self.thresholds.cluster_bytes) };
+        let room = shared / (threads as u64 * WINDOW);
+        let kept = if windows <= room { windows as u32 } else { room as u32 / BATCH * BATCH };
+        Pass { kept, grid: Grid { shared_bytes: kept * threads * WINDOW as u32, ..pass.grid }, ..pass }
+    }
+
+    /// Into how many parts a row is cut so that the whole device has work.
+    fn splits(&self, shape: &Shape) -> u32 {
+        let parts = shape.row_bytes() / self.thresholds.split_bytes.max(1);
+        let wanted = 2 * self.device.processors as u64 / shape.rows.max(1);
+        parts.min(wanted).clamp(1, 1024) as u32
+    }
+
+    fn block_per_row(&self, shape: &Shape, splits: u32) -> Pass {
+        let windows = shape.windows() / splits as u64;
+        let threads = power_of_two(windows / 8, 64, ROWS_THREADS);
+        let blocks = shape.rows.min(self.thresholds.blocks as u64) as u32;
+        let grid = Grid { blocks: [blocks, splits, 1], threads: [threads, 1, 1], shared_bytes: 0, cluster: 1 };
+        Pass { form: Form::Rows, team: threads, kept: 0, grid }
+    }
+
+    fn rows(&self, shape: &Shape) -> Pass {
+        if shape.row_bytes() > self.thresholds.warp_bytes {
+            return self.block_per_row(shape, 1);
+        }
+        let team = power_of_two(shape.windows() / BATCH as u64, 1, 32);
+        let blocks = shape.rows.div_ceil((WARPS_THREADS / team) as u64).min(self.thresholds.blocks as u64) as u32;
+        Pass { form: Form::Rows, team, kept: 0, grid: Grid::flat(blocks, WARPS_THREADS) }
+    }
+
+    /// As many blocks as the device runs at once, each with rows in turn; `writes` something for each class.
+    fn registers(&self, shape: &Shape, writes: bool) -> Option<Pass> {
+        if !(shape.light && shape.even)
+            || shape.classes <= TILE_CLASSES
+            || shape.row_bytes() > self.thresholds.warp_bytes
+        {
+            return None;
+        }
+        let windows = shape.row_bytes() / WINDOW;
+        let lanes = |kept: u32| windows.div_ceil(kept as u64);
+        let kept = REGISTER_WINDOWS.into_iter().find(|&kept| lanes(kept) <= 32)?;
+        if kept > self.thresholds.register_windows {
+            return None;
+        }
+        let team = power_of_two(lanes(kept), REGISTER_LANES, 32);
+        let most = (self.device.processors * register_blocks(kept, writes)).min(self.thresholds.blocks);
+        let blocks = shape.rows.div_ceil((REGISTER_THREADS / team) as u64).min(most as u64) as u32;
+        Some(Pass { form: Form::Registers(kept), team, kept: 0, grid: Grid::flat(blocks, REGISTER_THREADS) })
+    }
+
+    /// All rows in one block.
+    fn lone(&self, shape: &Shape, writes: bool) -> Pass {
+        let Pass { form, team, kept, grid } = self.registers(shape, writes).unwrap_or_else(|| self.rows(shape));
+        let threads = match team {
+            ..=32 => power_of_two(shape.rows * team as u64, 32, ROWS_THREADS),
+            _ => grid.threads[0],
+        };
+        Pass { form, team, kept, grid: Grid::flat(1, threads) }
+    }
+
+    /// Lanes enough for the row, and as many rows as a block has lanes for.
+    fn tile(&self, shape: &Shape) -> Pass {
+        let lanes = power_of_two(shape.classes.div_ceil(TILE_DEPTH), 1, 8);
+        let blocks = shape.rows.div_ceil((TILE_THREADS / lanes) as u64).min(self.thresholds.blocks as u64) as u32;
+        Pass { form: Form::Tile, team: lanes, kept: 0, grid: Grid::flat(blocks, TILE_THREADS) }
+    }
+
+    /// Neighbouring threads on neighbouring rows; several on one row where it is long, or where there are few rows.
+    fn strided(&self, shape: &Shape) -> Pass {
+        let least_width = power_of_two(shape.rows, 1, 32);
+        let depth = power_of_two(shape.classes / BATCH as u64, 1, STRIDED_THREADS / least_width);
+        // whole warps, but no wider than there are rows
+        let width = power_of_two(shape.rows, 32 / depth.min(32), STRIDED_THREADS / depth);
+        let blocks = shape.rows.div_ceil(width as u64).min(self.thresholds.blocks as u64) as u32;
+        let grid = Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0, cluster: 1 };
+        Pass { form: Form::Strided, team: depth, kept: 0, grid }
+    }
+
+    /// The pass that takes any layout, for adjacent classes too: neighbouring threads on neighbouring classes then.
+    pub fn any_layout(&self, shape: &Shape) -> Pass {
+        if !shape.adjacent {
+            return self.strided(shape);
+        }
+        let depth = power_of_two(shape.classes, 1, STRIDED_THREADS);
+        let width = STRIDED_THREADS / depth;
+        let blocks = shape.rows.div_ceil(width as u64).min(self.thresholds.blocks as u64) as u32;
+        let grid = Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0, cluster: 1 };
+        Pass { form: Form::Strided, team: depth, kept: 0, grid }
+    }
+
+    /// Blocks that count the rows ahead of a pass whose every block needs the count; 0 where each block counts by itself.
+    pub fn counts(&self, rows: u64, pass: &Pass) -> u32 {
+        if rows <= self.thresholds.count_rows || pass.blocks() == 1 {
+            return 0;
+        }
+        rows.div_ceil(self.thresholds.count_rows.max(1)).min(64) as u32
+    }
+}
+
+/// The smallest power of two that is at least `n`, within bounds that are powers of two.
+fn power_of_two(n: u64, least: u32, most: u32) -> u32 {
+    n.clamp(least as u64, most as u64).next_power_of_two() as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const H100: Device = Device { processors: 132, shared_bytes: 225 << 10, cluster: 16 };
+    const A100: Device = Device { processors: 108, shared_bytes: 161 << 10, cluster: 1 };
+
+    fn planner(device: Device) -> Planner {
+        Planner { device, thresholds: Thresholds::default() }
+    }
+
+    fn rows(rows: u64, classes: u64, element: u64) -> Shape {
+        Shape { rows, classes, element, adjacent: true, packed: true, even: true, light: element < 8 }
+    }
+
+    fn one_pass(device: Device, shape: Shape) -> Pass {
+        match planner(device).fused(&shape) {
+            Fused::OnePass(pass) => pass,
+            split => panic!("{shape:?}: {split:?}"),
+        }
+    }
+
+    #[test]
+    fn regimes() {
+        // (rows, classes, bytes of a logit), the kernel, threads that share a row in a block, blocks that do
+        let table = [
+            ((65536, 10, 2), Form::Tile, 2, 1),
+            ((65536, 64, 2), Form::Tile, 8, 1),
+            ((65536, 65, 2), Form::Registers(4), 8, 1),
+            ((32768, 256, 2), Form::Registers(4), 8, 1),
+            ((65536, 1000, 2), Form::Registers(4), 32, 1),
+            ((65536, 1024, 2), Form::Registers(4), 32, 1),
+            ((65536, 1031, 2), Form::Registers(4), 32, 1),
+            ((65536, 1032, 2), Form::Registers(8), 32, 1),
+            ((65536, 1000, 4), Form::Registers(8), 32, 1),
+            ((65536, 4096, 2), Form::Registers(16), 32, 1),
+            ((65536, 4097, 2), Form::Rows, 64, 1),
+            ((65536, 1000, 8), Form::Rows, 32, 1),
+            ((4096, 8192, 2), Form::Rows, 128, 1),
+            ((4096, 32_000, 2), Form::Rows, 256, 1),
+            ((4096, 32_000, 4), Form::Cluster, 256, 2),
+            ((16384, 50_257, 2), Form::Cluster, 256, 2),
+            ((8192, 128_256, 2), Form::Cluster, 256, 4),
+            ((8192, 262_144, 2), Form::Cluster, 256, 8),
+            ((8192, 262_144, 4), Form::Cluster, 256, 16),
+            ((64, 1000, 2), Form::Registers(4), 32, 1),
+        ];
+        for ((n, classes, element), form, team, cluster) in table {
+            let pass = one_pass(H100, rows(n, classes, element));
+            let got = (pass.form, pass.team, pass.grid.cluster);
+            assert_eq!(got, (form, team, cluster), "{n} x {classes}, {element} bytes");
+        }
+        assert_eq!(one_pass(A100, rows(8192, 128_256, 2)).form, Form::Rows);
+        let portable = Device { cluster: 8, ..H100 };
+        assert_eq!(one_pass(portable, rows(8192, 262_144, 4)).grid.cluster, 8);
+        // no cluster where arithmetic is the limit
+        assert_eq!(one_pass(H100, rows(8192, 262_144, 8)).form, Form::Rows);
+        let apart = Shape { adjacent: false, packed: false, even: false, ..rows(1 << 20, 21, 4) };
+        assert_eq!(one_pass(H100, apart).form, Form::Strided);
+        assert!(matches!(planner(H100).fused(&rows(2, 128_256, 2)), Fused::Split { .. }));
+    }
+
+    #[test]
+    fn up_to_64_rows_of_1000_classes_take_one_block() {
+        for n in [1, 5, 64] {
+            for classes in [1, 10, 1000] {
+                for element in [2, 4, 8] {
+                    let shape = rows(n, classes, element);
+                    assert_eq!(planner(H100).reduce(&shape).blocks(), 1);
+                    assert_eq!(one_pass(H100, shape).blocks(), 1);
+                }
+            }
+        }
+    }
+
+    /// Bytes of logits that a multiprocessor has on their way with all of its threads at their loads: resident blocks by the
+    /// registers that the kernels are limited to (`kernels/softmax/entry.cuh`), by shared memory and by the grid, times the
+    /// 16-byte loads that a thread issues before it uses the first.
+    fn bytes_in_flight(pass: &Pass, shape: &Shape, device: &Device, writes: bool) -> u64 {
+        let threads = pass.grid.threads.iter().product::<u32>() as u64;
+        let windows = |threads: u64| (shape.row_bytes() / WINDOW).div_ceil(threads);
+        let (by_registers, loads) = match pass.form {
+            Form::Registers(kept) => {
+                // two rows where a thread has registers for both
+                let rows = if kept <= 8 { 2 } else { 1 };
+                (register_blocks(kept, writes) as u64, rows * windows(pass.team as u64).min(kept as u64))
+            }
+            Form::Tile => (2048 / threads, (threads / pass.team as u64 * shape.row_bytes()).div_ceil(threads * WINDOW)),
+            Form::Cluster => (768 / threads, windows(threads * pass.grid.cluster as u64).min(4)),
+            Form::Rows => {
+                (768 / threads, windows(pass.team as u64 * pass.splits() as u64).min(if writes { 4 } else { 8 }))
+            }
+            Form::Strided => unreachable!("its loads are not of 16 bytes"),
+        };
+        // of the 228 KB that the multiprocessors of both devices have, 1 KB a block goes to the system
+        let by_shared = (228 << 10) / (pass.grid.shared_bytes as u64 + (3 << 10));
+        let by_grid = (pass.blocks() as u64).div_ceil(device.processors as u64);
+        by_registers.min(by_shared).min(by_grid) * threads * loads * WINDOW
+    }
+
+    /// An H100 needs 32 KB on their way in each multiprocessor to read at its memory's speed and an H200 48 KB; a pass that
+    /// writes as much as it reads needs half of that.
+    #[test]
+    fn enough_bytes_are_in_flight() {
+        const H200_READING: u64 = 48 << 10;
+        for (n, classes, element) in [
+            (32768, 256, 2),
+            (65536, 1000, 2),
+            (65536, 1000, 4),
+            (32768, 4096, 2),
+            (8192, 8192, 2),
+            (4096, 32_000, 2),
+            (4096, 32_000, 4),
+            (16384, 50_257, 2),
+            (8192, 128_256, 2),
+            (8192, 262_144, 2),
+        ] {
+            let shape = rows(n, classes, element);
+            let forward = planner(H100).reduce(&shape);
+            let in_flight = bytes_in_flight(&forward, &shape, &H100, false);
+            assert!(in_flight >= H200_READING, "{n} x {classes}, forward: {in_flight} bytes, {forward:?}");
+            let both = one_pass(H100, shape);
+            let in_flight = bytes_in_flight(&both, &shape, &H100, true);
+            println!(
+                "{n} x {classes}, {element} bytes: {} KB forward",
+                bytes_in_flight(&forward, &shape, &H100, false) >> 10
+            );
+            println!("    {} KB loss and gradient, {:?} {:?}", in_flight >> 10, forward.form, both.form);
+            assert!(in_flight >= H200_READING / 2, "{n} x {classes}, loss and gradient: {in_flight} bytes, {both:?}");
+        }
+        // tiles reach what an H100 needs, and two thirds of what an H200 does
+        let shape = rows(1 << 20, 64, 2);
+        assert_eq!(bytes_in_flight(&planner(H100).reduce(&shape), &shape, &H100, false), 32 << 10);
+    }
+
+    /// What the kernels rely on, over the whole range of shapes.
+    #[test]
+    fn launches_are_possible() {
+        for device in [H100, A100, Device { processors: 40, shared_bytes: 62 << 10, cluster: 1 }] {
+            for n in [1, 2, 3, 31, 33, 64, 65, 1000, 100_000, 1 << 33] {
+                for classes in [1, 2, 9, 64, 65, 1000, 5000, 32_000, 50_257, 128_256, 1 << 24, (1 << 31) - 1] {
+                    for element in [2, 4, 8] {
+                        for adjacent in [true, false] {
+                            let shape = Shape { adjacent, packed: adjacent, ..rows(n, classes, element) };
+                            let planner = planner(device);
+                            let mut passes = vec![
+                                planner.reduce(&shape),
+                                planner.emit(&shape),
+                                planner.gather(&shape),
+                                planner.statistics(&shape),
+                            ];
+                            passes.extend([planner.one_pass(&shape, false), planner.any_layout(&shape)]);
+                            match planner.fused(&shape) {
+                                Fused::OnePass(pass) => passes.push(pass),
+                                Fused::Split { reduce, emit } => passes.extend([reduce, emit]),
+                            }
+                            for pass in passes {
+                                check(&pass, &shape, &device);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn check(pass: &Pass, shape: &Shape, device: &Device) {
+        let threads = pass.grid.threads.iter().product::<u32>();
+        let what = format!("{shape:?}: {pass:?}");
+        assert!(threads.is_power_of_two() && (32..=256).contains(&threads), "{what}");
+        assert!(pass.grid.shared_bytes <= device.shared_bytes, "{what}");
+        assert!(pass.grid.blocks.iter().all(|&n| n > 0) && pass.grid.blocks[1] <= 65535, "{what}");
+        match pass.form {
+            Form::Rows => {
+                assert!(pass.team.is_power_of_two() && (pass.team <= 32 || pass.team == threads), "{what}");
+                assert!(pass.splits() == 1 || pass.team == threads, "{what}");
+            }
+            Form::Cluster => {
+                let size = pass.grid.cluster;
+                assert!(1 < size && size <= device.cluster && pass.grid.blocks[0].is_multiple_of(size), "{what}");
+                assert_eq!(pass.team, threads, "{what}");
+            }
+            Form::Registers(kept) => {
+                let per_window = WINDOW / shape.element;
+                assert!(shape.classes / per_window <= (kept * pass.team) as u64, "{what}");
+                // the edges are at most a class short of a window on either side
+                assert!(2 * (per_window - 1) <= 2 * pass.team as u64 && (8..=32).contains(&pass.team), "{what}");
+            }
+            Form::Tile => assert!(shape.classes <= 8 * pass.team as u64, "{what}"),
+            Form::Strided => assert_eq!(pass.splits(), 1, "{what}"),
+        }
+    }
+}

@@ -1,0 +1,790 @@
+//! The CUDA path against the CPU path, in every launch regime.
+
+use super::call::Detail;
+use super::plan::Thresholds;
+use crate::cuda::launch::{Work, work_of};
+use crate::cuda::tests::in_software;
+use crate::reduction::Reduction;
+use crate::softmax::op::CrossEntropy;
+use candle_core::{DType, Device, Result, Tensor, Var};
+use std::cell::Cell;
+
+thread_local! {
+    /// The thresholds of this thread's plans: lowered to reach each regime with small rows.
+    pub(super) static THRESHOLDS: Cell<Thresholds> = Cell::new(Thresholds::default());
+}
+
+/// Regimes by the thresholds that send small rows there. `lone_rows: 0` keeps them out of the single block.
+fn regimes() -> Vec<(&'static str, Thresholds)> {
+    let usual = Thresholds { lone_rows: 0, ..Thresholds::default() };
+    let no_tiles = Thresholds { tile_classes: 0, register_windows: 0, ..usual };
+    let registers = Thresholds { register_windows: 16, ..no_tiles };
+    vec![
+        ("lone block", Thresholds::default()),
+        // with more classes than a tile has, the next regime
+        ("tiles", usual),
+        ("tiles in turn, counted ahead", Thresholds { blocks: 1, count_rows: 1, ..usual }),
+        ("registers", registers),
+        ("registers, rows in turn, counted ahead", Thresholds { blocks: 1, count_rows: 1, ..registers }),
+        ("warps", Thresholds { warp_bytes: 1 << 20, ..no_tiles }),
+        ("warps, rows in turn", Thresholds { warp_bytes: 1 << 20, blocks: 1, ..no_tiles }),
+        ("a block a row", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, ..no_tiles }),
+        (
+            "blocks, rows in turn, counted ahead",
+            Thresholds { warp_bytes: 0, split_bytes: 1 << 20, blocks: 2, count_rows: 1, ..no_tiles },
+        ),
+        ("cluster of 2", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 700, ..no_tiles }),
+        ("cluster of 4", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 350, ..no_tiles }),
+        ("cluster of 8", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 170, ..no_tiles }),
+        ("cluster of 16", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 16, ..no_tiles }),
+        ("split rows", Thresholds { warp_bytes: 0, split_bytes: 256, ..no_tiles }),
+    ]
+}
+
+/// Numbers in [-3, 3), the same in every run.
+fn numbers(n: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    (0..n)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1 << 24) as f32 * 6.0 - 3.0
+        })
+        .collect()
+}
+
+fn random(shape: &[usize], seed: u64, dtype: DType) -> Result<Tensor> {
+    Tensor::from_vec(numbers(shape.iter().product(), seed), shape, &Device::Cpu)?.to_dtype(dtype)
+}
+
+fn indices(rows: usize, classes: usize, seed: u64) -> Result<Tensor> {
+    let values = numbers(rows, seed).iter().map(|v| ((v + 3.0) / 6.0 * classes as f32) as i64).collect::<Vec<_>>();
+    Tensor::from_vec(values, rows, &Device::Cpu)
+}
+
+fn plain() -> CrossEntropy {
+    CrossEntropy {
+        name: "cross_entropy",
+        axis: 1,
+        log_probs: false,
+        weight: None,
+        ignore_index: -100,
+        label_smoothing: 0.0,
+        reduction: Reduction::Mean,
+        normalizer: None,
+        z_loss: 0.0,
+        softcap: None,
+        logit_scale: 1.0,
+        target_check: false,
+    }
+}
+
+/// Every option at once.
+fn everything(classes: usize) -> Result<CrossEntropy> {
+    Ok(CrossEntropy {
+        weight: Some(random(&[classes], 7, DType::F32)?.abs()?),
+        label_smoothing: 0.1,
+        z_loss: 0.01,
+        softcap: Some(2.5),
+        logit_scale: 0.7,
+        ..plain()
+    })
+}
+
+/// The options that leave one number for all classes.
+fn uniform() -> CrossEntropy {
+    CrossEntropy { label_smoothing: 0.1, z_loss: 0.01, logit_scale: 1.7, ..plain() }
+}
+
+/// Whether the device's approximate instructions have no error, as on the software GPU unless it is told otherwise.
+fn instructions_are_exact() -> bool {
+    in_software() && !std::env::var("SOFTGPU_ULP").is_ok_and(|ulps| ulps != "0")
+}
+
+/// The largest deviation that rounding to `dtype` and sums in another order explain. Where exponentials and quotients are off by
+/// two units themselves, a soft cap multiplies that of its tanh, and a difference such as slope p - q loses a digit of it.
+fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::F64 => 1e-12,
+        DType::F32 if instructions_are_exact() => 4e-6,
+        DType::F32 => 2.4e-5,
+        DType::F16 => 1.2e-3,
+        _ => 1e-2,
+    }
+}
+
+#[track_caller]
+fn assert_close(what: &str, got: &Tensor, expected: &Tensor, tolerance: f64) {
+    assert_eq!(got.dims(), expected.dims(), "{what}");
+    assert_eq!(got.dtype(), expected.dtype(), "{what}");
+    let values = |t: &Tensor| {
+        t.to_device(&Device::Cpu)
+            .unwrap()
+            .to_dtype(DType::F64)
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f64>()
+            .unwrap()
+    };
+    let (got, expected) = (values(got), values(expected));
+    let largest = expected.iter().filter(|v| v.is_finite()).fold(0f64, |m, v| m.max(v.abs()));
+    for (i, (g, e)) in got.iter().zip(&expected).enumerate() {
+        let same = g == e || (g.is_nan() && e.is_nan());
+        // a difference such as slope p - q keeps the rounding of its larger operands
+        let close = (g - e).abs() <= tolerance * e.abs().max(0.1 * largest);
+        assert!(same || close, "{what}: element {i} is {g:e}, expected {e:e}");
+    }
+}
+
+fn with_weight_on(options: &CrossEntropy, device: &Device, dtype: DType) -> Result<CrossEntropy> {
+    let acc = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    let weight = options.weight.as_ref().map(|w| w.to_dtype(acc)?.to_device(device)).transpose()?;
+    Ok(CrossEntropy { weight, ..options.clone() })
+}
+
+/// Compares all passes of one problem on both devices. `view` makes the logits of the operand that is on the device.
+fn compare(
+    what: &str,
+    options: &CrossEntropy,
+    logits: &Tensor,
+    target: &Tensor,
+    view: impl Fn(&Tensor) -> Result<Tensor>,
+) -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    let dtype = logits.dtype();
+    let on = |device: &Device| -> Result<_> {
+        let options = with_weight_on(options, device, dtype)?;
+        let target = target.to_device(device)?;
+        let var = Var::from_tensor(&logits.to_device(device)?)?;
+        let x = view(var.as_tensor())?;
+        let forward = options.clone().forward(&x, &target)?;
+        let rows = forward.elem_count();
+        let upstream = random(&[rows], 5, forward.dtype())?.reshape(forward.shape())?.to_device(device)?;
+        let grads = (&forward * &upstream)?.sum_all()?.backward()?;
+        let backward = grads.get(&var).unwrap().clone();
+        let (loss, grad) = options.clone().loss_and_grad(&x, &target)?;
+        let own = x.detach().force_contiguous()?;
+        let inplace_loss = options.clone().loss_and_grad_inplace(&own, &target)?;
+        let mut results = vec![
+            ("forward", forward),
+            ("backward", backward),
+            ("loss", loss),
+            ("gradient", grad),
+            ("loss in place", inplace_loss),
+            ("gradient in place", own),
+        ];
+        if !options.log_probs {
+            let (loss, s) = options.statistics(&x, &target)?;
+            results.extend([
+                ("row loss", loss),
+                ("lse", s.lse),
+                ("z-loss", s.z_loss),
+                ("entropy", s.entropy),
+                ("argmax", s.argmax),
+                ("correct", s.correct),
+            ]);
+        }
+        Ok(results)
+    };
+    for ((name, got), (_, expected)) in on(&gpu)?.iter().zip(&on(&Device::Cpu)?) {
+        let acc = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+        // gradients are rounded to the logits' dtype
+        let tolerance = if got.dtype() == dtype { tolerance(dtype) } else { tolerance(acc) };
+        assert_close(&format!("{what}, {dtype:?}, {:?}: {name}", logits.dims()), got, expected, tolerance);
+    }
+    Ok(())
+}
+
+const FLOATS: [DType; 4] = [DType::F32, DType::BF16, DType::F16, DType::F64];
+
+#[test]
+fn regimes_match_the_cpu() -> Result<()> {
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        // odd: every row begins elsewhere in its window
+        let (rows, classes) = (5, 333);
+        for dtype in FLOATS {
+            let logits = random(&[rows, classes], 1, dtype)?;
+            let target = indices(rows, classes, 2)?;
+            compare(regime, &plain(), &logits, &target, |x| Ok(x.clone()))?;
+            let weighted = CrossEntropy {
+                weight: Some(random(&[classes], 7, DType::F32)?.abs()?),
+                reduction: Reduction::None,
+                ..plain()
+            };
+            compare(regime, &weighted, &logits, &target, |x| Ok(x.clone()))?;
+            compare(regime, &uniform(), &logits, &target, |x| Ok(x.clone()))?;
+            let unsmoothed = CrossEntropy { z_loss: 0.01, ..weighted };
+            compare(regime, &unsmoothed, &logits, &target, |x| Ok(x.clone()))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn regimes_match_the_cpu_with_every_option() -> Result<()> {
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        let (rows, classes) = (5, 167);
+        for dtype in FLOATS {
+            let logits = random(&[rows, classes], 1, dtype)?;
+            compare(regime, &everything(classes)?, &logits, &indices(rows, classes, 2)?, |x| Ok(x.clone()))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn probability_targets_match_the_cpu() -> Result<()> {
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        let (rows, classes) = (3, 70);
+        for (dtype, of_target) in
+            [(DType::F32, DType::F32), (DType::BF16, DType::F32), (DType::F16, DType::F16), (DType::F64, DType::BF16)]
+        {
+            let logits = random(&[rows, classes], 1, dtype)?;
+            let target = random(&[rows, classes], 3, of_target)?.abs()?;
+            compare(regime, &plain(), &logits, &target, |x| Ok(x.clone()))?;
+            compare(regime, &everything(classes)?, &logits, &target, |x| Ok(x.clone()))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn strided_logits_match_the_cpu() -> Result<()> {
+    THRESHOLDS.set(Thresholds::default());
+    let (n, classes, inner) = (3, 21, 10);
+    for dtype in FLOATS {
+        let logits = random(&[n, classes, inner], 1, dtype)?;
+        let target = indices(n * inner, classes, 2)?.reshape((n, inner))?;
+        compare("middle axis", &plain(), &logits, &target, |x| Ok(x.clone()))?;
+        compare("middle axis", &uniform(), &logits, &target, |x| Ok(x.clone()))?;
+        compare("middle axis", &everything(classes)?, &logits, &target, |x| Ok(x.clone()))?;
+        let swapped = random(&[n, inner, classes], 1, dtype)?;
+        compare("transposed", &plain(), &swapped, &target, |x| x.transpose(1, 2))?;
+        let matrix = random(&[classes, n * inner], 1, dtype)?;
+        compare("matrix transposed", &everything(classes)?, &matrix, &target.flatten_all()?, |x| x.t())?;
+    }
+    Ok(())
+}
+
+#[test]
+fn unaligned_rows_match_the_cpu() -> Result<()> {
+    let split = Thresholds { warp_bytes: 0, lone_rows: 0, split_bytes: 16, ..Thresholds::default() };
+    for thresholds in [Thresholds::default(), Thresholds { split_bytes: 1 << 20, ..split }, split] {
+        THRESHOLDS.set(thresholds);
+        let classes = 45;
+        for dtype in FLOATS {
+            for offset in 0..9 {
+                let logits = random(&[3, classes + 9], 1, dtype)?;
+                for options in [plain(), uniform()] {
+                    compare("narrowed", &options, &logits, &indices(3, classes, 2)?, |x| x.narrow(1, offset, classes))?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Values whose probabilities are known: what a row of these gives is NaN, 0 or tiny, in that row alone.
+#[test]
+fn extreme_rows_match_the_cpu() -> Result<()> {
+    let (inf, nan) = (f32::INFINITY, f32::NAN);
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        let classes = 41;
+        let mut rows = vec![numbers(classes, 1); 9];
+        rows[0] = vec![-inf; classes];
+        rows[1][7] = nan;
+        rows[2][3] = inf;
+        rows[3] = vec![-inf; classes];
+        rows[3][40] = 2.0;
+        // confident: a loss of about 1e-7
+        rows[4] = vec![0.0; classes];
+        rows[4][5] = 20.0;
+        // a common offset, and ties
+        rows[5] = vec![1e8; classes];
+        rows[6][..20].fill(-inf);
+        rows[7].fill(nan);
+        let target = Tensor::new(&[0i64, 1, 2, 40, 5, 6, 30, -100, 8], &Device::Cpu)?;
+        for dtype in FLOATS {
+            let logits = Tensor::new(rows.concat(), &Device::Cpu)?.reshape((9, classes))?.to_dtype(dtype)?;
+            let smoothed = CrossEntropy { label_smoothing: 0.1, z_loss: 0.1, ..plain() };
+            // an infinite logit of an unlikely class has no part in the loss but with smoothing
+            let scaled = CrossEntropy { z_loss: 0.1, logit_scale: 0.5, ..plain() };
+            for options in [plain(), smoothed, scaled, CrossEntropy { logit_scale: -0.5, ..plain() }] {
+                let options = CrossEntropy { reduction: Reduction::None, ..options };
+                compare(regime, &options, &logits, &target, |x| Ok(x.clone()))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What a mask leaves (the lowest number of the dtype) has a finite smoothed loss, and a common offset changes nothing.
+#[test]
+fn smoothed_rows_are_accurate() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    let options = CrossEntropy { label_smoothing: 0.1, ..plain() };
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let classes = 200;
+            let target = Tensor::new(&[3u32], &gpu)?;
+            let offset = Tensor::full(if dtype == DType::F16 { 3e4f32 } else { 1e8 }, (1, classes), &gpu)?;
+            let loss = options.clone().forward(&offset.to_dtype(dtype)?, &target)?.to_scalar::<f32>()?;
+            assert!((loss / 200f32.ln() - 1.0).abs() < 1e-6, "{regime}, {dtype:?}: {loss}");
+
+            let lowest = match dtype {
+                DType::F16 => -65504.0,
+                _ => -3.3e38f32,
+            };
+            let mut masked = vec![1f32; classes];
+            masked[20..].fill(lowest);
+            let masked = Tensor::new(masked, &gpu)?.reshape((1, classes))?.to_dtype(dtype)?;
+            let loss = options.clone().forward(&masked, &target)?.to_scalar::<f32>()?;
+            let lowest = masked.to_dtype(DType::F32)?.min_all()?.to_scalar::<f32>()?;
+            let expected = 20f64.ln() + 0.1 / 200.0 * 180.0 * (1.0 - lowest as f64);
+            assert!((loss as f64 / expected - 1.0).abs() < 1e-6, "{regime}, {dtype:?}: {loss}, expected {expected}");
+        }
+    }
+    Ok(())
+}
+
+/// Confident rows keep their relative accuracy: with a sum of all terms, log(1 + 2e-9) and 1 - p would be 0.
+#[test]
+fn confident_rows_are_accurate() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    for (_, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        let logits = Tensor::new(&[[20f32, 0., 0.]], &gpu)?;
+        let target = Tensor::new(&[0u32], &gpu)?;
+        let (loss, grad) = plain().loss_and_grad(&logits, &target)?;
+        let grad = grad.flatten_all()?.to_vec1::<f32>()?;
+        assert!((loss.to_scalar::<f32>()? / 4.122_307e-9 - 1.0).abs() < 1e-6);
+        assert!((grad[0] / -4.122_307e-9 - 1.0).abs() < 1e-6);
+        assert!((grad[1] / 2.061_153_6e-9 - 1.0).abs() < 1e-6);
+    }
+    Ok(())
+}
+
+/// A bad target: NaN in its row, the other rows as they are without it, and the device survives.
+#[test]
+fn bad_targets_stay_in_their_rows() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        let classes = 37;
+        let logits = random(&[4, classes], 1, DType::F32)?.to_device(&gpu)?;
+        let good = Tensor::new(&[1i64, 2, 3, 4], &gpu)?;
+        for bad in [-1, classes as i64, 1 << 32, (1 << 32) + 1, i64::MIN] {
+            let target = Tensor::new(&[1i64, bad, 3, 4], &gpu)?;
+            let options = CrossEntropy { reduction: Reduction::None, ..plain() };
+            let (loss, grad) = options.clone().loss_and_grad(&logits, &target)?;
+            let (loss_without, grad_without) = options.clone().loss_and_grad(&logits, &good)?;
+            for (what, with, without) in [("loss", loss, loss_without), ("gradient", grad, grad_without)] {
+                let (with, without) =
+                    (with.reshape((4, ()))?.to_vec2::<f32>()?, without.reshape((4, ()))?.to_vec2::<f32>()?);
+                for row in 0..4 {
+                    let right = if row == 1 { with[row].iter().all(|v| v.is_nan()) } else { with[row] == without[row] };
+                    assert!(right, "{regime}: {what} of row {row} with target {bad}");
+                }
+            }
+            let checked = CrossEntropy { target_check: true, ..options };
+            let on_gpu = checked.clone().forward(&logits, &target).unwrap_err().to_string();
+            let on_cpu = checked
+                .forward(&logits.to_device(&Device::Cpu)?, &target.to_device(&Device::Cpu)?)
+                .unwrap_err()
+                .to_string();
+            assert_eq!(on_gpu.lines().next(), on_cpu.lines().next());
+        }
+        let narrow = Tensor::new(&[1u8, 200, 3, 4], &gpu)?;
+        assert!(plain().forward(&logits, &narrow)?.to_scalar::<f32>()?.is_nan());
+    }
+    Ok(())
+}
+
+#[test]
+fn all_rows_ignored() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        let logits = Tensor::full(f32::NAN, (3, 50), &gpu)?;
+        let target = Tensor::new(&[7u32, 7, 7], &gpu)?;
+        let (loss, grad) = CrossEntropy { ignore_index: 7, ..plain() }.loss_and_grad(&logits, &target)?;
+        assert!(loss.to_scalar::<f32>()?.is_nan(), "{regime}");
+        assert!(grad.flatten_all()?.to_vec1::<f32>()?.iter().all(|&g| g == 0.0), "{regime}");
+    }
+    Ok(())
+}
+
+/// Nothing is launched for no rows.
+#[test]
+fn no_rows() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    let logits = Var::zeros((0, 5), DType::F32, &gpu)?;
+    let target = Tensor::zeros(0, DType::U32, &gpu)?;
+    for reduction in [Reduction::Mean, Reduction::Sum, Reduction::None] {
+        let options = CrossEntropy { reduction, ..plain() };
+        let work = work_of(|| options.clone().forward(&logits, &target))?;
+        assert_eq!((work.launches, work.waits), (0, 0), "{reduction:?}");
+        assert_eq!(work_of(|| options.clone().loss_and_grad(&logits, &target))?.launches, 0, "{reduction:?}");
+        assert_eq!(work_of(|| options.clone().statistics(&logits, &target))?.launches, 0, "{reduction:?}");
+        let forward = options.clone().forward(&logits, &target)?;
+        let (loss, grad) = options.clone().loss_and_grad(&logits, &target)?;
+        assert_eq!(grad.dims(), [0, 5]);
+        match reduction {
+            Reduction::Mean => assert!(forward.to_scalar::<f32>()?.is_nan() && loss.to_scalar::<f32>()?.is_nan()),
+            Reduction::Sum => assert!(forward.to_scalar::<f32>()? == 0.0 && loss.to_scalar::<f32>()? == 0.0),
+            Reduction::None => assert!(forward.dims() == [0] && loss.dims() == [0]),
+        }
+    }
+    Ok(())
+}
+
+/// Every kernel of the family is the one that some plan chooses, and is right then.
+#[test]
+fn every_kernel_is_reached() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    for dtype in FLOATS {
+        let size = dtype.size_in_bytes();
+        let usual = Thresholds { lone_rows: 0, ..Thresholds::default() };
+        let whole = Thresholds { warp_bytes: 0, split_bytes: 1 << 30, ..usual };
+        let cluster = |blocks: usize| Thresholds { cluster_bytes: (333 * size).div_ceil(blocks) as u64, ..whole };
+        let mut problems = vec![
+            (Thresholds { count_rows: 1, ..usual }, vec![300, 10]),
+            (Thresholds { tile_classes: 0, ..usual }, vec![3, 50]),
+            (usual, vec![3, 70]),
+            // 130 and 260 windows
+            (usual, vec![2, 130 * 16 / size]),
+            (usual, vec![2, 260 * 16 / size]),
+            (usual, vec![2, 21, 5]),
+            (Thresholds { split_bytes: 256, ..whole }, vec![2, 333]),
+        ];
+        problems.extend([2, 4, 8, 16].map(|blocks| (cluster(blocks), vec![2, 333])));
+        for (thresholds, dims) in problems {
+            THRESHOLDS.set(thresholds);
+            let classes = dims[1];
+            let logits = random(&dims, 1, dtype)?;
+            let rows = logits.elem_count() / classes;
+            let index_dims: Vec<usize> =
+                dims.iter().enumerate().filter(|&(axis, _)| axis != 1).map(|(_, &n)| n).collect();
+            let target = indices(rows, classes, 2)?.reshape(index_dims)?;
+            for options in [plain(), uniform(), everything(classes)?] {
+                compare("every kernel", &options, &logits, &target, |x| Ok(x.clone()))?;
+            }
+            let on = |device: &Device| -> Result<[Tensor; 2]> {
+                let x = Var::from_tensor(&logits.to_device(device)?)?;
+                let y = crate::softmax::op::log_softmax("log_softmax", x.as_tensor(), 1)?;
+                let grads = y.sqr()?.sum_all()?.backward()?;
+                Ok([y, grads.get(&x).unwrap().clone()])
+            };
+            for (got, expected) in on(&gpu)?.iter().zip(&on(&Device::Cpu)?) {
+                assert_close(&format!("log_softmax {dtype:?} {dims:?}"), got, expected, 2.0 * tolerance(dtype));
+            }
+        }
+        let target = Var::from_tensor(&random(&[2, 9], 2, DType::F32)?.abs()?.to_device(&gpu)?)?;
+        plain().forward(&random(&[2, 9], 1, dtype)?.to_device(&gpu)?, target.as_tensor())?.backward()?;
+        for detail in [Detail::Plain, Detail::Uniform, Detail::General] {
+            if (detail, dtype) == (Detail::Uniform, DType::F64) {
+                continue;
+            }
+            let unused = detail.module(dtype)?.unused()?;
+            assert!(unused.is_empty(), "{dtype:?}, {detail:?}: no plan chooses {unused:?}");
+        }
+    }
+    Ok(())
+}
+
+/// Launches, allocations and waits of a call, in every regime: the loss, what the backward needs of it and the gradient are
+/// memory of their own; partial results are one allocation each where there are several blocks. Nothing waits.
+#[test]
+fn work_of_each_regime() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    let (rows, classes) = (64, 130);
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        let logits = Var::from_tensor(&random(&[rows, classes], 1, DType::F32)?.to_device(&gpu)?)?;
+        let target = indices(rows, classes, 2)?.to_device(&gpu)?;
+        for (reduction, options) in [
+            (Reduction::Mean, plain()),
+            (Reduction::Sum, plain()),
+            (Reduction::None, plain()),
+            (Reduction::Mean, uniform()),
+            (Reduction::Mean, with_weight_on(&everything(classes)?, &gpu, DType::F32)?),
+        ] {
+            let what = format!("{regime}, {reduction:?}");
+            let options = CrossEntropy { reduction, ..options };
+            let split = regime == "split rows";
+            // beside the results: partial sums where several blocks have some, or states of parts of rows
+            let forward = work_of(|| options.clone().forward(&logits, &target))?;
+            let parts = (regime != "lone block" && reduction != Reduction::None) as usize;
+            assert_eq!((forward.launches, forward.waits), (1 + split as usize, 0), "{what}: forward");
+            assert!(forward.allocations <= if split { 4 } else { 3 + parts }, "{what}: forward: {forward:?}");
+            // a launch ahead counts the rows of a mean where they are many
+            let both = work_of(|| options.clone().loss_and_grad(&logits, &target))?;
+            let ahead = (regime == "blocks, rows in turn, counted ahead" && reduction == Reduction::Mean) as usize;
+            assert_eq!((both.launches, both.waits), (if split { 3 } else { 1 + ahead }, 0), "{what}: loss_and_grad");
+            assert!(both.allocations <= if split { 5 } else { 2 + parts + ahead }, "{what}: loss_and_grad: {both:?}");
+            let loss = options.clone().forward(&logits, &target)?.sum_all()?;
+            let backward = work_of(|| loss.backward())?;
+            assert_eq!(backward, Work { launches: 1, allocations: 1, waits: 0 }, "{what}: backward");
+        }
+    }
+    Ok(())
+}
+
+/// Up to 64 rows of 1000 classes: one launch forward, one backward and one for both, mean included, whatever the options.
+#[test]
+fn small_problems_take_one_launch() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    THRESHOLDS.set(Thresholds::default());
+    for (rows, classes) in [(1, 2), (5, 10), (64, 64), (64, 1000)] {
+        for dtype in [DType::BF16, DType::F32, DType::F64] {
+            let acc = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+            let logits = Var::from_tensor(&random(&[rows, classes], 1, dtype)?.to_device(&gpu)?)?;
+            let index = indices(rows, classes, 2)?.to_device(&gpu)?;
+            let probabilities = random(&[rows, classes], 3, DType::F32)?.abs()?.to_device(&gpu)?;
+            let weight = random(&[classes], 7, DType::F32)?.abs()?;
+            let weighted = with_weight_on(&CrossEntropy { weight: Some(weight), ..plain() }, &gpu, acc)?;
+            let ignoring = CrossEntropy { ignore_index: index.get(0)?.to_scalar::<i64>()?, ..plain() };
+            let all = with_weight_on(&everything(classes)?, &gpu, acc)?;
+            let nll = CrossEntropy { name: "nll", log_probs: true, ..plain() };
+            for (what, options, target) in [
+                ("plain", plain(), &index),
+                ("weights", weighted, &index),
+                ("ignored rows", ignoring, &index),
+                ("every option", all.clone(), &index),
+                ("probabilities", all, &probabilities),
+                ("nll", nll, &index),
+            ] {
+                let what = format!("{what}, {rows} x {classes}, {dtype:?}");
+                let forward = work_of(|| options.clone().forward(&logits, target))?;
+                assert_eq!((forward.launches, forward.waits), (1, 0), "{what}: forward");
+                let both = work_of(|| options.clone().loss_and_grad(&logits, target))?;
+                assert_eq!(both, Work { launches: 1, allocations: 2, waits: 0 }, "{what}: loss_and_grad");
+                let loss = options.forward(&logits, target)?;
+                let backward = work_of(|| loss.backward())?;
+                assert_eq!(backward, Work { launches: 1, allocations: 1, waits: 0 }, "{what}: backward");
+            }
+            let log_probs = work_of(|| crate::softmax::op::log_softmax("log_softmax", &logits, 1))?;
+            assert_eq!(log_probs, Work { launches: 1, allocations: 1, waits: 0 }, "log_softmax, {rows} x {classes}");
+        }
+    }
+    Ok(())
+}
+
+/// Indices that lie apart are put together by a launch.
+#[test]
+fn strided_indices_take_one_launch_more() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    THRESHOLDS.set(Thresholds::default());
+    let logits = random(&[4, 10], 1, DType::F32)?.to_device(&gpu)?;
+    for dtype in [DType::U8, DType::U32, DType::I32, DType::I64] {
+        let target = indices(8, 10, 2)?.to_dtype(dtype)?.reshape((4, 2))?.to_device(&gpu)?;
+        let apart = target.narrow(1, 1, 1)?.squeeze(1)?;
+        let both = work_of(|| plain().loss_and_grad(&logits, &apart))?;
+        assert_eq!(both, Work { launches: 2, allocations: 3, waits: 0 }, "{dtype:?}");
+    }
+    Ok(())
+}
+
+/// Only the check of the targets waits for the device.
+#[test]
+fn the_target_check_waits() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    let logits = random(&[4, 10], 1, DType::F32)?.to_device(&gpu)?;
+    let target = indices(4, 10, 2)?.to_device(&gpu)?;
+    let checked = CrossEntropy { target_check: true, ..plain() };
+    assert_eq!(work_of(|| checked.forward(&logits, &target))?.waits, 1);
+    Ok(())
+}
+
+/// Every number of classes that a tile can have, with more rows than a block has.
+#[test]
+fn tiles_match_the_cpu() -> Result<()> {
+    THRESHOLDS.set(Thresholds { lone_rows: 0, ..Thresholds::default() });
+    for (i, classes) in (1..=65).enumerate() {
+        let dtype = FLOATS[i % 4];
+        let rows = 300 / (classes / 8 + 1);
+        let logits = random(&[rows + 1, classes], 1, dtype)?;
+        // from the second row on: unaligned as a whole
+        compare("tiles", &plain(), &logits, &indices(rows, classes, 2)?, |x| x.narrow(0, 1, rows))?;
+        let some = random(&[9, classes], 1, dtype)?;
+        compare("tiles", &uniform(), &some, &indices(9, classes, 2)?, |x| Ok(x.clone()))?;
+        compare("tiles", &everything(classes)?, &some, &indices(9, classes, 2)?, |x| Ok(x.clone()))?;
+    }
+    Ok(())
+}
+
+/// Rows in registers at the edges of what 8, 16 and 32 lanes with 4, 8 and 16 windows keep; several rows for each of the lanes.
+#[test]
+fn rows_in_registers_match_the_cpu() -> Result<()> {
+    let few = Thresholds { lone_rows: 0, blocks: 1, ..Thresholds::default() };
+    for thresholds in [few, Thresholds { lone_rows: 0, ..Thresholds::default() }, Thresholds::default()] {
+        THRESHOLDS.set(thresholds);
+        for (dtype, per_window) in [(DType::BF16, 8), (DType::F16, 8), (DType::F32, 4)] {
+            for windows in [0, 9, 32, 33, 64, 65, 128, 129, 256, 257, 512] {
+                for extra in [0, 1, per_window - 1] {
+                    let classes = windows * per_window + extra;
+                    if classes <= 64 || classes * dtype.size_in_bytes() > 8 << 10 {
+                        continue;
+                    }
+                    let rows = if windows < 64 { 70 } else { 19 };
+                    let rows = if thresholds.blocks == 1 { rows } else { 3 };
+                    let logits = random(&[rows, classes + 3], 1, dtype)?;
+                    let target = indices(rows, classes, 2)?;
+                    for options in [plain(), uniform()] {
+                        compare("registers", &options, &logits, &target, |x| x.narrow(1, extra % 4, classes))?;
+                    }
+                }
+            }
+        }
+        // rows of two axes, at one distance from the next and not
+        let swapped = random(&[3, 5, 70], 1, DType::BF16)?;
+        let target = indices(15, 70, 2)?.reshape((3, 5))?;
+        compare("registers, transposed", &plain(), &swapped, &target, |x| x.transpose(1, 2))?;
+        let padded = random(&[3, 7, 70], 1, DType::BF16)?;
+        compare("registers, uneven", &plain(), &padded, &target, |x| x.narrow(1, 1, 5)?.transpose(1, 2))?;
+    }
+    Ok(())
+}
+
+/// Sizes next to a warp, to a window and to a regime's edge, and vocabularies.
+#[test]
+fn sizes_match_the_cpu() -> Result<()> {
+    THRESHOLDS.set(Thresholds::default());
+    for classes in [1, 2, 3, 7, 8, 9, 31, 32, 33, 63, 64, 65, 1000, 1001, 4095, 5003] {
+        let logits = random(&[3, classes], 1, DType::BF16)?;
+        compare("sizes", &plain(), &logits, &indices(3, classes, 2)?, |x| Ok(x.clone()))?;
+    }
+    THRESHOLDS.set(Thresholds { lone_rows: 0, ..Thresholds::default() });
+    for classes in [1, 3, 9, 33, 64, 65, 1001, 4095, 5003] {
+        let logits = random(&[7, classes], 1, DType::F32)?;
+        for options in [plain(), uniform()] {
+            compare("sizes", &options, &logits, &indices(7, classes, 2)?, |x| Ok(x.clone()))?;
+        }
+    }
+    // in clusters, and split over blocks
+    for split_bytes in [1 << 30, 16 << 10] {
+        THRESHOLDS.set(Thresholds { split_bytes, ..Thresholds::default() });
+        for classes in [32_000, 50_257] {
+            let logits = random(&[2, classes], 1, DType::BF16)?;
+            for options in [plain(), uniform()] {
+                compare("sizes", &options, &logits, &indices(2, classes, 2)?, |x| Ok(x.clone()))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A row longer than the shared memory for it is read a second time.
+#[test]
+fn rows_that_are_not_kept_match_the_cpu() -> Result<()> {
+    for cluster_bytes in [0, 1 << 30] {
+        THRESHOLDS.set(Thresholds {
+            lone_rows: 0,
+            split_bytes: 1 << 30,
+            shared_bytes: Some(256 * 16 * 4),
+            cluster_bytes,
+            ..Thresholds::default()
+        });
+        let classes = 70_003;
+        let logits = random(&[1, classes], 1, DType::BF16)?;
+        for options in [plain(), uniform()] {
+            compare("not kept", &options, &logits, &indices(1, classes, 2)?, |x| Ok(x.clone()))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn nll_matches_the_cpu() -> Result<()> {
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        for dtype in FLOATS {
+            let options = CrossEntropy { name: "nll", log_probs: true, ignore_index: 1, ..plain() };
+            let logits = random(&[6, 45], 1, dtype)?;
+            compare(regime, &options, &logits, &indices(6, 45, 2)?, |x| Ok(x.clone()))?;
+            let weighted = CrossEntropy { weight: Some(random(&[45], 7, DType::F32)?), ..options };
+            let middle = random(&[2, 45, 5], 1, dtype)?;
+            compare(regime, &weighted, &middle, &indices(10, 45, 2)?.reshape((2, 5))?, |x| Ok(x.clone()))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn log_softmax_matches_the_cpu() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        for dtype in FLOATS {
+            for (dims, axis) in [(vec![4, 77], 1), (vec![3, 13, 6], 1), (vec![3, 4, 19], 2), (vec![33], 0)] {
+                let on = |device: &Device| -> Result<(Tensor, Tensor)> {
+                    let x = Var::from_tensor(&random(&dims, 1, dtype)?.to_device(device)?)?;
+                    let y = crate::softmax::op::log_softmax("log_softmax", x.as_tensor(), axis)?;
+                    let upstream = random(&dims, 9, dtype)?.to_device(device)?;
+                    let grads = (&y * upstream)?.sum_all()?.backward()?;
+                    Ok((y, grads.get(&x).unwrap().clone()))
+                };
+                let (got, expected) = (on(&gpu)?, on(&Device::Cpu)?);
+                assert_close(
+                    &format!("{regime}: log_softmax {dtype:?} {dims:?}"),
+                    &got.0,
+                    &expected.0,
+                    tolerance(dtype),
+                );
+                // computed from the rounded log-probabilities
+                assert_close(
+                    &format!("{regime}: its gradient {dtype:?} {dims:?}"),
+                    &got.1,
+                    &expected.1,
+                    2.0 * tolerance(dtype),
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn target_gradient_matches_the_cpu() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        for dims in [vec![3, 29], vec![2, 29, 4]] {
+            for options in [plain(), everything(29)?] {
+                let on = |device: &Device| -> Result<Tensor> {
+                    let options = with_weight_on(&options, device, DType::F32)?;
+                    let x = random(&dims, 1, DType::BF16)?.to_device(device)?;
+                    let target = Var::from_tensor(&random(&dims, 2, DType::F32)?.abs()?.to_device(device)?)?;
+                    let grads = options.forward(&x, target.as_tensor())?.backward()?;
+                    Ok(grads.get(&target).unwrap().clone())
+                };
+                assert_close(&format!("{regime}: {dims:?}"), &on(&gpu)?, &on(&Device::Cpu)?, tolerance(DType::F32));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The same call gives the same bits.
+#[test]
+fn results_are_reproducible() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        let logits = random(&[20, 200], 1, DType::F32)?.to_device(&gpu)?;
+        let target = indices(20, 200, 2)?.to_device(&gpu)?;
+        let one = || -> Result<_> {
+            let (loss, grad) = plain().loss_and_grad(&logits, &target)?;
+            Ok((loss.to_scalar::<f32>()?.to_bits(), grad.flatten_all()?.to_vec1::<f32>()?))
+        };
+        assert!(one()? == one()?, "{regime}");
+    }
+    Ok(())
+}
