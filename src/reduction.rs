@@ -24,11 +24,3 @@ pub enum Reduction {
     /// Return the sum.
     Sum,
 }
-
-/// The fused path of a loss: one kernel a pass. See the type alias without parameter at the crate's root.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Fused;
-
-/// The path of a loss that is composed of candle's tensor ops. See [`unfused`](crate::unfused).
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Unfused;

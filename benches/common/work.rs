@@ -125,7 +125,7 @@ impl Inputs {
                 self.cross_entropy().forward(x, t)
             }
             (Loss::CrossEntropy | Loss::CrossEntropySoftcap | Loss::CrossEntropyProbabilities, Unfused) => {
-                let loss = unfused::CrossEntropyLoss::new();
+                let loss = fused::CrossEntropyLoss::new().with_fused(false);
                 let loss = if self.case.loss == Loss::CrossEntropySoftcap { loss.with_softcap(SOFTCAP) } else { loss };
                 loss.forward(x, t)
             }

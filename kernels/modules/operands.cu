@@ -1,7 +1,9 @@
 // What is done with operands ahead of a pass, whatever the dtype of its input: contiguous class indices, and counts of the rows
 // or elements that a gradient of the mean is divided by. Each reads its operand once.
+#include <type_traits>
+
 #include "../elementwise/elements.cuh"
-#include "../softmax/state.cuh"
+#include "../targets.cuh"
 
 namespace fused_loss {
 
@@ -14,7 +16,8 @@ struct Axes {
     int count;
 };
 
-template <class T> __device__ __forceinline__ void copy_indices(const T *from, T *to, int64_t rows, const Axes &axes) {
+extern "C" __global__ void __launch_bounds__(256)
+    copy_indices(const void *from, void *to, int64_t rows, DType dtype, const __grid_constant__ Axes axes) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (row >= rows) return;
     int64_t rest = row, at = 0;
@@ -22,25 +25,17 @@ template <class T> __device__ __forceinline__ void copy_indices(const T *from, T
         at += rest % axes.size[axis] * axes.stride[axis];
         rest /= axes.size[axis];
     }
-    to[row] = from[at];
+    with_dtype(dtype, [&](auto pointer) {
+        using T = std::remove_const_t<std::remove_pointer_t<decltype(pointer)>>;
+        static_cast<T *>(to)[row] = static_cast<const T *>(from)[at];
+    });
 }
-
-#define COPY_INDICES(NAME, T)                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256)                                                                          \
-        copy_indices_##NAME(const T *from, T *to, int64_t rows, const __grid_constant__ Axes axes) {                           \
-        copy_indices(from, to, rows, axes);                                                                                    \
-    }
-
-COPY_INDICES(u8, uint8_t)
-COPY_INDICES(u32, uint32_t)
-COPY_INDICES(i32, int32_t)
-COPY_INDICES(i64, int64_t)
 
 // The rows that are not ignored, or their class weights: one number for each block.
 #define COUNT_ROWS(NAME, A)                                                                                                    \
     extern "C" __global__ void __launch_bounds__(1024)                                                                         \
-        count_rows_##NAME(const softmax::Problem p, const void *t, const A *weight, double *counts) {                          \
-        softmax::count(p, t, weight, counts);                                                                                  \
+        count_rows_##NAME(const RowParams p, const void *t, const A *weight, double *counts) {                          \
+        count(p, t, weight, counts);                                                                                  \
     }
 
 COUNT_ROWS(f32, float)

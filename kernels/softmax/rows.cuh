@@ -250,9 +250,7 @@ __device__ __forceinline__ void emit_windows(const Problem &p, const Operands<Ac
     for (int j = (mine + U - 1) / U * U - U; j >= 0; j -= U) {
         const int i = begin + thread + j * step;
         Window<T> windows[U];
-        if (Rule::DETAIL >= GENERAL && p.log_probs) {
-            // the gradient doesn't depend on the input
-        } else if (j < kept.count) {
+        if (j < kept.count) {
 #pragma unroll
             for (int u = 0; u < U; u++) {
                 if (j + u < mine) windows[u] = Window<T>::of(kept.at(j + u));
@@ -285,7 +283,7 @@ __device__ __forceinline__ Acc<T> own_logit(const Problem &p, const T *row, cons
     const A x = widen<A>(row[target.index * p.x.class_stride]);
     if constexpr (D >= GENERAL) {
         A slope;
-        return p.log_probs ? x : transform(p, x, slope);
+        return transform(p, x, slope);
     }
     return x;
 }
@@ -341,7 +339,7 @@ __device__ __forceinline__ void reduce_rows(const Problem &p, const T *x, const 
             // only the first part begins at 0, also where there is no window at all
             const int begin = blockIdx.y == 0 ? 0 : max(1, min(w.count, static_cast<int>(blockIdx.y) * part));
             const int end = min(w.count, begin + part);
-            if (target.kind == Kind::LIVE && !(D >= GENERAL && p.log_probs)) {
+            if (target.kind == Kind::LIVE) {
                 state = reduce_windows<D, READ_BATCH<D, T>>(p, operands_of(p, t, weight, row), w, thread, team, begin, end, {nullptr, 0});
             }
         }
@@ -429,7 +427,6 @@ __device__ __forceinline__ void statistics_rows(const Problem &p, const T *x, co
 template <class Rule, class A>
 __device__ __forceinline__ RowScalars<A> saved_scalars(const Problem &p, const Target<A> &target, const A *statistics, const A *denominator, const A *upstream, int64_t row) {
     const A g = (upstream ? upstream[p.upstream_rows ? row : 0] : A(1)) / *denominator;
-    if (Rule::DETAIL >= GENERAL && p.log_probs) return RowScalars<A>::template gradient<Rule::DETAIL>(p, target, A(0), A(0), A(0), g);
     const A mass = Rule::DETAIL >= UNIFORM ? read_mass(p, statistics, row) : A(0);
     return RowScalars<A>::template gradient<Rule::DETAIL>(p, target, statistics[row], statistics[p.rows + row], mass, g);
 }
@@ -564,7 +561,7 @@ __device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, 
             // in a cluster, by the block that will overwrite it
             owner = w.thread_of(max(0, target.index), 0, w.count, threads) / blockDim.x;
             if (!CLUSTER || owner == rank) x_t = own_logit<D>(p, logits, target);
-            if (target.kind == Kind::LIVE && !(D >= GENERAL && p.log_probs)) state = reduce_windows<D, BATCH<D>>(p, o, w, thread, threads, 0, w.count, kept);
+            if (target.kind == Kind::LIVE) state = reduce_windows<D, BATCH<D>>(p, o, w, thread, threads, 0, w.count, kept);
         }
         state = merge_team<T>(p, state, team, states);
         if constexpr (CLUSTER) merge_cluster<T>(p, state, x_t, owner, size, &exchange);

@@ -18,7 +18,7 @@
 //   entry.cuh       the kernels' names and launch bounds
 #pragma once
 
-#include "../common.cuh"
+#include "../targets.cuh"
 
 namespace fused_loss {
 namespace softmax {
@@ -26,73 +26,20 @@ namespace softmax {
 // ---------------------------------------------------------------------------------------------------------------------
 // Options: mirrored by `Problem` in src/softmax/cuda/call.rs
 
-// Where the logits of each row lie: row r is position (r / inner, r % inner).
-struct Strides {
-    int64_t inner, outer_stride, inner_stride, class_stride;
-
-    __device__ __forceinline__ int64_t start(int64_t row) const {
-        if (inner == 1) return row * outer_stride;
-        // a 64-bit division is a long subroutine
-        if (static_cast<uint64_t>(row) <= UINT32_MAX && static_cast<uint64_t>(inner) <= UINT32_MAX) {
-            const uint32_t r = static_cast<uint32_t>(row), n = static_cast<uint32_t>(inner);
-            return r / n * outer_stride + r % n * inner_stride;
-        }
-        return row / inner * outer_stride + row % inner * inner_stride;
-    }
-};
-
-struct Problem {
-    int64_t rows;
-    int64_t ignore_index;
+struct Problem : RowParams {
     Strides x;            // the logits
     Strides t;            // probability targets
-    double keep;          // 1 - label smoothing
     double spread;        // label smoothing / classes
     double mass;          // the sum of a row's q without its own class; NaN where that is each row's own
     double scale;         // logit scale
     double softcap;       // 0: none
     double inverse_cap;   // 1 / softcap
     double z_loss;
-    double normalizer;    // what the sum of the losses is divided by, unless `counted`
-    int classes;
-    DType target;         // class indices if an integer, else probabilities
-    int log_probs;        // NLL: the input is log-probabilities
-    int counted;          // the denominator is the number (the weights) of the rows that are not ignored
-    int counts;           // partial counts made by an earlier launch; 0: each block counts the rows itself
     int team;             // threads that share a row: a power of two up to 32, or the whole block
     int kept;             // windows of a row that a thread keeps in shared memory between its two passes over them
     int upstream_rows;    // whether the upstream gradient has a number for each row, or one for all
     int class_last;       // gradients are written in the order (outer, inner, class), else (outer, class, inner)
 };
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Targets
-
-enum class Kind : int { LIVE, IGNORED, BAD };
-
-// What a row's target says. `BAD` is an index outside of [0, classes): NaN for the row's loss and gradient, and no memory
-// is addressed by it.
-template <class A> struct Target {
-    Kind kind;
-    int index;   // the own class, or -1
-    A own;       // its weight times (1 - label smoothing)
-    A weight;    // what the row adds to a counted denominator
-};
-
-__device__ __forceinline__ bool is_index(DType dtype) { return dtype <= DType::I64; }
-
-template <class A>
-__device__ __forceinline__ Target<A> read_target(const Problem &p, const void *t, const A *weight, int64_t row) {
-    if (!is_index(p.target)) return {Kind::LIVE, -1, A(0), A(1)};
-    const int64_t index = load_index(t, p.target, row);
-    if (index == p.ignore_index) return {Kind::IGNORED, -1, A(0), A(0)};
-    // checked in 64 bits: 2^32 + 1 is not class 1
-    if (static_cast<uint64_t>(index) >= static_cast<uint64_t>(p.classes)) {
-        return {Kind::BAD, -1, quiet_nan<A>(), weight ? A(0) : A(1)};
-    }
-    const A w = weight ? weight[index] : A(1);
-    return {Kind::LIVE, static_cast<int>(index), w * A(p.keep), w};
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Elementary functions
@@ -518,7 +465,6 @@ template <Detail D, class A>
 __device__ __forceinline__ A loss_of(const Problem &p, const Target<A> &target, A x_t, const State<A, D> &state) {
     if (target.kind == Kind::IGNORED) return A(0);
     if (target.kind == Kind::BAD) return quiet_nan<A>();
-    if (D >= GENERAL && p.log_probs) return target.own == A(0) ? A(0) : -target.own * x_t;
     const A log_sum = log_sum_of(state.max, state.rest);
     // a weight of 0 still gives NaN in a row without a softmax
     A loss = target.own == A(0) ? A(0) * log_sum : target.own * (log_sum - scaled<D>(p, x_t - state.max));
@@ -619,17 +565,12 @@ struct UniformGradient {
     }
 };
 
-// upstream (slope p - q) and the soft cap's derivative; of NLL, -upstream w[t] at the own class and 0 elsewhere
+// upstream (slope p - q) and the soft cap's derivative
 struct GeneralGradient {
     static constexpr Detail DETAIL = GENERAL;
     static constexpr bool OWN = false;
     template <class T, int N, class A>
     __device__ __forceinline__ static void emit(const Problem &p, const Operands<A> &o, const RowScalars<A> &s, int first, const A (&x)[N], A (&y)[N]) {
-        if (p.log_probs) {
-#pragma unroll
-            for (int k = 0; k < N; k++) y[k] = first + k == s.target ? -(s.own * s.upstream) : A(0);
-            return;
-        }
         A q[N];
         load_q<A, N>(p, o, first, q);
 #pragma unroll
@@ -659,15 +600,6 @@ template <class A> __device__ __forceinline__ A dead_value(Kind kind) { return k
 // ---------------------------------------------------------------------------------------------------------------------
 // What a reduction leaves behind, and the scalar loss
 
-template <class A> struct Outputs {
-    A *loss;            // for each row, or null
-    A *statistics;      // (2, rows): max, rest; a third line with mass where it differs between rows; or null
-    double2 *partials;  // for each block (loss, weight); null if the grid is one block or there is no scalar loss
-    unsigned *ticket;   // with partials: by which the last block knows that it is
-    A *result;          // the reduced loss or null
-    A *denominator;     // what the backward divides by, or null
-};
-
 // Whether the sum of q without the own class differs between rows.
 __device__ __forceinline__ bool own_mass(const Problem &p) { return p.mass != p.mass; }
 
@@ -684,67 +616,6 @@ __device__ __forceinline__ void write_statistics(const Problem &p, A *statistics
 // The sum of a row's q without its own class, in the backward.
 template <class A> __device__ __forceinline__ A read_mass(const Problem &p, const A *statistics, int64_t row) {
     return own_mass(p) ? statistics[2 * p.rows + row] : A(p.mass);
-}
-
-template <class A> __device__ __forceinline__ void write_result(const Problem &p, const Outputs<A> &out, double2 total) {
-    const double denominator = p.counted ? total.y : p.normalizer;
-    if (out.result) *out.result = A(total.x / denominator);
-    if (out.denominator) *out.denominator = A(denominator);
-}
-
-// Ends a kernel whose threads hold the losses and weights of their rows: the only block has the result; of several, each leaves
-// partial sums at its index of `count`, and the last one to arrive adds them in a fixed order. All threads of the block call it.
-template <class A>
-__device__ __forceinline__ void finish_block(const Problem &p, const Outputs<A> &out, double loss, double weight, double *scratch, int index, int count) {
-    loss = block_reduce<Sum>(loss, scratch);
-    weight = block_reduce<Sum>(weight, scratch);
-    const int thread = threadIdx.x + blockDim.x * threadIdx.y;
-    if (out.partials) {
-        if (thread == 0) out.partials[index] = {loss, weight};
-        if (!is_last_block(out.ticket, count)) return;
-        double2 total = {0, 0};
-#pragma unroll 8
-        for (int i = thread; i < count; i += blockDim.x * blockDim.y) {
-            const double2 part = __ldcg(out.partials + i);
-            total.x += part.x, total.y += part.y;
-        }
-        loss = block_reduce<Sum>(total.x, scratch);
-        weight = block_reduce<Sum>(total.y, scratch);
-        index = 0;
-    }
-    // otherwise the only block; or there is no scalar loss, and the denominator is a constant
-    if (thread == 0 && index == 0) write_result(p, out, {loss, weight});
-}
-
-// What the rows first, first + step, … add to a counted denominator.
-template <class A>
-__device__ __forceinline__ double count_rows(const Problem &p, const void *t, const A *weight, int64_t first, int64_t step) {
-    double sum = 0;
-    for (int64_t row = first; row < p.rows; row += step) sum += read_target(p, t, weight, row).weight;
-    return sum;
-}
-
-// The first stage of a counted denominator that a gradient needs before the rows' losses are known.
-template <class A> __device__ __forceinline__ void count(const Problem &p, const void *t, const A *weight, double *counts) {
-    __shared__ double scratch[WARP];
-    const double sum = count_rows(p, t, weight, blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x, static_cast<int64_t>(gridDim.x) * blockDim.x);
-    const double total = block_reduce<Sum>(sum, scratch);
-    if (threadIdx.x == 0) counts[blockIdx.x] = total;
-}
-
-// What a gradient of the reduced loss is divided by. All threads of the block call it and get it.
-template <class A>
-__device__ __forceinline__ A denominator_of(const Problem &p, const void *t, const A *weight, const double *counts, double *scratch) {
-    if (!p.counted) return A(p.normalizer);
-    const int thread = threadIdx.x + blockDim.x * threadIdx.y;
-    const int threads = blockDim.x * blockDim.y;
-    double sum = 0;
-    if (p.counts == 0) {
-        sum = count_rows(p, t, weight, thread, threads);
-    } else {
-        for (int i = thread; i < p.counts; i += threads) sum += counts[i];
-    }
-    return A(block_reduce<Sum>(sum, scratch));
 }
 
 } // namespace softmax

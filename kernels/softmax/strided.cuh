@@ -74,7 +74,7 @@ __device__ __forceinline__ void emit_classes(const Problem &p, const Operands<Ac
     const bool live = s.kind == Kind::LIVE;
     for (int c = threadIdx.y; c < p.classes; c += U * blockDim.y) {
         A x[U][1];
-        if (live && !(Rule::DETAIL >= GENERAL && p.log_probs)) load_classes(p, row, c, x);
+        if (live) load_classes(p, row, c, x);
 #pragma unroll
         for (int u = 0; u < U; u++) {
             const int at = c + u * blockDim.y;
@@ -110,7 +110,7 @@ __device__ __forceinline__ void reduce_strided(const Problem &p, const T *x, con
         const Target<A> target = read_target(p, t, weight, row);
         const T *logits = x + p.x.start(row);
         const A x_t = own_logit<D>(p, logits, target);
-        if (exists && target.kind == Kind::LIVE && !(D >= GENERAL && p.log_probs)) {
+        if (exists && target.kind == Kind::LIVE) {
             state = reduce_classes<D>(p, operands_of(p, t, weight, row), logits);
         }
         state = merge_column<T>(p, state, states);
@@ -169,7 +169,7 @@ __device__ __forceinline__ void fused_strided(const Problem &p, const T *x, T *t
         if (exists) {
             target = read_target(p, t, weight, row);
             x_t = own_logit<D>(p, logits, target);
-            if (target.kind == Kind::LIVE && !(D >= GENERAL && p.log_probs)) state = reduce_classes<D>(p, o, logits);
+            if (target.kind == Kind::LIVE) state = reduce_classes<D>(p, o, logits);
         }
         state = merge_column<T>(p, state, states);
         if (!exists) return;

@@ -77,7 +77,7 @@ __device__ __forceinline__ State<Acc<T>, D> reduce_lane(const Problem &p, const 
     const int owner = max(0, target.index) % l.lanes;
     if (l.exists && owner == l.lane) x_t = own_logit<D>(p, l.logits, target);
     x_t = __shfl_sync(ALL_LANES, x_t, owner, l.lanes);
-    if (l.exists && target.kind == Kind::LIVE && !(D >= GENERAL && p.log_probs)) {
+    if (l.exists && target.kind == Kind::LIVE) {
         absorb<D, T, TILE_DEPTH, 1>(state, p, o, l.lane, l.lanes, [&](int u, int) {
             const int c = l.lane + u * l.lanes;
             return c < p.classes ? widen<A>(l.logits[c]) : -infinity<A>();

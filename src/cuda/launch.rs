@@ -46,14 +46,6 @@ impl Tag {
 // SAFETY: an i32 to the device
 unsafe impl DeviceRepr for Tag {}
 
-/// The dtype of the arithmetic, the sums and the losses of an input of `dtype`.
-pub(crate) fn arithmetic(dtype: DType) -> DType {
-    match dtype {
-        DType::F64 => DType::F64,
-        _ => DType::F32,
-    }
-}
-
 /// The memory of a tensor from its first element on, whatever its dtype. Pass it with [`Launch::read`].
 pub(crate) struct Input<'a> {
     pub bytes: CudaView<'a, u8>,

@@ -11,6 +11,8 @@ pub(crate) mod grid;
 pub(crate) mod launch;
 #[cfg(feature = "cuda")]
 pub(crate) mod operands;
+#[cfg(feature = "cuda")]
+pub(crate) mod rows;
 
 /// The compiled `kernels/modules/*.cu`: `softmax_plain_f32.cu` is `kernels::SOFTMAX_PLAIN_F32`.
 #[cfg(feature = "cuda")]
@@ -20,5 +22,7 @@ pub(crate) mod kernels {
     include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 }
 
+#[cfg(all(test, feature = "cuda"))]
+pub(crate) mod testing;
 #[cfg(all(test, feature = "cuda"))]
 pub(crate) mod tests;

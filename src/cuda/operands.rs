@@ -1,4 +1,4 @@
-//! What is done with operands ahead of a pass. The kernels are in `kernels/operands.cu`.
+//! What is done with operands ahead of a pass. The kernels are in `kernels/modules/operands.cu`.
 
 use super::gpu::Gpu;
 use super::kernels::OPERANDS;
@@ -51,9 +51,9 @@ pub(crate) fn contiguous(target: &CudaStorage, layout: &Layout) -> Result<CudaSt
         let stream = device.cuda_stream();
         let mut bytes = output(&mut copy)?;
         let gpu = Gpu::of(device)?;
-        let mut launch = Launch::new(&gpu, &stream, &OPERANDS, &format!("copy_indices_{}", dtype.as_str()))?;
-        launch.read(&input.bytes).write(&mut bytes).value(&count).value(&axes);
-        // SAFETY: the parameters of copy_indices_*; a thread for each row, and all rows are inside of the tensor
+        let mut launch = Launch::new(&gpu, &stream, &OPERANDS, "copy_indices")?;
+        launch.read(&input.bytes).write(&mut bytes).value(&count).value(&input.tag).value(&axes);
+        // SAFETY: the parameters of copy_indices; a thread for each row, and all rows are inside of the tensor
         unsafe { launch.run(Grid::flat(rows.div_ceil(THREADS) as u32, THREADS as u32))? };
     }
     Ok(CudaStorage { slice: copy, device: device.clone() })

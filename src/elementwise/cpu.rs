@@ -4,17 +4,18 @@
 //! multi-label soft margin), about [`BLOCK`] elements. Its operands are read in blocks of the arithmetic type, the [`Term`] is
 //! mapped over them, and what is needed of the result is summed or written.
 
+use super::problem::{ElementKernels, Elements, Term as Formula};
 use super::terms::{Bce, BceWithLogits, Focal, Term};
+use crate::check;
 use crate::cpu::element::{Element, Output, Source, Strided, source, with_room};
 use crate::cpu::math::{Isa, Kernel, LANES, Real, dispatch, sum_of};
+use crate::cpu::own_slice;
 use crate::cpu::parallel::for_each_task;
 use crate::cpu::sum_in_order;
-use crate::elementwise::op::{Logistic, Term as Formula};
+use crate::custom_op::{Arg, Argument, Locked};
 use crate::reduction::Reduction;
-use crate::softmax::cpu::acc_slice;
-use crate::softmax::op::{Arg, Operand};
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, DType, Result, Tensor, WithDType, bail};
 use half::{bf16, f16};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -26,7 +27,7 @@ const ELEMENT_WORK: usize = 3;
 
 /// The operands of one call.
 struct Problem<'a, A> {
-    options: &'a Logistic,
+    options: &'a Elements,
     x: Box<dyn Source<A> + 'a>,
     target: Box<dyn Source<A> + 'a>,
     weight: Option<Box<dyn Source<A> + 'a>>,
@@ -41,25 +42,16 @@ struct Problem<'a, A> {
 
 /// The optional operands, locked for the time of a call.
 struct Guards<'a> {
-    weight: Option<(StorageRef<'a>, &'a Layout)>,
-    pos_weight: Option<(StorageRef<'a>, &'a Layout)>,
-    mask: Option<(StorageRef<'a>, &'a Layout)>,
+    weight: Option<Locked<'a>>,
+    pos_weight: Option<Locked<'a>>,
+    mask: Option<Locked<'a>>,
 }
 
 impl<'a> Guards<'a> {
-    fn new(options: &'a Logistic) -> Self {
-        let lock = |tensor: &'a Option<Tensor>| tensor.as_ref().map(Tensor::storage_and_layout);
-        Guards { weight: lock(&options.weight), pos_weight: lock(&options.pos_weight), mask: lock(&options.mask) }
-    }
-}
-
-fn guarded<'a, A: Real + Element<Acc = A>>(
-    guard: &'a Option<(StorageRef<'a>, &'a Layout)>,
-) -> Result<Option<Box<dyn Source<A> + 'a>>> {
-    let Some((storage, layout)) = guard else { return Ok(None) };
-    match &**storage {
-        Storage::Cpu(storage) => Ok(Some(source(storage, Strided::of(layout))?)),
-        other => bail!("an operand on {:?}, expected it on the CPU", other.device().location()),
+    fn new(problem: &'a Elements) -> Self {
+        let lock = |tensor: &'a Option<Tensor>| tensor.as_ref().map(Locked::new);
+        let o = &problem.options;
+        Guards { weight: lock(&o.weight), pos_weight: lock(&o.pos_weight), mask: lock(&o.mask) }
     }
 }
 
@@ -89,11 +81,16 @@ impl<A: Real> Scratch<A> {
 
 impl<'a, A: Real + Element<Acc = A>> Problem<'a, A> {
     fn new(
-        options: &'a Logistic,
+        options: &'a Elements,
         input: Arg<'a, CpuStorage>,
         target: Arg<'a, CpuStorage>,
         guards: &'a Guards<'a>,
     ) -> Result<Self> {
+        let guarded = |guard: &'a Option<Locked>| -> Result<Option<Box<dyn Source<A> + 'a>>> {
+            let Some(guard) = guard else { return Ok(None) };
+            let (storage, layout) = guard.arg::<CpuStorage>(options.name)?;
+            source(storage, Strided::of(layout)).map(Some)
+        };
         Ok(Problem {
             x: source(input.0, Strided::of(input.1))?,
             target: source(target.0, Strided::of(target.1))?,
@@ -102,8 +99,8 @@ impl<'a, A: Real + Element<Acc = A>> Problem<'a, A> {
             mask: guarded(&guards.mask)?,
             len: input.1.shape().elem_count(),
             group: options.group(input.1),
-            keep: A::of(1.0 - options.label_smoothing),
-            spread: A::of(options.label_smoothing / 2.0),
+            keep: A::of(1.0 - options.options.label_smoothing),
+            spread: A::of(options.options.label_smoothing / 2.0),
             options,
         })
     }
@@ -147,7 +144,7 @@ impl<'a, A: Real + Element<Acc = A>> Problem<'a, A> {
 
     /// What the sum of the losses is divided by.
     fn denominator(&self) -> f64 {
-        if self.options.reduction != Reduction::Mean {
+        if self.options.options.reduction != Reduction::Mean {
             return 1.0;
         }
         let Some(mask) = &self.mask else { return self.groups() as f64 };
@@ -172,7 +169,7 @@ enum Values<'p, A> {
     None,
     /// The gradient of an operand: the upstream gradient of all or of each group, and what the sum is divided by.
     Gradient {
-        of: Operand,
+        of: Argument,
         upstream: &'p [A],
         denominator: A,
     },
@@ -182,7 +179,7 @@ enum Values<'p, A> {
 #[derive(Clone, Copy)]
 enum Function {
     Loss,
-    Gradient(Operand),
+    Gradient(Argument),
 }
 
 /// `value = term(x, t, p)` over a block; for the loss of probabilities, whether all of them are in [0, 1].
@@ -226,8 +223,8 @@ impl<A: Real, F: Term<A>> Kernel for Map<'_, A, F> {
                     }
                 }
             }
-            Function::Gradient(Operand::Logits) => map!(grad),
-            Function::Gradient(Operand::Target) => map!(target_grad),
+            Function::Gradient(Argument::Input) => map!(grad),
+            Function::Gradient(Argument::Target) => map!(target_grad),
         }
         good
     }
@@ -314,7 +311,7 @@ impl<A: Real + Element<Acc = A>, O: Element<Acc = A>> Pass<'_, '_, A, O> {
             }
         }
         let Some(losses) = self.losses else { return };
-        let reduced = problem.options.reduction != Reduction::None;
+        let reduced = problem.options.options.reduction != Reduction::None;
         if reduced || problem.group > BLOCK {
             let share = if reduced { A::ONE } else { problem.share() };
             // SAFETY: this unit alone writes its element
@@ -325,7 +322,7 @@ impl<A: Real + Element<Acc = A>, O: Element<Acc = A>> Pass<'_, '_, A, O> {
     /// The losses of a block: written, or their sum.
     fn reduce(&self, losses: &Output<A>, groups: &Range<usize>, at: usize, len: usize, values: &mut [A; BLOCK]) -> A {
         let problem = self.problem;
-        if problem.options.reduction != Reduction::None || problem.group > BLOCK {
+        if problem.options.options.reduction != Reduction::None || problem.group > BLOCK {
             return dispatch(Sum { values, len });
         }
         if problem.group == 1 {
@@ -342,9 +339,9 @@ impl<A: Real + Element<Acc = A>, O: Element<Acc = A>> Pass<'_, '_, A, O> {
     }
 
     /// Multiplies the derivatives of a block by those of what comes after the term.
-    fn chain(&self, of: Operand, upstream: &[A], denominator: A, at: usize, values: &mut [A]) {
+    fn chain(&self, of: Argument, upstream: &[A], denominator: A, at: usize, values: &mut [A]) {
         let problem = self.problem;
-        let smoothing = if of == Operand::Target { problem.keep } else { A::ONE };
+        let smoothing = if of == Argument::Target { problem.keep } else { A::ONE };
         let factor = smoothing * problem.share() / denominator;
         match upstream {
             [upstream] => values.iter_mut().for_each(|v| *v *= *upstream * factor),
@@ -370,12 +367,12 @@ impl<'a, A: Real + Element<Acc = A>> Problem<'a, A> {
         self.x.load(at, &mut x);
         self.target.load(at, &mut t);
         let (what, value) = if is_probability(x[0]) { ("target", t[0]) } else { ("probability", x[0]) };
-        bail!("{}: {what} {value} at element {at}, expected a number in [0, 1]", self.options.name)
+        Err(check::not_in_unit_interval(self.options.name, what, value, at))
     }
 
     /// Computes the losses, and what else `values` asks for, and reduces the losses.
     fn losses<O: Element<Acc = A>>(&self, denominator: f64, values: Values<A>, out: &Output<O>) -> Result<CpuStorage> {
-        let none = self.options.reduction == Reduction::None;
+        let none = self.options.options.reduction == Reduction::None;
         let count = if none { self.groups() } else { self.units() };
         let mut losses = vec![A::ZERO; count];
         self.run(Some(&Output::in_place(&mut losses).1), values, out)?;
@@ -390,97 +387,91 @@ impl<'a, A: Real + Element<Acc = A>> Problem<'a, A> {
 
 /// Calls `body::<T>` for the storage's dtype.
 macro_rules! for_dtype {
-    ($options:expr, $input:expr, $body:ident ( $($argument:expr),* )) => {
-        match $input.0.dtype() {
+    ($name:expr, $storage:expr, $body:ident ( $($argument:expr),* )) => {
+        match $storage.dtype() {
             DType::F16 => $body::<f16>($($argument),*),
             DType::BF16 => $body::<bf16>($($argument),*),
             DType::F32 => $body::<f32>($($argument),*),
             DType::F64 => $body::<f64>($($argument),*),
-            other => bail!("{}: unsupported dtype {other:?}, expected f16, bf16, f32 or f64", $options.name),
+            other => bail!("{}: unsupported dtype {other:?}, expected f16, bf16, f32 or f64", $name),
         }
     };
 }
 
-/// The loss, and what its sum was divided by.
-pub(crate) fn forward(
-    options: &Logistic,
+impl ElementKernels for CpuStorage {
+    fn forward(problem: &Elements, input: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
+        for_dtype!(problem.name, input.0, forward(problem, input, target))
+    }
+
+    fn backward(
+        problem: &Elements,
+        denominator: &Tensor,
+        of: Argument,
+        input: Arg<Self>,
+        target: Arg<Self>,
+        upstream: Arg<Self>,
+    ) -> Result<Self> {
+        for_dtype!(problem.name, input.0, backward(problem, denominator, of, input, target, upstream))
+    }
+
+    fn loss_and_grad(problem: &Elements, input: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
+        for_dtype!(problem.name, input.0, loss_and_grad(problem, input, target))
+    }
+}
+
+fn forward<T: Element>(
+    problem: &Elements,
     input: Arg<CpuStorage>,
     target: Arg<CpuStorage>,
 ) -> Result<(CpuStorage, CpuStorage)> {
-    fn run<T: Element>(
-        options: &Logistic,
-        input: Arg<CpuStorage>,
-        target: Arg<CpuStorage>,
-    ) -> Result<(CpuStorage, CpuStorage)> {
-        let guards = Guards::new(options);
-        let problem = Problem::<T::Acc>::new(options, input, target, &guards)?;
-        let denominator = problem.denominator();
-        let loss = problem.losses(denominator, Values::None, &Output::<T>::new(&mut vec![], 0))?;
-        Ok((loss, T::Acc::to_cpu_storage_owned(vec![T::Acc::of(denominator)])))
-    }
-    for_dtype!(options, input, run(options, input, target))
+    let guards = Guards::new(problem);
+    let problem = Problem::<T::Acc>::new(problem, input, target, &guards)?;
+    let denominator = problem.denominator();
+    let loss = problem.losses(denominator, Values::None, &Output::<T>::new(&mut vec![], 0))?;
+    Ok((loss, T::Acc::to_cpu_storage_owned(vec![T::Acc::of(denominator)])))
 }
 
-/// The gradient of the input in its dtype, or of the target in the arithmetic dtype, in row-major order.
-pub(crate) fn backward(
-    options: &Logistic,
+fn gradient<A: Real + Element<Acc = A>, O: Element<Acc = A>>(
+    problem: &Problem<A>,
+    values: Values<A>,
+) -> Result<CpuStorage> {
+    let mut grad = with_room(problem.len);
+    problem.run(None, values, &Output::<O>::new(&mut grad, problem.len))?;
+    // SAFETY: the capacity is `len`, and the pass wrote every element
+    unsafe { grad.set_len(problem.len) };
+    Ok(O::to_cpu_storage_owned(grad))
+}
+
+fn backward<T: Element>(
+    problem: &Elements,
     denominator: &Tensor,
-    of: Operand,
+    of: Argument,
     input: Arg<CpuStorage>,
     target: Arg<CpuStorage>,
     upstream: Arg<CpuStorage>,
 ) -> Result<CpuStorage> {
-    fn gradient<A: Real + Element<Acc = A>, O: Element<Acc = A>>(
-        problem: &Problem<A>,
-        values: Values<A>,
-    ) -> Result<CpuStorage> {
-        let mut grad = with_room(problem.len);
-        problem.run(None, values, &Output::<O>::new(&mut grad, problem.len))?;
-        // SAFETY: the capacity is `len`, and the pass wrote every element
-        unsafe { grad.set_len(problem.len) };
-        Ok(O::to_cpu_storage_owned(grad))
+    let guards = Guards::new(problem);
+    let problem = Problem::<T::Acc>::new(problem, input, target, &guards)?;
+    let values = Values::Gradient { of, upstream: own_slice(upstream)?, denominator: denominator.to_scalar()? };
+    match of {
+        Argument::Input => gradient::<T::Acc, T>(&problem, values),
+        Argument::Target => gradient::<T::Acc, T::Acc>(&problem, values),
     }
-    fn run<T: Element>(
-        options: &Logistic,
-        denominator: &Tensor,
-        of: Operand,
-        input: Arg<CpuStorage>,
-        target: Arg<CpuStorage>,
-        upstream: Arg<CpuStorage>,
-    ) -> Result<CpuStorage> {
-        let guards = Guards::new(options);
-        let problem = Problem::<T::Acc>::new(options, input, target, &guards)?;
-        let upstream = acc_slice(upstream.0, upstream.1)?;
-        let values = Values::Gradient { of, upstream, denominator: denominator.to_scalar()? };
-        match of {
-            Operand::Logits => gradient::<T::Acc, T>(&problem, values),
-            Operand::Target => gradient::<T::Acc, T::Acc>(&problem, values),
-        }
-    }
-    for_dtype!(options, input, run(options, denominator, of, input, target, upstream))
 }
 
-/// The loss and the gradient of the input, in row-major order.
-pub(crate) fn loss_and_grad(
-    options: &Logistic,
+fn loss_and_grad<T: Element>(
+    problem: &Elements,
     input: Arg<CpuStorage>,
     target: Arg<CpuStorage>,
 ) -> Result<(CpuStorage, CpuStorage)> {
-    fn run<T: Element>(
-        options: &Logistic,
-        input: Arg<CpuStorage>,
-        target: Arg<CpuStorage>,
-    ) -> Result<(CpuStorage, CpuStorage)> {
-        let guards = Guards::new(options);
-        let problem = Problem::<T::Acc>::new(options, input, target, &guards)?;
-        let denominator = problem.denominator();
-        let values =
-            Values::Gradient { of: Operand::Logits, upstream: &[T::Acc::ONE], denominator: T::Acc::of(denominator) };
-        let mut grad = with_room(problem.len);
-        let loss = problem.losses(denominator, values, &Output::<T>::new(&mut grad, problem.len))?;
-        // SAFETY: the capacity is `len`, and the pass wrote every element
-        unsafe { grad.set_len(problem.len) };
-        Ok((loss, T::to_cpu_storage_owned(grad)))
-    }
-    for_dtype!(options, input, run(options, input, target))
+    let guards = Guards::new(problem);
+    let problem = Problem::<T::Acc>::new(problem, input, target, &guards)?;
+    let denominator = problem.denominator();
+    let values =
+        Values::Gradient { of: Argument::Input, upstream: &[T::Acc::ONE], denominator: T::Acc::of(denominator) };
+    let mut grad = with_room(problem.len);
+    let loss = problem.losses(denominator, values, &Output::<T>::new(&mut grad, problem.len))?;
+    // SAFETY: the capacity is `len`, and the pass wrote every element
+    unsafe { grad.set_len(problem.len) };
+    Ok((loss, T::to_cpu_storage_owned(grad)))
 }

@@ -1,7 +1,9 @@
 //! The element-wise family: one problem for each element.
 
-pub(crate) mod cpu;
+mod composed;
+mod cpu;
 #[cfg(any(test, feature = "cuda"))]
-pub(crate) mod cuda;
-pub(crate) mod op;
+mod cuda;
+mod op;
+pub(crate) mod problem;
 mod terms;

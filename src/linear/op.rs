@@ -9,10 +9,16 @@
 //! Sums are kept in the arithmetic dtype and rounded once. On the CPU the logits have it too, because 16-bit products run
 //! in f32 there anyway; on CUDA they have the inputs' dtype, for the tensor cores.
 
+use super::composed;
 use super::matmul::product;
-use crate::losses::linear_cross_entropy::LinearGradients;
+use super::problem::{Linear, LinearGradients};
+use crate::check::arithmetic;
+use crate::custom_op::has_kernels;
+use crate::nll::problem::Nll;
 use crate::reduction::Reduction;
-use crate::softmax::op::{CrossEntropy, contiguous_indices};
+use crate::row_options::RowOptions;
+use crate::rows::contiguous_indices;
+use crate::softmax::problem::{CrossEntropy, SoftmaxOptions};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, DType, Device, Error, Layout, Result, Shape, Storage, Tensor};
@@ -29,14 +35,6 @@ const PIECE: usize = 32 << 20;
 /// Rows below which a product is mostly traffic, and classes likewise.
 const LEAST_ROWS: usize = 16;
 const LEAST_CLASSES: usize = 64;
-
-/// The checked options.
-#[derive(Clone, Debug)]
-pub(crate) struct Linear {
-    /// The loss of all logits at once.
-    pub problem: CrossEntropy,
-    pub chunk_rows: Option<usize>,
-}
 
 /// The gradients that were asked for.
 struct Gradients {
@@ -100,7 +98,7 @@ impl Inputs {
 
     /// The dtype of the sums.
     fn arithmetic(&self) -> DType {
-        if self.hidden.dtype() == DType::F64 { DType::F64 } else { DType::F32 }
+        arithmetic(self.hidden.dtype())
     }
 
     /// The dtype of the logits and of their gradient.
@@ -258,8 +256,15 @@ fn scalar(value: f64, device: &Device) -> Result<Tensor> {
 }
 
 impl Linear {
+    fn is_composed(&self, hidden: &Tensor) -> bool {
+        !self.problem.options.rows.fused || !has_kernels(hidden.device())
+    }
+
     /// The loss, with autograd.
     pub fn forward(self, hidden: &Tensor, weight: &Tensor, bias: Option<&Tensor>, target: &Tensor) -> Result<Tensor> {
+        if self.is_composed(hidden) {
+            return composed::loss(&self, hidden, weight, bias, target);
+        }
         let inputs = Inputs::new(hidden, weight, bias, target)?;
         let wanted = Wanted {
             hidden: hidden.track_op(),
@@ -267,7 +272,7 @@ impl Linear {
             bias: bias.is_some_and(|bias| bias.track_op()),
         };
         let counted = self.counted(&inputs)?;
-        let in_forward = match self.problem.reduction {
+        let in_forward = match self.problem.options.rows.reduction {
             Reduction::None => Wanted::NOTHING,
             Reduction::Mean | Reduction::Sum => wanted,
         };
@@ -301,6 +306,9 @@ impl Linear {
         bias: Option<&Tensor>,
         target: &Tensor,
     ) -> Result<(Tensor, LinearGradients)> {
+        if self.is_composed(hidden) {
+            return composed::loss_and_grad(&self, hidden, weight, bias, target);
+        }
         let inputs = Inputs::new(hidden, weight, bias, target)?;
         let wanted = Wanted { hidden: true, weight: true, bias: bias.is_some() };
         let counted = self.counted(&inputs)?;
@@ -315,7 +323,7 @@ impl Linear {
     }
 
     fn loss_shape(&self, target: &Tensor) -> Shape {
-        match self.problem.reduction {
+        match self.problem.options.rows.reduction {
             Reduction::None => target.shape().clone(),
             Reduction::Mean | Reduction::Sum => Shape::from(()),
         }
@@ -328,17 +336,9 @@ impl Linear {
     fn row_weights(&self, inputs: &Inputs, weight: Option<Tensor>) -> Result<Tensor> {
         let rows = inputs.target.elem_count();
         let minus_one = scalar(-1.0, inputs.device())?.to_dtype(inputs.arithmetic())?;
-        let nll = CrossEntropy {
-            log_probs: true,
-            weight,
-            label_smoothing: 0.0,
-            reduction: Reduction::None,
-            normalizer: None,
-            z_loss: 0.0,
-            softcap: None,
-            logit_scale: 1.0,
-            ..self.problem.clone()
-        };
+        let options =
+            RowOptions { weight, reduction: Reduction::None, normalizer: None, ..self.problem.options.rows.clone() };
+        let nll = Nll { name: self.problem.name, axis: 1, options };
         let weights = nll.forward(&minus_one.broadcast_as((rows, inputs.classes()))?, &inputs.target)?;
         // a bad row is NaN in itself, not in what it shares with others
         let numbers = weights.eq(&weights)?;
@@ -348,7 +348,7 @@ impl Linear {
     fn counted(&self, inputs: &Inputs) -> Result<Counted> {
         let (device, all) = (inputs.device(), inputs.target.elem_count());
         if all == 0 {
-            let denominator = match (self.problem.reduction, self.problem.normalizer) {
+            let denominator = match (self.problem.options.rows.reduction, self.problem.options.rows.normalizer) {
                 (Reduction::Mean, Some(normalizer)) => normalizer,
                 (Reduction::Mean, None) => 0.0,
                 (Reduction::None | Reduction::Sum, _) => 1.0,
@@ -362,7 +362,11 @@ impl Linear {
         }
         let ones = self.row_weights(inputs, None)?;
         let count = ones.to_dtype(DType::F64)?.sum_all()?;
-        let denominator = match (self.problem.reduction, self.problem.normalizer, &self.problem.weight) {
+        let denominator = match (
+            self.problem.options.rows.reduction,
+            self.problem.options.rows.normalizer,
+            &self.problem.options.rows.weight,
+        ) {
             (Reduction::Mean, Some(normalizer), _) => scalar(normalizer, device)?,
             (Reduction::Mean, None, None) => count.clone(),
             (Reduction::Mean, None, Some(weight)) => {
@@ -411,12 +415,15 @@ impl Linear {
         if *rows == 0 {
             return Ok((None, sums));
         }
-        let chunk = CrossEntropy {
-            reduction: if self.problem.reduction == Reduction::None { Reduction::None } else { Reduction::Sum },
+        let options = &self.problem.options;
+        let rows_options = RowOptions {
+            reduction: if options.rows.reduction == Reduction::None { Reduction::None } else { Reduction::Sum },
             normalizer: None,
             target_check: false,
-            ..self.problem.clone()
+            ..options.rows.clone()
         };
+        let chunk =
+            CrossEntropy { options: SoftmaxOptions { rows: rows_options, ..options.clone() }, ..self.problem.clone() };
         let step = self.chunk_rows(inputs, *rows).min(*rows);
         let tiles = inputs.tiles();
         let bias = inputs.bias.as_ref().map(|bias| bias.to_dtype(working)).transpose()?;
@@ -470,7 +477,7 @@ impl Linear {
                 product(sum, &factors.unsqueeze(0)?, &gradient, !first)?;
             }
         }
-        let losses = match self.problem.reduction {
+        let losses = match self.problem.options.rows.reduction {
             Reduction::None => Tensor::cat(&losses, 0)?,
             Reduction::Mean | Reduction::Sum => Tensor::stack(&losses, 0)?,
         };
@@ -481,7 +488,7 @@ impl Linear {
     fn reduced(&self, inputs: &Inputs, counted: &Counted, losses: Option<Tensor>) -> Result<Tensor> {
         let all = inputs.target.elem_count();
         let dtype = inputs.arithmetic();
-        match (self.problem.reduction, losses) {
+        match (self.problem.options.rows.reduction, losses) {
             (Reduction::None, None) => Tensor::zeros(all, dtype, inputs.device()),
             (Reduction::None, Some(losses)) => counted.selection.spread(losses, all),
             (Reduction::Mean | Reduction::Sum, losses) => {
@@ -604,7 +611,7 @@ impl CustomOp3 for Attached {
         let inputs = Inputs::new(hidden, weight, self.has_bias.then_some(bias), &self.target)?;
         let linear = &self.linear;
         let compute = |upstream| linear.run(&inputs, &self.counted, self.wanted, upstream).map(|(_, sums)| sums);
-        let gradients = match linear.problem.reduction {
+        let gradients = match linear.problem.options.rows.reduction {
             Reduction::Mean | Reduction::Sum => {
                 let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner).take();
                 let sums = saved.map_or_else(|| compute(None), Ok)?;

@@ -1,14 +1,11 @@
 //! Binary cross-entropy, of probabilities and of logits.
 
-use crate::check::BinaryOptions;
-use crate::elementwise::op::Term;
-use crate::reduction::{Fused, Reduction};
-use crate::unfused;
+use crate::elementwise::problem::{ElementOptions, Term};
+use crate::reduction::Reduction;
 use candle_core::{Result, Tensor};
-use std::marker::PhantomData;
 
-pub(crate) const BCE: &str = "binary_cross_entropy";
-pub(crate) const BCE_WITH_LOGITS: &str = "binary_cross_entropy_with_logits";
+const BCE: &str = "binary_cross_entropy";
+const BCE_WITH_LOGITS: &str = "binary_cross_entropy_with_logits";
 
 /// Binary cross-entropy of probabilities and targets in [0, 1].
 ///
@@ -52,12 +49,11 @@ pub(crate) const BCE_WITH_LOGITS: &str = "binary_cross_entropy_with_logits";
 /// # }
 /// ```
 #[derive(Clone, Debug, Default)]
-pub struct BceLoss<Path> {
-    pub(crate) options: BinaryOptions,
-    path: PhantomData<Path>,
+pub struct BceLoss {
+    pub(crate) options: ElementOptions,
 }
 
-impl<Path> BceLoss<Path> {
+impl BceLoss {
     /// The defaults: no weights, mean.
     ///
     /// ```
@@ -65,7 +61,7 @@ impl<Path> BceLoss<Path> {
     /// # let _ = loss;
     /// ```
     pub fn new() -> Self {
-        BceLoss { options: BinaryOptions::default(), path: PhantomData }
+        BceLoss { options: ElementOptions::default() }
     }
 
     /// A factor of each element's loss, of any float dtype and any shape that broadcasts to the target's. It is a constant:
@@ -107,9 +103,17 @@ impl<Path> BceLoss<Path> {
         self.options.target_check = check;
         self
     }
-}
+    /// `false`: candle's tensor ops in place of the kernels, as the free functions of [`unfused`](crate::unfused).
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::BceLoss::new().with_fused(false);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_fused(mut self, fused: bool) -> Self {
+        self.options.fused = fused;
+        self
+    }
 
-impl BceLoss<Fused> {
     /// The loss, differentiable in the probabilities and in float targets.
     ///
     /// ```
@@ -123,9 +127,6 @@ impl BceLoss<Fused> {
     /// # }
     /// ```
     pub fn forward(&self, probs: &Tensor, target: &Tensor) -> Result<Tensor> {
-        if unfused::only(probs) {
-            return self.unfused().forward(probs, target);
-        }
         self.options.problem(BCE, Term::Bce, probs, target)?.forward(probs, target)
     }
 
@@ -142,14 +143,7 @@ impl BceLoss<Fused> {
     /// # }
     /// ```
     pub fn loss_and_grad(&self, probs: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
-        if unfused::only(probs) {
-            return self.unfused().loss_and_grad(probs, target);
-        }
         self.options.problem(BCE, Term::Bce, probs, target)?.loss_and_grad(probs, target)
-    }
-
-    fn unfused(&self) -> unfused::BceLoss {
-        BceLoss { options: self.options.clone(), path: PhantomData }
     }
 }
 
@@ -197,12 +191,11 @@ impl BceLoss<Fused> {
 /// # }
 /// ```
 #[derive(Clone, Debug, Default)]
-pub struct BceWithLogitsLoss<Path> {
-    pub(crate) options: BinaryOptions,
-    path: PhantomData<Path>,
+pub struct BceWithLogitsLoss {
+    pub(crate) options: ElementOptions,
 }
 
-impl<Path> BceWithLogitsLoss<Path> {
+impl BceWithLogitsLoss {
     /// The defaults: no weights, no mask, no smoothing, mean.
     ///
     /// ```
@@ -210,7 +203,7 @@ impl<Path> BceWithLogitsLoss<Path> {
     /// # let _ = loss;
     /// ```
     pub fn new() -> Self {
-        BceWithLogitsLoss { options: BinaryOptions::default(), path: PhantomData }
+        BceWithLogitsLoss { options: ElementOptions::default() }
     }
 
     /// A factor of each element's loss, of any float dtype and any shape that broadcasts to the target's. It is a constant:
@@ -267,7 +260,7 @@ impl<Path> BceWithLogitsLoss<Path> {
     /// # }
     /// ```
     pub fn with_ignore_mask(mut self, mask: Tensor) -> Self {
-        self.options.ignore_mask = Some(mask);
+        self.options.mask = Some(mask);
         self
     }
 
@@ -282,9 +275,17 @@ impl<Path> BceWithLogitsLoss<Path> {
         self.options.reduction = reduction;
         self
     }
-}
+    /// `false`: candle's tensor ops in place of the kernels, as the free functions of [`unfused`](crate::unfused).
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::BceWithLogitsLoss::new().with_fused(false);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_fused(mut self, fused: bool) -> Self {
+        self.options.fused = fused;
+        self
+    }
 
-impl BceWithLogitsLoss<Fused> {
     /// The loss, differentiable in the logits and in float targets.
     ///
     /// ```
@@ -298,9 +299,6 @@ impl BceWithLogitsLoss<Fused> {
     /// # }
     /// ```
     pub fn forward(&self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
-        if unfused::only(logits) {
-            return self.unfused().forward(logits, target);
-        }
         self.options.problem(BCE_WITH_LOGITS, Term::BceWithLogits, logits, target)?.forward(logits, target)
     }
 
@@ -317,14 +315,7 @@ impl BceWithLogitsLoss<Fused> {
     /// # }
     /// ```
     pub fn loss_and_grad(&self, logits: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
-        if unfused::only(logits) {
-            return self.unfused().loss_and_grad(logits, target);
-        }
         self.options.problem(BCE_WITH_LOGITS, Term::BceWithLogits, logits, target)?.loss_and_grad(logits, target)
-    }
-
-    fn unfused(&self) -> unfused::BceWithLogitsLoss {
-        BceWithLogitsLoss { options: self.options.clone(), path: PhantomData }
     }
 }
 
@@ -342,7 +333,7 @@ impl BceWithLogitsLoss<Fused> {
 /// # }
 /// ```
 pub fn binary_cross_entropy(probs: &Tensor, target: &Tensor) -> Result<Tensor> {
-    BceLoss::<Fused>::new().forward(probs, target)
+    BceLoss::new().forward(probs, target)
 }
 
 /// The mean binary cross-entropy of logits and targets of one shape, in nats: [`BceWithLogitsLoss`] with its defaults.
@@ -359,7 +350,7 @@ pub fn binary_cross_entropy(probs: &Tensor, target: &Tensor) -> Result<Tensor> {
 /// # }
 /// ```
 pub fn binary_cross_entropy_with_logits(logits: &Tensor, target: &Tensor) -> Result<Tensor> {
-    BceWithLogitsLoss::<Fused>::new().forward(logits, target)
+    BceWithLogitsLoss::new().forward(logits, target)
 }
 
 /// [`binary_cross_entropy_with_logits`] under the name that `candle_nn::loss` gives it.

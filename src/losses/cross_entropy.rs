@@ -1,10 +1,8 @@
 //! Cross-entropy.
 
-use crate::check::SoftmaxOptions;
-use crate::reduction::{Fused, Reduction};
-use crate::unfused;
+use crate::reduction::Reduction;
+use crate::softmax::problem::{RowStatistics, SoftmaxOptions};
 use candle_core::{Result, Tensor, bail};
-use std::marker::PhantomData;
 
 const NAME: &str = "cross_entropy";
 
@@ -58,43 +56,11 @@ const NAME: &str = "cross_entropy";
 /// # }
 /// ```
 #[derive(Clone, Debug, Default)]
-pub struct CrossEntropyLoss<Path> {
+pub struct CrossEntropyLoss {
     pub(crate) options: SoftmaxOptions,
-    path: PhantomData<Path>,
 }
 
-/// Per-row results of [`CrossEntropyLoss::statistics`]; each tensor has the shape of class indices.
-///
-/// # Example
-/// ```
-/// use candle_core::{Device, Tensor};
-/// use candle_fused_loss::{CrossEntropyLoss, RowStatistics};
-/// # fn main() -> candle_core::Result<()> {
-/// let logits = Tensor::new(&[[1f32, 2., 3.], [5., 2., 0.]], &Device::Cpu)?;
-/// let target = Tensor::new(&[2u32, 1], &Device::Cpu)?;
-/// let RowStatistics { argmax, correct, .. } = CrossEntropyLoss::new().statistics(&logits, &target)?;
-/// assert_eq!(argmax.to_vec1::<u32>()?, [2, 0]);
-/// assert_eq!(correct.to_vec1::<u8>()?, [1, 0]);
-/// # Ok(())
-/// # }
-/// ```
-#[derive(Clone, Debug)]
-pub struct RowStatistics {
-    /// The row's loss in nats, before any reduction; 0 for an ignored row.
-    pub loss: Tensor,
-    /// `log sum_c exp(x_c)` after scale and soft cap; 0 for an ignored row.
-    pub lse: Tensor,
-    /// The part `z lse^2` of the loss; 0 for an ignored row.
-    pub z_loss: Tensor,
-    /// The entropy `-sum_c p_c log p_c` of the prediction in nats; 0 for an ignored row.
-    pub entropy: Tensor,
-    /// The first class of the largest logit, u32; kept for an ignored row.
-    pub argmax: Tensor,
-    /// 1 where `argmax` is the target (or the first most probable class of it), else 0, u8; 0 for an ignored row.
-    pub correct: Tensor,
-}
-
-impl<Path> CrossEntropyLoss<Path> {
+impl CrossEntropyLoss {
     /// The defaults: no weights, ignore index -100, no smoothing, mean.
     ///
     /// ```
@@ -102,7 +68,7 @@ impl<Path> CrossEntropyLoss<Path> {
     /// # let _ = loss;
     /// ```
     pub fn new() -> Self {
-        CrossEntropyLoss { options: SoftmaxOptions::default(), path: PhantomData }
+        CrossEntropyLoss { options: SoftmaxOptions::default() }
     }
 
     /// Class weights of shape `(C)` and any float dtype. They are constants: no gradient flows into them.
@@ -116,7 +82,7 @@ impl<Path> CrossEntropyLoss<Path> {
     /// # }
     /// ```
     pub fn with_weight(mut self, weight: Tensor) -> Self {
-        self.options.weight = Some(weight);
+        self.options.rows.weight = Some(weight);
         self
     }
 
@@ -128,7 +94,7 @@ impl<Path> CrossEntropyLoss<Path> {
     /// # let _ = loss;
     /// ```
     pub fn with_ignore_index(mut self, ignore_index: i64) -> Self {
-        self.options.ignore_index = ignore_index;
+        self.options.rows.ignore_index = ignore_index;
         self
     }
 
@@ -151,7 +117,7 @@ impl<Path> CrossEntropyLoss<Path> {
     /// # let _ = loss;
     /// ```
     pub fn with_reduction(mut self, reduction: Reduction) -> Self {
-        self.options.reduction = reduction;
+        self.options.rows.reduction = reduction;
         self
     }
 
@@ -163,7 +129,7 @@ impl<Path> CrossEntropyLoss<Path> {
     /// # let _ = loss;
     /// ```
     pub fn with_normalizer(mut self, normalizer: f64) -> Self {
-        self.options.normalizer = Some(normalizer);
+        self.options.rows.normalizer = Some(normalizer);
         self
     }
 
@@ -208,12 +174,20 @@ impl<Path> CrossEntropyLoss<Path> {
     /// # let _ = loss;
     /// ```
     pub fn with_target_check(mut self, check: bool) -> Self {
-        self.options.target_check = check;
+        self.options.rows.target_check = check;
         self
     }
-}
+    /// `false`: candle's tensor ops in place of the kernels, as the free functions of [`unfused`](crate::unfused).
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::CrossEntropyLoss::new().with_fused(false);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_fused(mut self, fused: bool) -> Self {
+        self.options.rows.fused = fused;
+        self
+    }
 
-impl CrossEntropyLoss<Fused> {
     /// The loss, differentiable in the logits and, where they are probabilities, in the targets.
     ///
     /// ```
@@ -227,10 +201,7 @@ impl CrossEntropyLoss<Fused> {
     /// # }
     /// ```
     pub fn forward(&self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
-        if unfused::only(logits) {
-            return self.unfused().forward(logits, target);
-        }
-        self.options.problem(NAME, false, logits, target)?.forward(logits, target)
+        self.options.problem(NAME, logits, target)?.forward(logits, target)
     }
 
     /// The loss as [`forward`](Self::forward) returns it, and its gradient in the logits for an upstream gradient of ones
@@ -247,10 +218,7 @@ impl CrossEntropyLoss<Fused> {
     /// # }
     /// ```
     pub fn loss_and_grad(&self, logits: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
-        if unfused::only(logits) {
-            return self.unfused().loss_and_grad(logits, target);
-        }
-        self.options.problem(NAME, false, logits, target)?.loss_and_grad(logits, target)
+        self.options.problem(NAME, logits, target)?.loss_and_grad(logits, target)
     }
 
     /// As [`loss_and_grad`](Self::loss_and_grad), but the gradient replaces the logits, and with them the values of every
@@ -283,7 +251,7 @@ impl CrossEntropyLoss<Fused> {
                 logits.stride()
             );
         }
-        self.options.problem(NAME, false, logits, target)?.loss_and_grad_inplace(logits, target)
+        self.options.problem(NAME, logits, target)?.loss_and_grad_inplace(logits, target)
     }
 
     /// What a training loop wants to log of each row, in one pass and without a graph.
@@ -299,19 +267,7 @@ impl CrossEntropyLoss<Fused> {
     /// # }
     /// ```
     pub fn statistics(&self, logits: &Tensor, target: &Tensor) -> Result<RowStatistics> {
-        let (loss, rest) = self.options.problem(NAME, false, logits, target)?.statistics(logits, target)?;
-        Ok(RowStatistics {
-            loss,
-            lse: rest.lse,
-            z_loss: rest.z_loss,
-            entropy: rest.entropy,
-            argmax: rest.argmax,
-            correct: rest.correct,
-        })
-    }
-
-    fn unfused(&self) -> unfused::CrossEntropyLoss {
-        CrossEntropyLoss { options: self.options.clone(), path: PhantomData }
+        self.options.problem(NAME, logits, target)?.statistics(logits, target)
     }
 }
 
@@ -330,5 +286,5 @@ impl CrossEntropyLoss<Fused> {
 /// # }
 /// ```
 pub fn cross_entropy(logits: &Tensor, target: &Tensor) -> Result<Tensor> {
-    CrossEntropyLoss::<Fused>::new().forward(logits, target)
+    CrossEntropyLoss::new().forward(logits, target)
 }

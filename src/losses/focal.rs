@@ -1,13 +1,10 @@
 //! Sigmoid focal loss.
 
-use crate::check::BinaryOptions;
-use crate::elementwise::op::Term;
-use crate::reduction::{Fused, Reduction};
-use crate::unfused;
+use crate::elementwise::problem::{ElementOptions, Term};
+use crate::reduction::Reduction;
 use candle_core::{Result, Tensor};
-use std::marker::PhantomData;
 
-pub(crate) const NAME: &str = "sigmoid_focal";
+const NAME: &str = "sigmoid_focal";
 
 /// Focal loss of logits and binary targets: binary cross-entropy that counts what is already right for less.
 ///
@@ -53,20 +50,19 @@ pub(crate) const NAME: &str = "sigmoid_focal";
 /// # }
 /// ```
 #[derive(Clone, Debug)]
-pub struct SigmoidFocalLoss<Path> {
-    pub(crate) options: BinaryOptions,
+pub struct SigmoidFocalLoss {
+    pub(crate) options: ElementOptions,
     pub(crate) alpha: f64,
     pub(crate) gamma: f64,
-    path: PhantomData<Path>,
 }
 
-impl<Path> Default for SigmoidFocalLoss<Path> {
+impl Default for SigmoidFocalLoss {
     fn default() -> Self {
-        SigmoidFocalLoss { options: BinaryOptions::default(), alpha: 0.25, gamma: 2.0, path: PhantomData }
+        SigmoidFocalLoss { options: ElementOptions::default(), alpha: 0.25, gamma: 2.0 }
     }
 }
 
-impl<Path> SigmoidFocalLoss<Path> {
+impl SigmoidFocalLoss {
     /// The defaults: alpha 0.25, gamma 2, mean.
     ///
     /// ```
@@ -117,9 +113,17 @@ impl<Path> SigmoidFocalLoss<Path> {
         let alpha = if self.alpha < 0.0 { None } else { Some(self.alpha) };
         Term::Focal { alpha, gamma: self.gamma }
     }
-}
+    /// `false`: candle's tensor ops in place of the kernels, as the free functions of [`unfused`](crate::unfused).
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::SigmoidFocalLoss::new().with_fused(false);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_fused(mut self, fused: bool) -> Self {
+        self.options.fused = fused;
+        self
+    }
 
-impl SigmoidFocalLoss<Fused> {
     /// The loss, differentiable in the logits and in float targets.
     ///
     /// ```
@@ -133,9 +137,6 @@ impl SigmoidFocalLoss<Fused> {
     /// # }
     /// ```
     pub fn forward(&self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
-        if unfused::only(logits) {
-            return self.unfused().forward(logits, target);
-        }
         self.options.problem(NAME, self.term(), logits, target)?.forward(logits, target)
     }
 
@@ -152,14 +153,7 @@ impl SigmoidFocalLoss<Fused> {
     /// # }
     /// ```
     pub fn loss_and_grad(&self, logits: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
-        if unfused::only(logits) {
-            return self.unfused().loss_and_grad(logits, target);
-        }
         self.options.problem(NAME, self.term(), logits, target)?.loss_and_grad(logits, target)
-    }
-
-    fn unfused(&self) -> unfused::SigmoidFocalLoss {
-        SigmoidFocalLoss { options: self.options.clone(), alpha: self.alpha, gamma: self.gamma, path: PhantomData }
     }
 }
 
@@ -177,5 +171,5 @@ impl SigmoidFocalLoss<Fused> {
 /// # }
 /// ```
 pub fn sigmoid_focal(logits: &Tensor, target: &Tensor) -> Result<Tensor> {
-    SigmoidFocalLoss::<Fused>::new().forward(logits, target)
+    SigmoidFocalLoss::new().forward(logits, target)
 }

@@ -1,10 +1,8 @@
 //! Cross-entropy of a linear layer's output, without the logits.
 
-use crate::check::LinearOptions;
-use crate::reduction::{Fused, Reduction};
-use crate::unfused;
+use crate::linear::problem::{LinearGradients, LinearOptions};
+use crate::reduction::Reduction;
 use candle_core::{Result, Tensor};
-use std::marker::PhantomData;
 
 const NAME: &str = "linear_cross_entropy";
 
@@ -46,7 +44,7 @@ const NAME: &str = "linear_cross_entropy";
 /// Beyond inputs and gradients: a chunk's logits (32 MB on the CPU, 512 MB on CUDA, or what
 /// [`with_chunk_rows`](Self::with_chunk_rows) asks for), and for 16-bit inputs the f32 sums that become the gradients. On
 /// top of that, candle's backward adds each gradient to a tensor of zeros;
-/// [`loss_and_grad`](LinearCrossEntropyLoss::<Fused>::loss_and_grad) does not.
+/// [`loss_and_grad`](LinearCrossEntropyLoss::loss_and_grad) does not.
 ///
 /// # Errors
 /// Tensors whose shapes, dtypes or devices don't fit, options out of range, chunks of 0 rows, and on the CPU a class index
@@ -68,38 +66,11 @@ const NAME: &str = "linear_cross_entropy";
 /// # }
 /// ```
 #[derive(Clone, Debug, Default)]
-pub struct LinearCrossEntropyLoss<Path> {
+pub struct LinearCrossEntropyLoss {
     pub(crate) options: LinearOptions,
-    path: PhantomData<Path>,
 }
 
-/// The gradients of [`LinearCrossEntropyLoss::loss_and_grad`], each of its input's shape and dtype.
-///
-/// # Example
-/// ```
-/// use candle_core::{DType, Device, Tensor};
-/// use candle_fused_loss::{LinearCrossEntropyLoss, LinearGradients};
-/// # fn main() -> candle_core::Result<()> {
-/// let hidden = Tensor::ones((1, 2), DType::F32, &Device::Cpu)?;
-/// let weight = Tensor::ones((4, 2), DType::F32, &Device::Cpu)?;
-/// let target = Tensor::new(&[0u32], &Device::Cpu)?;
-/// let (_, LinearGradients { weight, .. }) =
-///     LinearCrossEntropyLoss::new().loss_and_grad(&hidden, &weight, None, &target)?;
-/// assert_eq!(weight.to_vec2::<f32>()?[0], [-0.75, -0.75]);
-/// # Ok(())
-/// # }
-/// ```
-#[derive(Clone, Debug)]
-pub struct LinearGradients {
-    /// In the hidden states.
-    pub hidden: Tensor,
-    /// In the weight.
-    pub weight: Tensor,
-    /// In the bias, where there is one.
-    pub bias: Option<Tensor>,
-}
-
-impl<Path> LinearCrossEntropyLoss<Path> {
+impl LinearCrossEntropyLoss {
     /// The defaults: no class weights, ignore index -100, no smoothing, mean, chunks by memory.
     ///
     /// ```
@@ -107,7 +78,7 @@ impl<Path> LinearCrossEntropyLoss<Path> {
     /// # let _ = loss;
     /// ```
     pub fn new() -> Self {
-        LinearCrossEntropyLoss { options: LinearOptions::default(), path: PhantomData }
+        LinearCrossEntropyLoss { options: LinearOptions::default() }
     }
 
     /// Class weights of shape `(V)` and any float dtype. They are constants: no gradient flows into them.
@@ -121,7 +92,7 @@ impl<Path> LinearCrossEntropyLoss<Path> {
     /// # }
     /// ```
     pub fn with_weight(mut self, weight: Tensor) -> Self {
-        self.options.softmax.weight = Some(weight);
+        self.options.softmax.rows.weight = Some(weight);
         self
     }
 
@@ -133,7 +104,7 @@ impl<Path> LinearCrossEntropyLoss<Path> {
     /// # let _ = loss;
     /// ```
     pub fn with_ignore_index(mut self, ignore_index: i64) -> Self {
-        self.options.softmax.ignore_index = ignore_index;
+        self.options.softmax.rows.ignore_index = ignore_index;
         self
     }
 
@@ -156,7 +127,7 @@ impl<Path> LinearCrossEntropyLoss<Path> {
     /// # let _ = loss;
     /// ```
     pub fn with_reduction(mut self, reduction: Reduction) -> Self {
-        self.options.softmax.reduction = reduction;
+        self.options.softmax.rows.reduction = reduction;
         self
     }
 
@@ -168,7 +139,7 @@ impl<Path> LinearCrossEntropyLoss<Path> {
     /// # let _ = loss;
     /// ```
     pub fn with_normalizer(mut self, normalizer: f64) -> Self {
-        self.options.softmax.normalizer = Some(normalizer);
+        self.options.softmax.rows.normalizer = Some(normalizer);
         self
     }
 
@@ -213,7 +184,7 @@ impl<Path> LinearCrossEntropyLoss<Path> {
     /// # let _ = loss;
     /// ```
     pub fn with_target_check(mut self, check: bool) -> Self {
-        self.options.softmax.target_check = check;
+        self.options.softmax.rows.target_check = check;
         self
     }
 
@@ -228,9 +199,17 @@ impl<Path> LinearCrossEntropyLoss<Path> {
         self.options.chunk_rows = Some(rows);
         self
     }
-}
+    /// `false`: candle's tensor ops in place of the kernels, as the free functions of [`unfused`](crate::unfused).
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new().with_fused(false);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_fused(mut self, fused: bool) -> Self {
+        self.options.softmax.rows.fused = fused;
+        self
+    }
 
-impl LinearCrossEntropyLoss<Fused> {
     /// The loss, differentiable in the hidden states, the weight and the bias.
     ///
     /// ```
@@ -246,9 +225,6 @@ impl LinearCrossEntropyLoss<Fused> {
     /// # }
     /// ```
     pub fn forward(&self, hidden: &Tensor, weight: &Tensor, bias: Option<&Tensor>, target: &Tensor) -> Result<Tensor> {
-        if unfused::only(hidden) {
-            return self.unfused().forward(hidden, weight, bias, target);
-        }
         self.options.problem(NAME, hidden, weight, bias, target)?.forward(hidden, weight, bias, target)
     }
 
@@ -274,14 +250,7 @@ impl LinearCrossEntropyLoss<Fused> {
         bias: Option<&Tensor>,
         target: &Tensor,
     ) -> Result<(Tensor, LinearGradients)> {
-        if unfused::only(hidden) {
-            return self.unfused().loss_and_grad(hidden, weight, bias, target);
-        }
         self.options.problem(NAME, hidden, weight, bias, target)?.loss_and_grad(hidden, weight, bias, target)
-    }
-
-    fn unfused(&self) -> unfused::LinearCrossEntropyLoss {
-        LinearCrossEntropyLoss { options: self.options.clone(), path: PhantomData }
     }
 }
 
@@ -301,5 +270,5 @@ impl LinearCrossEntropyLoss<Fused> {
 /// # }
 /// ```
 pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, target: &Tensor) -> Result<Tensor> {
-    LinearCrossEntropyLoss::<Fused>::new().forward(hidden, weight, None, target)
+    LinearCrossEntropyLoss::new().forward(hidden, weight, None, target)
 }

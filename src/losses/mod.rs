@@ -1,8 +1,8 @@
 //! The public losses: for each its formula, options, documentation and examples.
 
-pub mod binary;
-pub mod cross_entropy;
-pub mod focal;
-pub mod linear_cross_entropy;
-pub mod multi_label;
-pub mod nll;
+pub(crate) mod binary;
+pub(crate) mod cross_entropy;
+pub(crate) mod focal;
+pub(crate) mod linear_cross_entropy;
+pub(crate) mod multi_label;
+pub(crate) mod nll;

@@ -1,12 +1,10 @@
 //! Multi-label soft margin.
 
-use crate::check::BinaryOptions;
-use crate::reduction::{Fused, Reduction};
-use crate::unfused;
+use crate::elementwise::problem::ElementOptions;
+use crate::reduction::Reduction;
 use candle_core::{Result, Tensor};
-use std::marker::PhantomData;
 
-pub(crate) const NAME: &str = "multi_label_soft_margin";
+const NAME: &str = "multi_label_soft_margin";
 
 /// Multi-label soft margin of logits and binary targets: the mean binary cross-entropy over the classes of a row.
 ///
@@ -49,12 +47,11 @@ pub(crate) const NAME: &str = "multi_label_soft_margin";
 /// # }
 /// ```
 #[derive(Clone, Debug, Default)]
-pub struct MultiLabelSoftMarginLoss<Path> {
-    pub(crate) options: BinaryOptions,
-    path: PhantomData<Path>,
+pub struct MultiLabelSoftMarginLoss {
+    pub(crate) options: ElementOptions,
 }
 
-impl<Path> MultiLabelSoftMarginLoss<Path> {
+impl MultiLabelSoftMarginLoss {
     /// The defaults: no weights, mean.
     ///
     /// ```
@@ -62,7 +59,7 @@ impl<Path> MultiLabelSoftMarginLoss<Path> {
     /// # let _ = loss;
     /// ```
     pub fn new() -> Self {
-        MultiLabelSoftMarginLoss { options: BinaryOptions::default(), path: PhantomData }
+        MultiLabelSoftMarginLoss { options: ElementOptions::default() }
     }
 
     /// Class weights of shape `(C)` and any float dtype. They are constants: no gradient flows into them.
@@ -91,9 +88,17 @@ impl<Path> MultiLabelSoftMarginLoss<Path> {
         self.options.reduction = reduction;
         self
     }
-}
+    /// `false`: candle's tensor ops in place of the kernels, as the free functions of [`unfused`](crate::unfused).
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::MultiLabelSoftMarginLoss::new().with_fused(false);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_fused(mut self, fused: bool) -> Self {
+        self.options.fused = fused;
+        self
+    }
 
-impl MultiLabelSoftMarginLoss<Fused> {
     /// The loss, differentiable in the logits and in float targets.
     ///
     /// ```
@@ -107,9 +112,6 @@ impl MultiLabelSoftMarginLoss<Fused> {
     /// # }
     /// ```
     pub fn forward(&self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
-        if unfused::only(logits) {
-            return self.unfused().forward(logits, target);
-        }
         self.options.multi_label_problem(NAME, logits, target)?.forward(logits, target)
     }
 
@@ -126,14 +128,7 @@ impl MultiLabelSoftMarginLoss<Fused> {
     /// # }
     /// ```
     pub fn loss_and_grad(&self, logits: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
-        if unfused::only(logits) {
-            return self.unfused().loss_and_grad(logits, target);
-        }
         self.options.multi_label_problem(NAME, logits, target)?.loss_and_grad(logits, target)
-    }
-
-    fn unfused(&self) -> unfused::MultiLabelSoftMarginLoss {
-        MultiLabelSoftMarginLoss { options: self.options.clone(), path: PhantomData }
     }
 }
 
@@ -151,5 +146,5 @@ impl MultiLabelSoftMarginLoss<Fused> {
 /// # }
 /// ```
 pub fn multi_label_soft_margin(logits: &Tensor, target: &Tensor) -> Result<Tensor> {
-    MultiLabelSoftMarginLoss::<Fused>::new().forward(logits, target)
+    MultiLabelSoftMarginLoss::new().forward(logits, target)
 }

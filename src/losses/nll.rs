@@ -1,11 +1,12 @@
 //! Negative log-likelihood, and the log-softmax it is used with.
 
-use crate::check::{SoftmaxOptions, arithmetic_dtype};
-use crate::reduction::{Fused, Reduction};
-use crate::unfused;
+use crate::check::arithmetic_dtype;
+use crate::nll::problem::Nll;
+use crate::reduction::Reduction;
+use crate::row_options::RowOptions;
+use crate::softmax;
 use candle_core::shape::Dim;
 use candle_core::{Result, Tensor};
-use std::marker::PhantomData;
 
 const NAME: &str = "nll";
 
@@ -44,12 +45,11 @@ const NAME: &str = "nll";
 /// # }
 /// ```
 #[derive(Clone, Debug, Default)]
-pub struct NllLoss<Path> {
-    pub(crate) options: SoftmaxOptions,
-    path: PhantomData<Path>,
+pub struct NllLoss {
+    pub(crate) options: RowOptions,
 }
 
-impl<Path> NllLoss<Path> {
+impl NllLoss {
     /// The defaults: no weights, ignore index -100, mean.
     ///
     /// ```
@@ -57,7 +57,7 @@ impl<Path> NllLoss<Path> {
     /// # let _ = loss;
     /// ```
     pub fn new() -> Self {
-        NllLoss { options: SoftmaxOptions::default(), path: PhantomData }
+        NllLoss { options: RowOptions::default() }
     }
 
     /// Class weights of shape `(C)` and any float dtype. They are constants: no gradient flows into them.
@@ -119,9 +119,17 @@ impl<Path> NllLoss<Path> {
         self.options.target_check = check;
         self
     }
-}
+    /// `false`: candle's tensor ops in place of the kernels, as the free functions of [`unfused`](crate::unfused).
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::NllLoss::new().with_fused(false);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_fused(mut self, fused: bool) -> Self {
+        self.options.fused = fused;
+        self
+    }
 
-impl NllLoss<Fused> {
     /// The loss, differentiable in the log-probabilities.
     ///
     /// ```
@@ -135,10 +143,7 @@ impl NllLoss<Fused> {
     /// # }
     /// ```
     pub fn forward(&self, log_probs: &Tensor, target: &Tensor) -> Result<Tensor> {
-        if unfused::only(log_probs) {
-            return self.unfused().forward(log_probs, target);
-        }
-        self.options.problem(NAME, true, log_probs, target)?.forward(log_probs, target)
+        Nll::new(NAME, &self.options, log_probs, target)?.forward(log_probs, target)
     }
 
     /// The loss, and its gradient in the log-probabilities for an upstream gradient of ones, without a graph.
@@ -154,14 +159,7 @@ impl NllLoss<Fused> {
     /// # }
     /// ```
     pub fn loss_and_grad(&self, log_probs: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
-        if unfused::only(log_probs) {
-            return self.unfused().loss_and_grad(log_probs, target);
-        }
-        self.options.problem(NAME, true, log_probs, target)?.loss_and_grad(log_probs, target)
-    }
-
-    fn unfused(&self) -> unfused::NllLoss {
-        NllLoss { options: self.options.clone(), path: PhantomData }
+        Nll::new(NAME, &self.options, log_probs, target)?.loss_and_grad(log_probs, target)
     }
 }
 
@@ -180,7 +178,7 @@ impl NllLoss<Fused> {
 /// # }
 /// ```
 pub fn nll(log_probs: &Tensor, target: &Tensor) -> Result<Tensor> {
-    NllLoss::<Fused>::new().forward(log_probs, target)
+    NllLoss::new().forward(log_probs, target)
 }
 
 /// `x - log sum exp(x)` along an axis, differentiable.
@@ -217,11 +215,8 @@ pub fn log_softmax<D: Dim>(logits: &Tensor, dim: D) -> Result<Tensor> {
     const NAME: &str = "log_softmax";
     let axis = dim.to_index(logits.shape(), NAME)?;
     arithmetic_dtype(NAME, "logits", logits)?;
-    if unfused::only(logits) {
-        return unfused::log_softmax(logits, axis);
-    }
     if logits.elem_count() == 0 {
         return Ok(logits.clone());
     }
-    crate::softmax::op::log_softmax(NAME, logits, axis)
+    softmax::op::log_softmax(NAME, logits, axis)
 }

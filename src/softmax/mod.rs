@@ -1,6 +1,8 @@
 //! The softmax family: one problem for each row of classes.
 
-pub(crate) mod cpu;
+pub(crate) mod composed;
+mod cpu;
 #[cfg(any(test, feature = "cuda"))]
-pub(crate) mod cuda;
+mod cuda;
 pub(crate) mod op;
+pub(crate) mod problem;

@@ -4,7 +4,7 @@ use crate::common::{FLOATS, Random, devices};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_fused_loss::{
     BceLoss, BceWithLogitsLoss, CrossEntropyLoss, MultiLabelSoftMarginLoss, NllLoss, Reduction, SigmoidFocalLoss,
-    log_softmax, unfused,
+    log_softmax,
 };
 use proptest::prelude::*;
 
@@ -124,7 +124,7 @@ fn options_of_cross_entropy_and_nll() -> Result<()> {
         fails(new().with_weight(whole.clone()), &["class weights of dtype", "U32", "f16, bf16, f32 or f64"]);
         assert_says(NllLoss::new().with_weight(whole).forward(&logits, &target), &["nll", "U32"]);
         assert_says(NllLoss::new().with_normalizer(0.0).forward(&logits, &target), &["nll", "normalizer 0", "above 0"]);
-        let unfused = unfused::CrossEntropyLoss::new().with_label_smoothing(2.0);
+        let unfused = CrossEntropyLoss::new().with_fused(false).with_label_smoothing(2.0);
         assert_says(unfused.forward(&logits, &target), &["cross_entropy", "label smoothing 2", "[0, 1]"]);
     }
     Ok(())

@@ -63,8 +63,8 @@ impl Batch {
     }
 
     /// Cross-entropy with random options that the unfused path has as well.
-    fn options(&mut self, device: &Device) -> Result<(CrossEntropyLoss, unfused::CrossEntropyLoss)> {
-        let (mut fused, mut composed) = (CrossEntropyLoss::new(), unfused::CrossEntropyLoss::new());
+    fn options(&mut self, device: &Device) -> Result<(CrossEntropyLoss, CrossEntropyLoss)> {
+        let (mut fused, mut composed) = (CrossEntropyLoss::new(), CrossEntropyLoss::new().with_fused(false));
         let reduction = self.random.pick(&REDUCTIONS);
         (fused, composed) = (fused.with_reduction(reduction), composed.with_reduction(reduction));
         if self.random.below(2) == 0 {
@@ -349,26 +349,26 @@ proptest! {
                     .with_label_smoothing(e)
                     .with_pos_weight(weight.clone())
                     .with_ignore_mask(counted.clone());
-                let composed_logits = unfused::BceWithLogitsLoss::new()
+                let composed_logits = BceWithLogitsLoss::new().with_fused(false)
                     .with_reduction(reduction)
                     .with_label_smoothing(e)
                     .with_pos_weight(weight.clone())
                     .with_ignore_mask(counted);
                 let (margin, other_margin) = (
                     MultiLabelSoftMarginLoss::new().with_reduction(reduction).with_weight(weight.clone()),
-                    unfused::MultiLabelSoftMarginLoss::new().with_reduction(reduction).with_weight(weight.clone()),
+                    MultiLabelSoftMarginLoss::new().with_fused(false).with_reduction(reduction).with_weight(weight.clone()),
                 );
                 let (focal, other_focal) = (
                     SigmoidFocalLoss::new().with_alpha(alpha).with_gamma(gamma).with_reduction(reduction),
-                    unfused::SigmoidFocalLoss::new().with_alpha(alpha).with_gamma(gamma).with_reduction(reduction),
+                    SigmoidFocalLoss::new().with_fused(false).with_alpha(alpha).with_gamma(gamma).with_reduction(reduction),
                 );
                 let (bce, other_bce) = (
                     BceLoss::new().with_weight(weight.clone()).with_reduction(reduction),
-                    unfused::BceLoss::new().with_weight(weight.clone()).with_reduction(reduction),
+                    BceLoss::new().with_fused(false).with_weight(weight.clone()).with_reduction(reduction),
                 );
                 let (nll, other_nll) = (
                     NllLoss::new().with_weight(weight.clone()).with_reduction(reduction),
-                    unfused::NllLoss::new().with_weight(weight.clone()).with_reduction(reduction),
+                    NllLoss::new().with_fused(false).with_weight(weight.clone()).with_reduction(reduction),
                 );
                 // terms of the size of the largest logit are rounded several times
                 let largest = batch.x.iter().fold(1.0, |m: f64, x| m.max(x.abs()));

@@ -1,15 +1,16 @@
 //! The logistic family on CUDA: at most two launches for a loss, one for a gradient, three for both.
 
 use super::plan::{Alignment, Axes, Divisor, MAX_AXES, OPERANDS, Problem, Spans, Variant, View};
+use crate::check::{self, arithmetic};
 use crate::cuda::gpu::{Gpu, Module};
 use crate::cuda::kernels;
-use crate::cuda::launch::{Input, Launch, alloc, arithmetic, output, partials, read_element, to_host};
-use crate::elementwise::op::{Logistic, Term};
+use crate::cuda::launch::{Input, Launch, alloc, output, partials, read_element, to_host};
+use crate::custom_op::{Arg, Argument, Locked};
+use crate::elementwise::problem::{ElementKernels, Elements, Term};
 use crate::reduction::Reduction;
-use crate::softmax::op::{Arg, Operand};
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::cuda_backend::{CudaDevice, CudaStorageSlice};
-use candle_core::{CudaStorage, DType, Layout, Result, Storage, StorageRef, Tensor, bail};
+use candle_core::{CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr};
 use std::sync::Arc;
 
@@ -54,69 +55,45 @@ impl Term {
     }
 }
 
-/// An operand of the op, or one of its options, locked for the time of the call.
-enum Held<'a> {
-    Borrowed(&'a CudaStorage, &'a Layout),
-    Locked(StorageRef<'a>, &'a Layout),
-}
+/// The optional operands, locked for the time of a call.
+struct Options<'a>([Option<Locked<'a>>; OPERANDS - 2]);
 
-impl<'a> Held<'a> {
-    fn lock(name: &str, tensor: &'a Option<Tensor>) -> Result<Option<Self>> {
-        let Some((storage, layout)) = tensor.as_ref().map(Tensor::storage_and_layout) else { return Ok(None) };
-        match &*storage {
-            Storage::Cuda(_) => Ok(Some(Held::Locked(storage, layout))),
-            other => bail!("{name}: an operand on {:?}, expected it on the input's device", other.device().location()),
-        }
-    }
-
-    fn get(&self) -> Result<(&CudaStorage, &Layout)> {
-        match self {
-            Held::Borrowed(storage, layout) => Ok((storage, layout)),
-            Held::Locked(storage, layout) => match &**storage {
-                Storage::Cuda(storage) => Ok((storage, layout)),
-                other => bail!("an operand on {:?}, expected it on the input's device", other.device().location()),
-            },
-        }
+impl<'a> Options<'a> {
+    fn lock(problem: &'a Elements) -> Self {
+        let o = &problem.options;
+        Options([&o.weight, &o.pos_weight, &o.mask].map(|tensor| tensor.as_ref().map(Locked::new)))
     }
 }
 
 /// The operands of a call and how they lie.
 struct Operands<'a> {
-    held: [Option<Held<'a>>; OPERANDS],
+    args: [Option<Arg<'a, CudaStorage>>; OPERANDS],
     axes: Axes,
 }
 
 impl<'a> Operands<'a> {
-    fn new(options: &'a Logistic, input: Arg<'a, CudaStorage>, target: Arg<'a, CudaStorage>) -> Result<Self> {
-        let held = [
-            Some(Held::Borrowed(input.0, input.1)),
-            Some(Held::Borrowed(target.0, target.1)),
-            Held::lock(options.name, &options.weight)?,
-            Held::lock(options.name, &options.pos_weight)?,
-            Held::lock(options.name, &options.mask)?,
-        ];
-        let mut views = [None; OPERANDS];
-        for (view, held) in views.iter_mut().zip(&held) {
-            if let Some(held) = held {
-                let layout = held.get()?.1;
-                *view = Some(View { dims: layout.dims(), strides: layout.stride() });
-            }
+    fn new(
+        problem: &Elements,
+        input: Arg<'a, CudaStorage>,
+        target: Arg<'a, CudaStorage>,
+        options: &'a Options,
+    ) -> Result<Self> {
+        let mut args = [Some(input), Some(target), None, None, None];
+        for (arg, option) in args[2..].iter_mut().zip(&options.0) {
+            *arg = option.as_ref().map(|option| option.arg(problem.name)).transpose()?;
         }
+        let views = args.map(|arg| arg.map(|(_, layout)| View { dims: layout.dims(), strides: layout.stride() }));
         match Axes::merge(&views) {
-            Some(axes) => Ok(Operands { held, axes }),
+            Some(axes) => Ok(Operands { args, axes }),
             // candle's own kernels stop at this rank as well
             None => {
-                bail!("{}: shape {:?} with strides that leave more than {MAX_AXES} axes", options.name, input.1.dims())
+                bail!("{}: shape {:?} with strides that leave more than {MAX_AXES} axes", problem.name, input.1.dims())
             }
         }
     }
 
     fn inputs(&self) -> Result<Inputs<'_>> {
-        let input = |i: usize| -> Result<Option<Input<'_>>> {
-            let Some(held) = &self.held[i] else { return Ok(None) };
-            let (storage, layout) = held.get()?;
-            Input::new(storage, layout).map(Some)
-        };
+        let input = |i: usize| self.args[i].map(|(storage, layout)| Input::new(storage, layout)).transpose();
         Ok(Inputs([input(0)?, input(1)?, input(2)?, input(3)?, input(4)?]))
     }
 }
@@ -138,7 +115,7 @@ impl<'a> Inputs<'a> {
 
 /// One call: what all of its launches share.
 struct Call<'a> {
-    options: &'a Logistic,
+    options: &'a Elements,
     device: CudaDevice,
     stream: Arc<CudaStream>,
     gpu: Arc<Gpu>,
@@ -149,7 +126,7 @@ struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    fn new(options: &'a Logistic, input: Arg<'a, CudaStorage>) -> Result<Self> {
+    fn new(options: &'a Elements, input: Arg<'a, CudaStorage>) -> Result<Self> {
         let dtype = input.0.dtype();
         Ok(Call {
             options,
@@ -176,7 +153,7 @@ impl<'a> Call<'a> {
     }
 
     fn problem(&self, inputs: &Inputs, axes: &Axes, variant: Variant, span: u64) -> Problem {
-        let smoothing = self.options.label_smoothing;
+        let smoothing = self.options.options.label_smoothing;
         let (alpha, gamma) = self.options.term.options();
         let tag = |input: Option<&Input>| input.map_or(0, |input| input.tag as i32);
         Problem {
@@ -187,7 +164,7 @@ impl<'a> Call<'a> {
             alpha,
             gamma,
             term: self.options.term.number(),
-            reduction: match self.options.reduction {
+            reduction: match self.options.options.reduction {
                 Reduction::None => 0,
                 Reduction::Mean => 1,
                 Reduction::Sum => 2,
@@ -251,7 +228,7 @@ impl<'a> Call<'a> {
         let inputs = operands.inputs()?;
         let axes = &operands.axes;
         let elements = self.elements as u64;
-        let none = self.options.reduction == Reduction::None;
+        let none = self.options.options.reduction == Reduction::None;
         let rows = none && self.group > 1;
         let each = none && !rows;
         let variant = self.variant(&inputs, axes, with_grad || each, None);
@@ -264,7 +241,7 @@ impl<'a> Call<'a> {
         let masked = inputs.mask().is_some();
         let several = !none && spans.count > 1;
 
-        let mean = self.options.reduction == Reduction::Mean;
+        let mean = self.options.options.reduction == Reduction::Mean;
         let count_first = with_grad && masked && mean && !spans.count_themselves(elements);
         let counts = count_first.then(|| self.count_mask(&inputs, axes)).transpose()?;
         let parts = counts.as_ref().map_or(0, |counts| counts.len() as i32);
@@ -306,7 +283,7 @@ impl<'a> Call<'a> {
             [rows @ .., _] if self.options.average_rows => rows.iter().product(),
             _ => 0,
         };
-        let (loss, denominator): (&[f64], f64) = match self.options.reduction {
+        let (loss, denominator): (&[f64], f64) = match self.options.options.reduction {
             Reduction::None => (&vec![f64::NAN; rows], 1.0),
             Reduction::Mean => (&[f64::NAN], 0.0),
             Reduction::Sum => (&[0.0], 1.0),
@@ -333,8 +310,7 @@ impl<'a> Call<'a> {
             _ => return Ok(()),
         };
         let value = |operand: usize| -> Result<f64> {
-            let Some(held) = &operands.held[operand] else { return Ok(f64::NAN) };
-            let (storage, layout) = held.get()?;
+            let Some((storage, layout)) = operands.args[operand] else { return Ok(f64::NAN) };
             read_element(storage, layout, at)
         };
         let is_probability = |v: f64| (0.0..=1.0).contains(&v);
@@ -344,8 +320,8 @@ impl<'a> Call<'a> {
         };
         let name = self.options.name;
         match self.accumulator() {
-            DType::F64 => bail!("{name}: {what} {v} at element {at}, expected a number in [0, 1]"),
-            _ => bail!("{name}: {what} {} at element {at}, expected a number in [0, 1]", v as f32),
+            DType::F64 => Err(check::not_in_unit_interval(name, what, v, at)),
+            _ => Err(check::not_in_unit_interval(name, what, v as f32, at)),
         }
     }
 }
@@ -369,9 +345,30 @@ fn constants(device: &CudaDevice, dtype: DType, values: &[f64]) -> Result<CudaSt
     }
 }
 
+impl ElementKernels for CudaStorage {
+    fn forward(problem: &Elements, input: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
+        forward(problem, input, target)
+    }
+
+    fn backward(
+        problem: &Elements,
+        denominator: &Tensor,
+        of: Argument,
+        input: Arg<Self>,
+        target: Arg<Self>,
+        upstream: Arg<Self>,
+    ) -> Result<Self> {
+        backward(problem, denominator, of, input, target, upstream)
+    }
+
+    fn loss_and_grad(problem: &Elements, input: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
+        loss_and_grad(problem, input, target)
+    }
+}
+
 /// The loss, and what its sum was divided by.
-pub(crate) fn forward(
-    options: &Logistic,
+fn forward(
+    options: &Elements,
     input: Arg<CudaStorage>,
     target: Arg<CudaStorage>,
 ) -> Result<(CudaStorage, CudaStorage)> {
@@ -380,8 +377,9 @@ pub(crate) fn forward(
         let (loss, denominator, _) = call.empty(input.1)?;
         return Ok((loss, denominator));
     }
-    let operands = Operands::new(options, input, target)?;
-    if options.target_check {
+    let locked = Options::lock(options);
+    let operands = Operands::new(options, input, target, &locked)?;
+    if options.options.target_check {
         call.check(&operands)?;
     }
     let (loss, denominator, _) = call.losses(&operands, false)?;
@@ -389,8 +387,8 @@ pub(crate) fn forward(
 }
 
 /// The loss and the gradient of the input, in row-major order.
-pub(crate) fn loss_and_grad(
-    options: &Logistic,
+fn loss_and_grad(
+    options: &Elements,
     input: Arg<CudaStorage>,
     target: Arg<CudaStorage>,
 ) -> Result<(CudaStorage, CudaStorage)> {
@@ -399,8 +397,9 @@ pub(crate) fn loss_and_grad(
         let (loss, _, grad) = call.empty(input.1)?;
         return Ok((loss, grad));
     }
-    let operands = Operands::new(options, input, target)?;
-    if options.target_check {
+    let locked = Options::lock(options);
+    let operands = Operands::new(options, input, target, &locked)?;
+    if options.options.target_check {
         call.check(&operands)?;
     }
     match call.losses(&operands, true)? {
@@ -410,28 +409,29 @@ pub(crate) fn loss_and_grad(
 }
 
 /// The gradient of the input in its dtype, or of the target in the arithmetic dtype, in row-major order.
-pub(crate) fn backward(
-    options: &Logistic,
+fn backward(
+    options: &Elements,
     denominator: &Tensor,
-    of: Operand,
+    of: Argument,
     input: Arg<CudaStorage>,
     target: Arg<CudaStorage>,
     upstream: Arg<CudaStorage>,
 ) -> Result<CudaStorage> {
     let call = Call::new(options, input)?;
     let dtype = match of {
-        Operand::Logits => call.dtype,
-        Operand::Target => call.accumulator(),
+        Argument::Input => call.dtype,
+        Argument::Target => call.accumulator(),
     };
     if call.elements == 0 {
         return constants(&call.device, dtype, &[]);
     }
-    let operands = Operands::new(options, input, target)?;
+    let locked = Options::lock(options);
+    let operands = Operands::new(options, input, target, &locked)?;
     let inputs = operands.inputs()?;
     let upstream_each = upstream.1.shape().elem_count() > 1;
     let upstream = Input::new(upstream.0, upstream.1)?;
     let variant = match of {
-        Operand::Logits if !(upstream_each && call.group > 1) => {
+        Argument::Input if !(upstream_each && call.group > 1) => {
             call.variant(&inputs, &operands.axes, true, upstream_each.then_some(&upstream))
         }
         _ => Variant::Any,
@@ -439,15 +439,14 @@ pub(crate) fn backward(
     let spans = Spans::each(call.elements as u64, variant, call.bytes());
     let mut problem = call.problem(&inputs, &operands.axes, variant, spans.span);
     problem.upstream_each = upstream_each as i32;
-    let denominator = Some(denominator.clone());
-    let Some(denominator) = Held::lock(options.name, &denominator)? else { bail!("{}: no denominator", options.name) };
-    let denominator = denominator.get()?;
+    let denominator = Locked::new(denominator);
+    let denominator = denominator.arg::<CudaStorage>(options.name)?;
     let denominator = Input::new(denominator.0, denominator.1)?;
 
     // SAFETY: the kernel writes every element
     let mut grad = unsafe { alloc(&call.device, dtype, call.elements) }?;
     let mut to_grad = output(&mut grad)?;
-    let pass = if of == Operand::Target { "target_grad" } else { "grad" };
+    let pass = if of == Argument::Target { "target_grad" } else { "grad" };
     let mut launch = call.launch(pass, variant, &inputs)?;
     launch.read(&upstream.bytes).read(&denominator.bytes).write(&mut to_grad).value(&problem);
     // SAFETY: the parameters of grad_* and target_grad_any; the spans cover the elements, which all operands have, and the

@@ -1,7 +1,7 @@
 //! The element-wise family on CUDA.
 
 #[cfg(feature = "cuda")]
-pub(crate) mod call;
+mod call;
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 mod plan;
 #[cfg(all(test, feature = "cuda"))]

@@ -1,7 +1,7 @@
 //! The kernels against the CPU's loops, through the ops: every pass, variant and dtype.
 
 use crate::cuda::launch::{Work, work_of};
-use crate::elementwise::op::{Logistic, Term};
+use crate::elementwise::problem::{ElementOptions, Elements, Term};
 use crate::reduction::Reduction;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use std::cell::Cell;
@@ -15,18 +15,14 @@ const FLOATS: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
 const REDUCTIONS: [Reduction; 3] = [Reduction::None, Reduction::Mean, Reduction::Sum];
 const TERMS: [Term; 3] = [Term::Bce, Term::BceWithLogits, Term::Focal { alpha: Some(0.25), gamma: 1.5 }];
 
-fn plain(term: Term, reduction: Reduction) -> Logistic {
-    Logistic {
-        name: "test",
-        term,
-        weight: None,
-        pos_weight: None,
-        mask: None,
-        label_smoothing: 0.0,
-        reduction,
-        average_rows: false,
-        target_check: false,
-    }
+fn plain(term: Term, reduction: Reduction) -> Elements {
+    let options = ElementOptions { reduction, ..ElementOptions::default() };
+    Elements { name: "test", term, average_rows: false, options }
+}
+
+fn with(mut problem: Elements, change: impl FnOnce(&mut Elements)) -> Elements {
+    change(&mut problem);
+    problem
 }
 
 /// Deterministic numbers in [0, 1).
@@ -101,14 +97,13 @@ struct Outcome {
     fused_grad: Tensor,
 }
 
-fn outcome(problem: &Logistic, x: &Tensor, t: &Tensor, view: View, device: &Device) -> Result<Outcome> {
+fn outcome(problem: &Elements, x: &Tensor, t: &Tensor, view: View, device: &Device) -> Result<Outcome> {
     let on_device = |t: &Option<Tensor>| t.as_ref().map(|t| t.to_device(device)).transpose();
-    let problem = Logistic {
-        weight: on_device(&problem.weight)?,
-        pos_weight: on_device(&problem.pos_weight)?,
-        mask: on_device(&problem.mask)?,
-        ..problem.clone()
-    };
+    let problem = with(problem.clone(), |o| {
+        o.options.weight = on_device(&problem.options.weight).unwrap();
+        o.options.pos_weight = on_device(&problem.options.pos_weight).unwrap();
+        o.options.mask = on_device(&problem.options.mask).unwrap();
+    });
     let x = Var::from_tensor(&x.to_device(device)?)?;
     let t = t.to_device(device)?;
     let t_var = t.dtype().is_float().then(|| Var::from_tensor(&t)).transpose()?;
@@ -124,7 +119,7 @@ fn outcome(problem: &Logistic, x: &Tensor, t: &Tensor, view: View, device: &Devi
     Ok(Outcome { loss, grad, target_grad, fused_loss, fused_grad })
 }
 
-fn compare(case: &str, problem: &Logistic, x: &Tensor, t: &Tensor, view: View, device: &Device) -> Result<()> {
+fn compare(case: &str, problem: &Elements, x: &Tensor, t: &Tensor, view: View, device: &Device) -> Result<()> {
     let want = outcome(problem, x, t, view, &Device::Cpu)?;
     let got = compare_without_target(case, problem, x, t, view, device)?;
     let arithmetic = want.loss.dtype();
@@ -136,7 +131,7 @@ fn compare(case: &str, problem: &Logistic, x: &Tensor, t: &Tensor, view: View, d
 
 fn compare_without_target(
     case: &str,
-    problem: &Logistic,
+    problem: &Elements,
     x: &Tensor,
     t: &Tensor,
     view: View,
@@ -255,7 +250,7 @@ fn wide_indices() -> Result<()> {
     let term = Term::BceWithLogits;
     let (x, t) = (tensor(inputs(term, n), &[6, 4, 9], DType::F32)?, tensor(labels(n), &[6, 4, 9], DType::F32)?);
     for average_rows in [false, true] {
-        let problem = Logistic { average_rows, ..plain(term, Reduction::None) };
+        let problem = with(plain(term, Reduction::None), |o| o.average_rows = average_rows);
         compare("transposed", &problem, &x, &t, |t| t.transpose(0, 2), &device)?;
     }
     WIDE_INDICES_FROM.set(None);
@@ -279,19 +274,17 @@ fn weights_masks_and_smoothing() -> Result<()> {
         let mask: Vec<f64> = uniform(n, 29).iter().map(|u| f64::from(*u > 0.3)).collect();
         for reduction in REDUCTIONS {
             for mask_dtype in [DType::U8, DType::F32, dtype] {
-                let problem = Logistic {
-                    weight: Some(tensor(full.clone(), &[rows, classes], arithmetic)?),
-                    pos_weight: broadcast(5, arithmetic)?,
-                    mask: Some(tensor(mask.clone(), &[rows, classes], mask_dtype)?),
-                    label_smoothing: 0.1,
-                    ..plain(term, reduction)
-                };
+                let problem = with(plain(term, reduction), |o| {
+                    o.options.weight = Some(tensor(full.clone(), &[rows, classes], arithmetic).unwrap());
+                    o.options.pos_weight = broadcast(5, arithmetic).unwrap();
+                    o.options.mask = Some(tensor(mask.clone(), &[rows, classes], mask_dtype).unwrap());
+                    o.options.label_smoothing = 0.1;
+                });
                 compare(&format!("all {dtype:?} {mask_dtype:?} {reduction:?}"), &problem, &x, &t, same, &device)?;
             }
-            let problem = Logistic {
-                weight: broadcast(17, arithmetic)?,
-                ..plain(Term::Focal { alpha: None, gamma: 2.0 }, reduction)
-            };
+            let problem = with(plain(Term::Focal { alpha: None, gamma: 2.0 }, reduction), |o| {
+                o.options.weight = broadcast(17, arithmetic).unwrap()
+            });
             compare(&format!("weights {dtype:?} {reduction:?}"), &problem, &x, &t, same, &device)?;
         }
     }
@@ -309,8 +302,10 @@ fn rows_are_averaged() -> Result<()> {
                     let shape = [rows, classes];
                     let arithmetic = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
                     let weight = tensor(uniform(classes, 5), &[classes], arithmetic)?.broadcast_as(&shape)?;
-                    let problem =
-                        Logistic { average_rows: true, weight: weighted.then_some(weight), ..plain(term, reduction) };
+                    let problem = with(plain(term, reduction), |o| {
+                        o.average_rows = true;
+                        o.options.weight = weighted.then_some(weight);
+                    });
                     let x = tensor(inputs(term, rows * classes), &shape, dtype)?;
                     let t = tensor(labels(rows * classes), &shape, dtype)?;
                     let case = format!("{shape:?} {dtype:?} {reduction:?} weighted {weighted}");
@@ -381,7 +376,7 @@ fn masked_elements_leak_nothing() -> Result<()> {
         let x = Tensor::new(&[1f32, f32::NAN, f32::INFINITY, -1.0], &device)?;
         let t = Tensor::new(&[1f32, 0.0, f32::NAN, 0.0], &device)?;
         let mask = Tensor::new(&[1u8, 0, 0, 1], &device)?;
-        let problem = Logistic { mask: Some(mask), ..plain(Term::BceWithLogits, mean) };
+        let problem = with(plain(Term::BceWithLogits, mean), |o| o.options.mask = Some(mask));
         let (loss, grad) = problem.loss_and_grad(&x, &t)?;
         let softplus = (-1f64).exp().ln_1p();
         let slope = 1.0 / (1.0 + 1f64.exp());
@@ -399,8 +394,9 @@ fn masked_elements_leak_nothing() -> Result<()> {
     }
     // nothing left: the mean is NaN, the gradient 0
     let x = Tensor::new(&[1f32, f32::NAN], &device)?;
-    let problem =
-        Logistic { mask: Some(Tensor::new(&[0u8, 0], &device)?), ..plain(Term::BceWithLogits, Reduction::Mean) };
+    let problem = with(plain(Term::BceWithLogits, Reduction::Mean), |o| {
+        o.options.mask = Some(Tensor::new(&[0u8, 0], &device).unwrap())
+    });
     let (loss, grad) = problem.loss_and_grad(&x, &x)?;
     assert!(values(&loss)?[0].is_nan());
     assert_eq!(values(&grad)?, [0.0, 0.0]);
@@ -419,7 +415,7 @@ fn probabilities_out_of_range() -> Result<()> {
     let nan: Vec<bool> = values(&grad)?.iter().map(|v| v.is_nan()).collect();
     assert_eq!(nan, [false, true, true, true, false, false]);
 
-    let checked = Logistic { target_check: true, ..problem };
+    let checked = with(problem, |o| o.options.target_check = true);
     for start in 0..4 {
         let len = 6 - start;
         let message = |device: &Device| -> Result<String> {
@@ -465,8 +461,14 @@ fn every_kernel_is_reached() -> Result<()> {
         for term in TERMS {
             let weight = Some(Tensor::ones((rows, classes), acc, &device)?);
             let mask = Some(Tensor::ones((rows, classes), DType::U8, &device)?);
-            let checked = Logistic { target_check: true, ..plain(term, Reduction::Mean) };
-            for loss in [checked, Logistic { weight, mask, ..plain(term, Reduction::Mean) }] {
+            let checked = with(plain(term, Reduction::Mean), |o| o.options.target_check = true);
+            for loss in [
+                checked,
+                with(plain(term, Reduction::Mean), |o| {
+                    o.options.weight = weight;
+                    o.options.mask = mask;
+                }),
+            ] {
                 loss.clone().forward(&x, &t)?.backward()?;
                 loss.loss_and_grad(&x, &t)?;
             }
@@ -490,10 +492,15 @@ fn work_of_a_call() -> Result<()> {
             let mask = Some(Tensor::ones((rows, classes), DType::U8, &device)?);
             for (term, reduction) in TERMS.into_iter().zip([Reduction::Mean, Reduction::Sum, Reduction::Mean]) {
                 let without = plain(term, reduction);
-                let labels = Logistic { name: "multi_label", average_rows: true, ..plain(term, reduction) };
-                let weighted =
-                    Logistic { weight: weight.clone(), pos_weight: weight.clone(), ..plain(term, reduction) };
-                let with_mask = Logistic { mask: mask.clone(), ..plain(term, Reduction::Mean) };
+                let labels = with(plain(term, reduction), |o| {
+                    o.name = "multi_label";
+                    o.average_rows = true;
+                });
+                let weighted = with(plain(term, reduction), |o| {
+                    o.options.weight = weight.clone();
+                    o.options.pos_weight = weight.clone();
+                });
+                let with_mask = with(plain(term, Reduction::Mean), |o| o.options.mask = mask.clone());
                 for (loss, launches) in [(without, 1), (labels, 1), (weighted, 1), (with_mask, masked)] {
                     let what = format!("{rows} x {classes}, {dtype:?}, {loss:?}");
                     let forward = work_of(|| loss.clone().forward(&x, &t))?;
@@ -511,7 +518,7 @@ fn work_of_a_call() -> Result<()> {
     }
     let x = Tensor::zeros((300, 100), DType::F32, &device)?;
     for average_rows in [false, true] {
-        let problem = Logistic { average_rows, ..plain(Term::BceWithLogits, Reduction::None) };
+        let problem = with(plain(Term::BceWithLogits, Reduction::None), |o| o.average_rows = average_rows);
         assert_eq!(work_of(|| problem.clone().forward(&x, &x))?.launches, 1);
     }
     Ok(())

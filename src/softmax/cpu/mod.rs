@@ -17,196 +17,174 @@ mod problem;
 mod rows;
 mod units;
 
+use super::problem::{CrossEntropy, RowStatistics, Saved, SoftmaxKernels};
 use crate::cpu::element::{Element, Input, Output, Source, Strided, build, source, with_room};
 use crate::cpu::math::{Real, dispatch};
 use crate::cpu::parallel::for_each_task;
-use crate::softmax::op::{Arg, CrossEntropy, Operand, Rows, Saved, Statistics, cpu_tensor};
+use crate::cpu::{own_slice, with_floats};
+use crate::custom_op::{Arg, Argument, DeviceStorage, Locked};
+use crate::rows::Rows;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, Layout, Result, WithDType, bail};
 use kernels::{AddToLanes, Detail, LogProbs, LogProbsGradient, RowScalars, States, TargetGradient, log_sum};
 use passes::{EmitAll, Finish, PerRow, Reduce, ReduceAndEmit};
-use problem::{Problem, RowResults, upstream_of};
+use problem::{RowProblem, RowResults, upstream_of};
 use rows::{BLOCK, Engine, Extra, LANES, Logits};
 use std::ops::Range;
 use units::Operands;
 
-/// Calls `body` with the storage's elements as a slice of their own type.
-macro_rules! with_floats {
-    ($name:expr, $storage:expr, $data:ident => $body:expr) => {
-        match $storage {
-            CpuStorage::F16($data) => $body,
-            CpuStorage::BF16($data) => $body,
-            CpuStorage::F32($data) => $body,
-            CpuStorage::F64($data) => $body,
-            other => bail!("{}: unsupported dtype {:?}, expected f16, bf16, f32 or f64", $name, other.dtype()),
-        }
-    };
-}
-
-/// A slice of a tensor of this crate's own, contiguous and in the arithmetic type.
-pub(crate) fn acc_slice<'a, A: Real>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [A]> {
-    let data = A::cpu_storage_as_slice(storage)?;
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&data[start..end]),
-        None => {
-            bail!("a contiguous tensor was expected, got strides {:?} of shape {:?}", layout.stride(), layout.dims())
-        }
-    }
-}
-
-/// Calls `body` with the class weights as a slice.
-fn with_weight<A: Real, R>(weight: &Option<Tensor>, body: impl FnOnce(Option<&[A]>) -> Result<R>) -> Result<R> {
-    let Some(weight) = weight else { return body(None) };
-    let (storage, layout) = weight.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(storage) => body(Some(acc_slice(storage, layout)?)),
-        _ => bail!("class weights on {:?}, expected them on the CPU", weight.device().location()),
-    }
-}
-
-/// The loss, and what the backward needs.
-pub(crate) fn forward(
-    options: &CrossEntropy,
-    logits: Arg<CpuStorage>,
-    target: Arg<CpuStorage>,
-) -> Result<(CpuStorage, Saved)> {
-    fn run<T: Element>(
-        options: &CrossEntropy,
-        data: &[T],
-        layout: &Layout,
-        target: Arg<CpuStorage>,
-    ) -> Result<(CpuStorage, Saved)> {
-        with_weight(&options.weight, |weight| {
-            let problem = Problem::new(options, Input::new(data), options.rows(layout)?, target, weight)?;
-            let denominator = problem.denominator()?;
-            let RowResults { loss, statistics } = problem.reduce();
-            let (kinds, rows) = (problem.kinds(), problem.rows().count());
-            let saved = Saved {
-                statistics: (kinds > 0).then(|| cpu_tensor(T::Acc::to_cpu_storage_owned(statistics), (kinds, rows))),
-                denominator: cpu_tensor(T::Acc::to_cpu_storage_owned(vec![T::Acc::of(denominator)]), ()),
-            };
-            Ok((problem.reduced(loss, denominator), saved))
+impl SoftmaxKernels for CpuStorage {
+    fn forward(problem: &CrossEntropy, logits: Arg<Self>, target: Arg<Self>) -> Result<(Self, Saved)> {
+        let weight = problem.options.rows.weight.as_ref().map(Locked::new);
+        with_floats!(problem.name, logits.0, data => {
+            RowProblem::new(problem, Input::new(data), problem.rows(logits.1)?, target, &weight)?.forward()
         })
     }
-    with_floats!(options.name, logits.0, data => run(options, data, logits.1, target))
-}
 
-/// The gradient of the logits or of probability targets, in the order that [`Rows::class_last`] says.
-pub(crate) fn backward(
-    options: &CrossEntropy,
-    saved: &Saved,
-    of: Operand,
-    logits: Arg<CpuStorage>,
-    target: Arg<CpuStorage>,
-    upstream: Arg<CpuStorage>,
-) -> Result<CpuStorage> {
-    fn run<T: Element>(
-        options: &CrossEntropy,
+    fn backward(
+        problem: &CrossEntropy,
         saved: &Saved,
-        of: Operand,
-        (data, layout): (&[T], &Layout),
-        target: Arg<CpuStorage>,
-        upstream: Arg<CpuStorage>,
-    ) -> Result<CpuStorage> {
-        let statistics = match &saved.statistics {
-            Some(statistics) => statistics.flatten_all()?.to_vec1::<T::Acc>()?,
-            None => vec![],
-        };
-        let denominator = saved.denominator.to_scalar::<T::Acc>()?;
-        let upstream = acc_slice::<T::Acc>(upstream.0, upstream.1)?;
-        with_weight(&options.weight, |weight| {
-            let problem = Problem::new(options, Input::new(data), options.rows(layout)?, target, weight)?;
-            let rows = problem.rows().count();
-            // a target that was overwritten since the forward must not lead outside of its row
-            problem.targets.check(options.name, rows)?;
-            if of == Operand::Logits {
-                // SAFETY: every row is emitted whole
-                let grad = unsafe {
-                    build(rows * problem.rows().classes, |out| {
-                        problem.emit_gradient(&statistics, upstream, denominator, out)
-                    })
-                };
-                return Ok(T::to_cpu_storage_owned(grad));
-            }
-            let keep = problem.targets.keep;
-            let extra = match weight {
-                None => Extra::Constant(keep),
-                Some(weight) => Extra::Weights { factor: keep, weight },
-            };
-            let scalars = |_, row: usize| {
-                let (max, rest) = (statistics[row], statistics[rows + row]);
-                let mut scalars = RowScalars::new(max, rest);
-                scalars.log_sum = log_sum(max, rest);
-                scalars.upstream = upstream_of(upstream, row, denominator);
-                scalars
-            };
-            let scalars = |rows: Range<usize>, _: &States<T::Acc>| RowScalars::of_rows(rows, scalars);
-            let grad: Vec<T::Acc> =
-                EmitAll::run(Operands { extra: &extra, ..problem.operands() }, TargetGradient, scalars);
-            Ok(T::Acc::to_cpu_storage_owned(grad))
+        of: Argument,
+        logits: Arg<Self>,
+        target: Arg<Self>,
+        upstream: Arg<Self>,
+    ) -> Result<Self> {
+        let weight = problem.options.rows.weight.as_ref().map(Locked::new);
+        with_floats!(problem.name, logits.0, data => {
+            RowProblem::new(problem, Input::new(data), problem.rows(logits.1)?, target, &weight)?.backward(saved, of, upstream)
         })
     }
-    with_floats!(options.name, logits.0, data => run(options, saved, of, (data, logits.1), target, upstream))
-}
 
-pub(crate) fn loss_and_grad(
-    options: &CrossEntropy,
-    logits: Arg<CpuStorage>,
-    target: Arg<CpuStorage>,
-) -> Result<(CpuStorage, CpuStorage)> {
-    fn run<T: Element>(
-        options: &CrossEntropy,
-        data: &[T],
-        layout: &Layout,
-        target: Arg<CpuStorage>,
-    ) -> Result<(CpuStorage, CpuStorage)> {
-        with_weight(&options.weight, |weight| {
-            let problem = Problem::new(options, Input::new(data), options.rows(layout)?, target, weight)?;
-            let len = layout.shape().elem_count();
+    fn loss_and_grad(problem: &CrossEntropy, logits: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
+        let weight = problem.options.rows.weight.as_ref().map(Locked::new);
+        with_floats!(problem.name, logits.0, data => {
+            let problem = RowProblem::new(problem, Input::new(data), problem.rows(logits.1)?, target, &weight)?;
+            let len = logits.1.shape().elem_count();
             let mut grad = with_room(len);
             let loss = problem.loss_and_grad(&Output::new(&mut grad, len))?;
             // SAFETY: the capacity is `len`, and without an error every row was emitted whole
             unsafe { grad.set_len(len) };
-            Ok((loss, T::to_cpu_storage_owned(grad)))
+            Ok((loss, WithDType::to_cpu_storage_owned(grad)))
         })
     }
-    with_floats!(options.name, logits.0, data => run(options, data, logits.1, target))
-}
 
-/// As [`loss_and_grad`]; the gradient replaces the logits, which are contiguous.
-pub(crate) fn loss_and_grad_inplace(
-    options: &CrossEntropy,
-    logits: &mut CpuStorage,
-    layout: &Layout,
-    target: Arg<CpuStorage>,
-) -> Result<CpuStorage> {
-    fn run<T: Element>(
-        options: &CrossEntropy,
-        data: &mut [T],
+    fn loss_and_grad_inplace(
+        problem: &CrossEntropy,
+        logits: &mut Self,
         layout: &Layout,
-        target: Arg<CpuStorage>,
-    ) -> Result<CpuStorage> {
+        target: Arg<Self>,
+    ) -> Result<Self> {
+        let weight = problem.options.rows.weight.as_ref().map(Locked::new);
         let Some((start, end)) = layout.contiguous_offsets() else {
             bail!(
                 "{}: strides {:?} of shape {:?}, expected contiguous logits",
-                options.name,
+                problem.name,
                 layout.stride(),
                 layout.dims()
             )
         };
-        with_weight(&options.weight, |weight| {
+        let rows = Rows { offset: 0, ..problem.rows(layout)? };
+        with_floats!(problem.name, logits, data => {
             let (input, output) = Output::in_place(&mut data[start..end]);
-            let rows = Rows { offset: 0, ..options.rows(layout)? };
-            let mut problem = Problem::new(options, input, rows, target, weight)?;
+            let mut problem = RowProblem::new(problem, input, rows, target, &weight)?;
             problem.logits.in_place = true;
             problem.loss_and_grad(&output)
         })
     }
-    with_floats!(options.name, logits, data => run(options, data, layout, target))
+
+    fn statistics(problem: &CrossEntropy, logits: Arg<Self>, target: Arg<Self>) -> Result<RowStatistics<Self>> {
+        let weight = problem.options.rows.weight.as_ref().map(Locked::new);
+        with_floats!(problem.name, logits.0, data => {
+            RowProblem::new(problem, Input::new(data), problem.rows(logits.1)?, target, &weight)?.statistics()
+        })
+    }
+
+    fn log_softmax(name: &str, logits: &Self, rows: &Rows) -> Result<Self> {
+        Ok(with_floats!(name, logits, data => log_softmax(data, rows)))
+    }
+
+    fn log_softmax_backward(
+        name: &str,
+        (out, rows): (&Self, &Rows),
+        (upstream, upstream_rows): (&Self, &Rows),
+    ) -> Result<Self> {
+        let order = Strided::new(upstream_rows.offset, upstream_rows.axes(rows.class_last()));
+        Ok(with_floats!(name, out, data => log_softmax_backward(data, rows, source(upstream, order)?)))
+    }
+}
+
+impl<T: Element> RowProblem<'_, T> {
+    fn forward(&self) -> Result<(CpuStorage, Saved)> {
+        let denominator = self.denominator()?;
+        let RowResults { loss, statistics } = self.reduce();
+        let saved = Saved {
+            statistics: T::Acc::to_cpu_storage_owned(statistics).into_tensor((self.kinds(), self.rows().count())),
+            denominator: T::Acc::to_cpu_storage_owned(vec![T::Acc::of(denominator)]).into_tensor(()),
+        };
+        Ok((self.reduced(loss, denominator), saved))
+    }
+
+    fn backward(&self, saved: &Saved, of: Argument, upstream: Arg<CpuStorage>) -> Result<CpuStorage> {
+        let statistics = saved.statistics.flatten_all()?.to_vec1::<T::Acc>()?;
+        let denominator = saved.denominator.to_scalar::<T::Acc>()?;
+        let upstream = own_slice::<T::Acc>(upstream)?;
+        let rows = self.rows().count();
+        // a target that was overwritten since the forward must not lead outside of its row
+        self.targets.check(self.options.name, rows)?;
+        if of == Argument::Input {
+            // SAFETY: every row is emitted whole
+            let grad = unsafe {
+                build(rows * self.rows().classes, |out| self.emit_gradient(&statistics, upstream, denominator, out))
+            };
+            return Ok(T::to_cpu_storage_owned(grad));
+        }
+        let keep = self.targets.keep;
+        let extra = match self.targets.weight {
+            None => Extra::Constant(keep),
+            Some(weight) => Extra::Weights { factor: keep, weight },
+        };
+        let scalars = |_, row: usize| {
+            let (max, rest) = (statistics[row], statistics[rows + row]);
+            let mut scalars = RowScalars::new(max, rest);
+            scalars.log_sum = log_sum(max, rest);
+            scalars.upstream = upstream_of(upstream, row, denominator);
+            scalars
+        };
+        let scalars = |rows: Range<usize>, _: &States<T::Acc>| RowScalars::of_rows(rows, scalars);
+        let grad: Vec<T::Acc> = EmitAll::run(Operands { extra: &extra, ..self.operands() }, TargetGradient, scalars);
+        Ok(T::Acc::to_cpu_storage_owned(grad))
+    }
+
+    fn statistics(&self) -> Result<RowStatistics<CpuStorage>> {
+        let rows = self.rows().count();
+        self.targets.check(self.options.name, rows)?;
+        let zeros = || vec![T::Acc::ZERO; rows];
+        let (mut loss, mut lse, mut z_loss, mut entropy) = (zeros(), zeros(), zeros(), zeros());
+        let (mut argmax, mut correct) = (vec![0u32; rows], vec![0u8; rows]);
+        let writer = StatisticsWriter {
+            problem: self,
+            loss: PerRow::new(&mut loss),
+            lse: PerRow::new(&mut lse),
+            z_loss: PerRow::new(&mut z_loss),
+            entropy: PerRow::new(&mut entropy),
+            argmax: PerRow::new(&mut argmax),
+            correct: PerRow::new(&mut correct),
+        };
+        Reduce::run(self.operands(), Detail::Statistics, writer);
+        let storage = T::Acc::to_cpu_storage_owned;
+        Ok(RowStatistics {
+            loss: storage(loss),
+            lse: storage(lse),
+            z_loss: storage(z_loss),
+            entropy: storage(entropy),
+            argmax: CpuStorage::U32(argmax),
+            correct: CpuStorage::U8(correct),
+        })
+    }
 }
 
 struct StatisticsWriter<'p, 'a, T: Element> {
-    problem: &'p Problem<'a, T>,
+    problem: &'p RowProblem<'a, T>,
     loss: PerRow<'p, T::Acc>,
     lse: PerRow<'p, T::Acc>,
     z_loss: PerRow<'p, T::Acc>,
@@ -227,8 +205,8 @@ impl<T: Element> Finish<T::Acc> for StatisticsWriter<'_, '_, T> {
         for (lane, row) in rows.clone().enumerate().filter(|(lane, _)| targets.live[*lane]) {
             let state = states.get(lane);
             lse[lane] = state.max + state.log_sum;
-            if problem.options.z_loss != 0.0 {
-                z_loss[lane] = T::Acc::of(problem.options.z_loss) * lse[lane] * lse[lane];
+            if problem.options.options.z_loss != 0.0 {
+                z_loss[lane] = T::Acc::of(problem.options.options.z_loss) * lse[lane] * lse[lane];
             }
             entropy[lane] = state.log_sum - state.moment / (T::Acc::ONE + state.rest);
             let class = match &problem.targets.indices {
@@ -244,7 +222,7 @@ impl<T: Element> Finish<T::Acc> for StatisticsWriter<'_, '_, T> {
     }
 }
 
-impl<T: Element> Problem<'_, T> {
+impl<T: Element> RowProblem<'_, T> {
     /// The first class of the largest probability in a target row.
     fn most_probable(&self, row: usize) -> usize {
         let Extra::Dense { source, .. } = &self.targets.extra else { return 0 };
@@ -260,49 +238,6 @@ impl<T: Element> Problem<'_, T> {
         }
         best.1
     }
-}
-
-/// The rows' losses and statistics in one pass.
-pub(crate) fn statistics(
-    options: &CrossEntropy,
-    logits: Arg<CpuStorage>,
-    target: Arg<CpuStorage>,
-) -> Result<(CpuStorage, Statistics<CpuStorage>)> {
-    fn run<T: Element>(
-        options: &CrossEntropy,
-        data: &[T],
-        layout: &Layout,
-        target: Arg<CpuStorage>,
-    ) -> Result<(CpuStorage, Statistics<CpuStorage>)> {
-        with_weight(&options.weight, |weight| {
-            let problem = Problem::new(options, Input::new(data), options.rows(layout)?, target, weight)?;
-            let rows = problem.rows().count();
-            problem.targets.check(options.name, rows)?;
-            let zeros = || vec![T::Acc::ZERO; rows];
-            let (mut loss, mut lse, mut z_loss, mut entropy) = (zeros(), zeros(), zeros(), zeros());
-            let (mut argmax, mut correct) = (vec![0u32; rows], vec![0u8; rows]);
-            let writer = StatisticsWriter {
-                problem: &problem,
-                loss: PerRow::new(&mut loss),
-                lse: PerRow::new(&mut lse),
-                z_loss: PerRow::new(&mut z_loss),
-                entropy: PerRow::new(&mut entropy),
-                argmax: PerRow::new(&mut argmax),
-                correct: PerRow::new(&mut correct),
-            };
-            Reduce::run(problem.operands(), Detail::Statistics, writer);
-            let storage = T::Acc::to_cpu_storage_owned;
-            let rest = Statistics {
-                lse: storage(lse),
-                z_loss: storage(z_loss),
-                entropy: storage(entropy),
-                argmax: CpuStorage::U32(argmax),
-                correct: CpuStorage::U8(correct),
-            };
-            Ok((storage(loss), rest))
-        })
-    }
-    with_floats!(options.name, logits.0, data => run(options, data, logits.1, target))
 }
 
 fn log_probs_scalars<A: Real>(rows: Range<usize>, states: &States<A>) -> [RowScalars<A>; LANES] {
@@ -321,64 +256,53 @@ impl<A: Real> Finish<A> for KeepScalars<'_, A> {
 }
 
 /// `x - log sum exp(x)` of each row, in the order that [`Rows::class_last`] says.
-pub(crate) fn log_softmax(name: &str, logits: &CpuStorage, rows: &Rows) -> Result<CpuStorage> {
-    fn run<T: Element>(data: &[T], rows: &Rows) -> CpuStorage {
-        let logits = Logits::new(Input::new(data), *rows);
-        let operands = Operands { logits: &logits, extra: &Extra::None };
-        T::to_cpu_storage_owned(match logits.engine() {
-            Engine::Blocks { segments: 2.., .. } => {
-                let mut scalars = vec![RowScalars::DEAD; rows.count()];
-                Reduce::run(operands, Detail::Loss, KeepScalars(PerRow::new(&mut scalars)));
-                let scalars = |rows: Range<usize>, _: &States<T::Acc>| RowScalars::of_rows(rows, |_, row| scalars[row]);
-                EmitAll::run(operands, LogProbs, scalars)
-            }
-            _ => ReduceAndEmit::run(operands, LogProbs, log_probs_scalars),
-        })
-    }
-    Ok(with_floats!(name, logits, data => run(data, rows)))
+fn log_softmax<T: Element>(data: &[T], rows: &Rows) -> CpuStorage {
+    let logits = Logits::new(Input::new(data), *rows);
+    let operands = Operands { logits: &logits, extra: &Extra::None };
+    T::to_cpu_storage_owned(match logits.engine() {
+        Engine::Blocks { segments: 2.., .. } => {
+            let mut scalars = vec![RowScalars::DEAD; rows.count()];
+            Reduce::run(operands, Detail::Loss, KeepScalars(PerRow::new(&mut scalars)));
+            let scalars = |rows: Range<usize>, _: &States<T::Acc>| RowScalars::of_rows(rows, |_, row| scalars[row]);
+            EmitAll::run(operands, LogProbs, scalars)
+        }
+        _ => ReduceAndEmit::run(operands, LogProbs, log_probs_scalars),
+    })
 }
 
 /// `g - exp(y) sum(g)` of each row, in the order of the log-probabilities y.
-pub(crate) fn log_softmax_backward(
-    name: &str,
-    (out, rows): (&CpuStorage, &Rows),
-    (upstream, upstream_rows): (&CpuStorage, &Rows),
-) -> Result<CpuStorage> {
-    fn run<T: Element>(data: &[T], rows: &Rows, source: Box<dyn Source<T::Acc> + '_>) -> CpuStorage {
-        let one = T::Acc::ONE;
-        let extra = Extra::Dense { source, keep: one, spread: T::Acc::ZERO, weight: None };
-        let logits = Logits::new(Input::new(data), *rows);
-        let mass = |row: usize| {
-            let (start, stride) = (rows.written_start(row), rows.written_stride());
-            let mut block = [T::Acc::ZERO; BLOCK];
-            let mut lanes = [0f64; LANES];
-            for class in (0..rows.classes).step_by(BLOCK) {
-                let block = &mut block[..(rows.classes - class).min(BLOCK)];
-                extra.load_apart(start + class * stride, stride, class, block);
-                dispatch(AddToLanes { lanes: &mut lanes, block });
-            }
-            T::Acc::of(lanes.iter().sum())
-        };
-        // a row that several tasks emit is added up once, ahead of them
-        let masses = match logits.engine() {
-            Engine::Blocks { segments: 2.., .. } => {
-                let mut masses = vec![T::Acc::ZERO; rows.count()];
-                let written = PerRow::new(&mut masses);
-                let set = |row: usize| written.set(row..row + 1, &[mass(row)]);
-                for_each_task(rows.count(), rows.classes, |rows| rows.for_each(set));
-                Some(masses)
-            }
-            _ => None,
-        };
-        let scalars = |rows: Range<usize>, _: &States<T::Acc>| {
-            RowScalars::of_rows(rows, |_, row| {
-                let mass = masses.as_ref().map_or_else(|| mass(row), |masses| masses[row]);
-                RowScalars { mass, ..RowScalars::new(T::Acc::ZERO, T::Acc::ZERO) }
-            })
-        };
-        let grad: Vec<T> = EmitAll::run(Operands { logits: &logits, extra: &extra }, LogProbsGradient, scalars);
-        T::to_cpu_storage_owned(grad)
-    }
-    let order = Strided::new(upstream_rows.offset, upstream_rows.axes(rows.class_last()));
-    Ok(with_floats!(name, out, data => run(data, rows, source(upstream, order)?)))
+fn log_softmax_backward<T: Element>(data: &[T], rows: &Rows, source: Box<dyn Source<T::Acc> + '_>) -> CpuStorage {
+    let one = T::Acc::ONE;
+    let extra = Extra::Dense { source, keep: one, spread: T::Acc::ZERO, weight: None };
+    let logits = Logits::new(Input::new(data), *rows);
+    let mass = |row: usize| {
+        let (start, stride) = (rows.written_start(row), rows.written_stride());
+        let mut block = [T::Acc::ZERO; BLOCK];
+        let mut lanes = [0f64; LANES];
+        for class in (0..rows.classes).step_by(BLOCK) {
+            let block = &mut block[..(rows.classes - class).min(BLOCK)];
+            extra.load_apart(start + class * stride, stride, class, block);
+            dispatch(AddToLanes { lanes: &mut lanes, block });
+        }
+        T::Acc::of(lanes.iter().sum())
+    };
+    // a row that several tasks emit is added up once, ahead of them
+    let masses = match logits.engine() {
+        Engine::Blocks { segments: 2.., .. } => {
+            let mut masses = vec![T::Acc::ZERO; rows.count()];
+            let written = PerRow::new(&mut masses);
+            let set = |row: usize| written.set(row..row + 1, &[mass(row)]);
+            for_each_task(rows.count(), rows.classes, |rows| rows.for_each(set));
+            Some(masses)
+        }
+        _ => None,
+    };
+    let scalars = |rows: Range<usize>, _: &States<T::Acc>| {
+        RowScalars::of_rows(rows, |_, row| {
+            let mass = masses.as_ref().map_or_else(|| mass(row), |masses| masses[row]);
+            RowScalars { mass, ..RowScalars::new(T::Acc::ZERO, T::Acc::ZERO) }
+        })
+    };
+    let grad: Vec<T> = EmitAll::run(Operands { logits: &logits, extra: &extra }, LogProbsGradient, scalars);
+    T::to_cpu_storage_owned(grad)
 }

@@ -5,62 +5,16 @@ use super::passes::{EmitAll, Finish, PerRow, Reduce, ReduceAndEmit};
 use super::rows::{Engine, Extra, LANES, Logits};
 use super::units::Operands;
 use crate::cpu::element::{Element, Input, Output, Strided, source};
+use crate::cpu::indices::Indices;
 use crate::cpu::math::{Real, dispatch};
-use crate::cpu::parallel::for_each_task;
-use crate::cpu::sum_in_order;
+use crate::cpu::{own_slice, sum_in_order};
+use crate::custom_op::{Arg, Locked};
 use crate::reduction::Reduction;
-use crate::softmax::op::{Arg, CrossEntropy, Rows};
+use crate::rows::Rows;
+use crate::softmax::problem::CrossEntropy;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, Layout, Result, WithDType, bail};
-use std::mem::MaybeUninit;
+use candle_core::{CpuStorage, Result, WithDType};
 use std::ops::Range;
-
-/// Class indices of any dtype.
-pub(super) enum Indices<'a> {
-    U8(&'a [u8]),
-    U32(&'a [u32]),
-    I32(&'a [i32]),
-    I64(&'a [i64]),
-}
-
-impl<'a> Indices<'a> {
-    pub(super) fn new(storage: &'a CpuStorage, layout: &Layout, rows: usize) -> Result<Self> {
-        let range = layout.start_offset()..layout.start_offset() + rows;
-        Ok(match storage {
-            CpuStorage::U8(t) => Indices::U8(&t[range]),
-            CpuStorage::U32(t) => Indices::U32(&t[range]),
-            CpuStorage::I32(t) => Indices::I32(&t[range]),
-            CpuStorage::I64(t) => Indices::I64(&t[range]),
-            other => bail!("class indices of dtype {:?}, expected u8, u32, i32 or i64", other.dtype()),
-        })
-    }
-
-    #[inline(always)]
-    pub(super) fn get(&self, row: usize) -> i64 {
-        match self {
-            Indices::U8(t) => t[row] as i64,
-            Indices::U32(t) => t[row] as i64,
-            Indices::I32(t) => t[row] as i64,
-            Indices::I64(t) => t[row],
-        }
-    }
-
-    /// The classes of up to [`LANES`] adjacent rows.
-    #[inline(always)]
-    fn load(&self, rows: Range<usize>) -> [i64; LANES] {
-        fn widen<I: Copy + Into<i64>>(from: &[I], to: &mut [i64; LANES]) {
-            to.iter_mut().zip(from).for_each(|(to, &class)| *to = class.into());
-        }
-        let mut classes = [0; LANES];
-        match self {
-            Indices::U8(t) => widen(&t[rows], &mut classes),
-            Indices::U32(t) => widen(&t[rows], &mut classes),
-            Indices::I32(t) => widen(&t[rows], &mut classes),
-            Indices::I64(t) => widen(&t[rows], &mut classes),
-        }
-        classes
-    }
-}
 
 /// The targets of a cross-entropy: what each row's own class adds to the extra numbers q of all classes.
 pub(super) struct Targets<'a, A> {
@@ -101,59 +55,31 @@ impl<'a, A: Real> Targets<'a, A> {
 
     /// Checks every class index, and sums the weights of the rows that count.
     pub(super) fn check(&self, name: &str, rows: usize) -> Result<f64> {
-        /// How many rows count, or nothing if a class is out of range.
-        fn count<I: Copy + Into<i64>>(classes: &[I], ignore_index: i64, end: usize) -> Option<usize> {
-            let (mut count, mut good) = (0, true);
-            for &class in classes {
-                let class = class.into();
-                let counts = class != ignore_index;
-                // as an unsigned number a negative class is a large one
-                good &= !counts | ((class as u64) < end as u64);
-                count += counts as usize;
-            }
-            good.then_some(count)
+        match &self.indices {
+            Some(indices) => indices.total(name, self.ignore_index, self.classes, self.weight),
+            None => Ok(rows as f64),
         }
-        let Some(indices) = &self.indices else { return Ok(rows as f64) };
-        let count = match indices {
-            Indices::U8(t) => count(t, self.ignore_index, self.classes),
-            Indices::U32(t) => count(t, self.ignore_index, self.classes),
-            Indices::I32(t) => count(t, self.ignore_index, self.classes),
-            Indices::I64(t) => count(t, self.ignore_index, self.classes),
-        };
-        let counted = (0..rows).map(|row| (row, indices.get(row))).filter(|(_, class)| *class != self.ignore_index);
-        let Some(count) = count else {
-            let bad = counted.into_iter().find(|(_, class)| *class < 0 || *class >= self.classes as i64);
-            let (row, class) = bad.unwrap_or_default();
-            bail!(
-                "{name}: target {class} at row {row} is out of range, expected a class in 0..{} or the ignore_index {}",
-                self.classes,
-                self.ignore_index
-            )
-        };
-        Ok(match self.weight {
-            None => count as f64,
-            Some(weight) => counted.map(|(_, class)| weight[class as usize].to_f64()).sum(),
-        })
     }
 }
 
 /// One cross-entropy on one pair of tensors.
-pub(super) struct Problem<'a, T: Element> {
+pub(super) struct RowProblem<'a, T: Element> {
     pub(super) options: &'a CrossEntropy,
     pub(super) logits: Logits<'a, T>,
     pub(super) targets: Targets<'a, T::Acc>,
 }
 
-impl<'a, T: Element> Problem<'a, T> {
+impl<'a, T: Element> RowProblem<'a, T> {
     pub(super) fn new(
         options: &'a CrossEntropy,
         x: Input<'a, T>,
         rows: Rows,
         target: Arg<'a, CpuStorage>,
-        weight: Option<&'a [T::Acc]>,
+        weight: &'a Option<Locked>,
     ) -> Result<Self> {
+        let weight = weight.as_ref().map(|weight| own_slice(weight.arg(options.name)?)).transpose()?;
         let of = <T::Acc as Real>::of;
-        let e = options.label_smoothing;
+        let e = options.options.label_smoothing;
         let spread = of(e / rows.classes.max(1) as f64);
         let (indices, extra) = if !target.0.dtype().is_float() {
             let extra = match weight {
@@ -161,7 +87,7 @@ impl<'a, T: Element> Problem<'a, T> {
                 None => Extra::Constant(spread),
                 Some(weight) => Extra::Weights { factor: spread, weight },
             };
-            (Some(Indices::new(target.0, target.1, rows.count())?), extra)
+            (Some(Indices::new(options.name, target.0, target.1)?), extra)
         } else {
             let order = options.target_rows(target.1, &rows)?;
             let order = Strided::new(order.offset, order.axes(rows.class_last()));
@@ -171,15 +97,15 @@ impl<'a, T: Element> Problem<'a, T> {
         let targets = Targets {
             indices,
             extra,
-            ignore_index: options.ignore_index,
+            ignore_index: options.options.rows.ignore_index,
             keep: of(1.0 - e),
             weight,
             classes: rows.classes,
         };
         let mut logits = Logits::new(x, rows);
-        logits.scale = of(options.logit_scale);
-        logits.softcap = options.softcap.map(of);
-        Ok(Problem { options, logits, targets })
+        logits.scale = of(options.options.logit_scale);
+        logits.softcap = options.options.softcap.map(of);
+        Ok(RowProblem { options, logits, targets })
     }
 
     pub(super) fn operands(&self) -> Operands<'_, 'a, T> {
@@ -193,11 +119,7 @@ impl<'a, T: Element> Problem<'a, T> {
     /// What the sum of the rows' losses is divided by, after a check of every class index.
     pub(super) fn denominator(&self) -> Result<f64> {
         let total = self.targets.check(self.options.name, self.rows().count())?;
-        Ok(match (self.options.reduction, self.options.normalizer) {
-            (Reduction::Mean, Some(normalizer)) => normalizer,
-            (Reduction::Mean, None) => total,
-            (Reduction::None | Reduction::Sum, _) => 1.0,
-        })
+        Ok(self.options.options.rows.denominator(total))
     }
 
     /// The losses of up to [`LANES`] adjacent rows.
@@ -213,18 +135,8 @@ impl<'a, T: Element> Problem<'a, T> {
             weight: &targets.weight,
             live: &targets.live,
             extra: !self.targets.extra.is_none(),
-            z_loss: T::Acc::of(self.options.z_loss),
+            z_loss: T::Acc::of(self.options.options.z_loss),
         })
-    }
-
-    /// The losses of up to [`LANES`] adjacent rows of log-probabilities.
-    fn nll(&self, rows: Range<usize>) -> [T::Acc; LANES] {
-        let RowTargets { class, weight, .. } = self.targets.rows(rows.clone());
-        let mut losses = self.logits.pick(rows, &class);
-        for (loss, weight) in losses.iter_mut().zip(weight) {
-            *loss = if weight == T::Acc::ZERO { T::Acc::ZERO } else { -weight * *loss };
-        }
-        losses
     }
 
     /// The numbers from which the gradient of a lane's row is made, `upstream` already over the denominator.
@@ -245,7 +157,7 @@ impl<'a, T: Element> Problem<'a, T> {
         scalars.upstream = upstream * self.logits.scale;
         scalars.own = own;
         scalars.mass = own.map_or(T::Acc::ZERO, |(_, weight)| weight) + mass;
-        scalars.slope = match self.options.z_loss {
+        scalars.slope = match self.options.options.z_loss {
             0.0 => scalars.mass,
             z => scalars.mass + T::Acc::of(2.0 * z) * (scalars.max + log_sum(max, rest)),
         };
@@ -261,7 +173,7 @@ pub(super) struct RowResults<A> {
 }
 
 pub(super) struct RowResultsWriter<'p, 'a, T: Element> {
-    pub(super) problem: &'p Problem<'a, T>,
+    pub(super) problem: &'p RowProblem<'a, T>,
     pub(super) loss: PerRow<'p, T::Acc>,
     pub(super) statistics: PerRow<'p, T::Acc>,
 }
@@ -278,51 +190,34 @@ impl<T: Element> Finish<T::Acc> for RowResultsWriter<'_, '_, T> {
     }
 }
 
-/// The work of a row of NLL, one element that is rarely in the first cache: 4 ns.
-const NLL_ROW: usize = 16;
-
 /// The upstream gradient of a row over the denominator.
 #[inline(always)]
 pub(super) fn upstream_of<A: Real>(upstream: &[A], row: usize, denominator: A) -> A {
     upstream[if upstream.len() == 1 { 0 } else { row }] / denominator
 }
 
-impl<'a, T: Element> Problem<'a, T> {
+impl<'a, T: Element> RowProblem<'a, T> {
     /// How many numbers of a row the backward needs.
     pub(super) fn kinds(&self) -> usize {
-        match (&self.targets.indices, self.options.log_probs) {
-            (_, true) => 0,
-            (Some(_), _) => 2,
-            (None, _) => 3,
-        }
+        if self.targets.indices.is_some() { 2 } else { 3 }
     }
 
     pub(super) fn reduce(&self) -> RowResults<T::Acc> {
         let rows = self.rows().count();
         let mut results =
             RowResults { loss: vec![T::Acc::ZERO; rows], statistics: vec![T::Acc::ZERO; rows * self.kinds()] };
-        if self.options.log_probs {
-            let losses = PerRow::new(&mut results.loss);
-            for_each_task(rows.div_ceil(LANES), LANES * NLL_ROW, |tiles| {
-                for first in tiles.map(|tile| tile * LANES) {
-                    let rows = first..(first + LANES).min(rows);
-                    losses.set(rows.clone(), &self.nll(rows));
-                }
-            });
-        } else {
-            let writer = RowResultsWriter {
-                problem: self,
-                loss: PerRow::new(&mut results.loss),
-                statistics: PerRow::new(&mut results.statistics),
-            };
-            Reduce::run(self.operands(), Detail::Loss, writer);
-        }
+        let writer = RowResultsWriter {
+            problem: self,
+            loss: PerRow::new(&mut results.loss),
+            statistics: PerRow::new(&mut results.statistics),
+        };
+        Reduce::run(self.operands(), Detail::Loss, writer);
         results
     }
 
     /// What `forward` returns for the rows' losses.
     pub(super) fn reduced(&self, loss: Vec<T::Acc>, denominator: f64) -> CpuStorage {
-        T::Acc::to_cpu_storage_owned(match self.options.reduction {
+        T::Acc::to_cpu_storage_owned(match self.options.options.rows.reduction {
             Reduction::None => loss,
             Reduction::Mean | Reduction::Sum => vec![T::Acc::of(sum_in_order(&loss) / denominator)],
         })
@@ -331,7 +226,7 @@ impl<'a, T: Element> Problem<'a, T> {
     /// The sum of the extra numbers of a row where they are the same in all rows.
     pub(super) fn uniform_mass(&self) -> T::Acc {
         match &self.targets.extra {
-            Extra::Constant(_) => T::Acc::of(self.options.label_smoothing),
+            Extra::Constant(_) => T::Acc::of(self.options.options.label_smoothing),
             Extra::Weights { factor, weight } => T::Acc::of(factor.to_f64() * sum_in_order(weight)),
             Extra::None | Extra::Dense { .. } => T::Acc::ZERO,
         }
@@ -345,9 +240,6 @@ impl<'a, T: Element> Problem<'a, T> {
         denominator: T::Acc,
         out: &Output<T>,
     ) {
-        if self.options.log_probs {
-            return self.emit_log_probs_gradient(upstream, denominator, out);
-        }
         let rows = self.rows().count();
         let uniform_mass = self.uniform_mass();
         let scalars = |range: Range<usize>, _: &States<T::Acc>| {
@@ -361,29 +253,12 @@ impl<'a, T: Element> Problem<'a, T> {
         EmitAll::run_into(self.operands(), LogitsGradient, scalars, out);
     }
 
-    /// The gradient of NLL: nothing but each row's own class.
-    pub(super) fn emit_log_probs_gradient(&self, upstream: &[T::Acc], denominator: T::Acc, out: &Output<T>) {
-        let rows = self.rows();
-        // SAFETY: no other slice of the output is alive
-        unsafe { out.slice(0, rows.count() * rows.classes) }.fill(MaybeUninit::new(T::from_acc(T::Acc::ZERO)));
-        for first in (0..rows.count()).step_by(LANES) {
-            let range = first..(first + LANES).min(rows.count());
-            let targets = self.targets.rows(range.clone());
-            for (lane, row) in range.enumerate().filter(|(lane, _)| targets.live[*lane]) {
-                let g = -(targets.weight[lane] * upstream_of(upstream, row, denominator));
-                let at = rows.written_start(row) + targets.class[lane] * rows.written_stride();
-                // SAFETY: as above
-                unsafe { out.slice(at, 1)[0].write(T::from_acc(g)) };
-            }
-        }
-    }
-
     /// Loss and gradient; the gradient goes to `out`, which may be the logits themselves.
     pub(super) fn loss_and_grad(&self, out: &Output<T>) -> Result<CpuStorage> {
         let denominator = self.denominator()?;
         let acc_denominator = T::Acc::of(denominator);
         let rows_in_parts = matches!(self.logits.engine(), Engine::Blocks { segments: 2.., .. });
-        let loss = if rows_in_parts || self.options.log_probs {
+        let loss = if rows_in_parts {
             let results = self.reduce();
             self.emit_gradient(&results.statistics, &[T::Acc::ONE], acc_denominator, out);
             results.loss

@@ -7,7 +7,7 @@ use crate::cpu::element::{Element, Input, Source};
 pub(super) use crate::cpu::math::LANES;
 use crate::cpu::math::{Ahead, Real, dispatch};
 use crate::cpu::parallel::for_each_task;
-use crate::softmax::op::Rows;
+use crate::rows::Rows;
 use std::ops::Range;
 
 /// Classes in a tile.

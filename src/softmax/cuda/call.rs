@@ -2,15 +2,19 @@
 //! [`plan::softmax`](crate::softmax::cuda::plan).
 
 use super::plan::{Device, Form, Fused, Pass, Planner, Shape, Thresholds};
+use crate::check::arithmetic;
 use crate::cuda::gpu::{Gpu, Module};
 use crate::cuda::grid::Grid;
 use crate::cuda::kernels;
-use crate::cuda::launch::{Input, Launch, Tag, alloc, arithmetic, output, partials, to_host};
+use crate::cuda::launch::{Input, Launch, Tag, alloc, output, partials};
+use crate::cuda::rows::{RowParams, Strides, check_indices};
+use crate::custom_op::{Arg, Argument, DeviceStorage, Locked};
 use crate::reduction::Reduction;
-use crate::softmax::op::{Arg, CrossEntropy, Operand, Rows, Saved, Statistics, cuda_tensor};
+use crate::rows::Rows;
+use crate::softmax::problem::{CrossEntropy, RowStatistics, Saved, SoftmaxKernels};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
-use candle_core::{DType, Layout, Result, Storage, bail};
+use candle_core::{DType, Layout, Result, bail};
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
 use std::sync::Arc;
 
@@ -19,48 +23,19 @@ const STATIC_SHARED: u32 = 2 << 10;
 /// The largest cluster of any GPU so far.
 const LARGEST_CLUSTER: u32 = 16;
 
-/// `Strides` of `kernels/softmax/state.cuh`.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct Strides {
-    inner: i64,
-    outer_stride: i64,
-    inner_stride: i64,
-    class_stride: i64,
-}
-
-impl Strides {
-    fn of(rows: &Rows) -> Self {
-        Strides {
-            inner: rows.inner as i64,
-            outer_stride: rows.outer_stride as i64,
-            inner_stride: rows.inner_stride as i64,
-            class_stride: rows.class_stride as i64,
-        }
-    }
-}
-
 /// `Problem` of `kernels/softmax/state.cuh`, where its fields are explained.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Problem {
-    rows: i64,
-    ignore_index: i64,
+    base: RowParams,
     x: Strides,
     t: Strides,
-    keep: f64,
     spread: f64,
     mass: f64,
     scale: f64,
     softcap: f64,
     inverse_cap: f64,
     z_loss: f64,
-    normalizer: f64,
-    classes: i32,
-    target: Tag,
-    log_probs: i32,
-    counted: i32,
-    counts: i32,
     team: i32,
     kept: i32,
     upstream_rows: i32,
@@ -71,34 +46,23 @@ struct Problem {
 unsafe impl DeviceRepr for Problem {}
 
 impl Problem {
-    /// A pass over rows without targets.
-    fn of_rows(name: &str, rows: &Rows) -> Result<Self> {
-        let Ok(classes) = i32::try_from(rows.classes) else {
-            bail!("{name}: {} classes, expected fewer than 2^31 on CUDA", rows.classes)
-        };
-        Ok(Problem {
-            rows: rows.count() as i64,
-            ignore_index: 0,
+    /// A pass over rows without options.
+    fn of_rows(base: RowParams, rows: &Rows) -> Self {
+        Problem {
+            base,
             x: Strides::of(rows),
             t: Strides::default(),
-            keep: 1.0,
             spread: 0.0,
             mass: 0.0,
             scale: 1.0,
             softcap: 0.0,
             inverse_cap: 0.0,
             z_loss: 0.0,
-            normalizer: 1.0,
-            classes,
-            target: Tag::U32,
-            log_probs: 0,
-            counted: 0,
-            counts: 0,
             team: 1,
             kept: 0,
             upstream_rows: 0,
             class_last: rows.class_last() as i32,
-        })
+        }
     }
 
     fn on(self, pass: &Pass) -> Self {
@@ -212,7 +176,7 @@ struct Task<'a> {
 struct Reduced {
     loss: CudaStorageSlice,
     denominator: CudaStorageSlice,
-    statistics: Option<CudaStorageSlice>,
+    statistics: CudaStorageSlice,
 }
 
 impl<'a> Task<'a> {
@@ -223,43 +187,27 @@ impl<'a> Task<'a> {
         body: impl FnOnce(&Task) -> Result<R>,
     ) -> Result<R> {
         let rows = options.rows(layout)?;
-        let count = rows.count();
+        let o = &options.options;
         let indices = !target.0.dtype().is_float();
-        let mut problem = Problem::of_rows(options.name, &rows)?;
-        problem.ignore_index = options.ignore_index;
-        problem.target = Tag::of(target.0.dtype())?;
-        let smoothing = options.label_smoothing;
-        problem.keep = 1.0 - smoothing;
+        let smoothing = o.label_smoothing;
+        let base =
+            RowParams { keep: 1.0 - smoothing, ..RowParams::new(options.name, &rows, &o.rows, target.0.dtype())? };
+        let mut problem = Problem::of_rows(base, &rows);
         problem.spread = smoothing / rows.classes.max(1) as f64;
         // the same in all rows, unless it depends on weights or probabilities
-        problem.mass = if !indices || (smoothing != 0.0 && options.weight.is_some()) { f64::NAN } else { smoothing };
-        problem.scale = options.logit_scale;
-        problem.softcap = options.softcap.unwrap_or(0.0);
-        problem.inverse_cap = options.softcap.map_or(0.0, |cap| 1.0 / cap);
-        problem.z_loss = options.z_loss;
-        problem.log_probs = options.log_probs as i32;
-        problem.class_last = rows.class_last() as i32;
-        (problem.counted, problem.normalizer) = match (options.reduction, options.normalizer) {
-            (Reduction::Mean, Some(normalizer)) => (0, normalizer),
-            (Reduction::Mean, None) if indices => (1, 1.0),
-            (Reduction::Mean, None) => (0, count as f64),
-            (Reduction::None | Reduction::Sum, _) => (0, 1.0),
-        };
-        if !indices {
+        problem.mass = if !indices || (smoothing != 0.0 && o.rows.weight.is_some()) { f64::NAN } else { smoothing };
+        problem.scale = o.logit_scale;
+        problem.softcap = o.softcap.unwrap_or(0.0);
+        problem.inverse_cap = o.softcap.map_or(0.0, |cap| 1.0 / cap);
+        problem.z_loss = o.z_loss;
+        if indices {
+            check_indices(options.name, &o.rows, target, &rows)?;
+        } else {
             problem.t = Strides::of(&options.target_rows(target.1, &rows)?);
-        } else if target.1.contiguous_offsets().is_none() {
-            bail!("{}: contiguous class indices were expected, got strides {:?}", options.name, target.1.stride());
-        } else if options.target_check {
-            check_targets(options, device, target, count, rows.classes)?;
         }
-        let weight = options.weight.as_ref().map(|w| w.storage_and_layout());
-        let weight = match &weight {
-            None => None,
-            Some((storage, layout)) => match &**storage {
-                Storage::Cuda(storage) => Some(Input::new(storage, layout)?),
-                _ => bail!("{}: class weights on another device than the logits", options.name),
-            },
-        };
+        let weight = o.rows.weight.as_ref().map(Locked::new);
+        let weight = weight.as_ref().map(|weight| weight.arg::<CudaStorage>(options.name)).transpose()?;
+        let weight = weight.map(|(storage, layout)| Input::new(storage, layout)).transpose()?;
         let task = Task {
             options,
             device: device.clone(),
@@ -293,16 +241,13 @@ impl<'a> Task<'a> {
 
     /// How many numbers of a row the backward needs.
     fn kinds(&self) -> usize {
-        match self.options.log_probs {
-            true => 0,
-            false => 2 + self.problem.mass.is_nan() as usize,
-        }
+        2 + self.problem.mass.is_nan() as usize
     }
 
     fn detail(&self) -> Detail {
-        let o = self.options;
+        let o = &self.options.options;
         let indices = matches!(self.target.tag, Tag::U8 | Tag::U32 | Tag::I32 | Tag::I64);
-        if !indices || o.log_probs || o.softcap.is_some() || self.dtype == DType::F64 {
+        if !indices || o.softcap.is_some() || self.dtype == DType::F64 {
             return Detail::General;
         }
         if o.label_smoothing == 0.0 && o.z_loss == 0.0 && o.logit_scale == 1.0 {
@@ -325,7 +270,7 @@ impl<'a> Task<'a> {
     }
 
     fn wants_rows(&self) -> bool {
-        self.options.reduction == Reduction::None
+        self.options.options.rows.reduction == Reduction::None
     }
 
     fn wrap(&self, slice: CudaStorageSlice) -> CudaStorage {
@@ -333,41 +278,38 @@ impl<'a> Task<'a> {
     }
 
     /// The results of no rows, for which nothing is launched.
-    fn reduced_nothing(&self, kinds: usize) -> Result<Reduced> {
-        let value = match self.options.reduction {
-            Reduction::Mean if self.options.normalizer.is_none() => f64::NAN,
+    fn reduced_nothing(&self) -> Result<Reduced> {
+        let value = match self.options.options.rows.reduction {
+            Reduction::Mean if self.options.options.rows.normalizer.is_none() => f64::NAN,
             _ => 0.0,
         };
         Ok(Reduced {
             loss: constant(&self.device, self.acc(), value)?,
-            denominator: constant(&self.device, self.acc(), self.problem.normalizer)?,
-            statistics: (kinds > 0).then(|| constant(&self.device, self.acc(), 0.0)).transpose()?,
+            denominator: constant(&self.device, self.acc(), self.problem.base.normalizer)?,
+            statistics: constant(&self.device, self.acc(), 0.0)?,
         })
     }
 
     /// The forward: a loss for each row or a scalar one, the denominator, and `kinds` numbers of each row.
     /// One launch, and a second one where rows are split over blocks.
     fn reduce(&self, x: &Input, kinds: usize) -> Result<Reduced> {
-        if self.problem.rows == 0 {
-            return self.reduced_nothing(kinds);
+        if self.problem.base.rows == 0 {
+            return self.reduced_nothing();
         }
         let shape = self.shape();
-        let pass = match self.options.log_probs {
-            true => self.planner().gather(&shape),
-            false => self.planner().reduce(&shape),
-        };
+        let pass = self.planner().reduce(&shape);
         let rows = self.rows.count();
         // SAFETY: the launches below write all of these
         let mut reduced = unsafe {
             Reduced {
                 loss: self.numbers(if self.wants_rows() { rows } else { 1 })?,
                 denominator: self.numbers(1)?,
-                statistics: (kinds > 0).then(|| self.numbers(kinds * rows)).transpose()?,
+                statistics: self.numbers(kinds * rows)?,
             }
         };
         let mut loss = Some(output(&mut reduced.loss)?);
         let mut denominator = output(&mut reduced.denominator)?;
-        let mut statistics = reduced.statistics.as_mut().map(output).transpose()?;
+        let mut statistics = Some(output(&mut reduced.statistics)?);
         let (mut rows_loss, mut result) = if self.wants_rows() { (loss.take(), None) } else { (None, loss.take()) };
         let problem = self.problem.on(&pass);
         let split = pass.splits() > 1;
@@ -403,15 +345,15 @@ impl<'a> Task<'a> {
 
     /// The number (or the weights) of the rows that count, in parts, ahead of a pass that needs it.
     fn count(&self, pass: &Pass) -> Result<Option<CudaSlice<f64>>> {
-        let blocks = self.planner().counts(self.problem.rows as u64, pass);
-        if self.problem.counted == 0 || blocks == 0 {
+        let blocks = self.planner().counts(self.problem.base.rows as u64, pass);
+        if self.problem.base.counted == 0 || blocks == 0 {
             return Ok(None);
         }
         // SAFETY: each block writes its element
         let mut counts = unsafe { partials::<f64>(&self.device, blocks as usize)? };
         let name = format!("count_rows_{}", self.acc().as_str());
         let mut launch = Launch::new(&self.gpu, &self.stream, &kernels::OPERANDS, &name)?;
-        launch.value(&self.problem).read(&self.target.bytes).read_if(self.weight()).write(&mut counts);
+        launch.value(&self.problem.base).read(&self.target.bytes).read_if(self.weight()).write(&mut counts);
         // SAFETY: the parameters of count_rows_*
         unsafe { launch.run(Grid::flat(blocks, 1024))? };
         Ok(Some(counts))
@@ -422,7 +364,7 @@ impl<'a> Task<'a> {
     fn emit(
         &self,
         x: Option<&Input>,
-        statistics: Option<&Input>,
+        statistics: &Input,
         denominator: &Input,
         upstream: Option<&Input>,
         upstream_rows: bool,
@@ -432,7 +374,7 @@ impl<'a> Task<'a> {
         let problem = Problem { upstream_rows: upstream_rows as i32, ..self.problem.on(&pass) };
         let mut launch = self.kernel("emit", self.detail().unless_served(true), Some(&pass))?;
         launch.value(&problem).read_if(bytes(x)).read(&self.target.bytes).read_if(self.weight());
-        launch.read_if(bytes(statistics)).read(&denominator.bytes).read_if(bytes(upstream)).write(grad);
+        launch.read(&statistics.bytes).read(&denominator.bytes).read_if(bytes(upstream)).write(grad);
         // SAFETY: the parameters of softmax_emit_*, and the rows are inside of their tensors
         unsafe { launch.run(pass.grid) }
     }
@@ -460,7 +402,7 @@ impl<'a> Task<'a> {
         };
         let mut problem = self.problem.on(&pass);
         let counts = self.count(&pass)?;
-        problem.counts = counts.as_ref().map_or(0, |counts| counts.len() as i32);
+        problem.base.counts = counts.as_ref().map_or(0, |counts| counts.len() as i32);
         // SAFETY: the launch below writes all of it
         let mut loss = unsafe { self.numbers(if self.wants_rows() { rows } else { 1 })? };
         {
@@ -486,10 +428,9 @@ impl<'a> Task<'a> {
             None => self.reduce(&Input { bytes: grad.as_view(), tag: Tag::of(self.dtype)? }, self.kinds())?,
         };
         let denominator = self.wrap(reduced.denominator);
-        let statistics = reduced.statistics.map(|s| self.wrap(s));
+        let statistics = self.wrap(reduced.statistics);
         let scalar = Layout::contiguous(());
-        let statistics = statistics.as_ref().map(|s| Input::new(s, &scalar)).transpose()?;
-        self.emit(x, statistics.as_ref(), &Input::new(&denominator, &scalar)?, None, false, grad)?;
+        self.emit(x, &Input::new(&statistics, &scalar)?, &Input::new(&denominator, &scalar)?, None, false, grad)?;
         Ok(self.wrap(reduced.loss))
     }
 
@@ -538,78 +479,81 @@ fn shape(rows: &Rows, dtype: DType, detail: Detail) -> Shape {
     }
 }
 
-/// The check that the CPU makes of every class index, at the price of waiting for the device.
-fn check_targets(
-    options: &CrossEntropy,
-    device: &CudaDevice,
-    (target, layout): Arg<CudaStorage>,
-    rows: usize,
-    classes: usize,
-) -> Result<()> {
-    if rows == 0 {
-        return Ok(());
+impl SoftmaxKernels for CudaStorage {
+    fn forward(problem: &CrossEntropy, logits: Arg<Self>, target: Arg<Self>) -> Result<(Self, Saved)> {
+        forward(problem, logits, target)
     }
-    let range = layout.start_offset()..layout.start_offset() + rows;
-    let indices: Vec<i64> = match &target.slice {
-        CudaStorageSlice::U8(s) => to_host(device, &s.slice(range))?.into_iter().map(i64::from).collect(),
-        CudaStorageSlice::U32(s) => to_host(device, &s.slice(range))?.into_iter().map(i64::from).collect(),
-        CudaStorageSlice::I32(s) => to_host(device, &s.slice(range))?.into_iter().map(i64::from).collect(),
-        CudaStorageSlice::I64(s) => to_host(device, &s.slice(range))?,
-        _ => bail!("class indices of dtype {:?}, expected u8, u32, i32 or i64", target.dtype()),
-    };
-    let bad = |&(_, &class): &(usize, &i64)| class != options.ignore_index && !(0..classes as i64).contains(&class);
-    let Some((row, class)) = indices.iter().enumerate().find(bad) else { return Ok(()) };
-    bail!(
-        "{}: target {class} at row {row} is out of range, expected a class in 0..{classes} or the ignore_index {}",
-        options.name,
-        options.ignore_index
-    )
+
+    fn backward(
+        problem: &CrossEntropy,
+        saved: &Saved,
+        of: Argument,
+        logits: Arg<Self>,
+        target: Arg<Self>,
+        upstream: Arg<Self>,
+    ) -> Result<Self> {
+        backward(problem, saved, of, logits, target, upstream)
+    }
+
+    fn loss_and_grad(problem: &CrossEntropy, logits: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
+        loss_and_grad(problem, logits, target)
+    }
+
+    fn loss_and_grad_inplace(
+        problem: &CrossEntropy,
+        logits: &mut Self,
+        layout: &Layout,
+        target: Arg<Self>,
+    ) -> Result<Self> {
+        loss_and_grad_inplace(problem, logits, layout, target)
+    }
+
+    fn statistics(problem: &CrossEntropy, logits: Arg<Self>, target: Arg<Self>) -> Result<RowStatistics<Self>> {
+        statistics(problem, logits, target)
+    }
+
+    fn log_softmax(name: &str, logits: &Self, rows: &Rows) -> Result<Self> {
+        log_softmax(name, logits, rows)
+    }
+
+    fn log_softmax_backward(name: &str, output: (&Self, &Rows), upstream: (&Self, &Rows)) -> Result<Self> {
+        log_softmax_backward(name, output, upstream)
+    }
 }
 
 /// The loss, and what the backward needs.
-pub(crate) fn forward(
-    options: &CrossEntropy,
-    logits: Arg<CudaStorage>,
-    target: Arg<CudaStorage>,
-) -> Result<(CudaStorage, Saved)> {
+fn forward(options: &CrossEntropy, logits: Arg<CudaStorage>, target: Arg<CudaStorage>) -> Result<(CudaStorage, Saved)> {
     let (storage, layout) = logits;
     Task::run(options, (&storage.device, storage.dtype(), layout), target, |task| {
         let kinds = task.kinds();
         let reduced = task.reduce(&Input::new(storage, layout)?, kinds)?;
         let saved = Saved {
-            statistics: reduced.statistics.map(|s| cuda_tensor(task.wrap(s), (kinds, task.rows.count()))),
-            denominator: cuda_tensor(task.wrap(reduced.denominator), ()),
+            statistics: task.wrap(reduced.statistics).into_tensor((kinds, task.rows.count())),
+            denominator: task.wrap(reduced.denominator).into_tensor(()),
         };
         Ok((task.wrap(reduced.loss), saved))
     })
 }
 
-/// Calls `body` with a tensor of this crate's own.
-fn with_input<R>(tensor: &candle_core::Tensor, body: impl FnOnce(Input) -> Result<R>) -> Result<R> {
-    let (storage, layout) = tensor.storage_and_layout();
-    match &*storage {
-        Storage::Cuda(storage) => body(Input::new(storage, layout)?),
-        _ => bail!("what the forward saved is not on the CUDA device"),
-    }
-}
-
 /// The gradient of the logits or of probability targets, in the order that [`Rows::class_last`] says. One launch.
-pub(crate) fn backward(
+fn backward(
     options: &CrossEntropy,
     saved: &Saved,
-    of: Operand,
+    of: Argument,
     logits: Arg<CudaStorage>,
     target: Arg<CudaStorage>,
     upstream: Arg<CudaStorage>,
 ) -> Result<CudaStorage> {
     let (storage, layout) = logits;
     // what the forward checked is not waited for again
-    let options = &CrossEntropy { target_check: false, ..options.clone() };
+    let mut options = options.clone();
+    options.options.rows.target_check = false;
+    let options = &options;
     Task::run(options, (&storage.device, storage.dtype(), layout), target, |task| {
         let len = layout.shape().elem_count();
         let dtype = match of {
-            Operand::Logits => task.dtype,
-            Operand::Target => task.acc(),
+            Argument::Input => task.dtype,
+            Argument::Target => task.acc(),
         };
         // SAFETY: the launch below writes all of it
         let mut grad = unsafe { alloc(&task.device, dtype, len.max(1))? };
@@ -620,31 +564,28 @@ pub(crate) fn backward(
         let x = Input::new(storage, layout)?;
         let upstream_rows = upstream.1.shape().elem_count() != 1;
         let upstream = Input::new(upstream.0, upstream.1)?;
-        let emit = |statistics: Option<&Input>, denominator: &Input, grad: &mut CudaViewMut<u8>| {
-            task.emit(Some(&x), statistics, denominator, Some(&upstream), upstream_rows, grad)
-        };
-        with_input(&saved.denominator, |denominator| match (&saved.statistics, of) {
-            (None, _) => emit(None, &denominator, &mut bytes),
-            (Some(statistics), Operand::Logits) => {
-                with_input(statistics, |statistics| emit(Some(&statistics), &denominator, &mut bytes))
-            }
-            (Some(statistics), Operand::Target) => with_input(statistics, |statistics| {
-                let pass = task.planner().any_layout(&task.shape());
-                let problem = Problem { upstream_rows: upstream_rows as i32, ..task.problem.on(&pass) };
-                let module = Detail::General.module(task.dtype)?;
-                let mut launch = Launch::new(&task.gpu, &task.stream, module, "softmax_target_gradient")?;
-                launch.value(&problem).read(&x.bytes).read_if(task.weight()).read(&statistics.bytes);
-                launch.read(&denominator.bytes).read(&upstream.bytes).write(&mut bytes);
-                // SAFETY: the parameters of softmax_target_gradient, and the rows are inside of their tensors
-                unsafe { launch.run(pass.grid) }
-            }),
-        })?;
+        let (statistics, denominator) = (Locked::new(&saved.statistics), Locked::new(&saved.denominator));
+        let (statistics, denominator) = (statistics.arg(options.name)?, denominator.arg(options.name)?);
+        let (statistics, denominator) =
+            (Input::new(statistics.0, statistics.1)?, Input::new(denominator.0, denominator.1)?);
+        if of == Argument::Input {
+            task.emit(Some(&x), &statistics, &denominator, Some(&upstream), upstream_rows, &mut bytes)?;
+            return Ok(task.wrap(grad));
+        }
+        let pass = task.planner().any_layout(&task.shape());
+        let problem = Problem { upstream_rows: upstream_rows as i32, ..task.problem.on(&pass) };
+        let module = Detail::General.module(task.dtype)?;
+        let mut launch = Launch::new(&task.gpu, &task.stream, module, "softmax_target_gradient")?;
+        launch.value(&problem).read(&x.bytes).read_if(task.weight()).read(&statistics.bytes);
+        launch.read(&denominator.bytes).read(&upstream.bytes).write(&mut bytes);
+        // SAFETY: the parameters of softmax_target_gradient, and the rows are inside of their tensors
+        unsafe { launch.run(pass.grid)? };
         Ok(task.wrap(grad))
     })
 }
 
 /// Loss and gradient.
-pub(crate) fn loss_and_grad(
+fn loss_and_grad(
     options: &CrossEntropy,
     logits: Arg<CudaStorage>,
     target: Arg<CudaStorage>,
@@ -655,7 +596,7 @@ pub(crate) fn loss_and_grad(
         // SAFETY: the launches below write all of it
         let mut grad = unsafe { alloc(&task.device, task.dtype, len.max(1))? };
         if len == 0 {
-            return Ok((task.wrap(task.reduced_nothing(0)?.loss), task.wrap(grad)));
+            return Ok((task.wrap(task.reduced_nothing()?.loss), task.wrap(grad)));
         }
         let mut bytes = output(&mut grad)?;
         let loss = task.loss_and_grad(Some(&Input::new(storage, layout)?), &mut bytes)?;
@@ -664,7 +605,7 @@ pub(crate) fn loss_and_grad(
 }
 
 /// As [`loss_and_grad`]; the gradient replaces the logits, which are contiguous.
-pub(crate) fn loss_and_grad_inplace(
+fn loss_and_grad_inplace(
     options: &CrossEntropy,
     logits: &mut CudaStorage,
     layout: &Layout,
@@ -673,7 +614,7 @@ pub(crate) fn loss_and_grad_inplace(
     let (device, dtype) = (logits.device.clone(), logits.dtype());
     Task::run(options, (&device, dtype, layout), target, |task| {
         if layout.shape().elem_count() == 0 {
-            return Ok(task.wrap(task.reduced_nothing(0)?.loss));
+            return Ok(task.wrap(task.reduced_nothing()?.loss));
         }
         let Some((start, end)) = layout.contiguous_offsets() else {
             bail!(
@@ -690,11 +631,11 @@ pub(crate) fn loss_and_grad_inplace(
 }
 
 /// The rows' losses and statistics. One launch.
-pub(crate) fn statistics(
+fn statistics(
     options: &CrossEntropy,
     logits: Arg<CudaStorage>,
     target: Arg<CudaStorage>,
-) -> Result<(CudaStorage, Statistics<CudaStorage>)> {
+) -> Result<RowStatistics<CudaStorage>> {
     let (storage, layout) = logits;
     Task::run(options, (&storage.device, storage.dtype(), layout), target, |task| {
         let rows = task.rows.count();
@@ -721,12 +662,12 @@ pub(crate) fn statistics(
             unsafe { launch.run(pass.grid)? };
         }
         let [loss, lse, z_loss, entropy] = slices.map(|slice| task.wrap(slice));
-        Ok((loss, Statistics { lse, z_loss, entropy, argmax: task.wrap(argmax), correct: task.wrap(correct) }))
+        Ok(RowStatistics { loss, lse, z_loss, entropy, argmax: task.wrap(argmax), correct: task.wrap(correct) })
     })
 }
 
 /// `x - log sum exp(x)` of each row, in the order that [`Rows::class_last`] says. One launch.
-pub(crate) fn log_softmax(name: &str, logits: &CudaStorage, rows: &Rows) -> Result<CudaStorage> {
+fn log_softmax(name: &str, logits: &CudaStorage, rows: &Rows) -> Result<CudaStorage> {
     let (device, dtype) = (&logits.device, logits.dtype());
     let stream = device.cuda_stream();
     let len = rows.count() * rows.classes;
@@ -735,7 +676,7 @@ pub(crate) fn log_softmax(name: &str, logits: &CudaStorage, rows: &Rows) -> Resu
     if len > 0 {
         let gpu = Gpu::of(device)?;
         let pass = planner(&gpu).one_pass(&shape(rows, dtype, Detail::Plain), false);
-        let problem = Problem::of_rows(name, rows)?.on(&pass);
+        let problem = Problem::of_rows(RowParams::untargeted(name, rows)?, rows).on(&pass);
         let x = Input::new(logits, &from(rows))?;
         let mut bytes = output(&mut out)?;
         let kernel = format!("softmax_log_softmax_{}", form(&pass));
@@ -753,7 +694,7 @@ fn from(rows: &Rows) -> Layout {
 }
 
 /// `g - exp(y) sum(g)` of each row, in the order of the log-probabilities y. One launch.
-pub(crate) fn log_softmax_backward(
+fn log_softmax_backward(
     name: &str,
     (out, rows): (&CudaStorage, &Rows),
     (upstream, upstream_rows): (&CudaStorage, &Rows),
@@ -769,7 +710,10 @@ pub(crate) fn log_softmax_backward(
     if len > 0 {
         let gpu = Gpu::of(device)?;
         let pass = planner(&gpu).any_layout(&shape(rows, dtype, Detail::Plain));
-        let problem = Problem { t: Strides::of(upstream_rows), ..Problem::of_rows(name, rows)?.on(&pass) };
+        let problem = Problem {
+            t: Strides::of(upstream_rows),
+            ..Problem::of_rows(RowParams::untargeted(name, rows)?, rows).on(&pass)
+        };
         let (y, g) = (Input::new(out, &from(rows))?, Input::new(upstream, &from(upstream_rows))?);
         let mut bytes = output(&mut grad)?;
         let mut launch = Launch::new(&gpu, &stream, Detail::Plain.module(dtype)?, "softmax_log_softmax_backward")?;

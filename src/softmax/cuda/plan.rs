@@ -209,18 +209,6 @@ impl Planner {
         tile.then(|| self.tile(shape))
     }
 
-    /// A forward that looks at one number of each row: a thread a row.
-    pub fn gather(&self, shape: &Shape) -> Pass {
-        let threads =
-            if shape.rows <= self.thresholds.count_rows { power_of_two(shape.rows, 32, STRIDED_THREADS) } else { 128 };
-        let blocks = match shape.rows <= self.thresholds.count_rows {
-            true => 1,
-            false => shape.rows.div_ceil(threads as u64).min(self.thresholds.blocks as u64) as u32,
-        };
-        let form = if shape.adjacent { Form::Rows } else { Form::Strided };
-        Pass { form, team: 1, kept: 0, grid: Grid::flat(blocks, threads) }
-    }
-
     /// A backward. Its blocks need nothing of each other.
     pub fn emit(&self, shape: &Shape) -> Pass {
         self.special(shape).unwrap_or_else(|| match self.splits(shape) {
@@ -517,12 +505,8 @@ mod tests {
                         for adjacent in [true, false] {
                             let shape = Shape { adjacent, packed: adjacent, ..rows(n, classes, element) };
                             let planner = planner(device);
-                            let mut passes = vec![
-                                planner.reduce(&shape),
-                                planner.emit(&shape),
-                                planner.gather(&shape),
-                                planner.statistics(&shape),
-                            ];
+                            let mut passes =
+                                vec![planner.reduce(&shape), planner.emit(&shape), planner.statistics(&shape)];
                             passes.extend([planner.one_pass(&shape, false), planner.any_layout(&shape)]);
                             match planner.fused(&shape) {
                                 Fused::OnePass(pass) => passes.push(pass),

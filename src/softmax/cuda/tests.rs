@@ -3,9 +3,9 @@
 use super::call::Detail;
 use super::plan::Thresholds;
 use crate::cuda::launch::{Work, work_of};
-use crate::cuda::tests::in_software;
+use crate::cuda::testing::{FLOATS, assert_close, indices, numbers, random, tolerance};
 use crate::reduction::Reduction;
-use crate::softmax::op::CrossEntropy;
+use crate::softmax::problem::{CrossEntropy, RowStatistics, SoftmaxOptions};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use std::cell::Cell;
 
@@ -41,107 +41,39 @@ fn regimes() -> Vec<(&'static str, Thresholds)> {
     ]
 }
 
-/// Numbers in [-3, 3), the same in every run.
-fn numbers(n: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    (0..n)
-        .map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state >> 40) as f32 / (1 << 24) as f32 * 6.0 - 3.0
-        })
-        .collect()
-}
-
-fn random(shape: &[usize], seed: u64, dtype: DType) -> Result<Tensor> {
-    Tensor::from_vec(numbers(shape.iter().product(), seed), shape, &Device::Cpu)?.to_dtype(dtype)
-}
-
-fn indices(rows: usize, classes: usize, seed: u64) -> Result<Tensor> {
-    let values = numbers(rows, seed).iter().map(|v| ((v + 3.0) / 6.0 * classes as f32) as i64).collect::<Vec<_>>();
-    Tensor::from_vec(values, rows, &Device::Cpu)
-}
-
 fn plain() -> CrossEntropy {
-    CrossEntropy {
-        name: "cross_entropy",
-        axis: 1,
-        log_probs: false,
-        weight: None,
-        ignore_index: -100,
-        label_smoothing: 0.0,
-        reduction: Reduction::Mean,
-        normalizer: None,
-        z_loss: 0.0,
-        softcap: None,
-        logit_scale: 1.0,
-        target_check: false,
-    }
+    CrossEntropy { name: "cross_entropy", axis: 1, options: SoftmaxOptions::default() }
+}
+
+fn with(mut problem: CrossEntropy, change: impl FnOnce(&mut SoftmaxOptions)) -> CrossEntropy {
+    change(&mut problem.options);
+    problem
 }
 
 /// Every option at once.
 fn everything(classes: usize) -> Result<CrossEntropy> {
-    Ok(CrossEntropy {
-        weight: Some(random(&[classes], 7, DType::F32)?.abs()?),
-        label_smoothing: 0.1,
-        z_loss: 0.01,
-        softcap: Some(2.5),
-        logit_scale: 0.7,
-        ..plain()
-    })
+    Ok(with(plain(), |o| {
+        o.rows.weight = Some(random(&[classes], 7, DType::F32).unwrap().abs().unwrap());
+        o.label_smoothing = 0.1;
+        o.z_loss = 0.01;
+        o.softcap = Some(2.5);
+        o.logit_scale = 0.7;
+    }))
 }
 
 /// The options that leave one number for all classes.
 fn uniform() -> CrossEntropy {
-    CrossEntropy { label_smoothing: 0.1, z_loss: 0.01, logit_scale: 1.7, ..plain() }
-}
-
-/// Whether the device's approximate instructions have no error, as on the software GPU unless it is told otherwise.
-fn instructions_are_exact() -> bool {
-    in_software() && !std::env::var("SOFTGPU_ULP").is_ok_and(|ulps| ulps != "0")
-}
-
-/// The largest deviation that rounding to `dtype` and sums in another order explain. Where exponentials and quotients are off by
-/// two units themselves, a soft cap multiplies that of its tanh, and a difference such as slope p - q loses a digit of it.
-fn tolerance(dtype: DType) -> f64 {
-    match dtype {
-        DType::F64 => 1e-12,
-        DType::F32 if instructions_are_exact() => 4e-6,
-        DType::F32 => 2.4e-5,
-        DType::F16 => 1.2e-3,
-        _ => 1e-2,
-    }
-}
-
-#[track_caller]
-fn assert_close(what: &str, got: &Tensor, expected: &Tensor, tolerance: f64) {
-    assert_eq!(got.dims(), expected.dims(), "{what}");
-    assert_eq!(got.dtype(), expected.dtype(), "{what}");
-    let values = |t: &Tensor| {
-        t.to_device(&Device::Cpu)
-            .unwrap()
-            .to_dtype(DType::F64)
-            .unwrap()
-            .flatten_all()
-            .unwrap()
-            .to_vec1::<f64>()
-            .unwrap()
-    };
-    let (got, expected) = (values(got), values(expected));
-    let largest = expected.iter().filter(|v| v.is_finite()).fold(0f64, |m, v| m.max(v.abs()));
-    for (i, (g, e)) in got.iter().zip(&expected).enumerate() {
-        let same = g == e || (g.is_nan() && e.is_nan());
-        // a difference such as slope p - q keeps the rounding of its larger operands
-        let close = (g - e).abs() <= tolerance * e.abs().max(0.1 * largest);
-        assert!(same || close, "{what}: element {i} is {g:e}, expected {e:e}");
-    }
+    with(plain(), |o| {
+        o.label_smoothing = 0.1;
+        o.z_loss = 0.01;
+        o.logit_scale = 1.7;
+    })
 }
 
 fn with_weight_on(options: &CrossEntropy, device: &Device, dtype: DType) -> Result<CrossEntropy> {
     let acc = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
-    let weight = options.weight.as_ref().map(|w| w.to_dtype(acc)?.to_device(device)).transpose()?;
-    Ok(CrossEntropy { weight, ..options.clone() })
+    let weight = options.options.rows.weight.as_ref().map(|w| w.to_dtype(acc)?.to_device(device)).transpose()?;
+    Ok(with(options.clone(), |o| o.rows.weight = weight))
 }
 
 /// Compares all passes of one problem on both devices. `view` makes the logits of the operand that is on the device.
@@ -175,17 +107,15 @@ fn compare(
             ("loss in place", inplace_loss),
             ("gradient in place", own),
         ];
-        if !options.log_probs {
-            let (loss, s) = options.statistics(&x, &target)?;
-            results.extend([
-                ("row loss", loss),
-                ("lse", s.lse),
-                ("z-loss", s.z_loss),
-                ("entropy", s.entropy),
-                ("argmax", s.argmax),
-                ("correct", s.correct),
-            ]);
-        }
+        let RowStatistics { loss, lse, z_loss, entropy, argmax, correct } = options.clone().statistics(&x, &target)?;
+        results.extend([
+            ("row loss", loss),
+            ("lse", lse),
+            ("z-loss", z_loss),
+            ("entropy", entropy),
+            ("argmax", argmax),
+            ("correct", correct),
+        ]);
         Ok(results)
     };
     for ((name, got), (_, expected)) in on(&gpu)?.iter().zip(&on(&Device::Cpu)?) {
@@ -197,8 +127,6 @@ fn compare(
     Ok(())
 }
 
-const FLOATS: [DType; 4] = [DType::F32, DType::BF16, DType::F16, DType::F64];
-
 #[test]
 fn regimes_match_the_cpu() -> Result<()> {
     for (regime, thresholds) in regimes() {
@@ -209,14 +137,13 @@ fn regimes_match_the_cpu() -> Result<()> {
             let logits = random(&[rows, classes], 1, dtype)?;
             let target = indices(rows, classes, 2)?;
             compare(regime, &plain(), &logits, &target, |x| Ok(x.clone()))?;
-            let weighted = CrossEntropy {
-                weight: Some(random(&[classes], 7, DType::F32)?.abs()?),
-                reduction: Reduction::None,
-                ..plain()
-            };
+            let weighted = with(plain(), |o| {
+                o.rows.weight = Some(random(&[classes], 7, DType::F32).unwrap().abs().unwrap());
+                o.rows.reduction = Reduction::None;
+            });
             compare(regime, &weighted, &logits, &target, |x| Ok(x.clone()))?;
             compare(regime, &uniform(), &logits, &target, |x| Ok(x.clone()))?;
-            let unsmoothed = CrossEntropy { z_loss: 0.01, ..weighted };
+            let unsmoothed = with(weighted, |o| o.z_loss = 0.01);
             compare(regime, &unsmoothed, &logits, &target, |x| Ok(x.clone()))?;
         }
     }
@@ -312,11 +239,17 @@ fn extreme_rows_match_the_cpu() -> Result<()> {
         let target = Tensor::new(&[0i64, 1, 2, 40, 5, 6, 30, -100, 8], &Device::Cpu)?;
         for dtype in FLOATS {
             let logits = Tensor::new(rows.concat(), &Device::Cpu)?.reshape((9, classes))?.to_dtype(dtype)?;
-            let smoothed = CrossEntropy { label_smoothing: 0.1, z_loss: 0.1, ..plain() };
+            let smoothed = with(plain(), |o| {
+                o.label_smoothing = 0.1;
+                o.z_loss = 0.1;
+            });
             // an infinite logit of an unlikely class has no part in the loss but with smoothing
-            let scaled = CrossEntropy { z_loss: 0.1, logit_scale: 0.5, ..plain() };
-            for options in [plain(), smoothed, scaled, CrossEntropy { logit_scale: -0.5, ..plain() }] {
-                let options = CrossEntropy { reduction: Reduction::None, ..options };
+            let scaled = with(plain(), |o| {
+                o.z_loss = 0.1;
+                o.logit_scale = 0.5;
+            });
+            for options in [plain(), smoothed, scaled, with(plain(), |o| o.logit_scale = -0.5)] {
+                let options = with(options, |o| o.rows.reduction = Reduction::None);
                 compare(regime, &options, &logits, &target, |x| Ok(x.clone()))?;
             }
         }
@@ -328,7 +261,7 @@ fn extreme_rows_match_the_cpu() -> Result<()> {
 #[test]
 fn smoothed_rows_are_accurate() -> Result<()> {
     let gpu = Device::new_cuda(0)?;
-    let options = CrossEntropy { label_smoothing: 0.1, ..plain() };
+    let options = with(plain(), |o| o.label_smoothing = 0.1);
     for (regime, thresholds) in regimes() {
         THRESHOLDS.set(thresholds);
         for dtype in [DType::F32, DType::BF16, DType::F16] {
@@ -382,7 +315,7 @@ fn bad_targets_stay_in_their_rows() -> Result<()> {
         let good = Tensor::new(&[1i64, 2, 3, 4], &gpu)?;
         for bad in [-1, classes as i64, 1 << 32, (1 << 32) + 1, i64::MIN] {
             let target = Tensor::new(&[1i64, bad, 3, 4], &gpu)?;
-            let options = CrossEntropy { reduction: Reduction::None, ..plain() };
+            let options = with(plain(), |o| o.rows.reduction = Reduction::None);
             let (loss, grad) = options.clone().loss_and_grad(&logits, &target)?;
             let (loss_without, grad_without) = options.clone().loss_and_grad(&logits, &good)?;
             for (what, with, without) in [("loss", loss, loss_without), ("gradient", grad, grad_without)] {
@@ -393,7 +326,7 @@ fn bad_targets_stay_in_their_rows() -> Result<()> {
                     assert!(right, "{regime}: {what} of row {row} with target {bad}");
                 }
             }
-            let checked = CrossEntropy { target_check: true, ..options };
+            let checked = with(options, |o| o.rows.target_check = true);
             let on_gpu = checked.clone().forward(&logits, &target).unwrap_err().to_string();
             let on_cpu = checked
                 .forward(&logits.to_device(&Device::Cpu)?, &target.to_device(&Device::Cpu)?)
@@ -414,7 +347,7 @@ fn all_rows_ignored() -> Result<()> {
         THRESHOLDS.set(thresholds);
         let logits = Tensor::full(f32::NAN, (3, 50), &gpu)?;
         let target = Tensor::new(&[7u32, 7, 7], &gpu)?;
-        let (loss, grad) = CrossEntropy { ignore_index: 7, ..plain() }.loss_and_grad(&logits, &target)?;
+        let (loss, grad) = with(plain(), |o| o.rows.ignore_index = 7).loss_and_grad(&logits, &target)?;
         assert!(loss.to_scalar::<f32>()?.is_nan(), "{regime}");
         assert!(grad.flatten_all()?.to_vec1::<f32>()?.iter().all(|&g| g == 0.0), "{regime}");
     }
@@ -428,7 +361,7 @@ fn no_rows() -> Result<()> {
     let logits = Var::zeros((0, 5), DType::F32, &gpu)?;
     let target = Tensor::zeros(0, DType::U32, &gpu)?;
     for reduction in [Reduction::Mean, Reduction::Sum, Reduction::None] {
-        let options = CrossEntropy { reduction, ..plain() };
+        let options = with(plain(), |o| o.rows.reduction = reduction);
         let work = work_of(|| options.clone().forward(&logits, &target))?;
         assert_eq!((work.launches, work.waits), (0, 0), "{reduction:?}");
         assert_eq!(work_of(|| options.clone().loss_and_grad(&logits, &target))?.launches, 0, "{reduction:?}");
@@ -517,7 +450,7 @@ fn work_of_each_regime() -> Result<()> {
             (Reduction::Mean, with_weight_on(&everything(classes)?, &gpu, DType::F32)?),
         ] {
             let what = format!("{regime}, {reduction:?}");
-            let options = CrossEntropy { reduction, ..options };
+            let options = with(options, |o| o.rows.reduction = reduction);
             let split = regime == "split rows";
             // beside the results: partial sums where several blocks have some, or states of parts of rows
             let forward = work_of(|| options.clone().forward(&logits, &target))?;
@@ -549,17 +482,15 @@ fn small_problems_take_one_launch() -> Result<()> {
             let index = indices(rows, classes, 2)?.to_device(&gpu)?;
             let probabilities = random(&[rows, classes], 3, DType::F32)?.abs()?.to_device(&gpu)?;
             let weight = random(&[classes], 7, DType::F32)?.abs()?;
-            let weighted = with_weight_on(&CrossEntropy { weight: Some(weight), ..plain() }, &gpu, acc)?;
-            let ignoring = CrossEntropy { ignore_index: index.get(0)?.to_scalar::<i64>()?, ..plain() };
+            let weighted = with_weight_on(&with(plain(), |o| o.rows.weight = Some(weight)), &gpu, acc)?;
+            let ignoring = with(plain(), |o| o.rows.ignore_index = index.get(0).unwrap().to_scalar::<i64>().unwrap());
             let all = with_weight_on(&everything(classes)?, &gpu, acc)?;
-            let nll = CrossEntropy { name: "nll", log_probs: true, ..plain() };
             for (what, options, target) in [
                 ("plain", plain(), &index),
                 ("weights", weighted, &index),
                 ("ignored rows", ignoring, &index),
                 ("every option", all.clone(), &index),
                 ("probabilities", all, &probabilities),
-                ("nll", nll, &index),
             ] {
                 let what = format!("{what}, {rows} x {classes}, {dtype:?}");
                 let forward = work_of(|| options.clone().forward(&logits, target))?;
@@ -598,7 +529,7 @@ fn the_target_check_waits() -> Result<()> {
     let gpu = Device::new_cuda(0)?;
     let logits = random(&[4, 10], 1, DType::F32)?.to_device(&gpu)?;
     let target = indices(4, 10, 2)?.to_device(&gpu)?;
-    let checked = CrossEntropy { target_check: true, ..plain() };
+    let checked = with(plain(), |o| o.rows.target_check = true);
     assert_eq!(work_of(|| checked.forward(&logits, &target))?.waits, 1);
     Ok(())
 }
@@ -696,22 +627,6 @@ fn rows_that_are_not_kept_match_the_cpu() -> Result<()> {
         let logits = random(&[1, classes], 1, DType::BF16)?;
         for options in [plain(), uniform()] {
             compare("not kept", &options, &logits, &indices(1, classes, 2)?, |x| Ok(x.clone()))?;
-        }
-    }
-    Ok(())
-}
-
-#[test]
-fn nll_matches_the_cpu() -> Result<()> {
-    for (regime, thresholds) in regimes() {
-        THRESHOLDS.set(thresholds);
-        for dtype in FLOATS {
-            let options = CrossEntropy { name: "nll", log_probs: true, ignore_index: 1, ..plain() };
-            let logits = random(&[6, 45], 1, dtype)?;
-            compare(regime, &options, &logits, &indices(6, 45, 2)?, |x| Ok(x.clone()))?;
-            let weighted = CrossEntropy { weight: Some(random(&[45], 7, DType::F32)?), ..options };
-            let middle = random(&[2, 45, 5], 1, dtype)?;
-            compare(regime, &weighted, &middle, &indices(10, 45, 2)?.reshape((2, 5))?, |x| Ok(x.clone()))?;
         }
     }
     Ok(())

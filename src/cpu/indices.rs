@@ -1,0 +1,90 @@
+//! Class indices of any dtype.
+
+use super::math::{LANES, Real};
+use crate::check;
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, Layout, Result};
+use std::ops::Range;
+
+pub(crate) enum Indices<'a> {
+    U8(&'a [u8]),
+    U32(&'a [u32]),
+    I32(&'a [i32]),
+    I64(&'a [i64]),
+}
+
+/// Calls `body` with the indices as a slice of their own type.
+macro_rules! with_indices {
+    ($indices:expr, $slice:ident => $body:expr) => {
+        match $indices {
+            Indices::U8($slice) => $body,
+            Indices::U32($slice) => $body,
+            Indices::I32($slice) => $body,
+            Indices::I64($slice) => $body,
+        }
+    };
+}
+
+impl<'a> Indices<'a> {
+    /// Of a contiguous target.
+    pub fn new(name: &str, storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
+        let range = layout.start_offset()..layout.start_offset() + layout.shape().elem_count();
+        Ok(match storage {
+            CpuStorage::U8(t) => Indices::U8(&t[range]),
+            CpuStorage::U32(t) => Indices::U32(&t[range]),
+            CpuStorage::I32(t) => Indices::I32(&t[range]),
+            CpuStorage::I64(t) => Indices::I64(&t[range]),
+            other => return Err(check::not_class_indices(name, other.dtype())),
+        })
+    }
+
+    #[inline(always)]
+    pub fn get(&self, row: usize) -> i64 {
+        fn widen<I: Copy + Into<i64>>(index: I) -> i64 {
+            index.into()
+        }
+        with_indices!(self, t => widen(t[row]))
+    }
+
+    /// The classes of up to [`LANES`] adjacent rows.
+    #[inline(always)]
+    pub fn load(&self, rows: Range<usize>) -> [i64; LANES] {
+        fn widen<I: Copy + Into<i64>>(from: &[I]) -> [i64; LANES] {
+            let mut classes = [0; LANES];
+            classes.iter_mut().zip(from).for_each(|(to, &class)| *to = class.into());
+            classes
+        }
+        with_indices!(self, t => widen(&t[rows]))
+    }
+
+    fn len(&self) -> usize {
+        with_indices!(self, t => t.len())
+    }
+
+    /// Checks every class index, and sums the weights of the rows that count.
+    pub fn total<A: Real>(&self, name: &str, ignore_index: i64, classes: usize, weight: Option<&[A]>) -> Result<f64> {
+        let counted = (0..self.len()).map(|row| (row, self.get(row))).filter(|(_, class)| *class != ignore_index);
+        let Some(count) = with_indices!(self, t => count(t, ignore_index, classes)) else {
+            let bad = counted.into_iter().find(|(_, class)| *class < 0 || *class >= classes as i64);
+            let (row, class) = bad.unwrap_or_default();
+            return Err(check::class_out_of_range(name, class, row, classes, ignore_index));
+        };
+        Ok(match weight {
+            None => count as f64,
+            Some(weight) => counted.map(|(_, class)| weight[class as usize].to_f64()).sum(),
+        })
+    }
+}
+
+/// How many rows count, or nothing if a class is out of range.
+fn count<I: Copy + Into<i64>>(indices: &[I], ignore_index: i64, classes: usize) -> Option<usize> {
+    let (mut count, mut good) = (0, true);
+    for &class in indices {
+        let class = class.into();
+        let counts = class != ignore_index;
+        // as an unsigned number a negative class is a large one
+        good &= !counts | ((class as u64) < classes as u64);
+        count += counts as usize;
+    }
+    good.then_some(count)
+}

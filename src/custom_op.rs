@@ -1,0 +1,108 @@
+//! What the families' custom ops share: their kernels' arguments and results, and the two devices behind one trait.
+//!
+//! candle calls `cpu_fwd` or `cuda_fwd` by the device of the first argument. Both call one method that is generic over the storage,
+//! `S: DeviceStorage`, and the family's trait of kernels, which [`CpuStorage`] and `CudaStorage` implement, does the rest.
+
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::backend::BackendStorage;
+use candle_core::op::BackpropOp;
+use candle_core::{CpuStorage, Device, Error, Layout, Result, Shape, Storage, StorageRef, Tensor, Var, bail};
+use std::sync::OnceLock;
+
+/// A kernel's argument: where its elements are and how they lie.
+pub(crate) type Arg<'a, S> = (&'a S, &'a Layout);
+
+/// Which argument of a loss a gradient is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Argument {
+    /// The logits or probabilities. The gradient has their dtype.
+    Input,
+    /// The target, where it holds floats. The gradient is written in the arithmetic dtype.
+    Target,
+}
+
+/// The memory of tensors on a device that has kernels.
+pub(crate) trait DeviceStorage: BackendStorage {
+    /// The storage as one of this device's.
+    fn of(storage: &Storage) -> Option<&Self>;
+
+    fn into_storage(self) -> Storage;
+
+    /// A tensor of its own from what a kernel wrote.
+    fn into_tensor(self, shape: impl Into<Shape>) -> Tensor {
+        Tensor::from_storage(self.into_storage(), shape, BackpropOp::none(), false)
+    }
+}
+
+impl DeviceStorage for CpuStorage {
+    fn of(storage: &Storage) -> Option<&Self> {
+        match storage {
+            Storage::Cpu(storage) => Some(storage),
+            _ => None,
+        }
+    }
+
+    fn into_storage(self) -> Storage {
+        Storage::Cpu(self)
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl DeviceStorage for CudaStorage {
+    fn of(storage: &Storage) -> Option<&Self> {
+        match storage {
+            Storage::Cuda(storage) => Some(storage),
+            _ => None,
+        }
+    }
+
+    fn into_storage(self) -> Storage {
+        Storage::Cuda(self)
+    }
+}
+
+/// Whether there are kernels for the device. Elsewhere the losses are composed of candle's tensor ops.
+pub(crate) fn has_kernels(device: &Device) -> bool {
+    !device.is_metal()
+}
+
+/// An operand that is not an argument of the custom op, locked for the time of a call.
+pub(crate) struct Locked<'a> {
+    storage: StorageRef<'a>,
+    layout: &'a Layout,
+}
+
+impl<'a> Locked<'a> {
+    pub fn new(tensor: &'a Tensor) -> Self {
+        let (storage, layout) = tensor.storage_and_layout();
+        Locked { storage, layout }
+    }
+
+    /// As an argument of a kernel of `name`; an `Err` if it is on another device than the others.
+    pub fn arg<S: DeviceStorage>(&self, name: &str) -> Result<Arg<'_, S>> {
+        match S::of(&self.storage) {
+            Some(storage) => Ok((storage, self.layout)),
+            None => {
+                bail!("{name}: an operand on {:?}, expected it on the input's device", self.storage.device().location())
+            }
+        }
+    }
+}
+
+/// What an op left in its side output.
+pub(crate) fn taken<T>(slot: OnceLock<T>) -> Result<T> {
+    slot.into_inner().ok_or_else(|| Error::msg("a loss kernel wrote no side output"))
+}
+
+pub(crate) fn put<T>(slot: &OnceLock<T>, value: T) -> Result<()> {
+    slot.set(value).map_err(|_| Error::msg("a loss op ran twice"))
+}
+
+/// A loss that is composed of tensor ops, and its gradient for an upstream gradient of ones.
+pub(crate) fn through_autograd(input: &Tensor, loss: impl Fn(&Tensor) -> Result<Tensor>) -> Result<(Tensor, Tensor)> {
+    let input = Var::from_tensor(&input.detach())?;
+    let loss = loss(&input)?;
+    let grad = loss.backward()?.remove(&input);
+    Ok((loss.detach(), grad.map_or_else(|| input.zeros_like(), Ok)?))
+}

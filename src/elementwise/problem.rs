@@ -1,0 +1,171 @@
+//! The element-wise family as its kernels are asked for it: terms with the ranges of their parameters, options and their checks.
+
+use crate::check;
+use crate::custom_op::{Arg, Argument, DeviceStorage};
+use crate::reduction::Reduction;
+use candle_core::{Layout, Result, Shape, Tensor, bail};
+
+/// The formula of one element, of an input x, a target t and a positive weight p.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Term {
+    /// `-(t max(ln x, -100) + (1 - t) max(ln(1 - x), -100))` for a probability x
+    Bce,
+    /// `t p softplus(-x) + (1 - t) softplus(x)` for a logit x
+    BceWithLogits,
+    /// `a u^gamma (t softplus(-x) + (1 - t) softplus(x))`, `u = t sigmoid(-x) + (1 - t) sigmoid(x)`,
+    /// `a = alpha t + (1 - alpha) (1 - t)` or 1, for a logit x
+    Focal { alpha: Option<f64>, gamma: f64 },
+}
+
+impl Term {
+    /// What the input is.
+    fn input(&self) -> &'static str {
+        match self {
+            Term::Bce => "probabilities",
+            Term::BceWithLogits | Term::Focal { .. } => "logits",
+        }
+    }
+
+    /// Checks the term's parameters.
+    fn check(&self, name: &str) -> Result<()> {
+        match *self {
+            Term::Bce | Term::BceWithLogits => Ok(()),
+            Term::Focal { gamma, .. } if !gamma.is_finite() || gamma < 0.0 => {
+                bail!("{name}: gamma {gamma}, expected a finite number of 0 or more")
+            }
+            // a negative alpha never gets here: it means off
+            Term::Focal { alpha, .. } => alpha.map_or(Ok(()), |alpha| check::in_unit_interval(name, "alpha", alpha)),
+        }
+    }
+}
+
+/// The options of the losses on elements.
+///
+/// In a problem, weights and mask are views of the input's shape (stride 0 where they were broadcast), detached; the weights in the
+/// arithmetic dtype.
+#[derive(Clone, Debug)]
+pub(crate) struct ElementOptions {
+    /// Factors of the loss and of its positive part.
+    pub weight: Option<Tensor>,
+    pub pos_weight: Option<Tensor>,
+    /// Elements where this is 0 don't count.
+    pub mask: Option<Tensor>,
+    pub label_smoothing: f64,
+    pub reduction: Reduction,
+    /// On CUDA: synchronise to check the values of the target. The CPU always checks them.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub target_check: bool,
+    /// Whether to run the kernels where there are some, not candle's tensor ops.
+    pub fused: bool,
+}
+
+impl Default for ElementOptions {
+    fn default() -> Self {
+        ElementOptions {
+            weight: None,
+            pos_weight: None,
+            mask: None,
+            label_smoothing: 0.0,
+            reduction: Reduction::Mean,
+            target_check: false,
+            fused: true,
+        }
+    }
+}
+
+impl ElementOptions {
+    /// Checks both tensors against the options.
+    pub fn problem(&self, name: &'static str, term: Term, input: &Tensor, target: &Tensor) -> Result<Elements> {
+        let arithmetic = check::arithmetic_dtype(name, term.input(), input)?;
+        check::in_unit_interval(name, "label smoothing", self.label_smoothing)?;
+        term.check(name)?;
+        check::same_device(name, "target", target, input)?;
+        if target.dims() != input.dims() {
+            bail!("{name}: target of shape {:?}, expected the input's shape {:?}", target.dims(), input.dims());
+        }
+        if !check::is_number(target.dtype()) {
+            bail!("{name}: target of dtype {:?}, expected f16, bf16, f32, f64, u8, u32, i32 or i64", target.dtype());
+        }
+        let mask = match &self.mask {
+            None => None,
+            Some(mask) if !check::is_number(mask.dtype()) => {
+                bail!("{name}: ignore mask of dtype {:?}, expected u8 or any other number", mask.dtype())
+            }
+            Some(mask) => {
+                check::same_device(name, "ignore mask", mask, input)?;
+                Some(check::broadcast(name, "ignore mask", mask.detach(), input)?)
+            }
+        };
+        let options = ElementOptions {
+            weight: check::broadcast_weights(name, "weight", &self.weight, input, arithmetic)?,
+            pos_weight: check::broadcast_weights(name, "pos_weight", &self.pos_weight, input, arithmetic)?,
+            mask,
+            ..self.clone()
+        };
+        Ok(Elements { name, term, average_rows: false, options })
+    }
+
+    /// As [`Self::problem`] for losses that average the last axis, with weights for its classes.
+    pub fn multi_label_problem(&self, name: &'static str, input: &Tensor, target: &Tensor) -> Result<Elements> {
+        let classes = match input.dims() {
+            [] => bail!("{name}: a scalar input, expected shape (C) or (…, C)"),
+            [.., 0] => bail!("{name}: no classes in an input of shape {:?}, expected at least one", input.dims()),
+            [.., classes] => *classes,
+        };
+        match &self.weight {
+            Some(weight) if weight.dims() != [classes] => {
+                bail!("{name}: class weights of shape {:?}, expected ({classes}), one for each class", weight.dims())
+            }
+            _ => {}
+        }
+        Ok(Elements { average_rows: true, ..self.problem(name, Term::BceWithLogits, input, target)? })
+    }
+}
+
+/// A loss of elements whose options and tensors go together.
+#[derive(Clone, Debug)]
+pub(crate) struct Elements {
+    /// The public function, for errors that only the data can cause.
+    pub name: &'static str,
+    pub term: Term,
+    /// Whether the elements along the last axis are averaged before the reduction, so that the axis disappears.
+    pub average_rows: bool,
+    pub options: ElementOptions,
+}
+
+impl Elements {
+    /// How many adjacent elements are averaged into one loss.
+    pub fn group(&self, input: &Layout) -> usize {
+        match input.dims() {
+            [.., last] if self.average_rows => *last,
+            _ => 1,
+        }
+    }
+
+    pub fn loss_shape(&self, input: &Layout) -> Shape {
+        match (self.options.reduction, input.dims()) {
+            (Reduction::None, [rows @ .., _]) if self.average_rows => Shape::from(rows),
+            (Reduction::None, _) => input.shape().clone(),
+            (Reduction::Mean | Reduction::Sum, _) => Shape::from(()),
+        }
+    }
+}
+
+/// The element-wise family's kernels of a device, for operands of any layout.
+pub(crate) trait ElementKernels: DeviceStorage {
+    /// The loss, and what its sum was divided by: a scalar in the arithmetic dtype, 1 unless the reduction is Mean.
+    fn forward(problem: &Elements, input: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)>;
+
+    /// The gradient of an argument, in row-major order.
+    fn backward(
+        problem: &Elements,
+        denominator: &Tensor,
+        of: Argument,
+        input: Arg<Self>,
+        target: Arg<Self>,
+        upstream: Arg<Self>,
+    ) -> Result<Self>;
+
+    /// The loss, and the gradient of the input for an upstream gradient of ones, in row-major order.
+    fn loss_and_grad(problem: &Elements, input: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)>;
+}

@@ -1,0 +1,68 @@
+//! NLL as the kernels are asked for it.
+
+use crate::check;
+use crate::custom_op::{Arg, DeviceStorage};
+use crate::reduction::Reduction;
+use crate::row_options::RowOptions;
+use crate::rows::{Rows, rows_of};
+use candle_core::{Layout, Result, Shape, Tensor, bail};
+
+/// An NLL whose options and tensors go together.
+#[derive(Clone, Debug)]
+pub(crate) struct Nll {
+    /// The public function, for errors that only the data can cause.
+    pub name: &'static str,
+    /// The class axis of the log-probabilities.
+    pub axis: usize,
+    pub options: RowOptions,
+}
+
+impl Nll {
+    /// Checks both tensors against the options.
+    pub fn new(name: &'static str, options: &RowOptions, log_probs: &Tensor, target: &Tensor) -> Result<Self> {
+        options.check(name)?;
+        let arithmetic = check::arithmetic_dtype(name, "log-probabilities", log_probs)?;
+        let axis = check::class_axis(name, log_probs)?;
+        check::same_device(name, "target", target, log_probs)?;
+        let mut rows = log_probs.dims().to_vec();
+        let classes = rows.remove(axis);
+        if target.dims() != rows {
+            bail!("{name}: target of shape {:?}, expected class indices of shape {rows:?}", target.dims());
+        }
+        check::class_indices(name, target)?;
+        Ok(Nll { name, axis, options: options.checked(name, classes, log_probs, arithmetic)? })
+    }
+
+    pub fn rows(&self, log_probs: &Layout) -> Result<Rows> {
+        rows_of(self.name, log_probs, self.axis)
+    }
+
+    pub fn loss_shape(&self, log_probs: &Layout) -> Shape {
+        match self.options.reduction {
+            Reduction::None => {
+                let mut dims = log_probs.dims().to_vec();
+                dims.remove(self.axis);
+                Shape::from(dims)
+            }
+            Reduction::Mean | Reduction::Sum => Shape::from(()),
+        }
+    }
+}
+
+/// The kernels of a device. Log-probabilities may lie in any way that [`Rows`] describes, class indices are contiguous.
+pub(crate) trait NllKernels: DeviceStorage {
+    /// The loss, and what its sum was divided by: a scalar in the arithmetic dtype, 1 unless the reduction is Mean.
+    fn forward(problem: &Nll, log_probs: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)>;
+
+    /// The loss, and the gradient of the log-probabilities for an upstream gradient of ones.
+    fn loss_and_grad(problem: &Nll, log_probs: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)>;
+
+    /// The gradient of the log-probabilities, in the order that [`Rows::class_last`] says. It reads none of them.
+    fn backward(
+        problem: &Nll,
+        denominator: &Tensor,
+        log_probs: Arg<Self>,
+        target: Arg<Self>,
+        upstream: Arg<Self>,
+    ) -> Result<Self>;
+}

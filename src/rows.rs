@@ -1,0 +1,180 @@
+//! Rows of classes in tensors of any layout.
+
+#[cfg(feature = "cuda")]
+use crate::custom_op::DeviceStorage;
+#[cfg(feature = "cuda")]
+use candle_core::Storage;
+use candle_core::{Error, Layout, Result, Shape, Tensor};
+
+/// Where the logits of each row lie: `outer x inner` rows of `classes` logits.
+///
+/// Row `r` is position `(r / inner, r % inner)`, the order of a contiguous target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Rows {
+    pub outer: usize,
+    pub inner: usize,
+    pub classes: usize,
+    pub offset: usize,
+    pub outer_stride: usize,
+    pub inner_stride: usize,
+    pub class_stride: usize,
+    /// How many of the axes other than the class axis make up `outer`.
+    pub split: usize,
+}
+
+impl Rows {
+    /// The rows along `axis`, or `None` where the other axes don't merge into two strides.
+    pub fn of(layout: &Layout, axis: usize) -> Option<Self> {
+        let natural = Self::with_split(layout, axis, axis);
+        if natural.is_some() || layout.stride()[axis] != 1 {
+            return natural;
+        }
+        // rows of adjacent classes may be grouped anywhere
+        (0..layout.dims().len()).find_map(|split| Self::with_split(layout, axis, split))
+    }
+
+    /// The rows along `axis` with the first `split` of the other axes merged into `outer` and the rest into `inner`.
+    pub fn with_split(layout: &Layout, axis: usize, split: usize) -> Option<Self> {
+        let mut axes: Vec<_> = layout.dims().iter().copied().zip(layout.stride().iter().copied()).collect();
+        let (classes, class_stride) = axes.remove(axis);
+        let (outer, outer_stride) = merge(&axes[..split])?;
+        let (inner, inner_stride) = merge(&axes[split..])?;
+        // the stride of an axis with one position means nothing
+        let class_stride = if classes == 1 { 1 } else { class_stride };
+        Some(Rows {
+            outer,
+            inner,
+            classes,
+            offset: layout.start_offset(),
+            outer_stride,
+            inner_stride,
+            class_stride,
+            split,
+        })
+    }
+
+    pub fn count(&self) -> usize {
+        self.outer * self.inner
+    }
+
+    /// Whether a row's classes are next to each other. The gradient is then written in the order (outer, inner, class),
+    /// otherwise in the order (outer, class, inner).
+    pub fn class_last(&self) -> bool {
+        self.inner == 1 || self.class_stride == 1
+    }
+
+    /// The storage index of a row's class 0.
+    pub fn start(&self, row: usize) -> usize {
+        match self.inner {
+            // the usual case, without a division
+            1 => self.offset + row * self.outer_stride,
+            inner => self.offset + row / inner * self.outer_stride + row % inner * self.inner_stride,
+        }
+    }
+
+    /// Where a row's class 0 is written, and how far apart its classes are.
+    pub fn written_start(&self, row: usize) -> usize {
+        match self.class_last() {
+            true => row * self.classes,
+            false => row / self.inner * self.classes * self.inner + row % self.inner,
+        }
+    }
+
+    pub fn written_stride(&self) -> usize {
+        if self.class_last() { 1 } else { self.inner }
+    }
+
+    /// Sizes and strides in the order (outer, inner, class) or (outer, class, inner).
+    pub fn axes(&self, class_last: bool) -> [(usize, usize); 3] {
+        let outer = (self.outer, self.outer_stride);
+        let inner = (self.inner, self.inner_stride);
+        let class = (self.classes, self.class_stride);
+        if class_last { [outer, inner, class] } else { [outer, class, inner] }
+    }
+}
+
+/// One size and stride for several axes, if they have one.
+fn merge(axes: &[(usize, usize)]) -> Option<(usize, usize)> {
+    let mut merged = (1, 0);
+    for &(size, stride) in axes.iter().filter(|(size, _)| *size != 1) {
+        merged = match merged {
+            (1, _) => (size, stride),
+            (n, outer) if outer == size * stride => (n * size, stride),
+            _ => return None,
+        };
+    }
+    Some(merged)
+}
+
+/// The tensor itself where [`Rows::of`] describes it, else a contiguous copy.
+pub(crate) fn as_rows(tensor: &Tensor, axis: usize) -> Result<Tensor> {
+    // one logit broadcast to all classes is not worth a way of its own in a kernel
+    let broadcast = tensor.stride()[axis] == 0 && tensor.dims()[axis] > 1;
+    match Rows::of(tensor.layout(), axis) {
+        Some(_) if !broadcast => Ok(tensor.clone()),
+        _ => tensor.contiguous(),
+    }
+}
+
+/// A second tensor of the logits' shape, grouped into rows as they are; a contiguous copy where its strides don't merge.
+pub(crate) fn as_rows_like(tensor: &Tensor, axis: usize, split: usize) -> Result<Tensor> {
+    match Rows::with_split(tensor.layout(), axis, split) {
+        Some(_) => Ok(tensor.clone()),
+        None => tensor.contiguous(),
+    }
+}
+
+/// Class indices one after the other.
+pub(crate) fn contiguous_indices(target: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let (Storage::Cuda(storage), false) = (&*target.storage_and_layout().0, target.is_contiguous()) {
+        // candle's own copy has no kernel for i32, and for the others one that no CUDA graph can record
+        return Ok(crate::cuda::operands::contiguous(storage, target.layout())?.into_tensor(target.shape()));
+    }
+    target.contiguous()
+}
+
+/// The rows of a tensor that went through [`as_rows`].
+pub(crate) fn rows_of(name: &str, layout: &Layout, axis: usize) -> Result<Rows> {
+    let rows = Rows::of(layout, axis);
+    rows.ok_or_else(|| {
+        Error::msg(format!(
+            "{name}: strides {:?} of shape {:?} do not merge around axis {axis}",
+            layout.stride(),
+            layout.dims()
+        ))
+    })
+}
+
+/// The rows of a tensor that went through [`as_rows_like`].
+pub(crate) fn rows_like(name: &str, layout: &Layout, axis: usize, like: &Rows) -> Result<Rows> {
+    let rows = Rows::with_split(layout, axis, like.split);
+    rows.ok_or_else(|| {
+        Error::msg(format!(
+            "{name}: strides {:?} of shape {:?} do not merge as the logits' do",
+            layout.stride(),
+            layout.dims()
+        ))
+    })
+}
+
+/// The shape in which a kernel writes a gradient of `shape`: with the class axis last if the rows are `class_last`.
+pub(crate) fn written_shape(shape: &Shape, axis: usize, rows: &Rows) -> Shape {
+    let mut dims = shape.dims().to_vec();
+    if rows.class_last() {
+        let classes = dims.remove(axis);
+        dims.push(classes);
+    }
+    Shape::from(dims)
+}
+
+/// The inverse of [`written_shape`]: a view with the logits' shape.
+pub(crate) fn view_as_logits(written: Tensor, axis: usize, class_last: bool) -> Result<Tensor> {
+    let last = written.rank() - 1;
+    if !class_last || axis == last {
+        return Ok(written);
+    }
+    let mut order: Vec<usize> = (0..last).collect();
+    order.insert(axis, last);
+    written.permute(order)
+}

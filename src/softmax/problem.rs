@@ -1,0 +1,198 @@
+//! Cross-entropy as the kernels are asked for it: its options, their checks, what a forward leaves for the backward, and the
+//! kernels that a device has.
+
+use crate::check;
+use crate::custom_op::{Arg, Argument, DeviceStorage};
+use crate::reduction::Reduction;
+use crate::row_options::RowOptions;
+use crate::rows::{Rows, rows_like, rows_of};
+use candle_core::{Layout, Result, Shape, Tensor, bail};
+
+/// The options of cross-entropy.
+#[derive(Clone, Debug)]
+pub(crate) struct SoftmaxOptions {
+    pub rows: RowOptions,
+    pub label_smoothing: f64,
+    pub z_loss: f64,
+    pub softcap: Option<f64>,
+    pub logit_scale: f64,
+}
+
+impl Default for SoftmaxOptions {
+    fn default() -> Self {
+        SoftmaxOptions {
+            rows: RowOptions::default(),
+            label_smoothing: 0.0,
+            z_loss: 0.0,
+            softcap: None,
+            logit_scale: 1.0,
+        }
+    }
+}
+
+impl SoftmaxOptions {
+    /// What can be said without looking at the tensors.
+    pub fn check(&self, name: &str) -> Result<()> {
+        check::in_unit_interval(name, "label smoothing", self.label_smoothing)?;
+        if !self.z_loss.is_finite() || self.z_loss < 0.0 {
+            bail!("{name}: z-loss factor {}, expected a finite number of 0 or more", self.z_loss);
+        }
+        if !self.logit_scale.is_finite() {
+            bail!("{name}: logit scale {}, expected a finite number", self.logit_scale);
+        }
+        match self.softcap {
+            Some(cap) if !(cap.is_finite() && cap > 0.0) => {
+                bail!("{name}: soft cap {cap}, expected a finite number above 0")
+            }
+            _ => self.rows.check(name),
+        }
+    }
+
+    /// Checks both tensors against the options.
+    pub fn problem(&self, name: &'static str, logits: &Tensor, target: &Tensor) -> Result<CrossEntropy> {
+        self.check(name)?;
+        let arithmetic = check::arithmetic_dtype(name, "logits", logits)?;
+        let axis = check::class_axis(name, logits)?;
+        check::same_device(name, "target", target, logits)?;
+        let mut rows = logits.dims().to_vec();
+        let classes = rows.remove(axis);
+        if target.dims() == rows {
+            check::class_indices(name, target)?;
+        } else if target.dims() != logits.dims() {
+            bail!(
+                "{name}: target of shape {:?} for logits of shape {:?}, expected class indices of shape {rows:?} or \
+                 probabilities of the logits' shape",
+                target.dims(),
+                logits.dims()
+            );
+        } else if !check::is_float(target.dtype()) {
+            bail!(
+                "{name}: a target of the logits' shape {:?} holds probabilities, which can't have dtype {:?}, expected \
+                 f16, bf16, f32 or f64",
+                logits.dims(),
+                target.dtype()
+            );
+        } else if self.rows.ignore_index >= 0 {
+            bail!(
+                "{name}: ignore_index {} with probability targets, expected none: it is for class indices",
+                self.rows.ignore_index
+            );
+        }
+        let rows = self.rows.checked(name, classes, logits, arithmetic)?;
+        Ok(CrossEntropy { name, axis, options: SoftmaxOptions { rows, ..self.clone() } })
+    }
+}
+
+/// A cross-entropy whose options and tensors go together.
+#[derive(Clone, Debug)]
+pub(crate) struct CrossEntropy {
+    /// The public function, for errors that only the data can cause.
+    pub name: &'static str,
+    /// The class axis of the logits.
+    pub axis: usize,
+    pub options: SoftmaxOptions,
+}
+
+impl CrossEntropy {
+    pub fn rows(&self, logits: &Layout) -> Result<Rows> {
+        rows_of(self.name, logits, self.axis)
+    }
+
+    /// The rows of probability targets.
+    pub fn target_rows(&self, target: &Layout, logits: &Rows) -> Result<Rows> {
+        rows_like(self.name, target, self.axis, logits)
+    }
+
+    /// The shape of the rows: the logits' without the class axis.
+    pub fn row_shape(&self, logits: &Layout) -> Shape {
+        let mut dims = logits.dims().to_vec();
+        dims.remove(self.axis);
+        Shape::from(dims)
+    }
+
+    pub fn loss_shape(&self, logits: &Layout) -> Shape {
+        match self.options.rows.reduction {
+            Reduction::None => self.row_shape(logits),
+            Reduction::Mean | Reduction::Sum => Shape::from(()),
+        }
+    }
+}
+
+/// What the backward needs of the forward.
+#[derive(Clone, Debug)]
+pub(crate) struct Saved {
+    /// `(2, rows)` in the arithmetic dtype: each row's maximum m, and the sum of `exp(x - m)` over the other classes. With
+    /// probability targets, or class weights and smoothing, `(3, rows)`: the row's mass too.
+    pub statistics: Tensor,
+    /// A scalar in the arithmetic dtype: what the sum of the rows' losses is divided by; 1 unless the reduction is Mean.
+    pub denominator: Tensor,
+}
+
+/// Per-row results of [`CrossEntropyLoss::statistics`](crate::CrossEntropyLoss::statistics); each tensor has the shape of class
+/// indices.
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_fused_loss::{CrossEntropyLoss, RowStatistics};
+/// # fn main() -> candle_core::Result<()> {
+/// let logits = Tensor::new(&[[1f32, 2., 3.], [5., 2., 0.]], &Device::Cpu)?;
+/// let target = Tensor::new(&[2u32, 1], &Device::Cpu)?;
+/// let RowStatistics { argmax, correct, .. } = CrossEntropyLoss::new().statistics(&logits, &target)?;
+/// assert_eq!(argmax.to_vec1::<u32>()?, [2, 0]);
+/// assert_eq!(correct.to_vec1::<u8>()?, [1, 0]);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct RowStatistics<T = Tensor> {
+    /// The row's loss in nats, before any reduction; 0 for an ignored row.
+    pub loss: T,
+    /// `log sum_c exp(x_c)` after scale and soft cap; 0 for an ignored row.
+    pub lse: T,
+    /// The part `z lse^2` of the loss; 0 for an ignored row.
+    pub z_loss: T,
+    /// The entropy `-sum_c p_c log p_c` of the prediction in nats; 0 for an ignored row.
+    pub entropy: T,
+    /// The first class of the largest logit, u32; kept for an ignored row.
+    pub argmax: T,
+    /// 1 where `argmax` is the target (or the first most probable class of it), else 0, u8; 0 for an ignored row.
+    pub correct: T,
+}
+
+/// The softmax family's kernels of a device. Logits and probabilities are as [`as_rows`](crate::rows::as_rows) leaves them, class
+/// indices contiguous.
+pub(crate) trait SoftmaxKernels: DeviceStorage {
+    /// The loss, and what the backward needs.
+    fn forward(problem: &CrossEntropy, logits: Arg<Self>, target: Arg<Self>) -> Result<(Self, Saved)>;
+
+    /// The gradient of an argument, in the order that [`Rows::class_last`] says.
+    fn backward(
+        problem: &CrossEntropy,
+        saved: &Saved,
+        of: Argument,
+        logits: Arg<Self>,
+        target: Arg<Self>,
+        upstream: Arg<Self>,
+    ) -> Result<Self>;
+
+    /// The loss, and the gradient of the logits for an upstream gradient of ones.
+    fn loss_and_grad(problem: &CrossEntropy, logits: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)>;
+
+    /// As [`Self::loss_and_grad`]; the gradient replaces the logits, which are contiguous.
+    fn loss_and_grad_inplace(
+        problem: &CrossEntropy,
+        logits: &mut Self,
+        layout: &Layout,
+        target: Arg<Self>,
+    ) -> Result<Self>;
+
+    /// The rows' losses and statistics.
+    fn statistics(problem: &CrossEntropy, logits: Arg<Self>, target: Arg<Self>) -> Result<RowStatistics<Self>>;
+
+    /// `x - log sum exp(x)` of each row, in the order that [`Rows::class_last`] says.
+    fn log_softmax(name: &str, logits: &Self, rows: &Rows) -> Result<Self>;
+
+    /// `g - exp(y) sum(g)` of each row, in the order of the log-probabilities y.
+    fn log_softmax_backward(name: &str, output: (&Self, &Rows), upstream: (&Self, &Rows)) -> Result<Self>;
+}
