@@ -1,6 +1,6 @@
 //! Matrix products by cuBLAS: as candle calls it, but with a result of its own dtype that can be added to.
 
-use super::matmul::{NAME, Place};
+use super::place::{MatrixPlace, NAME};
 use candle_core::cuda_backend::{CudaDType, WrapErr, gemm_reduced_precision_bf16, gemm_reduced_precision_f32};
 use candle_core::{CudaStorage, Result, bail};
 use cudarc::cublas::result::{dgemm_strided_batched, gemm_strided_batched_ex};
@@ -13,7 +13,7 @@ use std::ffi::c_void;
 
 static ONE: f32 = 1.0;
 
-pub(crate) trait Element: CudaDType + DeviceRepr {
+pub(crate) trait BlasElement: CudaDType + DeviceRepr {
     const TYPE: cudaDataType_t;
 
     /// How sums of products of these are computed: never in less than f32 but where candle was told so.
@@ -22,11 +22,11 @@ pub(crate) trait Element: CudaDType + DeviceRepr {
     }
 }
 
-impl Element for f16 {
+impl BlasElement for f16 {
     const TYPE: cudaDataType_t = cudaDataType_t::CUDA_R_16F;
 }
 
-impl Element for bf16 {
+impl BlasElement for bf16 {
     const TYPE: cudaDataType_t = cudaDataType_t::CUDA_R_16BF;
 
     fn compute() -> Compute {
@@ -37,7 +37,7 @@ impl Element for bf16 {
     }
 }
 
-impl Element for f32 {
+impl BlasElement for f32 {
     const TYPE: cudaDataType_t = cudaDataType_t::CUDA_R_32F;
 
     fn compute() -> Compute {
@@ -48,7 +48,7 @@ impl Element for f32 {
     }
 }
 
-impl Element for f64 {
+impl BlasElement for f64 {
     const TYPE: cudaDataType_t = cudaDataType_t::CUDA_R_64F;
 
     fn compute() -> Compute {
@@ -56,7 +56,7 @@ impl Element for f64 {
     }
 }
 
-impl Place {
+impl MatrixPlace {
     /// The matrix as cuBLAS takes it: its columns are our rows. Whether it has to be transposed, and the distance of
     /// its columns.
     fn leading(&self) -> Result<(Transpose, i32)> {
@@ -80,11 +80,11 @@ fn small(size: usize) -> Result<i32> {
     }
 }
 
-pub(crate) fn product<To: Element, Of: Element>(
+pub(crate) fn product<To: BlasElement, Of: BlasElement>(
     to: &mut CudaStorage,
     lhs: &CudaStorage,
     rhs: &CudaStorage,
-    [t, l, r]: [Place; 3],
+    [t, l, r]: [MatrixPlace; 3],
     accumulate: bool,
 ) -> Result<()> {
     let blas = to.device.cublas_handle();

@@ -4,9 +4,8 @@
 //! chunks, and gradients that are summed over the chunks in f32, also where the operands are 16-bit. On the CPU this is the
 //! `gemm` crate and on CUDA cuBLAS, both as in candle itself.
 
+use super::place::{MatrixPlace, NAME};
 use candle_core::{CpuStorage, InplaceOp3, Layout, Result, Tensor, WithDType, bail};
-
-pub(crate) const NAME: &str = "matrix product";
 
 /// `to <- lhs rhs`, or `to <- to + lhs rhs`, for matrices of any strides on the CPU; on CUDA, one stride of each is 1.
 ///
@@ -22,36 +21,9 @@ struct Product {
     accumulate: bool,
 }
 
-/// Where a matrix begins, and the strides of its rows and columns.
-#[derive(Clone, Copy)]
-pub(crate) struct Place {
-    pub start: usize,
-    pub rows: usize,
-    pub columns: usize,
-    pub row_stride: usize,
-    pub column_stride: usize,
-}
-
-impl Place {
-    fn of(layout: &Layout) -> Result<Self> {
-        let ((rows, columns), &[row_stride, column_stride]) = (layout.shape().dims2()?, layout.stride()) else {
-            bail!("{NAME}: strides {:?} of shape {:?}", layout.stride(), layout.dims())
-        };
-        Ok(Place { start: layout.start_offset(), rows, columns, row_stride, column_stride })
-    }
-
-    /// From the first element to behind the last.
-    pub fn range(&self) -> std::ops::Range<usize> {
-        if self.rows == 0 || self.columns == 0 {
-            return self.start..self.start;
-        }
-        self.start..self.start + (self.rows - 1) * self.row_stride + (self.columns - 1) * self.column_stride + 1
-    }
-}
-
 /// The three matrices of a product that fit together.
-fn places(to: &Layout, lhs: &Layout, rhs: &Layout) -> Result<[Place; 3]> {
-    let [t, l, r] = [Place::of(to)?, Place::of(lhs)?, Place::of(rhs)?];
+fn places(to: &Layout, lhs: &Layout, rhs: &Layout) -> Result<[MatrixPlace; 3]> {
+    let [t, l, r] = [MatrixPlace::of(to)?, MatrixPlace::of(lhs)?, MatrixPlace::of(rhs)?];
     if (l.rows, r.columns, l.columns) != (t.rows, t.columns, r.rows) {
         bail!("{NAME}: {:?} times {:?} into {:?}", lhs.dims(), rhs.dims(), to.dims());
     }
@@ -113,7 +85,7 @@ impl InplaceOp3 for Product {
     }
 }
 
-fn on_cpu<T: WithDType + From<i8>>(to: &mut [T], lhs: &[T], rhs: &[T], [t, l, r]: [Place; 3], accumulate: bool) {
+fn on_cpu<T: WithDType + From<i8>>(to: &mut [T], lhs: &[T], rhs: &[T], [t, l, r]: [MatrixPlace; 3], accumulate: bool) {
     let (to, lhs, rhs) = (&mut to[t.range()], &lhs[l.range()], &rhs[r.range()]);
     let parallelism = match candle_core::utils::get_num_threads() {
         1 => gemm::Parallelism::None,

@@ -6,198 +6,27 @@
 //! in the end, which is also why 16-bit gradients of a mean over many rows don't vanish. With [`Reduction::None`] the
 //! upstream gradient is different in each row, and the backward computes the logits once more (8NDV).
 //!
-//! Sums are kept in the arithmetic dtype and rounded once. On the CPU the logits have it too, because 16-bit products run
-//! in f32 there anyway; on CUDA they have the inputs' dtype, for the tensor cores.
+//! Sums are kept in the arithmetic dtype and rounded once.
 
+use super::chunks::{Sums, Wanted};
 use super::composed;
-use super::matmul::product;
+use super::inputs::{Counted, Inputs, scalar};
 use super::problem::{Linear, LinearGradients};
-use crate::check::arithmetic;
 use crate::custom_op::has_kernels;
-use crate::nll::problem::Nll;
 use crate::reduction::Reduction;
-use crate::row_options::RowOptions;
-use crate::rows::contiguous_indices;
-use crate::softmax::problem::{CrossEntropy, SoftmaxOptions};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
-use candle_core::{CpuStorage, CustomOp3, DType, Device, Error, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CustomOp3, DType, Error, Layout, Result, Shape, Storage, Tensor};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-/// Bytes of logits at a time where nothing else is asked for. On the CPU they stay near the last-level cache, and are rows
-/// enough for the products; on CUDA the products need more rows than that.
-const CPU_CHUNK: usize = 32 << 20;
-const CUDA_CHUNK: usize = 512 << 20;
-/// Bytes of a 16-bit weight that are widened at a time, on the CPU.
-const TILE: usize = 2 << 20;
 /// Bytes of a sum that are rounded to 16 bits at a time.
 const PIECE: usize = 32 << 20;
-/// Rows below which a product is mostly traffic, and classes likewise.
-const LEAST_ROWS: usize = 16;
-const LEAST_CLASSES: usize = 64;
 
 /// The gradients that were asked for.
 struct Gradients {
     hidden: Option<Tensor>,
     weight: Option<Tensor>,
     bias: Option<Tensor>,
-}
-
-/// Which gradients are asked for.
-#[derive(Clone, Copy)]
-struct Wanted {
-    hidden: bool,
-    weight: bool,
-    bias: bool,
-}
-
-impl Wanted {
-    const NOTHING: Self = Wanted { hidden: false, weight: false, bias: false };
-
-    fn something(&self) -> bool {
-        self.hidden || self.weight || self.bias
-    }
-}
-
-/// The inputs as matrices, without a graph.
-struct Inputs {
-    /// `(N, D)`
-    hidden: Tensor,
-    /// `(V, D)`
-    weight: Tensor,
-    /// `(1, V)`
-    bias: Option<Tensor>,
-    /// `(N)`
-    target: Tensor,
-}
-
-impl Inputs {
-    fn new(hidden: &Tensor, weight: &Tensor, bias: Option<&Tensor>, target: &Tensor) -> Result<Self> {
-        let (classes, features) = weight.dims2()?;
-        let target = contiguous_indices(&target.detach())?.flatten_all()?;
-        Ok(Inputs {
-            hidden: hidden.detach().reshape((target.elem_count(), features))?,
-            weight: as_operand(weight.detach())?,
-            bias: bias.map(|bias| bias.detach().reshape((1, classes))).transpose()?,
-            // the CPU picks rows from it
-            target: if target.device().is_cpu() { target.to_dtype(DType::I64)? } else { target },
-        })
-    }
-
-    fn device(&self) -> &Device {
-        self.hidden.device()
-    }
-
-    fn features(&self) -> usize {
-        self.weight.dims()[1]
-    }
-
-    fn classes(&self) -> usize {
-        self.weight.dims()[0]
-    }
-
-    /// The dtype of the sums.
-    fn arithmetic(&self) -> DType {
-        arithmetic(self.hidden.dtype())
-    }
-
-    /// The dtype of the logits and of their gradient.
-    fn working(&self) -> DType {
-        if self.device().is_cuda() { self.hidden.dtype() } else { self.arithmetic() }
-    }
-
-    /// The weight in pieces that are cheap to widen to the working dtype: the first class and the number of them.
-    fn tiles(&self) -> Vec<(usize, usize)> {
-        let (classes, working) = (self.classes(), self.working());
-        if self.weight.dtype() == working {
-            return vec![(0, classes)];
-        }
-        let step = (TILE / (self.features() * working.size_in_bytes())).max(LEAST_CLASSES);
-        (0..classes).step_by(step).map(|start| (start, step.min(classes - start))).collect()
-    }
-
-    fn tile(&self, (start, len): (usize, usize)) -> Result<Tensor> {
-        self.weight.narrow(0, start, len)?.to_dtype(self.working())
-    }
-}
-
-/// The matrix itself where a product takes it, else a contiguous copy.
-fn as_operand(matrix: Tensor) -> Result<Tensor> {
-    let ((rows, columns), strides) = (matrix.dims2()?, matrix.stride());
-    let whole = |inner: usize, outer: usize, size: usize| inner == 1 && outer >= size;
-    if whole(strides[1], strides[0], columns) || whole(strides[0], strides[1], rows) {
-        Ok(matrix)
-    } else {
-        matrix.contiguous()
-    }
-}
-
-/// The rows that are worked on. An ignored row must not come near a product: 0 times the NaN in it would be NaN.
-enum Selection {
-    All,
-    /// The rows that count, on the CPU: what is ignored costs nothing.
-    Rows(Tensor),
-    /// `(N, 1)`: 1 where the row counts, on CUDA, where the number of rows can't depend on the target without waiting for
-    /// the device. What is ignored is worked on as zeros.
-    Mask(Tensor),
-}
-
-impl Selection {
-    /// Some of the selected rows of a matrix or a vector.
-    fn rows(&self, of: &Tensor, start: usize, len: usize) -> Result<Tensor> {
-        match self {
-            Selection::Rows(rows) => of.index_select(&rows.narrow(0, start, len)?, 0),
-            Selection::All => of.narrow(0, start, len),
-            Selection::Mask(mask) if of.rank() == 2 => {
-                let of = of.narrow(0, start, len)?;
-                mask.narrow(0, start, len)?.broadcast_as(of.shape())?.where_cond(&of, &of.zeros_like()?)
-            }
-            Selection::Mask(_) => of.narrow(0, start, len),
-        }
-    }
-
-    /// All rows again, zeros where they don't count.
-    fn spread(&self, selected: Tensor, count: usize) -> Result<Tensor> {
-        let Selection::Rows(rows) = self else { return Ok(selected) };
-        let mut dims = selected.dims().to_vec();
-        dims[0] = count;
-        let zeros = Tensor::zeros(dims, selected.dtype(), selected.device())?;
-        if rows.elem_count() == 0 { Ok(zeros) } else { zeros.index_add(rows, &selected, 0) }
-    }
-}
-
-/// What the targets alone decide.
-struct Counted {
-    selection: Selection,
-    /// Selected rows.
-    rows: usize,
-    /// What the sum is divided by: a scalar, f64.
-    denominator: Tensor,
-    /// Whether any row counts: a scalar, u8.
-    some: Tensor,
-}
-
-/// The sums over the rows, in the arithmetic dtype.
-struct Sums {
-    /// `(selected rows, D)`
-    hidden: Option<Tensor>,
-    /// `(V, D)`
-    weight: Option<Tensor>,
-    /// `(1, V)`
-    bias: Option<Tensor>,
-}
-
-impl Sums {
-    fn new(inputs: &Inputs, rows: usize, wanted: Wanted) -> Result<Self> {
-        let zeros = |wanted: bool, rows: usize, columns: usize| {
-            wanted.then(|| Tensor::zeros((rows, columns), inputs.arithmetic(), inputs.device())).transpose()
-        };
-        Ok(Sums {
-            hidden: zeros(wanted.hidden, rows, inputs.features())?,
-            weight: zeros(wanted.weight, inputs.classes(), inputs.features())?,
-            bias: zeros(wanted.bias, 1, inputs.classes())?,
-        })
-    }
 }
 
 /// The upstream gradient.
@@ -246,15 +75,6 @@ fn scaled(sum: &Tensor, factor: &Tensor) -> Result<Tensor> {
     }
 }
 
-fn ones(shape: impl Into<Shape>, inputs: &Inputs) -> Result<Tensor> {
-    Tensor::ones(shape, inputs.working(), inputs.device())
-}
-
-fn scalar(value: f64, device: &Device) -> Result<Tensor> {
-    // not copied from the host
-    Tensor::full(value, (), device)
-}
-
 impl Linear {
     fn is_composed(&self, hidden: &Tensor) -> bool {
         !self.problem.options.rows.fused || !has_kernels(hidden.device())
@@ -271,7 +91,7 @@ impl Linear {
             weight: weight.track_op(),
             bias: bias.is_some_and(|bias| bias.track_op()),
         };
-        let counted = self.counted(&inputs)?;
+        let counted = Counted::new(&self, &inputs)?;
         let in_forward = match self.problem.options.rows.reduction {
             Reduction::None => Wanted::NOTHING,
             Reduction::Mean | Reduction::Sum => wanted,
@@ -311,7 +131,7 @@ impl Linear {
         }
         let inputs = Inputs::new(hidden, weight, bias, target)?;
         let wanted = Wanted { hidden: true, weight: true, bias: bias.is_some() };
-        let counted = self.counted(&inputs)?;
+        let counted = Counted::new(&self, &inputs)?;
         let (loss, sums) = self.run(&inputs, &counted, wanted, None)?;
         let loss = self.reduced(&inputs, &counted, loss)?.reshape(self.loss_shape(target))?;
         let one = scalar(1.0, inputs.device())?;
@@ -329,164 +149,9 @@ impl Linear {
         }
     }
 
-    /// The weight of each row with class weights, else 1; 0 where it is ignored. On the CPU this is where a class out of
-    /// range is found; on CUDA it is NaN, or found if that was asked for.
-    ///
-    /// It is the NLL of log-probabilities that are all -1, and these take no memory.
-    fn row_weights(&self, inputs: &Inputs, weight: Option<Tensor>) -> Result<Tensor> {
-        let rows = inputs.target.elem_count();
-        let minus_one = scalar(-1.0, inputs.device())?.to_dtype(inputs.arithmetic())?;
-        let options =
-            RowOptions { weight, reduction: Reduction::None, normalizer: None, ..self.problem.options.rows.clone() };
-        let nll = Nll { name: self.problem.name, axis: 1, options };
-        let weights = nll.forward(&minus_one.broadcast_as((rows, inputs.classes()))?, &inputs.target)?;
-        // a bad row is NaN in itself, not in what it shares with others
-        let numbers = weights.eq(&weights)?;
-        if inputs.device().is_cpu() { Ok(weights) } else { numbers.where_cond(&weights, &weights.zeros_like()?) }
-    }
-
-    fn counted(&self, inputs: &Inputs) -> Result<Counted> {
-        let (device, all) = (inputs.device(), inputs.target.elem_count());
-        if all == 0 {
-            let denominator = match (self.problem.options.rows.reduction, self.problem.options.rows.normalizer) {
-                (Reduction::Mean, Some(normalizer)) => normalizer,
-                (Reduction::Mean, None) => 0.0,
-                (Reduction::None | Reduction::Sum, _) => 1.0,
-            };
-            return Ok(Counted {
-                selection: Selection::All,
-                rows: 0,
-                denominator: scalar(denominator, device)?,
-                some: Tensor::zeros((), DType::U8, device)?,
-            });
-        }
-        let ones = self.row_weights(inputs, None)?;
-        let count = ones.to_dtype(DType::F64)?.sum_all()?;
-        let denominator = match (
-            self.problem.options.rows.reduction,
-            self.problem.options.rows.normalizer,
-            &self.problem.options.rows.weight,
-        ) {
-            (Reduction::Mean, Some(normalizer), _) => scalar(normalizer, device)?,
-            (Reduction::Mean, None, None) => count.clone(),
-            (Reduction::Mean, None, Some(weight)) => {
-                self.row_weights(inputs, Some(weight.clone()))?.to_dtype(DType::F64)?.sum_all()?
-            }
-            (Reduction::None | Reduction::Sum, _, _) => scalar(1.0, device)?,
-        };
-        let some = count.ne(0f64)?;
-        let (selection, rows) = if !device.is_cpu() {
-            (Selection::Mask(ones.ne(0f64)?.unsqueeze(1)?), all)
-        } else {
-            let rows: Vec<u32> = (0u32..)
-                .zip(ones.to_dtype(DType::F64)?.to_vec1::<f64>()?)
-                .filter_map(|(row, w)| (w != 0.0).then_some(row))
-                .collect();
-            match rows.len() {
-                len if len == all => (Selection::All, all),
-                len => (Selection::Rows(Tensor::from_vec(rows, len, device)?), len),
-            }
-        };
-        Ok(Counted { selection, rows, denominator, some })
-    }
-
-    /// The rows of a chunk: what was asked for, or as many as keep the logits within the device's budget, evenly.
-    fn chunk_rows(&self, inputs: &Inputs, rows: usize) -> usize {
-        if let Some(asked) = self.chunk_rows {
-            return asked;
-        }
-        let budget = if inputs.device().is_cuda() { CUDA_CHUNK } else { CPU_CHUNK };
-        let most = (budget / (inputs.classes() * inputs.working().size_in_bytes())).max(LEAST_ROWS);
-        rows.div_ceil(rows.div_ceil(most).max(1))
-    }
-
-    /// The losses of the selected rows or of the chunks, and the wanted sums. With an upstream gradient `(N)` for each row,
-    /// that is folded into what is summed over rows.
-    fn run(
-        &self,
-        inputs: &Inputs,
-        counted: &Counted,
-        wanted: Wanted,
-        upstream: Option<&Tensor>,
-    ) -> Result<(Option<Tensor>, Sums)> {
-        let (features, classes, working) = (inputs.features(), inputs.classes(), inputs.working());
-        let Counted { selection, rows, .. } = counted;
-        let sums = Sums::new(inputs, *rows, wanted)?;
-        if *rows == 0 {
-            return Ok((None, sums));
-        }
-        let options = &self.problem.options;
-        let rows_options = RowOptions {
-            reduction: if options.rows.reduction == Reduction::None { Reduction::None } else { Reduction::Sum },
-            normalizer: None,
-            target_check: false,
-            ..options.rows.clone()
-        };
-        let chunk =
-            CrossEntropy { options: SoftmaxOptions { rows: rows_options, ..options.clone() }, ..self.problem.clone() };
-        let step = self.chunk_rows(inputs, *rows).min(*rows);
-        let tiles = inputs.tiles();
-        let bias = inputs.bias.as_ref().map(|bias| bias.to_dtype(working)).transpose()?;
-        let buffer = Tensor::zeros((step, classes), working, inputs.device())?;
-        let ones = ones(step, inputs)?;
-        let mut losses = Vec::with_capacity(rows.div_ceil(step));
-        for start in (0..*rows).step_by(step) {
-            let (len, first) = (step.min(rows - start), start == 0);
-            let hidden = selection.rows(&inputs.hidden, start, len)?.to_dtype(working)?;
-            let target = selection.rows(&inputs.target, start, len)?;
-            let logits = buffer.narrow(0, 0, len)?;
-            let ones = ones.narrow(0, 0, len)?;
-            if let Some(bias) = &bias {
-                product(&logits, &ones.unsqueeze(1)?, bias, false)?;
-            }
-            for &(class, len) in &tiles {
-                let weight = inputs.tile((class, len))?;
-                product(&logits.narrow(1, class, len)?, &hidden, &weight.t()?, bias.is_some())?;
-            }
-            if !wanted.something() {
-                losses.push(chunk.clone().forward(&logits, &target)?);
-                continue;
-            }
-            losses.push(chunk.clone().loss_and_grad_inplace(&logits, &target)?);
-            let gradient = logits;
-            if let Some(sum) = &sums.hidden {
-                let sum = sum.narrow(0, start, len)?;
-                for &(class, len) in &tiles {
-                    product(&sum, &gradient.narrow(1, class, len)?, &inputs.tile((class, len))?, class > 0)?;
-                }
-            }
-            let upstream = match upstream {
-                Some(upstream) => Some(selection.rows(upstream, start, len)?),
-                None => None,
-            };
-            if let Some(sum) = &sums.weight {
-                let hidden = match &upstream {
-                    Some(upstream) => {
-                        let upstream = upstream.unsqueeze(1)?.broadcast_as((len, features))?;
-                        (hidden.to_dtype(inputs.arithmetic())? * upstream)?.to_dtype(working)?
-                    }
-                    None => hidden,
-                };
-                product(sum, &gradient.t()?, &hidden, !first)?;
-            }
-            if let Some(sum) = &sums.bias {
-                let factors = match upstream {
-                    Some(upstream) => upstream.to_dtype(working)?,
-                    None => ones,
-                };
-                product(sum, &factors.unsqueeze(0)?, &gradient, !first)?;
-            }
-        }
-        let losses = match self.problem.options.rows.reduction {
-            Reduction::None => Tensor::cat(&losses, 0)?,
-            Reduction::Mean | Reduction::Sum => Tensor::stack(&losses, 0)?,
-        };
-        Ok((Some(losses), sums))
-    }
-
     /// The loss as it is returned, but flat.
     fn reduced(&self, inputs: &Inputs, counted: &Counted, losses: Option<Tensor>) -> Result<Tensor> {
-        let all = inputs.target.elem_count();
+        let all = inputs.rows();
         let dtype = inputs.arithmetic();
         match (self.problem.options.rows.reduction, losses) {
             (Reduction::None, None) => Tensor::zeros(all, dtype, inputs.device()),
@@ -530,7 +195,7 @@ impl Linear {
         };
         let hidden = hidden.map(|sum| -> Result<Tensor> {
             let gradient = rounded(&sum, &factor, dtype)?;
-            counted.selection.spread(gradient, inputs.target.elem_count())?.reshape(hidden_shape)
+            counted.selection.spread(gradient, inputs.rows())?.reshape(hidden_shape)
         });
         Ok(Gradients {
             hidden: hidden.transpose()?,

@@ -1,0 +1,219 @@
+//! The inputs of linear cross-entropy as matrices, and the rows of them that count.
+
+use super::problem::Linear;
+use crate::check::arithmetic;
+use crate::nll::problem::Nll;
+use crate::reduction::Reduction;
+use crate::row_options::RowOptions;
+use crate::rows::contiguous_indices;
+use candle_core::{DType, Device, Result, Shape, Tensor};
+
+/// Bytes of a 16-bit weight that are widened at a time, on the CPU.
+const TILE: usize = 2 << 20;
+/// Classes below which a product is mostly traffic.
+const LEAST_CLASSES: usize = 64;
+
+/// What the work depends on the device for.
+pub(super) struct Policy {
+    /// The dtype of the logits and of their gradient. On the CPU it is that of the sums, because 16-bit products run in f32 there
+    /// anyway; on CUDA the inputs', for the tensor cores.
+    pub working: DType,
+    /// Bytes of logits at a time where nothing else is asked for. On the CPU they stay near the last-level cache, and are rows
+    /// enough for the products; on CUDA the products need more rows than that.
+    pub chunk_bytes: usize,
+    /// Whether the host knows which rows count. On CUDA it would have to wait for the device.
+    pub host_knows: bool,
+}
+
+impl Policy {
+    fn new(device: &Device, dtype: DType) -> Self {
+        match device.is_cpu() {
+            true => Policy { working: arithmetic(dtype), chunk_bytes: 32 << 20, host_knows: true },
+            false => Policy { working: dtype, chunk_bytes: 512 << 20, host_knows: false },
+        }
+    }
+}
+
+/// The inputs as matrices, without a graph.
+pub(super) struct Inputs {
+    /// `(N, D)`
+    pub hidden: Tensor,
+    /// `(V, D)`
+    pub weight: Tensor,
+    /// `(1, V)`
+    pub bias: Option<Tensor>,
+    /// `(N)`
+    pub target: Tensor,
+    pub policy: Policy,
+}
+
+impl Inputs {
+    pub fn new(hidden: &Tensor, weight: &Tensor, bias: Option<&Tensor>, target: &Tensor) -> Result<Self> {
+        let (classes, features) = weight.dims2()?;
+        let target = contiguous_indices(&target.detach())?.flatten_all()?;
+        let policy = Policy::new(hidden.device(), hidden.dtype());
+        Ok(Inputs {
+            hidden: hidden.detach().reshape((target.elem_count(), features))?,
+            weight: as_operand(weight.detach())?,
+            bias: bias.map(|bias| bias.detach().reshape((1, classes))).transpose()?,
+            // the host picks rows from it
+            target: if policy.host_knows { target.to_dtype(DType::I64)? } else { target },
+            policy,
+        })
+    }
+
+    pub fn device(&self) -> &Device {
+        self.hidden.device()
+    }
+
+    pub fn rows(&self) -> usize {
+        self.target.elem_count()
+    }
+
+    pub fn features(&self) -> usize {
+        self.weight.dims()[1]
+    }
+
+    pub fn classes(&self) -> usize {
+        self.weight.dims()[0]
+    }
+
+    /// The dtype of the sums.
+    pub fn arithmetic(&self) -> DType {
+        arithmetic(self.hidden.dtype())
+    }
+
+    /// The weight in pieces that are cheap to widen to the working dtype: the first class and the number of them.
+    pub fn tiles(&self) -> Vec<(usize, usize)> {
+        let (classes, working) = (self.classes(), self.policy.working);
+        if self.weight.dtype() == working {
+            return vec![(0, classes)];
+        }
+        let step = (TILE / (self.features() * working.size_in_bytes())).max(LEAST_CLASSES);
+        (0..classes).step_by(step).map(|start| (start, step.min(classes - start))).collect()
+    }
+
+    pub fn tile(&self, (start, len): (usize, usize)) -> Result<Tensor> {
+        self.weight.narrow(0, start, len)?.to_dtype(self.policy.working)
+    }
+}
+
+/// The matrix itself where a product takes it, else a contiguous copy.
+fn as_operand(matrix: Tensor) -> Result<Tensor> {
+    let ((rows, columns), strides) = (matrix.dims2()?, matrix.stride());
+    let whole = |inner: usize, outer: usize, size: usize| inner == 1 && outer >= size;
+    if whole(strides[1], strides[0], columns) || whole(strides[0], strides[1], rows) {
+        Ok(matrix)
+    } else {
+        matrix.contiguous()
+    }
+}
+
+/// The rows that are worked on. An ignored row must not come near a product: 0 times the NaN in it would be NaN.
+pub(super) enum Selection {
+    All,
+    /// The rows that count, where the host knows them: ignored rows cost nothing.
+    Rows(Tensor),
+    /// `(N, 1)`: 1 where the row counts, where the host doesn't know. Ignored rows are worked on as zeros.
+    Mask(Tensor),
+}
+
+impl Selection {
+    /// Some of the selected rows of a matrix or a vector.
+    pub fn rows(&self, of: &Tensor, start: usize, len: usize) -> Result<Tensor> {
+        match self {
+            Selection::Rows(rows) => of.index_select(&rows.narrow(0, start, len)?, 0),
+            Selection::All => of.narrow(0, start, len),
+            Selection::Mask(mask) if of.rank() == 2 => {
+                let of = of.narrow(0, start, len)?;
+                mask.narrow(0, start, len)?.broadcast_as(of.shape())?.where_cond(&of, &of.zeros_like()?)
+            }
+            Selection::Mask(_) => of.narrow(0, start, len),
+        }
+    }
+
+    /// All rows again, zeros where they don't count.
+    pub fn spread(&self, selected: Tensor, count: usize) -> Result<Tensor> {
+        let Selection::Rows(rows) = self else { return Ok(selected) };
+        let mut dims = selected.dims().to_vec();
+        dims[0] = count;
+        let zeros = Tensor::zeros(dims, selected.dtype(), selected.device())?;
+        if rows.elem_count() == 0 { Ok(zeros) } else { zeros.index_add(rows, &selected, 0) }
+    }
+}
+
+/// What the targets alone decide.
+pub(super) struct Counted {
+    pub selection: Selection,
+    /// Selected rows.
+    pub rows: usize,
+    /// What the sum is divided by: a scalar, f64.
+    pub denominator: Tensor,
+    /// Whether any row counts: a scalar, u8.
+    pub some: Tensor,
+}
+
+impl Counted {
+    pub fn new(linear: &Linear, inputs: &Inputs) -> Result<Self> {
+        let (device, all) = (inputs.device(), inputs.rows());
+        let options = &linear.problem.options.rows;
+        if all == 0 {
+            return Ok(Counted {
+                selection: Selection::All,
+                rows: 0,
+                denominator: scalar(options.denominator(0.0), device)?,
+                some: Tensor::zeros((), DType::U8, device)?,
+            });
+        }
+        let ones = row_weights(linear, inputs, None)?;
+        let count = ones.to_dtype(DType::F64)?.sum_all()?;
+        let denominator = match (options.reduction, options.normalizer, &options.weight) {
+            (Reduction::Mean, None, None) => count.clone(),
+            (Reduction::Mean, None, Some(weight)) => {
+                row_weights(linear, inputs, Some(weight.clone()))?.to_dtype(DType::F64)?.sum_all()?
+            }
+            _ => scalar(options.denominator(0.0), device)?,
+        };
+        let some = count.ne(0f64)?;
+        if !inputs.policy.host_knows {
+            let selection = Selection::Mask(ones.ne(0f64)?.unsqueeze(1)?);
+            return Ok(Counted { selection, rows: all, denominator, some });
+        }
+        let rows: Vec<u32> = (0u32..)
+            .zip(ones.to_dtype(DType::F64)?.to_vec1::<f64>()?)
+            .filter_map(|(row, w)| (w != 0.0).then_some(row))
+            .collect();
+        let (selection, rows) = match rows.len() {
+            len if len == all => (Selection::All, all),
+            len => (Selection::Rows(Tensor::from_vec(rows, len, device)?), len),
+        };
+        Ok(Counted { selection, rows, denominator, some })
+    }
+}
+
+/// The weight of each row with class weights, else 1; 0 where it is ignored. On the CPU this is where a class out of range is
+/// found; on CUDA it is NaN, or found if that was asked for.
+///
+/// It is the NLL of log-probabilities that are all -1, and these take no memory.
+fn row_weights(linear: &Linear, inputs: &Inputs, weight: Option<Tensor>) -> Result<Tensor> {
+    let minus_one = scalar(-1.0, inputs.device())?.to_dtype(inputs.arithmetic())?;
+    let minus_ones = minus_one.broadcast_as((inputs.rows(), inputs.classes()))?;
+    let rows = &linear.problem.options.rows;
+    let options = RowOptions { weight, reduction: Reduction::None, normalizer: None, ..rows.clone() };
+    let weights = Nll { name: linear.problem.name, axis: 1, options }.forward(&minus_ones, &inputs.target)?;
+    if inputs.policy.host_knows {
+        return Ok(weights);
+    }
+    // a bad row is NaN in itself, not in what it shares with others
+    weights.eq(&weights)?.where_cond(&weights, &weights.zeros_like()?)
+}
+
+/// A number on the device, not copied from the host.
+pub(super) fn scalar(value: f64, device: &Device) -> Result<Tensor> {
+    Tensor::full(value, (), device)
+}
+
+/// Ones in the working dtype.
+pub(super) fn ones(shape: impl Into<Shape>, inputs: &Inputs) -> Result<Tensor> {
+    Tensor::ones(shape, inputs.policy.working, inputs.device())
+}
