@@ -21,16 +21,19 @@ impl Counting {
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         Self::add(layout.size());
+        // SAFETY: the caller keeps the contract, which is the system allocator's own
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         Self::add(layout.size());
+        // SAFETY: the caller keeps the contract, which is the system allocator's own
         unsafe { System.alloc_zeroed(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         LIVE.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: the caller keeps the contract, which is the system allocator's own
         unsafe { System.dealloc(pointer, layout) }
     }
 }
