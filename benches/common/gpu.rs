@@ -1,6 +1,5 @@
 //! Timing on a CUDA device, by events; and graphs, which replay work without the host.
 
-use super::machine::{self, Machine, Replay};
 use candle_core::cuda_backend::cudarc;
 use candle_core::{CudaDevice, Device, Error, Result};
 use cudarc::driver::sys::{
@@ -115,7 +114,7 @@ impl Clock {
     /// Records what `work` starts, without starting it. It must not wait for the device or copy from the host, and frees what
     /// it allocates.
     #[allow(dead_code)]
-    pub fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<Replay> {
+    pub fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<Box<dyn Fn() -> Result<()>>> {
         // relaxed: allocations and loaded modules of other threads are none of this recording's business
         self.stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).map_err(failed)?;
         let worked = work();
@@ -140,27 +139,38 @@ impl Clock {
 
 /// The first GPU with a stream of its own, all of whose work can be recorded.
 #[allow(dead_code)]
-pub fn recorder(rehearsal: bool) -> Result<Machine> {
+pub fn recorder(rehearsal: bool) -> Result<Gpu> {
     let device = Device::new_cuda_with_stream(0)?;
     let Device::Cuda(cuda) = &device else { return Err(Error::msg("no CUDA device")) };
     // SAFETY: nothing that this device allocates is used on another stream. A recording can't wait for events from before.
     unsafe { cuda.disable_event_tracking() };
-    machine(cuda, rehearsal)
+    Gpu::new(cuda, rehearsal)
 }
 
-pub fn machine(device: &CudaDevice, rehearsal: bool) -> Result<Machine> {
-    let stream = device.cuda_stream();
-    let context = stream.context();
-    let name = context.name().map_err(failed)?;
-    let cache_bytes = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE).map_err(failed)?;
-    let cache_bytes = (cache_bytes.max(0) as usize).max(1 << 20);
-    let read = context.load_module(Ptx::from_src(READ)).and_then(|m| m.load_function("read_all")).map_err(failed)?;
-    // 100 us on the fastest cards
-    let flush = if rehearsal { 2 * READ_BLOCK } else { (384 << 20).max(3 * cache_bytes) };
-    let flush = stream.alloc_zeros(flush).map_err(failed)?;
-    let out = stream.alloc_zeros(1).map_err(failed)?;
-    // one set of inputs is enough to see that all runs
-    let cache_bytes = if rehearsal { 1 } else { cache_bytes };
-    let clock = machine::Clock::Gpu(Arc::new(Clock { stream, read, out, flush }));
-    Ok(Machine { device: Device::Cuda(device.clone()), name, cache_bytes, clock })
+/// A device with its clock.
+pub struct Gpu {
+    pub device: Device,
+    pub name: String,
+    pub cache_bytes: usize,
+    pub clock: Arc<Clock>,
+}
+
+impl Gpu {
+    pub fn new(device: &CudaDevice, rehearsal: bool) -> Result<Self> {
+        let stream = device.cuda_stream();
+        let context = stream.context();
+        let name = context.name().map_err(failed)?;
+        let cache_bytes = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE).map_err(failed)?;
+        let cache_bytes = (cache_bytes.max(0) as usize).max(1 << 20);
+        let read =
+            context.load_module(Ptx::from_src(READ)).and_then(|m| m.load_function("read_all")).map_err(failed)?;
+        // 100 us on the fastest cards
+        let flush = if rehearsal { 2 * READ_BLOCK } else { (384 << 20).max(3 * cache_bytes) };
+        let flush = stream.alloc_zeros(flush).map_err(failed)?;
+        let out = stream.alloc_zeros(1).map_err(failed)?;
+        // one set of inputs is enough to see that all runs
+        let cache_bytes = if rehearsal { 1 } else { cache_bytes };
+        let clock = Arc::new(Clock { stream, read, out, flush });
+        Ok(Gpu { device: Device::Cuda(device.clone()), name, cache_bytes, clock })
+    }
 }

@@ -84,6 +84,12 @@ impl Machine {
         Machine { device: Device::Cpu, name: cpu_name(), cache_bytes: cpu_cache_bytes(), clock: Clock::Host }
     }
 
+    #[cfg(feature = "cuda")]
+    fn gpu(gpu: super::gpu::Gpu) -> Self {
+        let super::gpu::Gpu { device, name, cache_bytes, clock } = gpu;
+        Machine { device, name, cache_bytes, clock: Clock::Gpu(clock) }
+    }
+
     /// The GPU where one works and this is a build for it, else the CPU. `rehearsal`: the times are not looked at, and may be
     /// anything but long.
     ///
@@ -96,7 +102,7 @@ impl Machine {
             #[cfg(feature = "cuda")]
             Device::Cuda(cuda) => {
                 candle_fused_loss::keep_memory(&device)?;
-                super::gpu::machine(cuda, rehearsal)
+                super::gpu::Gpu::new(cuda, rehearsal).map(Self::gpu)
             }
             Device::Cpu => Ok(Self::cpu()),
             _ => candle_core::bail!("the benches know the CPU and CUDA"),
@@ -110,7 +116,7 @@ impl Machine {
         match &self.clock {
             Clock::Host => candle_core::bail!("the CPU has no graphs"),
             #[cfg(feature = "cuda")]
-            Clock::Gpu(_) => super::gpu::recorder(rehearsal),
+            Clock::Gpu(_) => super::gpu::recorder(rehearsal).map(Self::gpu),
         }
     }
 
