@@ -1,9 +1,9 @@
-//! What a program built with the `cuda` feature asks of the driver, and what it does where that fails: a broken driver leaves
-//! the CPU as `best_device`; no loss copies to the host or waits for the device, so that a CUDA graph can record it and give
-//! what the loss gives, again and again.
+//! What a program built with the `cuda` feature asks of the driver, and what it does where that fails: a broken driver
+//! leaves the CPU as `best_device`; no loss copies to the host or waits for the device, so that a CUDA graph can record
+//! it and give what the loss gives, again and again.
 //!
-//! This binary has functions of the driver's names, which the linker prefers to those of the driver's library. They fail
-//! where a test says so and else call the library's.
+//! This binary has functions of the driver's names, which the linker prefers to those of the driver's library. They
+//! fail where a test says so and else call the library's.
 #![cfg(all(feature = "cuda", target_os = "linux"))]
 
 use candle_core::cuda_backend::WrapErr;
@@ -259,7 +259,8 @@ fn record(stream: &Arc<CudaStream>, work: impl FnOnce() -> Result<()>) -> Result
     Ok(graph.w()?.expect("the driver gave no graph"))
 }
 
-/// Forward and backward recorded as a graph: nothing runs then, and each replay computes from what the logits are by then.
+/// Forward and backward recorded as a graph: nothing runs then, and each replay computes from what the logits are by
+/// then.
 #[test]
 fn losses_are_replayed_from_a_graph() -> Result<()> {
     let _turn = turn();
@@ -368,7 +369,8 @@ impl Means {
     }
 }
 
-/// Replays in one stream beside eager calls in another thread's, whose launches overlap: both give what they give alone, bit for bit.
+/// Replays in one stream beside eager calls in another thread's, whose launches overlap: both give what they give
+/// alone, bit for bit.
 #[test]
 fn replays_and_eager_calls_run_at_once() -> Result<()> {
     let _turn = turn();

@@ -1,5 +1,5 @@
-//! How much memory linear cross-entropy takes on the CPU, counted by the allocator. A binary of its own: what other tests
-//! allocate at the same time would count too.
+//! How much memory linear cross-entropy takes on the CPU, counted by the allocator. A binary of its own: what other
+//! tests allocate at the same time would count too.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_fused_loss::{LinearCrossEntropyLoss, Reduction, linear_cross_entropy};

@@ -49,7 +49,8 @@ pub enum Pass {
     ForwardBackward,
     LossAndGrad,
     LossAndGradInplace,
-    /// What candle's `backward()` does with each gradient that an operation returns, and nothing else: zeros, and a sum.
+    /// What candle's `backward()` does with each gradient that an operation returns, and nothing else: zeros, and a
+    /// sum.
     Accumulate,
     /// The time that a call of the forward takes on the host, which does not wait for the device.
     HostCall,
@@ -89,8 +90,8 @@ impl Implementation {
     }
 }
 
-/// What is compared in one interleaved series: everything that computes a loss, everything that computes its gradient too,
-/// and what a call costs the host.
+/// What is compared in one interleaved series: everything that computes a loss, everything that computes its gradient
+/// too, and what a call costs the host.
 pub const FORWARD: [(Implementation, Pass); 3] = [
     (Implementation::Fused, Pass::Forward),
     (Implementation::Unfused, Pass::Forward),
@@ -113,8 +114,8 @@ pub const HOST: [(Implementation, Pass); 2] =
 pub enum Shape {
     /// Rows of adjacent classes.
     Rows { rows: usize, classes: usize },
-    /// Sequences of one position more, which has no target: the logits of a language model that predicts the next word. Its
-    /// rows end where the next ones don't begin.
+    /// Sequences of one position more, which has no target: the logits of a language model that predicts the next word.
+    /// Its rows end where the next ones don't begin.
     Shifted { batch: usize, length: usize, classes: usize },
     /// A class for each pixel, the classes an image apart.
     Image { images: usize, classes: usize, height: usize, width: usize },
@@ -224,8 +225,9 @@ impl Case {
         elements * self.dtype.size_in_bytes()
     }
 
-    /// The least that a pass has to do. E is the logits' bytes, N the rows. `backward()` reads everything a second time, because
-    /// the forward has ended. Losses and row statistics are left out; nothing is granted to what candle's autograd adds.
+    /// The least that a pass has to do. E is the logits' bytes, N the rows. `backward()` reads everything a second
+    /// time, because the forward has ended. Losses and row statistics are left out; nothing is granted to what candle's
+    /// autograd adds.
     pub fn minimum(&self, pass: Pass) -> Minimum {
         if let Shape::Linear { rows, features, classes } = self.shape {
             let product = 2 * rows * features * classes;

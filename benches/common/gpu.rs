@@ -12,8 +12,8 @@ use cudarc::nvrtc::Ptx;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Reads a buffer, 16 KB a block: each thread four independent vectors of 16 bytes. Their exclusive or is stored only where
-/// it is a number that the buffer was not made to give.
+/// Reads a buffer, 16 KB a block: each thread four independent vectors of 16 bytes. Their exclusive or is stored only
+/// where it is a number that the buffer was not made to give.
 const READ: &str = "
 .version 7.0
 .target sm_70
@@ -68,9 +68,9 @@ pub struct Clock {
     stream: Arc<CudaStream>,
     read: CudaFunction,
     out: CudaSlice<u32>,
-    /// Read before each sample, which has two purposes. What is timed finds neither its inputs in the cache nor lines there
-    /// that have to be written back; and the device is busy while the host enqueues the work, so that the host's overhead is
-    /// not measured as long as it is shorter than this.
+    /// Read before each sample, which has two purposes. What is timed finds neither its inputs in the cache nor lines
+    /// there that have to be written back; and the device is busy while the host enqueues the work, so that the host's
+    /// overhead is not measured as long as it is shorter than this.
     flush: CudaSlice<u8>,
 }
 
@@ -111,8 +111,8 @@ impl Clock {
         Ok(blocks * READ_BLOCK)
     }
 
-    /// Records what `work` starts, without starting it. It must not wait for the device or copy from the host, and frees what
-    /// it allocates.
+    /// Records what `work` starts, without starting it. It must not wait for the device or copy from the host, and
+    /// frees what it allocates.
     #[allow(dead_code)]
     pub fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<Box<dyn Fn() -> Result<()>>> {
         // relaxed: allocations and loaded modules of other threads are none of this recording's business
@@ -142,7 +142,8 @@ impl Clock {
 pub fn recorder(rehearsal: bool) -> Result<Gpu> {
     let device = Device::new_cuda_with_stream(0)?;
     let Device::Cuda(cuda) = &device else { return Err(Error::msg("no CUDA device")) };
-    // SAFETY: nothing that this device allocates is used on another stream. A recording can't wait for events from before.
+    // SAFETY: nothing that this device allocates is used on another stream. A recording can't wait for events from
+    // before.
     unsafe { cuda.disable_event_tracking() };
     Gpu::new(cuda, rehearsal)
 }

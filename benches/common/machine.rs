@@ -90,11 +90,11 @@ impl Machine {
         Machine { device, name, cache_bytes, clock: Clock::Gpu(clock) }
     }
 
-    /// The GPU where one works and this is a build for it, else the CPU. `rehearsal`: the times are not looked at, and may be
-    /// anything but long.
+    /// The GPU where one works and this is a build for it, else the CPU. `rehearsal`: the times are not looked at, and
+    /// may be anything but long.
     ///
-    /// On a GPU, freed memory stays with the process. The memory pool would give it back whenever the host waits for the device,
-    /// which is after each sample, and the next one would measure how gigabytes are mapped anew.
+    /// On a GPU, freed memory stays with the process. The memory pool would give it back whenever the host waits for
+    /// the device, which is after each sample, and the next one would measure how gigabytes are mapped anew.
     #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
     pub fn best(rehearsal: bool) -> Result<Self> {
         let device = candle_fused_loss::best_device();

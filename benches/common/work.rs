@@ -15,8 +15,8 @@ pub struct Inputs {
     sets: Vec<Data>,
 }
 
-/// Small problems stay in the cache of a CPU with this many sets, as they do in training, where the logits have just been
-/// written. On a GPU the clock empties the cache.
+/// Small problems stay in the cache of a CPU with this many sets, as they do in training, where the logits have just
+/// been written. On a GPU the clock empties the cache.
 const MAX_SETS: usize = 16;
 
 impl Inputs {
@@ -93,8 +93,8 @@ impl Inputs {
         }
     }
 
-    /// The time of the loss's backward alone. candle's `backward()` goes on with zeros and a sum for the gradient that it gets,
-    /// which can't be had without: so they are done once more, and their time is taken off.
+    /// The time of the loss's backward alone. candle's `backward()` goes on with zeros and a sum for the gradient that
+    /// it gets, which can't be had without: so they are done once more, and their time is taken off.
     fn time_backward(&self, machine: &Machine, implementation: Implementation, i: usize) -> Result<Duration> {
         let data = self.set(i);
         let marks = Arc::new(Mutex::new(vec![]));

@@ -1,13 +1,13 @@
-//! One command that measures a machine and every loss on it, prints a table, and keeps each number in a CSV file from which
-//! it draws its pictures.
+//! One command that measures a machine and every loss on it, prints a table, and keeps each number in a CSV file from
+//! which it draws its pictures.
 //!
 //!     cargo bench --bench report                                      the whole grid, bounded by --time-budget
 //!     cargo bench --bench report -- --peers python3                   and PyTorch on each case, right after it
 //!     cargo bench --bench report -- --quick --out /tmp/report         a minute, to see that it runs
 //!     cargo bench --features cuda --bench report -- --filter bf16     on a GPU if one works
 //!
-//! What is compared is measured in turns (A B A B …) in one run, after a warm-up, and so are the rates that the shares refer
-//! to. See `benches/README.md` for the columns.
+//! What is compared is measured in turns (A B A B …) in one run, after a warm-up, and so are the rates that the shares
+//! refer to. See `benches/README.md` for the columns.
 
 #[path = "../common/mod.rs"]
 mod common;

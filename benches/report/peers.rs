@@ -1,5 +1,5 @@
-//! PyTorch and other peers, which `benches/peers/peers.py` runs in a process of its own: asked case by case, so that what is
-//! compared runs on the same device right after one another.
+//! PyTorch and other peers, which `benches/peers/peers.py` runs in a process of its own: asked case by case, so that
+//! what is compared runs on the same device right after one another.
 
 use crate::common::case::{Case, Pass};
 use crate::series::{Measured, Times};
@@ -79,8 +79,8 @@ impl Peers {
         let _ = self.child.wait();
     }
 
-    /// A case's peers, in what is left of their time, of which `of` requests are still to come. None once there is nobody to
-    /// ask or no time.
+    /// A case's peers, in what is left of their time, of which `of` requests are still to come. None once there is
+    /// nobody to ask or no time.
     pub fn measure(&mut self, case: &Case, pass: Pass, of: usize) -> Result<Option<Vec<Measured>>> {
         if self.left < Duration::from_secs(2) || self.names.is_empty() {
             return Ok(None);

@@ -51,15 +51,15 @@ pub struct Measured {
 /// Of a call that takes no more than a tenth of the time there is; of a longer one a single sample may have to do.
 const MIN_SAMPLES: usize = 5;
 const MAX_SAMPLES: usize = 51;
-/// On the CPU, calls that take less are timed as they are in a loop: what ran before has emptied the caches and let the threads
-/// fall asleep.
+/// On the CPU, calls that take less are timed as they are in a loop: what ran before has emptied the caches and let the
+/// threads fall asleep.
 const REPEATED: Duration = Duration::from_millis(50);
 
 /// The calls of a sample of what the host takes for one: fewer than a device's queue holds.
 const HOST_CALLS: usize = 200;
 
-/// The calls of one sample: enough for the clock, and on a GPU enough that what one call leaves in the cache is written back
-/// in the next one's time. Calls that are shorter than it takes to enqueue them are timed one by one.
+/// The calls of one sample: enough for the clock, and on a GPU enough that what one call leaves in the cache is written
+/// back in the next one's time. Calls that are shorter than it takes to enqueue them are timed one by one.
 fn calls(machine: &Machine, one: Duration) -> usize {
     let us = (one.as_secs_f64() * 1e6).max(0.05);
     match machine.device.is_cpu() {
@@ -69,7 +69,8 @@ fn calls(machine: &Machine, one: Duration) -> usize {
     }
 }
 
-/// Logits of up to so many bytes are measured in replays too: about what a GPU does in the time that the host takes to start it.
+/// Logits of up to so many bytes are measured in replays too: about what a GPU does in the time that the host takes to
+/// start it.
 const REPLAYED_BYTES: usize = 32 << 20;
 
 /// One of those that are compared.
@@ -105,8 +106,9 @@ impl Series<'_> {
         let mut contenders = vec![];
         for (implementation, pass) in kind() {
             let time = move |first, count| inputs.time(machine, implementation, pass, first, count);
-            // the first call loads, compiles, faults pages in and is counted; the fastest of those on all sets is the estimate,
-            // unless the first one has shown that it takes long. On a GPU it shows how long loading takes, and nothing else
+            // the first call loads, compiles, faults pages in and is counted; the fastest of those on all sets is the
+            // estimate, unless the first one has shown that it takes long. On a GPU it shows how long loading takes,
+            // and nothing else
             let start = Instant::now();
             let (first, peak) = peak_of(|| inputs.call(implementation, pass, 0));
             let mut best = start.elapsed();
@@ -181,8 +183,8 @@ impl Series<'_> {
         Ok(measured.collect())
     }
 
-    /// This crate's kernels without the host: one call on each set of inputs, recorded once. What can't be recorded is a
-    /// contender without samples.
+    /// This crate's kernels without the host: one call on each set of inputs, recorded once. What can't be recorded is
+    /// a contender without samples.
     fn replayed<'m>(&self, recorder: &'m Machine, pass: Pass) -> Contender<'m> {
         let (replay, samples) = match self.record(recorder, pass) {
             Ok(replay) => (Some(replay), Ok(vec![])),

@@ -1,7 +1,8 @@
-//! A decoder-only transformer: causal attention, gated feed-forward layers, RMS norm before each, and one matrix for the
-//! embedding and the head.
+//! A decoder-only transformer: causal attention, gated feed-forward layers, RMS norm before each, and one matrix for
+//! the embedding and the head.
 //!
-//! Of candle's ops only those with a gradient can be used. Its fused softmax has none, so this crate's log-softmax stands in.
+//! Of candle's ops only those with a gradient can be used. Its fused softmax has none, so this crate's log-softmax
+//! stands in.
 
 use candle_core::{D, Device, Result, Tensor, Var};
 use candle_fused_loss::log_softmax;

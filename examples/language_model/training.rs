@@ -35,7 +35,8 @@ impl Outcome {
     pub fn sentence(&self, corpus: &Corpus) -> String {
         let bits = self.held_out / std::f64::consts::LN_2 / corpus.bytes_per_piece();
         format!(
-            "held-out loss {:.3} nats a piece: perplexity {:.1}, {bits:.3} bits a byte; {} steps in {:.0} s, at most {:.0} MB in a step",
+            "held-out loss {:.3} nats a piece: perplexity {:.1}, {bits:.3} bits a byte; {} steps in \
+             {:.0} s, at most {:.0} MB in a step",
             self.held_out,
             self.held_out.exp(),
             self.losses.len(),

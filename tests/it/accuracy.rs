@@ -1,13 +1,13 @@
 //! How far the losses are from f64, in units of the last place: the table in the README.
 //!
-//! Measured where nothing cancels by the definition, so that a unit in the last place of the result is what it should be:
-//! hard targets and no smoothing; for log-softmax's gradient the unit is that of the larger of its two terms. The loss is
-//! every row's and the mean; its unit is f32's (f64's for f64). The unit of the gradient is the input's dtype's: half a unit
-//! is the rounding to it. In f64 the reference's own rounding is in the numbers.
+//! Measured where nothing cancels by the definition, so that a unit in the last place of the result is what it should
+//! be: hard targets and no smoothing; for log-softmax's gradient the unit is that of the larger of its two terms. The
+//! loss is every row's and the mean; its unit is f32's (f64's for f64). The unit of the gradient is the input's
+//! dtype's: half a unit is the rounding to it. In f64 the reference's own rounding is in the numbers.
 //!
-//! What f32 logits have more than 16-bit ones is the rounding of their difference to the row's maximum, which is exact for
-//! so few bits: at a difference of 40, half a unit is 2e-6, by which the exponential is off relatively, and with it a loss
-//! or gradient of 1e-17.
+//! What f32 logits have more than 16-bit ones is the rounding of their difference to the row's maximum, which is exact
+//! for so few bits: at a difference of 40, half a unit is 2e-6, by which the exponential is off relatively, and with it
+//! a loss or gradient of 1e-17.
 
 use crate::common::{FLOATS, Random, arithmetic, devices, half_ulp, indices, is_slow, tensor, values};
 use crate::reference::{self, CrossEntropy, Elements, Expected, Near, Targets, Term};
@@ -29,9 +29,9 @@ const BOUNDS: [(&str, [(f64, f64); 4]); 8] = [
     ("`SigmoidFocalLoss`", [(24.0, 0.6), (24.0, 0.6), (24.0, 24.0), (36.0, 36.0)]),
 ];
 
-/// What is allowed on CUDA instead, where it is not the same: `ex2.approx` and `div.approx` may be off by 2 units in the last
-/// place (CUDA's programming guide, "Intrinsic functions"), and these are the bounds with instructions that are, as those of
-/// the software GPU with `SOFTGPU_ULP=2`.
+/// What is allowed on CUDA instead, where it is not the same: `ex2.approx` and `div.approx` may be off by 2 units in
+/// the last place (CUDA's programming guide, "Intrinsic functions"), and these are the bounds with instructions that
+/// are, as those of the software GPU with `SOFTGPU_ULP=2`.
 const CUDA_BOUNDS: [(&str, [(f64, f64); 4]); 4] = [
     ("`CrossEntropyLoss`, class indices", [(16.0, 0.6), (8.0, 0.6), (20.0, 40.0), (6.0, 8.0)]),
     ("`CrossEntropyLoss`, probabilities", [(16.0, 0.6), (8.0, 0.6), (20.0, 40.0), (6.0, 8.0)]),

@@ -54,7 +54,8 @@ fn broadcastable(dims: &[usize], random: &mut Random) -> Vec<usize> {
     dims[skipped..].iter().map(|&d| if random.below(3) == 0 { 1 } else { d }).collect()
 }
 
-/// Random operand that broadcasts to the input, in any float dtype, sometimes a strided view; and its values as broadcast.
+/// Random operand that broadcasts to the input, in any float dtype, sometimes a strided view; and its values as
+/// broadcast.
 fn operand(
     case: &Case,
     device: &Device,

@@ -254,8 +254,8 @@ impl Operand {
     }
 }
 
-/// Compares elementwise: off by at most the reference's slack in epsilons of the arithmetic dtype and one rounding to the
-/// tensor's own dtype. Kernels may flush what is below the smallest normal number, and factors of it, to zero.
+/// Compares elementwise: off by at most the reference's slack in epsilons of the arithmetic dtype and one rounding to
+/// the tensor's own dtype. Kernels may flush what is below the smallest normal number, and factors of it, to zero.
 pub fn compare(what: &str, got: &Tensor, want: &[Near], arithmetic: DType) -> Result<()> {
     let dtype = got.dtype();
     let got = values(got)?;

@@ -100,8 +100,8 @@ fn bad_targets_do_not_end_the_context() -> Result<()> {
     Ok(())
 }
 
-/// Two threads with one device, each with a stream of its own, so that their launches overlap: means of sizes between one
-/// block and thousands, whose last blocks add up what all have left. The same bits as those of one thread alone.
+/// Two threads with one device, each with a stream of its own, so that their launches overlap: means of sizes between
+/// one block and thousands, whose last blocks add up what all have left. The same bits as those of one thread alone.
 #[test]
 fn means_from_two_threads() -> Result<()> {
     let gpu = cuda();

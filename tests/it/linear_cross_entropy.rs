@@ -183,8 +183,8 @@ struct Tolerance {
 }
 
 impl Tolerance {
-    /// f32 and f64: sums of some hundred products. 16-bit gradients: one rounding of such a sum, where the logits are f32
-    /// (CPU); where they are 16-bit too (CUDA) an error of half a unit in each logit and in its gradient.
+    /// f32 and f64: sums of some hundred products. 16-bit gradients: one rounding of such a sum, where the logits are
+    /// f32 (CPU); where they are 16-bit too (CUDA) an error of half a unit in each logit and in its gradient.
     fn of(dtype: DType, device: &Device) -> Self {
         let (unit, sum) = match dtype {
             DType::F64 => (0.0, 1e-13),
@@ -509,7 +509,8 @@ fn any_layout_and_index_dtype() -> Result<()> {
             let target = data.target(&device)?;
             let loss = LinearCrossEntropyLoss::new().with_chunk_rows(5);
             let (want, want_grads) = loss.loss_and_grad(hidden, weight, Some(bias), &target)?;
-            // the same values: a weight stored the other way around, hidden states and targets of strided rows, and windows
+            // the same values: a weight stored the other way around, hidden states and targets of strided rows, and
+            // windows
             let weight_t = weight.t()?.contiguous()?.t()?;
             let hidden_t = hidden.transpose(0, 1)?.contiguous()?.transpose(0, 1)?;
             let window = |t: &Tensor| Tensor::cat(&[t, t, t], 0)?.narrow(0, t.dim(0)?, t.dim(0)?);

@@ -130,7 +130,8 @@ proptest! {
                 let (moved, moved_grad) = loss.loss_and_grad(&(&x + offset)?, &t)?;
                 assert_same_bits("loss with an offset", &moved, &value)?;
                 assert_same_bits("gradient with an offset", &moved_grad, &grad)?;
-                assert_same_bits("log_softmax with an offset", &log_softmax(&(&x + offset)?, 1)?, &log_softmax(&x, 1)?)?;
+                let (moved, x) = (log_softmax(&(&x + offset)?, 1)?, log_softmax(&x, 1)?);
+                assert_same_bits("log_softmax with an offset", &moved, &x)?;
             }
             Ok(())
         });
@@ -144,7 +145,8 @@ proptest! {
             for dtype in [DType::F32, DType::F64] {
                 let weight = tensor(&batch.weight, &[batch.classes], dtype, device)?;
                 let e = batch.random.uniform();
-                let loss = CrossEntropyLoss::new().with_reduction(Reduction::None).with_weight(weight).with_label_smoothing(e);
+                let loss = CrossEntropyLoss::new().with_reduction(Reduction::None);
+                let loss = loss.with_weight(weight).with_label_smoothing(e);
                 let x = batch.logits(dtype, device)?;
                 for target in [batch.target(device)?, batch.soft(DType::F32, device)?] {
                     let grad = loss.loss_and_grad(&x, &target)?.1;
@@ -169,7 +171,14 @@ proptest! {
         batch.soft.truncate(len);
         batch.t.truncate(batch.n);
         check(|device| {
-            let mut batch = Batch { x: batch.x.clone(), soft: batch.soft.clone(), t: batch.t.clone(), weight: batch.weight.clone(), random: Random::new(seed), ..batch };
+            let mut batch = Batch {
+                x: batch.x.clone(),
+                soft: batch.soft.clone(),
+                t: batch.t.clone(),
+                weight: batch.weight.clone(),
+                random: Random::new(seed),
+                ..batch
+            };
             let (ce, _) = batch.options(device)?;
             let ce = ce.with_reduction(Reduction::Mean);
             let (t, soft) = (batch.target(device)?, batch.soft(DType::F64, device)?);
@@ -207,7 +216,8 @@ proptest! {
                 for i in [0, x.len() / 2, x.len() - 1] {
                     let moved = |by: f64| { let mut x = x.to_vec(); x[i] += by; x };
                     let slope = (at(&moved(h), t)? - at(&moved(-h), t)?) / (2.0 * h);
-                    assert!((grad[i] - slope).abs() <= tolerance(slope, loss_here), "{name} at {i}: {} {slope}", grad[i]);
+                    let close = (grad[i] - slope).abs() <= tolerance(slope, loss_here);
+                    assert!(close, "{name} at {i}: {} {slope}", grad[i]);
                     if tracks && *name != "log_softmax" {
                         let target_grad = values(grads.get(&t_var).expect("a gradient"))?[i];
                         let inner = |by: f64| { let mut t = batch.soft.clone(); t[i] = t[i].clamp(0.1, 0.9) + by; t };
@@ -216,7 +226,8 @@ proptest! {
                         let grad = values(grads.get(&base).expect("a gradient"))?[i];
                         let moved = |by: f64| at(x, &tensor(&inner(by), &batch.dims(), DType::F64, device)?);
                         let slope = (moved(h)? - moved(-h)?) / (2.0 * h);
-                        assert!((grad - slope).abs() <= tolerance(slope, loss_here), "{name}, target at {i}: {grad} {slope}");
+                        let close = (grad - slope).abs() <= tolerance(slope, loss_here);
+                        assert!(close, "{name}, target at {i}: {grad} {slope}");
                         assert!(target_grad.is_finite());
                     }
                 }
@@ -341,7 +352,8 @@ proptest! {
                 let weight = tensor(&batch.weight, &[batch.classes], dtype, device)?;
                 let (reduction, e) = (batch.random.pick(&REDUCTIONS), batch.random.uniform());
                 let (alpha, gamma) = (batch.random.pick(&[0.25, -1.0]), batch.random.pick(&[0.0, 1.5, 2.0]));
-                let p = tensor(&batch.random.uniforms(batch.x.len()), &batch.dims(), dtype, device)?.affine(0.98, 0.01)?;
+                let p = tensor(&batch.random.uniforms(batch.x.len()), &batch.dims(), dtype, device)?;
+                let p = p.affine(0.98, 0.01)?;
                 let mask = batch.target(device)?.ge(1i64)?.unsqueeze(1)?;
                 let counted = if values(&mask)?.iter().any(|&m| m > 0.0) { mask } else { mask.ones_like()? };
                 let fused_logits = BceWithLogitsLoss::new()
@@ -356,11 +368,18 @@ proptest! {
                     .with_ignore_mask(counted);
                 let (margin, other_margin) = (
                     MultiLabelSoftMarginLoss::new().with_reduction(reduction).with_weight(weight.clone()),
-                    MultiLabelSoftMarginLoss::new().with_fused(false).with_reduction(reduction).with_weight(weight.clone()),
+                    MultiLabelSoftMarginLoss::new()
+                        .with_fused(false)
+                        .with_reduction(reduction)
+                        .with_weight(weight.clone()),
                 );
                 let (focal, other_focal) = (
                     SigmoidFocalLoss::new().with_alpha(alpha).with_gamma(gamma).with_reduction(reduction),
-                    SigmoidFocalLoss::new().with_fused(false).with_alpha(alpha).with_gamma(gamma).with_reduction(reduction),
+                    SigmoidFocalLoss::new()
+                        .with_fused(false)
+                        .with_alpha(alpha)
+                        .with_gamma(gamma)
+                        .with_reduction(reduction),
                 );
                 let (bce, other_bce) = (
                     BceLoss::new().with_weight(weight.clone()).with_reduction(reduction),
@@ -381,14 +400,19 @@ proptest! {
                     ("logits", fused_logits.loss_and_grad(&x, &soft)?, composed_logits.loss_and_grad(&x, &soft)?),
                     ("margin", margin.loss_and_grad(&x, &soft)?, other_margin.loss_and_grad(&x, &soft)?),
                     ("focal", focal.loss_and_grad(&x, &soft)?, other_focal.loss_and_grad(&x, &soft)?),
-                    ("log_softmax", through_graph(&x, |x| log_softmax(x, 1))?, through_graph(&x, |x| unfused::log_softmax(x, 1))?),
+                    (
+                        "log_softmax",
+                        through_graph(&x, |x| log_softmax(x, 1))?,
+                        through_graph(&x, |x| unfused::log_softmax(x, 1))?,
+                    ),
                 ] {
                     assert_eq!(got.0.dims(), want.0.dims(), "{name}");
                     assert_close(&format!("{name} loss {dtype:?}"), &got.0, &want.0, relative, dtype)?;
                     // gradients are differences of terms of the size of the weights, or of a row's probabilities
                     let mass = if name == "of probabilities" { batch.classes as f64 } else { 1.0 };
                     let grad = values(&want.1)?;
-                    let want: Vec<_> = grad.iter().map(|&value| Near { value, slack: 64.0 * largest * (mass + value.abs()) }).collect();
+                    let near = |&value: &f64| Near { value, slack: 64.0 * largest * (mass + value.abs()) };
+                    let want: Vec<_> = grad.iter().map(near).collect();
                     compare(&format!("{name} gradient {dtype:?}"), &got.1, &want, dtype)?;
                 }
             }
@@ -396,8 +420,8 @@ proptest! {
         });
     }
 
-    /// 16-bit logits give what the same numbers give in f32: the loss within a few roundings of f32, the gradient within
-    /// these and its one rounding to 16 bits.
+    /// 16-bit logits give what the same numbers give in f32: the loss within a few roundings of f32, the gradient
+    /// within these and its one rounding to 16 bits.
     #[test]
     fn sixteen_bits_are_rounded_once(seed in any::<u64>()) {
         check(|device| {

@@ -1,10 +1,10 @@
 //! Every loss in plain f64 loops, after the definitions, with how exact a kernel's result has to be.
 //!
-//! A result comes with its slack: how many epsilons of the arithmetic dtype it may be off. The slack is the sum of the sizes
-//! of the terms that the result is made of, times the roundings that each goes through: an elementary function is good to
-//! two units in the last place, an exponential multiplies the rounding of its argument by the size of the argument, and
-//! where two terms are subtracted, the rounding of both stays. Where the definition allows relative accuracy (no terms
-//! cancel), the slack is relative too, however small the result.
+//! A result comes with its slack: how many epsilons of the arithmetic dtype it may be off. The slack is the sum of the
+//! sizes of the terms that the result is made of, times the roundings that each goes through: an elementary function is
+//! good to two units in the last place, an exponential multiplies the rounding of its argument by the size of the
+//! argument, and where two terms are subtracted, the rounding of both stays. Where the definition allows relative
+//! accuracy (no terms cancel), the slack is relative too, however small the result.
 
 use candle_fused_loss::Reduction;
 
@@ -355,8 +355,8 @@ impl CrossEntropy {
     }
 }
 
-/// Log-softmax along an axis. `rounding` is what the result's dtype costs at a value, in epsilons: the gradient may be made
-/// from the rounded result.
+/// Log-softmax along an axis. `rounding` is what the result's dtype costs at a value, in epsilons: the gradient may be
+/// made from the rounded result.
 pub fn log_softmax(
     dims: &[usize],
     axis: usize,

@@ -1,5 +1,5 @@
-//! What the losses promise at their edges, each by name: the reference points, inputs on which other implementations break,
-//! and the rules for ignored rows, infinities, bad targets and graphs.
+//! What the losses promise at their edges, each by name: the reference points, inputs on which other implementations
+//! break, and the rules for ignored rows, infinities, bad targets and graphs.
 
 use crate::common::{FLOATS, INDICES, REDUCTIONS, Random, arithmetic, bits, devices, indices, tensor, values};
 use candle_core::{D, DType, Device, Result, Tensor, Var};
