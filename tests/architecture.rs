@@ -1,4 +1,5 @@
-//! The shape of the source: arrows between files point down and form no circle, a name names one type, functions fit on a screen.
+//! The shape of the source: arrows between files point down and form no circle, a name names one type, functions fit on
+//! a screen.
 //!
 //! The files are read as text that rustfmt has formatted, without comments and tests.
 

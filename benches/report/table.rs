@@ -84,7 +84,8 @@ pub struct Table {
 
 /// The heading of the printed lines.
 pub const HEADING: &str = "loss/dtype/shape                                      implementation \
-                           pass                        time us     p20     p80    GB/s  of copy  x candle x unfused   peak MB";
+                           pass                        time us     p20     p80    GB/s  of copy  x candle \
+                           x unfused   peak MB";
 
 /// What a row is about.
 struct Entry<'a> {
