@@ -64,32 +64,13 @@ impl BceLoss {
         BceLoss { options: ElementOptions::default() }
     }
 
-    /// A factor of each element's loss, of any float dtype and any shape that broadcasts to the target's. It is a constant:
-    /// no gradient flows into it.
-    ///
-    /// ```
-    /// # use candle_core::{Device, Tensor};
-    /// # fn main() -> candle_core::Result<()> {
-    /// let weight = Tensor::new(&[0.5f32, 2.], &Device::Cpu)?;
-    /// let loss = candle_fused_loss::BceLoss::new().with_weight(weight);
-    /// # let _ = loss; Ok(())
-    /// # }
-    /// ```
-    pub fn with_weight(mut self, weight: Tensor) -> Self {
-        self.options.weight = Some(weight);
-        self
-    }
-
-    /// What is done with the elements' losses, the mean by default.
-    ///
-    /// ```
-    /// use candle_fused_loss::{BceLoss, Reduction};
-    /// let loss = BceLoss::new().with_reduction(Reduction::Sum);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_reduction(mut self, reduction: Reduction) -> Self {
-        self.options.reduction = reduction;
-        self
+    element_weight_setter! {
+        loss: "BceLoss",
+        inputs: "let probs = Tensor::new(&[0.5f32, 0.25], &Device::Cpu)?;\n\
+                 let target = Tensor::new(&[1u8, 0], &Device::Cpu)?;",
+        call: ".forward(&probs, &target)",
+        options: self.options,
+        weighted: "0.460969",
     }
 
     /// On CUDA, return an error for a probability or target outside of [0, 1], at the price of a synchronisation. Off by
@@ -103,15 +84,16 @@ impl BceLoss {
         self.options.target_check = check;
         self
     }
-    /// `false`: candle's tensor ops in place of the kernels, as the free functions of [`unfused`](crate::unfused).
-    ///
-    /// ```
-    /// let loss = candle_fused_loss::BceLoss::new().with_fused(false);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_fused(mut self, fused: bool) -> Self {
-        self.options.fused = fused;
-        self
+
+    loss_setters! {
+        loss: "BceLoss",
+        inputs: "let probs = Tensor::new(&[0.5f32, 0.25], &Device::Cpu)?;\n\
+                 let target = Tensor::new(&[1u8, 0], &Device::Cpu)?;",
+        call: ".forward(&probs, &target)",
+        options: self.options,
+        of: "elements",
+        mean: "0.490415",
+        sum: "0.980829",
     }
 
     /// The loss, differentiable in the probabilities and in float targets.
@@ -206,20 +188,13 @@ impl BceWithLogitsLoss {
         BceWithLogitsLoss { options: ElementOptions::default() }
     }
 
-    /// A factor of each element's loss, of any float dtype and any shape that broadcasts to the target's. It is a constant:
-    /// no gradient flows into it.
-    ///
-    /// ```
-    /// # use candle_core::{Device, Tensor};
-    /// # fn main() -> candle_core::Result<()> {
-    /// let weight = Tensor::new(&[0.5f32, 2.], &Device::Cpu)?;
-    /// let loss = candle_fused_loss::BceWithLogitsLoss::new().with_weight(weight);
-    /// # let _ = loss; Ok(())
-    /// # }
-    /// ```
-    pub fn with_weight(mut self, weight: Tensor) -> Self {
-        self.options.weight = Some(weight);
-        self
+    element_weight_setter! {
+        loss: "BceWithLogitsLoss",
+        inputs: "let logits = Tensor::new(&[0f32, 2.], &Device::Cpu)?;\n\
+                 let target = Tensor::new(&[1u8, 0], &Device::Cpu)?;",
+        call: ".forward(&logits, &target)",
+        options: self.options,
+        weighted: "2.300215",
     }
 
     /// A factor of the positive targets' part, broadcast as the weight: `(C)` for logits `(N, C)`, `(C, 1, 1)` for images.
@@ -264,26 +239,15 @@ impl BceWithLogitsLoss {
         self
     }
 
-    /// What is done with the elements' losses, the mean by default.
-    ///
-    /// ```
-    /// use candle_fused_loss::{BceWithLogitsLoss, Reduction};
-    /// let loss = BceWithLogitsLoss::new().with_reduction(Reduction::Sum);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_reduction(mut self, reduction: Reduction) -> Self {
-        self.options.reduction = reduction;
-        self
-    }
-    /// `false`: candle's tensor ops in place of the kernels, as the free functions of [`unfused`](crate::unfused).
-    ///
-    /// ```
-    /// let loss = candle_fused_loss::BceWithLogitsLoss::new().with_fused(false);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_fused(mut self, fused: bool) -> Self {
-        self.options.fused = fused;
-        self
+    loss_setters! {
+        loss: "BceWithLogitsLoss",
+        inputs: "let logits = Tensor::new(&[0f32, 2.], &Device::Cpu)?;\n\
+                 let target = Tensor::new(&[1u8, 0], &Device::Cpu)?;",
+        call: ".forward(&logits, &target)",
+        options: self.options,
+        of: "elements",
+        mean: "1.410038",
+        sum: "2.820075",
     }
 
     /// The loss, differentiable in the logits and in float targets.

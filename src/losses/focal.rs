@@ -96,32 +96,15 @@ impl SigmoidFocalLoss {
         self
     }
 
-    /// What is done with the elements' losses, the mean by default.
-    ///
-    /// ```
-    /// use candle_fused_loss::{Reduction, SigmoidFocalLoss};
-    /// let loss = SigmoidFocalLoss::new().with_reduction(Reduction::Sum);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_reduction(mut self, reduction: Reduction) -> Self {
-        self.options.reduction = reduction;
-        self
-    }
-
-    pub(crate) fn term(&self) -> Term {
-        // a NaN is kept, to be refused
-        let alpha = if self.alpha < 0.0 { None } else { Some(self.alpha) };
-        Term::Focal { alpha, gamma: self.gamma }
-    }
-    /// `false`: candle's tensor ops in place of the kernels, as the free functions of [`unfused`](crate::unfused).
-    ///
-    /// ```
-    /// let loss = candle_fused_loss::SigmoidFocalLoss::new().with_fused(false);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_fused(mut self, fused: bool) -> Self {
-        self.options.fused = fused;
-        self
+    loss_setters! {
+        loss: "SigmoidFocalLoss",
+        inputs: "let logits = Tensor::new(&[0f32, 2.], &Device::Cpu)?;\n\
+                 let target = Tensor::new(&[1u8, 0], &Device::Cpu)?;",
+        call: ".forward(&logits, &target)",
+        options: self.options,
+        of: "elements",
+        mean: "0.640440",
+        sum: "1.280880",
     }
 
     /// The loss, differentiable in the logits and in float targets.
@@ -154,6 +137,12 @@ impl SigmoidFocalLoss {
     /// ```
     pub fn loss_and_grad(&self, logits: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
         self.options.problem(NAME, self.term(), logits, target)?.loss_and_grad(logits, target)
+    }
+
+    pub(crate) fn term(&self) -> Term {
+        // a NaN is kept, to be refused
+        let alpha = if self.alpha < 0.0 { None } else { Some(self.alpha) };
+        Term::Focal { alpha, gamma: self.gamma }
     }
 }
 

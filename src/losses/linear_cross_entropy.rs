@@ -81,111 +81,13 @@ impl LinearCrossEntropyLoss {
         LinearCrossEntropyLoss { options: LinearOptions::default() }
     }
 
-    /// Class weights of shape `(V)` and any float dtype. They are constants: no gradient flows into them.
-    ///
-    /// ```
-    /// # use candle_core::{Device, Tensor};
-    /// # fn main() -> candle_core::Result<()> {
-    /// let weight = Tensor::new(&[0.2f32, 1., 5.], &Device::Cpu)?;
-    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new().with_weight(weight);
-    /// # let _ = loss; Ok(())
-    /// # }
-    /// ```
-    pub fn with_weight(mut self, weight: Tensor) -> Self {
-        self.options.softmax.rows.weight = Some(weight);
-        self
-    }
-
-    /// The class index whose rows don't count, -100 by default. Any value is legal, a class too; it is compared before
-    /// indices are checked.
-    ///
-    /// ```
-    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new().with_ignore_index(0); // padding has index 0
-    /// # let _ = loss;
-    /// ```
-    pub fn with_ignore_index(mut self, ignore_index: i64) -> Self {
-        self.options.softmax.rows.ignore_index = ignore_index;
-        self
-    }
-
-    /// Label smoothing in [0, 1], 0 by default.
-    ///
-    /// ```
-    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new().with_label_smoothing(0.1);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_label_smoothing(mut self, label_smoothing: f64) -> Self {
-        self.options.softmax.label_smoothing = label_smoothing;
-        self
-    }
-
-    /// What is done with the rows' losses, the mean by default.
-    ///
-    /// ```
-    /// use candle_fused_loss::{LinearCrossEntropyLoss, Reduction};
-    /// let loss = LinearCrossEntropyLoss::new().with_reduction(Reduction::Sum);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_reduction(mut self, reduction: Reduction) -> Self {
-        self.options.softmax.rows.reduction = reduction;
-        self
-    }
-
-    /// `Mean` divides the sum by this positive number instead: the token count of all devices, say, or of all the batches
-    /// whose gradients are accumulated.
-    ///
-    /// ```
-    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new().with_normalizer(4096.0);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_normalizer(mut self, normalizer: f64) -> Self {
-        self.options.softmax.rows.normalizer = Some(normalizer);
-        self
-    }
-
-    /// Adds `z (log sum exp(x))^2` to each row that is not ignored, unweighted; 0 by default.
-    ///
-    /// ```
-    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new().with_z_loss(1e-4);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_z_loss(mut self, z: f64) -> Self {
-        self.options.softmax.z_loss = z;
-        self
-    }
-
-    /// Replaces the logits by `cap tanh(x / cap)`, after the scale; off by default.
-    ///
-    /// ```
-    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new().with_softcap(30.0);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_softcap(mut self, cap: f64) -> Self {
-        self.options.softmax.softcap = Some(cap);
-        self
-    }
-
-    /// Multiplies the logits by this number first, 1 by default: the inverse of a temperature.
-    ///
-    /// ```
-    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new().with_logit_scale(1.0 / 0.07);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_logit_scale(mut self, scale: f64) -> Self {
-        self.options.softmax.logit_scale = scale;
-        self
-    }
-
-    /// On CUDA, check the class indices and return an error for one out of range, at the price of a synchronisation. Off by
-    /// default: such a row is NaN then. The CPU always checks.
-    ///
-    /// ```
-    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new().with_target_check(true);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_target_check(mut self, check: bool) -> Self {
-        self.options.softmax.rows.target_check = check;
-        self
+    softmax_setters! {
+        loss: "LinearCrossEntropyLoss",
+        inputs: "let hidden = Tensor::new(&[[1f32, 2., 3.], [1., 2., 0.]], &Device::Cpu)?;\n\
+                 let weight = Tensor::new(&[[1f32, 0., 0.], [0., 1., 0.], [0., 0., 1.]], &Device::Cpu)?;\n\
+                 let target = Tensor::new(&[2u32, 0], &Device::Cpu)?;",
+        call: ".forward(&hidden, &weight, None, &target)",
+        options: self.options.softmax,
     }
 
     /// How many rows' logits exist at a time; by default as many as take 32 MB on the CPU and 512 MB on CUDA. Fewer rows
@@ -197,16 +99,6 @@ impl LinearCrossEntropyLoss {
     /// ```
     pub fn with_chunk_rows(mut self, rows: usize) -> Self {
         self.options.chunk_rows = Some(rows);
-        self
-    }
-    /// `false`: candle's tensor ops in place of the kernels, as the free functions of [`unfused`](crate::unfused).
-    ///
-    /// ```
-    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new().with_fused(false);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_fused(mut self, fused: bool) -> Self {
-        self.options.softmax.rows.fused = fused;
         self
     }
 

@@ -1,5 +1,8 @@
 //! The public losses: for each its formula, options, documentation and examples.
 
+#[macro_use]
+mod setters;
+
 pub(crate) mod binary;
 pub(crate) mod cross_entropy;
 pub(crate) mod focal;

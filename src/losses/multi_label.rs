@@ -77,26 +77,15 @@ impl MultiLabelSoftMarginLoss {
         self
     }
 
-    /// What is done with the rows' losses, the mean by default.
-    ///
-    /// ```
-    /// use candle_fused_loss::{MultiLabelSoftMarginLoss, Reduction};
-    /// let loss = MultiLabelSoftMarginLoss::new().with_reduction(Reduction::None);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_reduction(mut self, reduction: Reduction) -> Self {
-        self.options.reduction = reduction;
-        self
-    }
-    /// `false`: candle's tensor ops in place of the kernels, as the free functions of [`unfused`](crate::unfused).
-    ///
-    /// ```
-    /// let loss = candle_fused_loss::MultiLabelSoftMarginLoss::new().with_fused(false);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_fused(mut self, fused: bool) -> Self {
-        self.options.fused = fused;
-        self
+    loss_setters! {
+        loss: "MultiLabelSoftMarginLoss",
+        inputs: "let logits = Tensor::new(&[[0.5f32, -1., 3.], [1.5, -2., 0.]], &Device::Cpu)?;\n\
+                 let target = Tensor::new(&[[1u8, 0, 1], [0, 1, 0]], &Device::Cpu)?;",
+        call: ".forward(&logits, &target)",
+        options: self.options,
+        of: "rows",
+        mean: "0.892902",
+        sum: "1.785805",
     }
 
     /// The loss, differentiable in the logits and in float targets.

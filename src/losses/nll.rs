@@ -60,74 +60,13 @@ impl NllLoss {
         NllLoss { options: RowOptions::default() }
     }
 
-    /// Class weights of shape `(C)` and any float dtype. They are constants: no gradient flows into them.
-    ///
-    /// ```
-    /// # use candle_core::{Device, Tensor};
-    /// # fn main() -> candle_core::Result<()> {
-    /// let weight = Tensor::new(&[0.2f32, 1., 5.], &Device::Cpu)?;
-    /// let loss = candle_fused_loss::NllLoss::new().with_weight(weight);
-    /// # let _ = loss; Ok(())
-    /// # }
-    /// ```
-    pub fn with_weight(mut self, weight: Tensor) -> Self {
-        self.options.weight = Some(weight);
-        self
-    }
-
-    /// The class index whose rows don't count, -100 by default; compared before indices are checked.
-    ///
-    /// ```
-    /// let loss = candle_fused_loss::NllLoss::new().with_ignore_index(0);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_ignore_index(mut self, ignore_index: i64) -> Self {
-        self.options.ignore_index = ignore_index;
-        self
-    }
-
-    /// What is done with the rows' losses, the mean by default.
-    ///
-    /// ```
-    /// use candle_fused_loss::{NllLoss, Reduction};
-    /// let loss = NllLoss::new().with_reduction(Reduction::None);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_reduction(mut self, reduction: Reduction) -> Self {
-        self.options.reduction = reduction;
-        self
-    }
-
-    /// `Mean` divides the sum by this positive number instead.
-    ///
-    /// ```
-    /// let loss = candle_fused_loss::NllLoss::new().with_normalizer(4096.0);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_normalizer(mut self, normalizer: f64) -> Self {
-        self.options.normalizer = Some(normalizer);
-        self
-    }
-
-    /// On CUDA, check the class indices and return an error for one out of range, at the price of a synchronisation.
-    ///
-    /// ```
-    /// let loss = candle_fused_loss::NllLoss::new().with_target_check(true);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_target_check(mut self, check: bool) -> Self {
-        self.options.target_check = check;
-        self
-    }
-    /// `false`: candle's tensor ops in place of the kernels, as the free functions of [`unfused`](crate::unfused).
-    ///
-    /// ```
-    /// let loss = candle_fused_loss::NllLoss::new().with_fused(false);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_fused(mut self, fused: bool) -> Self {
-        self.options.fused = fused;
-        self
+    row_setters! {
+        loss: "NllLoss",
+        inputs: "let logits = Tensor::new(&[[1f32, 2., 3.], [1., 2., 0.]], &Device::Cpu)?;\n\
+                 let log_probs = candle_fused_loss::log_softmax(&logits, 1)?;\n\
+                 let target = Tensor::new(&[2u32, 0], &Device::Cpu)?;",
+        call: ".forward(&log_probs, &target)",
+        options: self.options,
     }
 
     /// The loss, differentiable in the log-probabilities.

@@ -1,0 +1,170 @@
+//! The setters that several losses have, each written once together with its documentation.
+//!
+//! A loss gives its name, the lines that make the inputs of its examples, the call that its examples end with, and the path of
+//! its options. The class indices' losses choose inputs whose logits are `[[1, 2, 3], [1, 2, 0]]`, so that an option has the
+//! same effect in the examples of each; the other losses give the numbers too.
+
+/// An example in a doc comment: the inputs, and the lines that are given.
+macro_rules! example {
+    ($loss:literal, $inputs:literal, $($line:expr),+ $(,)?) => {
+        concat!(
+            "```\n# use candle_core::{Device, Tensor};\n# use candle_fused_loss::{Reduction, ", $loss, "};\n",
+            $inputs, "\n", $($line, "\n",)+
+            "# candle_core::Result::Ok(())\n```"
+        )
+    };
+}
+
+/// An example in which a setter changes the loss to `$value`.
+macro_rules! setter_example {
+    ($loss:literal, $inputs:literal, $call:literal, $setter:literal, $value:literal $(, $line:literal)?) => {
+        example!(
+            $loss, $inputs, $($line,)?
+            concat!("let loss = ", $loss, "::new()", $setter, $call, "?;"),
+            concat!("assert!((loss.to_scalar::<f32>()? - ", $value, ").abs() < 1e-6);"),
+        )
+    };
+}
+
+/// The setters of every loss. `$of` says whose losses are reduced; `$mean` and `$sum` are the losses of the inputs.
+macro_rules! loss_setters {
+    (
+        loss: $loss:literal, inputs: $inputs:literal, call: $call:literal, options: self.$($options:ident).+,
+        of: $of:literal, mean: $mean:literal, sum: $sum:literal $(,)?
+    ) => {
+        #[doc = concat!("Sets what becomes of the ", $of, "' losses; by default their mean is returned.")]
+        ///
+        #[doc = setter_example!($loss, $inputs, $call, ".with_reduction(Reduction::Sum)", $sum)]
+        pub fn with_reduction(mut self, reduction: Reduction) -> Self {
+            self.$($options).+.reduction = reduction;
+            self
+        }
+
+        /// Chooses between this crate's kernels (`true`, the default) and a composition of candle's tensor ops (`false`).
+        ///
+        /// The composition returns the same values up to rounding, but is slower and needs more memory: see
+        /// [`unfused`](crate::unfused).
+        ///
+        #[doc = setter_example!($loss, $inputs, $call, ".with_fused(false)", $mean)]
+        pub fn with_fused(mut self, fused: bool) -> Self {
+            self.$($options).+.fused = fused;
+            self
+        }
+    };
+}
+
+/// The setters of the losses of rows with class indices.
+macro_rules! row_setters {
+    (loss: $loss:literal, inputs: $inputs:literal, call: $call:literal, options: self.$($options:ident).+ $(,)?) => {
+        /// Sets class weights, one for each class: shape `(C)`, any float dtype. They are constants: no gradient flows into
+        /// them.
+        ///
+        #[doc = setter_example!(
+            $loss, $inputs, $call, ".with_weight(class_weights)", "0.4460675",
+            "let class_weights = Tensor::new(&[0.2f32, 1., 5.], &Device::Cpu)?;"
+        )]
+        pub fn with_weight(mut self, weight: Tensor) -> Self {
+            self.$($options).+.weight = Some(weight);
+            self
+        }
+
+        /// Sets the class index whose rows are left out: their loss and gradient are 0, and the mean does not count them. It
+        /// is -100 by default.
+        ///
+        /// Any value is legal, a class too, since rows are compared with it before their indices are checked.
+        ///
+        #[doc = setter_example!($loss, $inputs, $call, ".with_ignore_index(0)", "0.407606")]
+        pub fn with_ignore_index(mut self, ignore_index: i64) -> Self {
+            self.$($options).+.ignore_index = ignore_index;
+            self
+        }
+
+        /// Makes [`Reduction::Mean`](crate::Reduction::Mean) divide the sum by this positive number instead of its usual
+        /// denominator: by the token count of all devices, say, or of all the batches whose gradients are accumulated.
+        ///
+        #[doc = setter_example!($loss, $inputs, $call, ".with_normalizer(4.0)", "0.453803")]
+        pub fn with_normalizer(mut self, normalizer: f64) -> Self {
+            self.$($options).+.normalizer = Some(normalizer);
+            self
+        }
+
+        /// On CUDA, makes a class index out of range an error, at the price of a synchronisation. Off by default: the index's
+        /// row is NaN instead. The CPU always checks.
+        ///
+        #[doc = example!(
+            $loss, $inputs,
+            "let target = Tensor::new(&[2u32, 3], &Device::Cpu)?; // there is no class 3",
+            concat!("let error = ", $loss, "::new().with_target_check(true)", $call, ".unwrap_err();"),
+            "assert!(error.to_string().contains(\"target 3 at row 1\"));",
+        )]
+        pub fn with_target_check(mut self, check: bool) -> Self {
+            self.$($options).+.target_check = check;
+            self
+        }
+
+        loss_setters! {
+            loss: $loss, inputs: $inputs, call: $call, options: self.$($options).+,
+            of: "rows", mean: "0.907606", sum: "1.815212",
+        }
+    };
+}
+
+/// The setters of the softmax family, those of rows included.
+macro_rules! softmax_setters {
+    (loss: $loss:literal, inputs: $inputs:literal, call: $call:literal, options: self.$($options:ident).+ $(,)?) => {
+        row_setters! { loss: $loss, inputs: $inputs, call: $call, options: self.$($options).+.rows }
+
+        /// Sets the label smoothing, a number in [0, 1]; 0 by default.
+        ///
+        #[doc = setter_example!($loss, $inputs, $call, ".with_label_smoothing(0.1)", "0.957606")]
+        pub fn with_label_smoothing(mut self, label_smoothing: f64) -> Self {
+            self.$($options).+.label_smoothing = label_smoothing;
+            self
+        }
+
+        /// Adds `z (log sum_c exp(x_c))^2` to the loss of each row that is not ignored, whatever its weight. z is 0 or more,
+        /// and 0 by default.
+        ///
+        #[doc = setter_example!($loss, $inputs, $call, ".with_z_loss(0.01)", "0.994648")]
+        pub fn with_z_loss(mut self, z: f64) -> Self {
+            self.$($options).+.z_loss = z;
+            self
+        }
+
+        /// Replaces the logits, once they are scaled, by `cap tanh(x / cap)`. The cap is positive; by default there is none.
+        ///
+        #[doc = setter_example!($loss, $inputs, $call, ".with_softcap(2.0)", "0.969912")]
+        pub fn with_softcap(mut self, cap: f64) -> Self {
+            self.$($options).+.softcap = Some(cap);
+            self
+        }
+
+        /// Multiplies the logits by this number before anything else: the inverse of a temperature, 1 by default.
+        ///
+        #[doc = setter_example!($loss, $inputs, $call, ".with_logit_scale(2.0)", "1.142932")]
+        pub fn with_logit_scale(mut self, scale: f64) -> Self {
+            self.$($options).+.logit_scale = scale;
+            self
+        }
+    };
+}
+
+/// The setter of element-wise weights; `$weighted` is the loss of the inputs with weights 0.5 and 2.
+macro_rules! element_weight_setter {
+    (
+        loss: $loss:literal, inputs: $inputs:literal, call: $call:literal, options: self.$options:ident,
+        weighted: $weighted:literal $(,)?
+    ) => {
+        /// Sets a factor of each element's loss: any float dtype, and any shape that broadcasts to the target's. It is a
+        /// constant: no gradient flows into it.
+        ///
+        #[doc = setter_example!(
+                    $loss, $inputs, $call, ".with_weight(weight)", $weighted,
+                    "let weight = Tensor::new(&[0.5f32, 2.], &Device::Cpu)?;"
+                )]
+        pub fn with_weight(mut self, weight: Tensor) -> Self {
+            self.$options.weight = Some(weight);
+            self
+        }
+    };
+}
