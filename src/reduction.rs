@@ -1,6 +1,6 @@
 //! How the losses of rows or elements become the value that is returned.
 
-/// What a loss does with the losses of its rows (softmax family) or elements (logistic family).
+/// What a loss does with the losses of its rows (the softmax family) or elements (the element-wise family).
 ///
 /// # Example
 /// ```
@@ -10,13 +10,16 @@
 /// let logits = Tensor::new(&[[1f32, 2., 3.], [1., 2., 0.]], &Device::Cpu)?;
 /// let target = Tensor::new(&[2u32, 0], &Device::Cpu)?;
 /// let rows = CrossEntropyLoss::new().with_reduction(Reduction::None).forward(&logits, &target)?;
+/// let sum = CrossEntropyLoss::new().with_reduction(Reduction::Sum).forward(&logits, &target)?;
 /// assert_eq!(rows.dims(), [2]);
+/// assert!((rows.to_vec1::<f32>()?[1] - 1.407606).abs() < 1e-6);
+/// assert!((sum.to_scalar::<f32>()? - 1.815212).abs() < 1e-6);
 /// # Ok(())
 /// # }
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Reduction {
-    /// Return every row's or element's loss.
+    /// Return the loss of every row or element.
     None,
     /// Divide the sum by the loss's denominator, which each loss documents; the default.
     #[default]

@@ -1,9 +1,10 @@
 //! The losses composed of candle's tensor ops.
 //!
-//! The same free functions as at the crate's root. Loss objects have `with_fused(false)` for the same. It is the specification, the
-//! oracle that the fused kernels are tested against, the baseline of the benchmarks, and the path for devices without a kernel
-//! (Metal), to which the losses turn by themselves. Every op makes a tensor of its own, so all of this is slower and needs more
-//! memory; and losses and gradients below the spacing of f32 around 1 are rounded to 0.
+//! These are the free functions of the crate's root without its kernels; a loss object takes the same path with
+//! `with_fused(false)`. The path is the specification, the oracle that the fused kernels are tested against, the baseline of the
+//! benchmarks, and the implementation on devices without kernels (Metal), where every loss takes it by itself. Every op makes a
+//! tensor of its own, so all of this is slower and needs more memory, and losses and gradients below the spacing of f32 around 1
+//! are rounded to 0.
 //!
 //! Class indices are checked on the CPU by candle's gather; probabilities are not checked at all.
 //!
@@ -28,51 +29,140 @@ use crate::losses::cross_entropy::CrossEntropyLoss;
 use crate::losses::focal::SigmoidFocalLoss;
 use crate::losses::linear_cross_entropy::LinearCrossEntropyLoss;
 use crate::losses::multi_label::MultiLabelSoftMarginLoss;
-use crate::losses::nll::NllLoss;
+use crate::losses::nll::{LOG_SOFTMAX, NllLoss};
 use candle_core::shape::Dim;
 use candle_core::{Result, Tensor};
 
 /// [`crate::cross_entropy()`] without a kernel.
+///
+/// ```
+/// # use candle_core::{Device, Tensor};
+/// # use candle_fused_loss::unfused;
+/// let input = Tensor::new(&[[1f32, 2., 3.]], &Device::Cpu)?;
+/// let target = Tensor::new(&[2u32], &Device::Cpu)?;
+/// let loss = unfused::cross_entropy(&input, &target)?;
+/// assert!((loss.to_scalar::<f32>()? - 0.407606).abs() < 1e-6);
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn cross_entropy(logits: &Tensor, target: &Tensor) -> Result<Tensor> {
     CrossEntropyLoss::new().with_fused(false).forward(logits, target)
 }
 
 /// [`crate::nll()`] without a kernel.
+///
+/// ```
+/// # use candle_core::{Device, Tensor};
+/// # use candle_fused_loss::unfused;
+/// let input = Tensor::new(&[[-0.5f32, -1., -2.]], &Device::Cpu)?;
+/// let target = Tensor::new(&[1u32], &Device::Cpu)?;
+/// let loss = unfused::nll(&input, &target)?;
+/// assert!((loss.to_scalar::<f32>()? - 1.0).abs() < 1e-6);
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn nll(log_probs: &Tensor, target: &Tensor) -> Result<Tensor> {
     NllLoss::new().with_fused(false).forward(log_probs, target)
 }
 
 /// [`crate::binary_cross_entropy`] without a kernel.
+///
+/// ```
+/// # use candle_core::{Device, Tensor};
+/// # use candle_fused_loss::unfused;
+/// let input = Tensor::new(&[0.5f32, 0.25], &Device::Cpu)?;
+/// let target = Tensor::new(&[1f32, 0.], &Device::Cpu)?;
+/// let loss = unfused::binary_cross_entropy(&input, &target)?;
+/// assert!((loss.to_scalar::<f32>()? - 0.490415).abs() < 1e-6);
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn binary_cross_entropy(probs: &Tensor, target: &Tensor) -> Result<Tensor> {
     BceLoss::new().with_fused(false).forward(probs, target)
 }
 
 /// [`crate::binary_cross_entropy_with_logits`] without a kernel.
+///
+/// ```
+/// # use candle_core::{Device, Tensor};
+/// # use candle_fused_loss::unfused;
+/// let input = Tensor::new(&[0f32, 2.], &Device::Cpu)?;
+/// let target = Tensor::new(&[1f32, 0.], &Device::Cpu)?;
+/// let loss = unfused::binary_cross_entropy_with_logits(&input, &target)?;
+/// assert!((loss.to_scalar::<f32>()? - 1.410038).abs() < 1e-6);
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn binary_cross_entropy_with_logits(logits: &Tensor, target: &Tensor) -> Result<Tensor> {
     BceWithLogitsLoss::new().with_fused(false).forward(logits, target)
 }
 
 /// [`crate::binary_cross_entropy_with_logit`] without a kernel.
+///
+/// ```
+/// # use candle_core::{Device, Tensor};
+/// # use candle_fused_loss::unfused;
+/// let input = Tensor::new(&[0f32, 2.], &Device::Cpu)?;
+/// let target = Tensor::new(&[1f32, 0.], &Device::Cpu)?;
+/// let loss = unfused::binary_cross_entropy_with_logit(&input, &target)?;
+/// assert!((loss.to_scalar::<f32>()? - 1.410038).abs() < 1e-6);
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn binary_cross_entropy_with_logit(logits: &Tensor, target: &Tensor) -> Result<Tensor> {
     binary_cross_entropy_with_logits(logits, target)
 }
 
 /// [`crate::multi_label_soft_margin`] without a kernel.
+///
+/// ```
+/// # use candle_core::{Device, Tensor};
+/// # use candle_fused_loss::unfused;
+/// let input = Tensor::new(&[[0.5f32, -1., 3.], [1.5, -2., 0.]], &Device::Cpu)?;
+/// let target = Tensor::new(&[[1u8, 0, 1], [0, 1, 0]], &Device::Cpu)?;
+/// let loss = unfused::multi_label_soft_margin(&input, &target)?;
+/// assert!((loss.to_scalar::<f32>()? - 0.892902).abs() < 1e-6);
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn multi_label_soft_margin(logits: &Tensor, target: &Tensor) -> Result<Tensor> {
     MultiLabelSoftMarginLoss::new().with_fused(false).forward(logits, target)
 }
 
 /// [`crate::sigmoid_focal`] without a kernel.
+///
+/// ```
+/// # use candle_core::{Device, Tensor};
+/// # use candle_fused_loss::unfused;
+/// let input = Tensor::new(&[0f32, 2.], &Device::Cpu)?;
+/// let target = Tensor::new(&[1f32, 0.], &Device::Cpu)?;
+/// let loss = unfused::sigmoid_focal(&input, &target)?;
+/// assert!((loss.to_scalar::<f32>()? - 0.640440).abs() < 1e-6);
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn sigmoid_focal(logits: &Tensor, target: &Tensor) -> Result<Tensor> {
     SigmoidFocalLoss::new().with_fused(false).forward(logits, target)
 }
 
-/// [`crate::linear_cross_entropy()`] without a kernel.
+/// [`crate::linear_cross_entropy()`] without a kernel, of all logits at once.
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor};
+/// # use candle_fused_loss::unfused;
+/// let hidden = Tensor::zeros((3, 2), DType::F32, &Device::Cpu)?;
+/// let weight = Tensor::ones((4, 2), DType::F32, &Device::Cpu)?;
+/// let target = Tensor::new(&[0u32, 3, 1], &Device::Cpu)?;
+/// let loss = unfused::linear_cross_entropy(&hidden, &weight, &target)?;
+/// assert!((loss.to_scalar::<f32>()? - 4f32.ln()).abs() < 1e-6);
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, target: &Tensor) -> Result<Tensor> {
     LinearCrossEntropyLoss::new().with_fused(false).forward(hidden, weight, None, target)
 }
 
 /// [`crate::log_softmax`] without a kernel.
-pub fn log_softmax<A: Dim>(logits: &Tensor, dim: A) -> Result<Tensor> {
-    crate::softmax::composed::log_softmax(logits, dim.to_index(logits.shape(), "log_softmax")?)
+///
+/// ```
+/// # use candle_core::{Device, Tensor};
+/// # use candle_fused_loss::unfused;
+/// let log_probs = unfused::log_softmax(&Tensor::new(&[[1e8f32, 1e8]], &Device::Cpu)?, 1)?;
+/// assert_eq!(log_probs.to_vec2::<f32>()?, [[-std::f32::consts::LN_2; 2]]);
+/// # candle_core::Result::Ok(())
+/// ```
+pub fn log_softmax<D: Dim>(logits: &Tensor, dim: D) -> Result<Tensor> {
+    crate::softmax::composed::log_softmax(logits, dim.to_index(logits.shape(), LOG_SOFTMAX)?)
 }

@@ -72,7 +72,8 @@ pub(crate) struct Linear {
     pub chunk_rows: Option<usize>,
 }
 
-/// The gradients of [`LinearCrossEntropyLoss::loss_and_grad`](crate::LinearCrossEntropyLoss::loss_and_grad), each of its input's shape and dtype.
+/// The gradients that [`LinearCrossEntropyLoss::loss_and_grad`](crate::LinearCrossEntropyLoss::loss_and_grad) returns, each with
+/// the shape and dtype of its input.
 ///
 /// # Example
 /// ```
@@ -90,10 +91,10 @@ pub(crate) struct Linear {
 /// ```
 #[derive(Clone, Debug)]
 pub struct LinearGradients {
-    /// In the hidden states.
+    /// The gradient in the hidden states.
     pub hidden: Tensor,
-    /// In the weight.
+    /// The gradient in the weight.
     pub weight: Tensor,
-    /// In the bias, where there is one.
+    /// The gradient in the bias, if there is one.
     pub bias: Option<Tensor>,
 }

@@ -21,7 +21,7 @@ const NAME: &str = "multi_label_soft_margin";
 ///
 /// # Shapes
 /// Logits `(C)` or `(…, C)` in any layout, and a target of the same shape. The loss is a scalar, or with
-/// [`Reduction::None`] has the shape without the last axis.
+/// [`Reduction::None`] has the logits' shape without the last axis.
 ///
 /// # Dtypes
 /// Logits f16, bf16, f32 or f64; targets of these or u8, u32, i32 or i64. Arithmetic and loss are f32 (f64 for f64); the
@@ -31,7 +31,7 @@ const NAME: &str = "multi_label_soft_margin";
 /// As for [`BceWithLogitsLoss`](crate::BceWithLogitsLoss).
 ///
 /// # Errors
-/// Shapes, dtypes or devices that don't fit.
+/// Shapes, dtypes or devices that don't fit. Setters check nothing: all errors come from the call that takes the tensors.
 ///
 /// # Example
 /// ```
@@ -55,22 +55,30 @@ impl MultiLabelSoftMarginLoss {
     /// The defaults: no weights, mean.
     ///
     /// ```
-    /// let loss = candle_fused_loss::MultiLabelSoftMarginLoss::new();
-    /// # let _ = loss;
+    /// # use candle_core::{Device, Tensor};
+    /// # use candle_fused_loss::MultiLabelSoftMarginLoss;
+    /// let logits = Tensor::new(&[[0.5f32, -1., 3.], [1.5, -2., 0.]], &Device::Cpu)?;
+    /// let target = Tensor::new(&[[1u8, 0, 1], [0, 1, 0]], &Device::Cpu)?;
+    /// let loss = MultiLabelSoftMarginLoss::new().forward(&logits, &target)?;
+    /// assert!((loss.to_scalar::<f32>()? - 0.892902).abs() < 1e-6);
+    /// # candle_core::Result::Ok(())
     /// ```
     pub fn new() -> Self {
         MultiLabelSoftMarginLoss { options: ElementOptions::default() }
     }
 
-    /// Class weights of shape `(C)` and any float dtype. They are constants: no gradient flows into them.
+    /// Sets class weights, one for each class: shape `(C)`, any float dtype. They are constants: no gradient flows into
+    /// them.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
-    /// # fn main() -> candle_core::Result<()> {
+    /// # use candle_fused_loss::MultiLabelSoftMarginLoss;
+    /// let logits = Tensor::new(&[[0.5f32, -1., 3.], [1.5, -2., 0.]], &Device::Cpu)?;
+    /// let target = Tensor::new(&[[1u8, 0, 1], [0, 1, 0]], &Device::Cpu)?;
     /// let weight = Tensor::new(&[0.5f32, 2., 1.5], &Device::Cpu)?;
-    /// let loss = candle_fused_loss::MultiLabelSoftMarginLoss::new().with_weight(weight);
-    /// # let _ = loss; Ok(())
-    /// # }
+    /// let loss = MultiLabelSoftMarginLoss::new().with_weight(weight).forward(&logits, &target)?;
+    /// assert!((loss.to_scalar::<f32>()? - 1.180121).abs() < 1e-6);
+    /// # candle_core::Result::Ok(())
     /// ```
     pub fn with_weight(mut self, weight: Tensor) -> Self {
         self.options.weight = Some(weight);
@@ -122,6 +130,9 @@ impl MultiLabelSoftMarginLoss {
 }
 
 /// The mean multi-label soft margin of logits and targets `(N, C)`, in nats: [`MultiLabelSoftMarginLoss`] with its defaults.
+///
+/// The formula, the other shapes, dtypes, numerics, errors and the definition's source are those of
+/// [`MultiLabelSoftMarginLoss`].
 ///
 /// # Example
 /// ```

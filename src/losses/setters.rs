@@ -159,9 +159,9 @@ macro_rules! element_weight_setter {
         /// constant: no gradient flows into it.
         ///
         #[doc = setter_example!(
-                    $loss, $inputs, $call, ".with_weight(weight)", $weighted,
-                    "let weight = Tensor::new(&[0.5f32, 2.], &Device::Cpu)?;"
-                )]
+                            $loss, $inputs, $call, ".with_weight(weight)", $weighted,
+                            "let weight = Tensor::new(&[0.5f32, 2.], &Device::Cpu)?;"
+                        )]
         pub fn with_weight(mut self, weight: Tensor) -> Self {
             self.$options.weight = Some(weight);
             self

@@ -128,8 +128,13 @@ pub(crate) struct Saved {
     pub denominator: Tensor,
 }
 
-/// Per-row results of [`CrossEntropyLoss::statistics`](crate::CrossEntropyLoss::statistics); each tensor has the shape of class
-/// indices.
+/// The results of [`CrossEntropyLoss::statistics`](crate::CrossEntropyLoss::statistics) for each row.
+///
+/// # Shapes
+/// Each tensor has the shape of class indices.
+///
+/// # Dtypes
+/// f32 (f64 for f64 logits), but for `argmax`, u32, and `correct`, u8.
 ///
 /// # Example
 /// ```
@@ -154,9 +159,10 @@ pub struct RowStatistics<T = Tensor> {
     pub z_loss: T,
     /// The entropy `-sum_c p_c log p_c` of the prediction in nats; 0 for an ignored row.
     pub entropy: T,
-    /// The first class of the largest logit, u32; kept for an ignored row.
+    /// The first class whose logit is the largest, for an ignored row too; u32.
     pub argmax: T,
-    /// 1 where `argmax` is the target (or the first most probable class of it), else 0, u8; 0 for an ignored row.
+    /// 1 where `argmax` is the target class, or the first of a probability target's most probable classes; else 0, also for
+    /// an ignored row; u8.
     pub correct: T,
 }
 
