@@ -5,8 +5,8 @@ use candle_core::{Device, Result};
 /// The first CUDA device that works, else the CPU.
 ///
 /// Without the `cuda` feature this is the CPU. With it, a machine whose driver is broken or has no device silently gets
-/// the CPU too: ask [`Device::is_cuda`] where it matters. A program built with `cuda` is linked to the driver's library, as
-/// candle is, and does not start where that is missing.
+/// the CPU too: ask [`Device::is_cuda`] where it matters. A program built with `cuda` is linked to the driver's
+/// library, as candle is, and does not start where that is missing.
 ///
 /// # Example
 /// ```
@@ -42,13 +42,14 @@ fn working_cuda_device() -> Option<Device> {
 
 /// Lets memory that is freed on a CUDA device stay with the process, for the next step to take.
 ///
-/// A training step allocates and frees the same large tensors again and again. By default CUDA's memory pool, from which candle
-/// allocates, returns all free memory to the system whenever the host waits for the device, as it does to read a loss. The
-/// next step has to map gigabytes again while the GPU idles, which can take longer than the kernels. This function raises the
-/// pool's release threshold to the maximum, for the whole process. Call it once, before the first step.
+/// A training step allocates and frees the same large tensors again and again. By default CUDA's memory pool, from
+/// which candle allocates, returns all free memory to the system whenever the host waits for the device, as it does to
+/// read a loss. The next step has to map gigabytes again while the GPU idles, which can take longer than the kernels.
+/// This function raises the pool's release threshold to the maximum, for the whole process. Call it once, before the
+/// first step.
 ///
-/// The price is memory: the process keeps as much as it ever had in use at once, and other processes on the GPU can't have
-/// it. On other devices nothing changes.
+/// The price is memory: the process keeps as much as it ever had in use at once, and other processes on the GPU can't
+/// have it. On other devices nothing changes.
 ///
 /// # Errors
 /// Those of the driver.
@@ -62,7 +63,8 @@ fn working_cuda_device() -> Option<Device> {
 /// # candle_core::Result::Ok(())
 /// ```
 ///
-/// Source: [the stream-ordered memory allocator](https://docs.nvidia.com/cuda/cuda-c-programming-guide/#stream-ordered-memory-allocator),
+/// Source: [the stream-ordered memory
+/// allocator](https://docs.nvidia.com/cuda/cuda-c-programming-guide/#stream-ordered-memory-allocator),
 /// `cudaMemPoolAttrReleaseThreshold`.
 pub fn keep_memory(device: &Device) -> Result<()> {
     match device {

@@ -72,8 +72,8 @@ pub(crate) struct Linear {
     pub chunk_rows: Option<usize>,
 }
 
-/// The gradients that [`LinearCrossEntropyLoss::loss_and_grad`](crate::LinearCrossEntropyLoss::loss_and_grad) returns, each with
-/// the shape and dtype of its input.
+/// The gradients that [`LinearCrossEntropyLoss::loss_and_grad`](crate::LinearCrossEntropyLoss::loss_and_grad) returns,
+/// each with the shape and dtype of its input.
 ///
 /// # Example
 /// ```

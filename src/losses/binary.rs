@@ -15,27 +15,28 @@ const BCE_WITH_LOGITS: &str = "binary_cross_entropy_with_logits";
 /// loss = -w (t max(ln x, -100) + (1 - t) max(ln(1 - x), -100))
 /// ```
 ///
-/// `Mean` divides the sum by the number of elements, with weights too. The gradient is `w (x - t) / max(x (1 - x), 1e-12)`.
-/// For probabilities that a sigmoid made, [`BceWithLogitsLoss`] of its input is more accurate and faster.
+/// `Mean` divides the sum by the number of elements, with weights too. The gradient is `w (x - t) / max(x (1 - x),
+/// 1e-12)`. For probabilities that a sigmoid made, [`BceWithLogitsLoss`] of its input is more accurate and faster.
 ///
 /// Definition: [`torch.nn.BCELoss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.BCELoss.html). The gradient
-/// in a float target is the difference of the clamped logarithms, whereas PyTorch's is infinite where a probability is 0 or 1.
+/// in a float target is the difference of the clamped logarithms, whereas PyTorch's is infinite where a probability is
+/// 0 or 1.
 ///
 /// # Shapes
-/// Probabilities of any shape and layout, and a target of the same shape. The loss is a scalar, or with [`Reduction::None`]
-/// has that shape.
+/// Probabilities of any shape and layout, and a target of the same shape. The loss is a scalar, or with
+/// [`Reduction::None`] has that shape.
 ///
 /// # Dtypes
-/// Probabilities f16, bf16, f32 or f64; targets of these or u8, u32, i32 or i64. Arithmetic and loss are f32 (f64 for f64);
-/// the gradient has the probabilities' dtype.
+/// Probabilities f16, bf16, f32 or f64; targets of these or u8, u32, i32 or i64. Arithmetic and loss are f32 (f64 for
+/// f64); the gradient has the probabilities' dtype.
 ///
 /// # Numerics
 /// Finite everywhere in [0, 1], the ends included.
 ///
 /// # Errors
-/// Shapes, dtypes or devices that don't fit; on the CPU a probability or target outside of [0, 1], or NaN. On CUDA such an
-/// element is NaN instead, unless [`with_target_check`](Self::with_target_check) is on. Setters check nothing: all errors
-/// come from the call that takes the tensors.
+/// Shapes, dtypes or devices that don't fit; on the CPU a probability or target outside of [0, 1], or NaN. On CUDA such
+/// an element is NaN instead, unless [`with_target_check`](Self::with_target_check) is on. Setters check nothing: all
+/// errors come from the call that takes the tensors.
 ///
 /// # Example
 /// ```
@@ -79,8 +80,8 @@ impl BceLoss {
         weighted: "0.460969",
     }
 
-    /// On CUDA, makes a probability or target outside of [0, 1] an error, at the price of a synchronisation. Off by default:
-    /// the element is NaN instead. The CPU always checks.
+    /// On CUDA, makes a probability or target outside of [0, 1] an error, at the price of a synchronisation. Off by
+    /// default: the element is NaN instead. The CPU always checks.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
@@ -123,7 +124,8 @@ impl BceLoss {
         self.options.problem(BCE, Term::Bce, probs, target)?.forward(probs, target)
     }
 
-    /// The loss, and its gradient in the probabilities for an upstream gradient of ones, in one pass and without a graph.
+    /// The loss, and its gradient in the probabilities for an upstream gradient of ones, in one pass and without a
+    /// graph.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
@@ -148,28 +150,28 @@ impl BceLoss {
 /// loss = w (p t softplus(-x) + (1 - t) softplus(x)),    softplus(x) = log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|))
 /// ```
 ///
-/// Label smoothing e replaces t by `(1 - e) t + e / 2`. `Mean` divides the sum by the number of elements whose ignore mask
-/// is not 0, with weights too. The gradient is `w ((1 - t) sigmoid(x) - p t sigmoid(-x))`.
+/// Label smoothing e replaces t by `(1 - e) t + e / 2`. `Mean` divides the sum by the number of elements whose ignore
+/// mask is not 0, with weights too. The gradient is `w ((1 - t) sigmoid(x) - p t sigmoid(-x))`.
 ///
 /// Definition:
-/// [`torch.nn.BCEWithLogitsLoss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.BCEWithLogitsLoss.html); smoothing as
-/// in Keras; the ignore mask is this crate's own.
+/// [`torch.nn.BCEWithLogitsLoss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.BCEWithLogitsLoss.html);
+/// smoothing as in Keras; the ignore mask is this crate's own.
 ///
 /// # Shapes
-/// Logits of any shape and layout, and a target of the same shape. Weight, positive weight and mask broadcast to it. The loss
-/// is a scalar, or with [`Reduction::None`] has that shape.
+/// Logits of any shape and layout, and a target of the same shape. Weight, positive weight and mask broadcast to it.
+/// The loss is a scalar, or with [`Reduction::None`] has that shape.
 ///
 /// # Dtypes
-/// Logits f16, bf16, f32 or f64; targets of these or u8, u32, i32 or i64. Arithmetic and loss are f32 (f64 for f64); the
-/// gradient has the logits' dtype.
+/// Logits f16, bf16, f32 or f64; targets of these or u8, u32, i32 or i64. Arithmetic and loss are f32 (f64 for f64);
+/// the gradient has the logits' dtype.
 ///
 /// # Numerics
-/// Loss and gradient keep their relative accuracy at either end: a logit of -20 with target 0 has loss 2.06e-9. The loss of a
-/// logit of ±inf is 0 where it agrees with a target of exactly 0 or 1, and +inf where it doesn't.
+/// Loss and gradient keep their relative accuracy at either end: a logit of -20 with target 0 has loss 2.06e-9. The
+/// loss of a logit of ±inf is 0 where it agrees with a target of exactly 0 or 1, and +inf where it doesn't.
 ///
 /// # Errors
-/// Shapes, dtypes or devices that don't fit; label smoothing outside of [0, 1]. Setters check nothing: all errors come from
-/// the call that takes the tensors.
+/// Shapes, dtypes or devices that don't fit; label smoothing outside of [0, 1]. Setters check nothing: all errors come
+/// from the call that takes the tensors.
 ///
 /// # Example
 /// ```
@@ -249,8 +251,8 @@ impl BceWithLogitsLoss {
         self
     }
 
-    /// Sets a mask: the elements where it is 0 have loss 0 and gradient 0 whatever they hold, and the mean does not count
-    /// them. Any dtype, and any shape that broadcasts to the target's.
+    /// Sets a mask: the elements where it is 0 have loss 0 and gradient 0 whatever they hold, and the mean does not
+    /// count them. Any dtype, and any shape that broadcasts to the target's.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};

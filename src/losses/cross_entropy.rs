@@ -15,34 +15,34 @@ const NAME: &str = "cross_entropy";
 /// loss = -sum_c w_c t_c log softmax(x)_c                          probabilities t
 /// ```
 ///
-/// Label smoothing e replaces the target by `(1 - e) target + e / C`, for a class index as
-/// `(1 - e) loss + (e / C) sum_c w_c (log sum exp(x) - x_c)`. `Mean` divides the sum by `sum w[t]` over the rows that are
-/// not ignored, which without weights is their number; with probabilities it divides by the number of rows.
+/// Label smoothing e replaces the target by `(1 - e) target + e / C`, for a class index as `(1 - e) loss + (e / C)
+/// sum_c w_c (log sum exp(x) - x_c)`. `Mean` divides the sum by `sum w[t]` over the rows that are not ignored, which
+/// without weights is their number; with probabilities it divides by the number of rows.
 ///
-/// Definition: [`torch.nn.CrossEntropyLoss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html);
+/// Definition:
+/// [`torch.nn.CrossEntropyLoss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html);
 /// z-loss: PaLM (Chowdhery et al. 2022); soft cap: Gemma 2.
 ///
 /// # Shapes
-/// Logits `(C)`, `(N, C)` or `(N, C, d1, …, dk)` in any layout. A target of the logits' shape holds probabilities, a target
-/// of shape `()`, `(N)` or `(N, d1, …, dk)` holds class indices. The loss is a scalar, or with [`Reduction::None`] has the
-/// shape of class indices.
+/// Logits `(C)`, `(N, C)` or `(N, C, d1, …, dk)` in any layout. A target of the logits' shape holds probabilities, a
+/// target of shape `()`, `(N)` or `(N, d1, …, dk)` holds class indices. The loss is a scalar, or with
+/// [`Reduction::None`] has the shape of class indices.
 ///
 /// # Dtypes
-/// Logits and probabilities f16, bf16, f32 or f64; class indices u8, u32, i32 or i64. Arithmetic and loss are f32 (f64 for
-/// f64); the gradient has the logits' dtype, rounded once.
+/// Logits and probabilities f16, bf16, f32 or f64; class indices u8, u32, i32 or i64. Arithmetic and loss are f32 (f64
+/// for f64); the gradient has the logits' dtype, rounded once.
 ///
 /// # Numerics
-/// Finite for all finite logits; classes at -inf are fine. A row that is all -inf, or that has a +inf or a NaN, is NaN, and no
-/// other row is affected.
-/// The sum over a row is kept without its largest term, so that even a loss of 4e-9 and its gradient are accurate. Ignored rows are
-/// exact zeros whatever they hold. The bits of the result don't depend on the number of threads. Where all rows are
-/// ignored, `Mean` is NaN and the gradient zero.
+/// Finite for all finite logits; classes at -inf are fine. A row that is all -inf, or that has a +inf or a NaN, is NaN,
+/// and no other row is affected. The sum over a row is kept without its largest term, so that even a loss of 4e-9 and
+/// its gradient are accurate. Ignored rows are exact zeros whatever they hold. The bits of the result don't depend on
+/// the number of threads. Where all rows are ignored, `Mean` is NaN and the gradient zero.
 ///
 /// # Errors
 /// Tensors whose shapes, dtypes or devices don't fit, options out of range, and on the CPU a class index outside of
 /// `0..C` other than the ignore index. On CUDA that row's loss and gradient are NaN instead, unless
-/// [`with_target_check`](Self::with_target_check) is on. Setters check nothing: all errors come from the call that takes the
-/// tensors.
+/// [`with_target_check`](Self::with_target_check) is on. Setters check nothing: all errors come from the call that
+/// takes the tensors.
 ///
 /// # Example
 /// ```
@@ -103,8 +103,8 @@ impl CrossEntropyLoss {
         self.options.problem(NAME, logits, target)?.forward(logits, target)
     }
 
-    /// The loss as [`forward`](Self::forward) returns it, and its gradient in the logits for an upstream gradient of ones
-    /// (with [`Reduction::None`] each row's own), in one pass and without a graph.
+    /// The loss as [`forward`](Self::forward) returns it, and its gradient in the logits for an upstream gradient of
+    /// ones (with [`Reduction::None`] each row's own), in one pass and without a graph.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
@@ -121,9 +121,9 @@ impl CrossEntropyLoss {
         self.options.problem(NAME, logits, target)?.loss_and_grad(logits, target)
     }
 
-    /// As [`loss_and_grad`](Self::loss_and_grad), but the gradient overwrites the logits, and so the values of every tensor
-    /// that shares their storage. With [`with_fused(false)`](Self::with_fused) too, though a gradient is allocated then and
-    /// copied over the logits.
+    /// As [`loss_and_grad`](Self::loss_and_grad), but the gradient overwrites the logits, and so the values of every
+    /// tensor that shares their storage. With [`with_fused(false)`](Self::with_fused) too, though a gradient is
+    /// allocated then and copied over the logits.
     ///
     /// # Errors
     /// In addition, logits that are not contiguous, or that autograd tracks: the backward would miss their values.
@@ -174,10 +174,11 @@ impl CrossEntropyLoss {
     }
 }
 
-/// The mean cross-entropy of logits `(N, C)` and class indices `(N)`, in nats: [`CrossEntropyLoss`] with its defaults, under
-/// the signature of `candle_nn::loss::cross_entropy`.
+/// The mean cross-entropy of logits `(N, C)` and class indices `(N)`, in nats: [`CrossEntropyLoss`] with its defaults,
+/// under the signature of `candle_nn::loss::cross_entropy`.
 ///
-/// The formula, the other shapes, dtypes, numerics, errors and the definition's source are those of [`CrossEntropyLoss`].
+/// The formula, the other shapes, dtypes, numerics, errors and the definition's source are those of
+/// [`CrossEntropyLoss`].
 ///
 /// # Example
 /// ```

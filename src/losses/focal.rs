@@ -24,19 +24,19 @@ const NAME: &str = "sigmoid_focal";
 /// (whose default reduction is none).
 ///
 /// # Shapes
-/// Logits of any shape and layout, and a target of the same shape. The loss is a scalar, or with [`Reduction::None`] has
-/// that shape.
+/// Logits of any shape and layout, and a target of the same shape. The loss is a scalar, or with [`Reduction::None`]
+/// has that shape.
 ///
 /// # Dtypes
-/// Logits f16, bf16, f32 or f64; targets of these or u8, u32, i32 or i64. Arithmetic and loss are f32 (f64 for f64); the
-/// gradient has the logits' dtype.
+/// Logits f16, bf16, f32 or f64; targets of these or u8, u32, i32 or i64. Arithmetic and loss are f32 (f64 for f64);
+/// the gradient has the logits' dtype.
 ///
 /// # Numerics
 /// Value and gradient are finite for every finite logit and any gamma >= 0, also below 1.
 ///
 /// # Errors
-/// Shapes, dtypes or devices that don't fit; gamma negative or not finite; alpha above 1 or NaN. Setters check nothing: all errors
-/// come from the call that takes the tensors.
+/// Shapes, dtypes or devices that don't fit; gamma negative or not finite; alpha above 1 or NaN. Setters check nothing:
+/// all errors come from the call that takes the tensors.
 ///
 /// # Example
 /// ```
@@ -79,8 +79,8 @@ impl SigmoidFocalLoss {
         Self::default()
     }
 
-    /// Sets the weight of positive targets, in [0, 1] and 0.25 by default; negative targets weigh `1 - alpha`. A negative
-    /// number turns both weights off.
+    /// Sets the weight of positive targets, in [0, 1] and 0.25 by default; negative targets weigh `1 - alpha`. A
+    /// negative number turns both weights off.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};

@@ -8,8 +8,8 @@ const NAME: &str = "linear_cross_entropy";
 
 /// Cross-entropy of the logits `hidden weightᵀ + bias`, of which only a chunk of rows exists at a time.
 ///
-/// This is the last layer of a language model and its loss in one. With a vocabulary of 32 000 and more, the logits of a
-/// batch are larger than everything else in a training step. Loss and gradients are those of [`CrossEntropyLoss`] on
+/// This is the last layer of a language model and its loss in one. With a vocabulary of 32 000 and more, the logits of
+/// a batch are larger than everything else in a training step. Loss and gradients are those of [`CrossEntropyLoss`] on
 /// `hidden.matmul(weight.t()) + bias`, with all of its options, in nats:
 ///
 /// ```text
@@ -18,9 +18,9 @@ const NAME: &str = "linear_cross_entropy";
 /// ```
 ///
 /// Where an input is tracked by autograd, the forward computes the gradients too, from each chunk's logits while they
-/// exist, and the backward scales them. That is 6NDV operations altogether, as many as without chunks. With [`Reduction::None`] the
-/// backward computes the logits again (8NDV), as does a second backward on the same graph. Without tracked inputs nothing
-/// is kept.
+/// exist, and the backward scales them. That is 6NDV operations altogether, as many as without chunks. With
+/// [`Reduction::None`] the backward computes the logits again (8NDV), as does a second backward on the same graph.
+/// Without tracked inputs nothing is kept.
 ///
 /// Definition: as [`CrossEntropyLoss`]; the chunks: Liger Kernel (Hsu et al. 2024).
 ///
@@ -31,26 +31,26 @@ const NAME: &str = "linear_cross_entropy";
 /// [`Reduction::None`] has the target's shape.
 ///
 /// # Dtypes
-/// Hidden states, weight and bias f16, bf16, f32 or f64, all the same; class indices u8, u32, i32 or i64. The loss is f32
-/// (f64 for f64); gradients have their input's dtype. For 16-bit inputs the gradients are summed over all rows in f32 and
-/// rounded once, the mean's denominator and the upstream gradient included; the logits and their gradient are f32 on the
-/// CPU, and on CUDA, where tensor cores multiply them, have the inputs' dtype.
+/// Hidden states, weight and bias f16, bf16, f32 or f64, all the same; class indices u8, u32, i32 or i64. The loss is
+/// f32 (f64 for f64); gradients have their input's dtype. For 16-bit inputs the gradients are summed over all rows in
+/// f32 and rounded once, the mean's denominator and the upstream gradient included; the logits and their gradient are
+/// f32 on the CPU, and on CUDA, where tensor cores multiply them, have the inputs' dtype.
 ///
 /// # Numerics
-/// As [`CrossEntropyLoss`]. The size of the chunks changes nothing but the rounding of sums. Ignored rows take part in no
-/// product, so that their values have no effect; on the CPU they cost nothing.
+/// As [`CrossEntropyLoss`]. The size of the chunks changes nothing but the rounding of sums. Ignored rows take part in
+/// no product, so that their values have no effect; on the CPU they cost nothing.
 ///
 /// # Memory
 /// Beyond inputs and gradients: a chunk's logits (32 MB on the CPU, 512 MB on CUDA, or what
-/// [`with_chunk_rows`](Self::with_chunk_rows) asks for), and for 16-bit inputs the f32 sums that become the gradients. On
-/// top of that, candle's backward adds each gradient to a tensor of zeros;
+/// [`with_chunk_rows`](Self::with_chunk_rows) asks for), and for 16-bit inputs the f32 sums that become the gradients.
+/// On top of that, candle's backward adds each gradient to a tensor of zeros;
 /// [`loss_and_grad`](LinearCrossEntropyLoss::loss_and_grad) does not.
 ///
 /// # Errors
-/// Tensors whose shapes, dtypes or devices don't fit, options out of range, chunks of 0 rows, and on the CPU a class index
-/// outside of `0..V` other than the ignore index. On CUDA that row's loss is NaN instead, and with it every gradient that
-/// it enters, unless [`with_target_check`](Self::with_target_check) is on. Setters check nothing: all errors come
-/// from the call that takes the tensors.
+/// Tensors whose shapes, dtypes or devices don't fit, options out of range, chunks of 0 rows, and on the CPU a class
+/// index outside of `0..V` other than the ignore index. On CUDA that row's loss is NaN instead, and with it every
+/// gradient that it enters, unless [`with_target_check`](Self::with_target_check) is on. Setters check nothing: all
+/// errors come from the call that takes the tensors.
 ///
 /// # Example
 /// ```
@@ -98,10 +98,10 @@ impl LinearCrossEntropyLoss {
         options: self.options.softmax,
     }
 
-    /// Sets how many rows' logits exist at a time, at least 1; by default as many as take 32 MB on the CPU and 512 MB on
-    /// CUDA. The loss is the same up to rounding. Fewer rows save memory, but below about 128 rows on a CPU the products
-    /// become so thin that they cost time. Without effect with [`with_fused(false)`](Self::with_fused), which makes all
-    /// logits at once.
+    /// Sets how many rows' logits exist at a time, at least 1; by default as many as take 32 MB on the CPU and 512 MB
+    /// on CUDA. The loss is the same up to rounding. Fewer rows save memory, but below about 128 rows on a CPU the
+    /// products become so thin that they cost time. Without effect with [`with_fused(false)`](Self::with_fused), which
+    /// makes all logits at once.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
@@ -163,8 +163,8 @@ impl LinearCrossEntropyLoss {
     }
 }
 
-/// The mean cross-entropy of the logits `hidden weightᵀ` and class indices, in nats: [`LinearCrossEntropyLoss`] with its
-/// defaults and without a bias, whose formula, shapes, dtypes, numerics, errors and source apply.
+/// The mean cross-entropy of the logits `hidden weightᵀ` and class indices, in nats: [`LinearCrossEntropyLoss`] with
+/// its defaults and without a bias, whose formula, shapes, dtypes, numerics, errors and source apply.
 ///
 /// # Example
 /// ```

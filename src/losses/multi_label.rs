@@ -24,14 +24,15 @@ const NAME: &str = "multi_label_soft_margin";
 /// [`Reduction::None`] has the logits' shape without the last axis.
 ///
 /// # Dtypes
-/// Logits f16, bf16, f32 or f64; targets of these or u8, u32, i32 or i64. Arithmetic and loss are f32 (f64 for f64); the
-/// gradient has the logits' dtype.
+/// Logits f16, bf16, f32 or f64; targets of these or u8, u32, i32 or i64. Arithmetic and loss are f32 (f64 for f64);
+/// the gradient has the logits' dtype.
 ///
 /// # Numerics
 /// As for [`BceWithLogitsLoss`](crate::BceWithLogitsLoss).
 ///
 /// # Errors
-/// Shapes, dtypes or devices that don't fit. Setters check nothing: all errors come from the call that takes the tensors.
+/// Shapes, dtypes or devices that don't fit. Setters check nothing: all errors come from the call that takes the
+/// tensors.
 ///
 /// # Example
 /// ```
@@ -129,7 +130,8 @@ impl MultiLabelSoftMarginLoss {
     }
 }
 
-/// The mean multi-label soft margin of logits and targets `(N, C)`, in nats: [`MultiLabelSoftMarginLoss`] with its defaults.
+/// The mean multi-label soft margin of logits and targets `(N, C)`, in nats: [`MultiLabelSoftMarginLoss`] with its
+/// defaults.
 ///
 /// The formula, the other shapes, dtypes, numerics, errors and the definition's source are those of
 /// [`MultiLabelSoftMarginLoss`].

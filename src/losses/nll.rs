@@ -13,9 +13,9 @@ pub(crate) const LOG_SOFTMAX: &str = "log_softmax";
 
 /// Negative log-likelihood of log-probabilities and class indices.
 ///
-/// For a row of log-probabilities x with target class t: `loss = -w[t] x_t`, in nats. `Mean` divides the sum by `sum w[t]`
-/// over the rows that are not ignored, which without weights is their number. Applied to [`log_softmax`] of logits this is
-/// [`CrossEntropyLoss`](crate::CrossEntropyLoss) of the logits, which takes half the passes.
+/// For a row of log-probabilities x with target class t: `loss = -w[t] x_t`, in nats. `Mean` divides the sum by `sum
+/// w[t]` over the rows that are not ignored, which without weights is their number. Applied to [`log_softmax`] of
+/// logits this is [`CrossEntropyLoss`](crate::CrossEntropyLoss) of the logits, which takes half the passes.
 ///
 /// Definition: [`torch.nn.NLLLoss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.NLLLoss.html).
 ///
@@ -24,11 +24,12 @@ pub(crate) const LOG_SOFTMAX: &str = "log_softmax";
 /// `(N, d1, …, dk)`. The loss is a scalar, or with [`Reduction::None`] has the target's shape.
 ///
 /// # Dtypes
-/// Log-probabilities f16, bf16, f32 or f64; class indices u8, u32, i32 or i64. The loss is f32 (f64 for f64); the gradient
-/// has the input's dtype.
+/// Log-probabilities f16, bf16, f32 or f64; class indices u8, u32, i32 or i64. The loss is f32 (f64 for f64); the
+/// gradient has the input's dtype.
 ///
 /// # Numerics
-/// One number of each row is read. Ignored rows are exact zeros whatever they hold. Where all rows are ignored, `Mean` is NaN.
+/// One number of each row is read. Ignored rows are exact zeros whatever they hold. Where all rows are ignored, `Mean`
+/// is NaN.
 ///
 /// # Errors
 /// As for [`CrossEntropyLoss`](crate::CrossEntropyLoss).
@@ -108,8 +109,8 @@ impl NllLoss {
     }
 }
 
-/// The mean negative log-likelihood of log-probabilities `(N, C)` and class indices `(N)`, in nats: [`NllLoss`] with its
-/// defaults, under the signature of `candle_nn::loss::nll`.
+/// The mean negative log-likelihood of log-probabilities `(N, C)` and class indices `(N)`, in nats: [`NllLoss`] with
+/// its defaults, under the signature of `candle_nn::loss::nll`.
 ///
 /// The formula, the other shapes, dtypes, numerics, errors and the definition's source are those of [`NllLoss`].
 ///
@@ -130,14 +131,14 @@ pub fn nll(log_probs: &Tensor, target: &Tensor) -> Result<Tensor> {
 
 /// `x - log sum exp(x)` along an axis, differentiable.
 ///
-/// The log-probabilities are in nats, computed in f32 (f64 for f64) and rounded once to the input's dtype; the one of a very
-/// probable class keeps its relative accuracy. The gradient is `g - exp(y) sum(g)`.
+/// The log-probabilities are in nats, computed in f32 (f64 for f64) and rounded once to the input's dtype; the one of a
+/// very probable class keeps its relative accuracy. The gradient is `g - exp(y) sum(g)`.
 ///
 /// Definition: [`torch.nn.LogSoftmax`](https://docs.pytorch.org/docs/stable/generated/torch.nn.LogSoftmax.html).
 ///
 /// # Shapes
-/// Any shape, layout and axis; the result has the input's shape. Where the axis is not the last one but its elements are
-/// adjacent in memory, the result keeps the input's memory order, so it is not contiguous.
+/// Any shape, layout and axis; the result has the input's shape. Where the axis is not the last one but its elements
+/// are adjacent in memory, the result keeps the input's memory order, so it is not contiguous.
 ///
 /// # Dtypes
 /// f16, bf16, f32, f64.

@@ -1,8 +1,8 @@
 //! The setters that several losses have, each written once together with its documentation.
 //!
-//! A loss gives its name, the lines that make the inputs of its examples, the call that its examples end with, and the path of
-//! its options. The class indices' losses choose inputs whose logits are `[[1, 2, 3], [1, 2, 0]]`, so that an option has the
-//! same effect in the examples of each; the other losses give the numbers too.
+//! A loss gives its name, the lines that make the inputs of its examples, the call that its examples end with, and the
+//! path of its options. The class indices' losses choose inputs whose logits are `[[1, 2, 3], [1, 2, 0]]`, so that an
+//! option has the same effect in the examples of each; the other losses give the numbers too.
 
 /// An example in a doc comment: the inputs, and the lines that are given.
 macro_rules! example {
@@ -40,7 +40,8 @@ macro_rules! loss_setters {
             self
         }
 
-        /// Chooses between this crate's kernels (`true`, the default) and a composition of candle's tensor ops (`false`).
+        /// Chooses between this crate's kernels (`true`, the default) and a composition of candle's tensor ops
+        /// (`false`).
         ///
         /// The composition returns the same values up to rounding, but is slower and needs more memory: see
         /// [`unfused`](crate::unfused).
@@ -56,8 +57,8 @@ macro_rules! loss_setters {
 /// The setters of the losses of rows with class indices.
 macro_rules! row_setters {
     (loss: $loss:literal, inputs: $inputs:literal, call: $call:literal, options: self.$($options:ident).+ $(,)?) => {
-        /// Sets class weights, one for each class: shape `(C)`, any float dtype. They are constants: no gradient flows into
-        /// them.
+        /// Sets class weights, one for each class: shape `(C)`, any float dtype. They are constants: no gradient flows
+        /// into them.
         ///
         #[doc = setter_example!(
             $loss, $inputs, $call, ".with_weight(class_weights)", "0.4460675",
@@ -68,8 +69,8 @@ macro_rules! row_setters {
             self
         }
 
-        /// Sets the class index whose rows are left out: their loss and gradient are 0, and the mean does not count them. It
-        /// is -100 by default.
+        /// Sets the class index whose rows are left out: their loss and gradient are 0, and the mean does not count
+        /// them. It is -100 by default.
         ///
         /// Any value is legal, a class too, since rows are compared with it before their indices are checked.
         ///
@@ -79,8 +80,9 @@ macro_rules! row_setters {
             self
         }
 
-        /// Makes [`Reduction::Mean`](crate::Reduction::Mean) divide the sum by this positive number instead of its usual
-        /// denominator: by the token count of all devices, say, or of all the batches whose gradients are accumulated.
+        /// Makes [`Reduction::Mean`](crate::Reduction::Mean) divide the sum by this positive number instead of its
+        /// usual denominator: by the token count of all devices, say, or of all the batches whose gradients are
+        /// accumulated.
         ///
         #[doc = setter_example!($loss, $inputs, $call, ".with_normalizer(4.0)", "0.453803")]
         pub fn with_normalizer(mut self, normalizer: f64) -> Self {
@@ -88,8 +90,8 @@ macro_rules! row_setters {
             self
         }
 
-        /// On CUDA, makes a class index out of range an error, at the price of a synchronisation. Off by default: the index's
-        /// row is NaN instead. The CPU always checks.
+        /// On CUDA, makes a class index out of range an error, at the price of a synchronisation. Off by default: the
+        /// index's row is NaN instead. The CPU always checks.
         ///
         #[doc = example!(
             $loss, $inputs,
@@ -122,8 +124,8 @@ macro_rules! softmax_setters {
             self
         }
 
-        /// Adds `z (log sum_c exp(x_c))^2` to the loss of each row that is not ignored, whatever its weight. z is 0 or more,
-        /// and 0 by default.
+        /// Adds `z (log sum_c exp(x_c))^2` to the loss of each row that is not ignored, whatever its weight. z is 0 or
+        /// more, and 0 by default.
         ///
         #[doc = setter_example!($loss, $inputs, $call, ".with_z_loss(0.01)", "0.994648")]
         pub fn with_z_loss(mut self, z: f64) -> Self {
@@ -131,7 +133,8 @@ macro_rules! softmax_setters {
             self
         }
 
-        /// Replaces the logits, once they are scaled, by `cap tanh(x / cap)`. The cap is positive; by default there is none.
+        /// Replaces the logits, once they are scaled, by `cap tanh(x / cap)`. The cap is positive; by default there is
+        /// none.
         ///
         #[doc = setter_example!($loss, $inputs, $call, ".with_softcap(2.0)", "0.969912")]
         pub fn with_softcap(mut self, cap: f64) -> Self {
@@ -155,8 +158,8 @@ macro_rules! element_weight_setter {
         loss: $loss:literal, inputs: $inputs:literal, call: $call:literal, options: self.$options:ident,
         weighted: $weighted:literal $(,)?
     ) => {
-        /// Sets a factor of each element's loss: any float dtype, and any shape that broadcasts to the target's. It is a
-        /// constant: no gradient flows into it.
+        /// Sets a factor of each element's loss: any float dtype, and any shape that broadcasts to the target's. It is
+        /// a constant: no gradient flows into it.
         ///
         #[doc = setter_example!(
                             $loss, $inputs, $call, ".with_weight(weight)", $weighted,

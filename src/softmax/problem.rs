@@ -1,5 +1,5 @@
-//! Cross-entropy as the kernels are asked for it: its options, their checks, what a forward leaves for the backward, and the
-//! kernels that a device has.
+//! Cross-entropy as the kernels are asked for it: its options, their checks, what a forward leaves for the backward,
+//! and the kernels that a device has.
 
 use crate::check;
 use crate::custom_op::{Arg, Argument, DeviceStorage};
@@ -121,10 +121,11 @@ impl CrossEntropy {
 /// What the backward needs of the forward.
 #[derive(Clone, Debug)]
 pub(crate) struct Saved {
-    /// `(2, rows)` in the arithmetic dtype: each row's maximum m, and the sum of `exp(x - m)` over the other classes. With
-    /// probability targets, or class weights and smoothing, `(3, rows)`: the row's mass too.
+    /// `(2, rows)` in the arithmetic dtype: each row's maximum m, and the sum of `exp(x - m)` over the other classes.
+    /// With probability targets, or class weights and smoothing, `(3, rows)`: the row's mass too.
     pub statistics: Tensor,
-    /// A scalar in the arithmetic dtype: what the sum of the rows' losses is divided by; 1 unless the reduction is Mean.
+    /// A scalar in the arithmetic dtype: what the sum of the rows' losses is divided by; 1 unless the reduction is
+    /// Mean.
     pub denominator: Tensor,
 }
 
@@ -161,13 +162,13 @@ pub struct RowStatistics<T = Tensor> {
     pub entropy: T,
     /// The first class whose logit is the largest, for an ignored row too; u32.
     pub argmax: T,
-    /// 1 where `argmax` is the target class, or the first of a probability target's most probable classes; else 0, also for
-    /// an ignored row; u8.
+    /// 1 where `argmax` is the target class, or the first of a probability target's most probable classes; else 0, also
+    /// for an ignored row; u8.
     pub correct: T,
 }
 
-/// The softmax family's kernels of a device. Logits and probabilities are as [`as_rows`](crate::rows::as_rows) leaves them, class
-/// indices contiguous.
+/// The softmax family's kernels of a device. Logits and probabilities are as [`as_rows`](crate::rows::as_rows) leaves
+/// them, class indices contiguous.
 pub(crate) trait SoftmaxKernels: DeviceStorage {
     /// The loss, and what the backward needs.
     fn forward(problem: &CrossEntropy, logits: Arg<Self>, target: Arg<Self>) -> Result<(Self, Saved)>;
