@@ -1,8 +1,11 @@
-//! That the kernels are still a multiple faster than candle's own losses. Only ratios of one run are compared, so the machine
-//! doesn't matter; the bounds are a fraction of what is measured on a quiet one.
+//! That the kernels are still a multiple faster than candle's own losses, and keep up with memory. Only ratios of one run are
+//! compared, so the machine matters little; each bound is about a third of
+//! the lowest ratio of several runs.
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{CpuStorage, Device, Result, Storage, Tensor, Var, bail};
 use candle_fused_loss as fused;
+use rayon::prelude::*;
+use std::hint::black_box;
 use std::time::Instant;
 
 const ROUNDS: usize = 7;
@@ -28,24 +31,19 @@ fn medians(works: &[&dyn Fn() -> Result<()>]) -> Result<Vec<f64>> {
     Ok(samples.into_iter().map(median).collect())
 }
 
-/// Fails if `ours` isn't at least `bound` times as fast as `candles`; a busy machine gets several attempts.
-fn assert_faster(
-    what: &str,
-    bound: f64,
-    ours: &dyn Fn() -> Result<()>,
-    candles: &dyn Fn() -> Result<()>,
-) -> Result<()> {
+/// Fails if `ours` isn't at least `bound` times as fast as `theirs`; a busy machine gets several attempts.
+fn assert_faster(what: &str, bound: f64, ours: &dyn Fn() -> Result<()>, theirs: &dyn Fn() -> Result<()>) -> Result<()> {
     let mut ratios = vec![];
     for _ in 0..ATTEMPTS {
-        let times = medians(&[ours, candles])?;
+        let times = medians(&[ours, theirs])?;
         let ratio = times[1] / times[0];
-        println!("{what}: {:.2} ms against {:.2} ms, {ratio:.1} times as fast", times[0] * 1e3, times[1] * 1e3);
+        println!("{what}: {:.2} ms against {:.2} ms, {ratio:.2} times as fast", times[0] * 1e3, times[1] * 1e3);
         if ratio >= bound {
             return Ok(());
         }
         ratios.push(ratio);
     }
-    panic!("{what}: {ratios:.2?} times as fast as candle in {ATTEMPTS} attempts, expected at least {bound}")
+    panic!("{what}: {ratios:.2?} times as fast in {ATTEMPTS} attempts, expected at least {bound}")
 }
 
 fn logits(rows: usize, classes: usize) -> Result<Var> {
@@ -63,27 +61,45 @@ fn kernels_are_faster_than_candle() -> Result<()> {
     let target = Tensor::arange(0u32, rows as u32, device)?;
     let ours = || fused::cross_entropy(&plain, &target).map(|_| ());
     let candles = || candle_nn::loss::cross_entropy(&plain, &target).map(|_| ());
-    assert_faster("cross-entropy forward", 3.0, &ours, &candles)?;
+    assert_faster("cross-entropy forward", 6.0, &ours, &candles)?;
     let ours = || fused::cross_entropy(&logits, &target)?.backward().map(|_| ());
     let candles = || candle_nn::loss::cross_entropy(&logits, &target)?.backward().map(|_| ());
-    assert_faster("cross-entropy forward and backward", 2.0, &ours, &candles)?;
+    assert_faster("cross-entropy forward and backward", 4.0, &ours, &candles)?;
 
     let target = Tensor::rand(0f32, 1., (rows, classes), device)?.round()?;
     let ours = || fused::binary_cross_entropy_with_logits(&plain, &target).map(|_| ());
     let candles = || candle_nn::loss::binary_cross_entropy_with_logit(&plain, &target).map(|_| ());
-    assert_faster("binary cross-entropy with logits forward", 2.0, &ours, &candles)?;
+    assert_faster("binary cross-entropy with logits forward", 7.0, &ours, &candles)?;
     let ours = || fused::binary_cross_entropy_with_logits(&logits, &target)?.backward().map(|_| ());
     let candles = || candle_nn::loss::binary_cross_entropy_with_logit(&logits, &target)?.backward().map(|_| ());
-    assert_faster("binary cross-entropy with logits forward and backward", 2.0, &ours, &candles)?;
+    assert_faster("binary cross-entropy with logits forward and backward", 7.0, &ours, &candles)?;
 
     // where candle has no such loss, the composition of its operations; a kernel that isn't vectorised would lose
     let probabilities = candle_nn::ops::sigmoid(&plain)?;
     let ours = || fused::binary_cross_entropy(&probabilities, &target).map(|_| ());
     let composed = || fused::unfused::binary_cross_entropy(&probabilities, &target).map(|_| ());
-    assert_faster("binary cross-entropy forward", 3.0, &ours, &composed)?;
+    assert_faster("binary cross-entropy forward", 6.0, &ours, &composed)?;
     let focal = fused::SigmoidFocalLoss::new();
     let ours = || focal.loss_and_grad(&plain, &target).map(|_| ());
     let unfused = fused::SigmoidFocalLoss::new().with_fused(false);
     let composed = || unfused.loss_and_grad(&plain, &target).map(|_| ());
-    assert_faster("focal loss and gradient", 3.0, &ours, &composed)
+    assert_faster("focal loss and gradient", 17.0, &ours, &composed)?;
+    keeps_up_with_memory()
+}
+
+/// The forward of logits that no cache holds, against nothing but reading them on as many threads.
+fn keeps_up_with_memory() -> Result<()> {
+    let (rows, classes) = (4096, 32768);
+    let logits = Tensor::full(0.5f32, (rows, classes), &Device::Cpu)?.contiguous()?;
+    let target = Tensor::arange(0u32, rows as u32, &Device::Cpu)?;
+    let ours = || fused::cross_entropy(&logits, &target).map(|_| ());
+    let read = || {
+        let (storage, _) = logits.storage_and_layout();
+        let Storage::Cpu(CpuStorage::F32(values)) = &*storage else { bail!("logits of another kind") };
+        // integers, whose sum the compiler may reorder, and so vectorise
+        let sum = |part: &[f32]| part.iter().fold(0u32, |sum, x| sum.wrapping_add(x.to_bits()));
+        black_box(values.par_chunks(1 << 20).map(sum).reduce(|| 0, u32::wrapping_add));
+        Ok(())
+    };
+    assert_faster("cross-entropy forward against a read of the logits", 0.13, &ours, &read)
 }

@@ -55,6 +55,7 @@ macro_rules! loss_setters {
 }
 
 /// The setters of the losses of rows with class indices.
+#[rustfmt::skip] // which would indent the examples anew each time
 macro_rules! row_setters {
     (loss: $loss:literal, inputs: $inputs:literal, call: $call:literal, options: self.$($options:ident).+ $(,)?) => {
         /// Sets class weights, one for each class: shape `(C)`, any float dtype. They are constants: no gradient flows
@@ -153,6 +154,7 @@ macro_rules! softmax_setters {
 }
 
 /// The setter of element-wise weights; `$weighted` is the loss of the inputs with weights 0.5 and 2.
+#[rustfmt::skip] // which would indent the examples anew each time
 macro_rules! element_weight_setter {
     (
         loss: $loss:literal, inputs: $inputs:literal, call: $call:literal, options: self.$options:ident,
@@ -162,9 +164,9 @@ macro_rules! element_weight_setter {
         /// a constant: no gradient flows into it.
         ///
         #[doc = setter_example!(
-                            $loss, $inputs, $call, ".with_weight(weight)", $weighted,
-                            "let weight = Tensor::new(&[0.5f32, 2.], &Device::Cpu)?;"
-                        )]
+            $loss, $inputs, $call, ".with_weight(weight)", $weighted,
+            "let weight = Tensor::new(&[0.5f32, 2.], &Device::Cpu)?;"
+        )]
         pub fn with_weight(mut self, weight: Tensor) -> Self {
             self.$options.weight = Some(weight);
             self
