@@ -1,11 +1,11 @@
 //! Storage types and how the kernels read and write them: in blocks of the arithmetic type, through any strides.
 
-use super::math::{Ahead, Isa, Kernel, LANES, Real, dispatch};
+use super::math::{Ahead, Isa, LANES, Real, Vectorized, dispatch};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Result, WithDType, bail};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use std::marker::PhantomData;
+use std::cell::Cell;
 use std::mem::MaybeUninit;
 
 /// A floating-point storage type and the type its arithmetic is done in.
@@ -19,6 +19,10 @@ pub(crate) trait Element: WithDType {
     /// The elements in the order that takes the fewest instructions, for what doesn't depend on it.
     #[inline(always)]
     fn unordered(xs: &[Self; LANES]) -> [Self::Acc; LANES] {
+        Self::ordered(xs)
+    }
+    #[inline(always)]
+    fn ordered(xs: &[Self; LANES]) -> [Self::Acc; LANES] {
         let mut lanes = [Self::Acc::ZERO; LANES];
         for (lane, x) in lanes.iter_mut().zip(xs) {
             *lane = x.to_acc();
@@ -88,7 +92,7 @@ impl Element for bf16 {
     }
     fn widen(src: &[bf16], dst: &mut [f32]) {
         struct Widen<'a>(&'a [bf16], &'a mut [f32]);
-        impl Kernel for Widen<'_> {
+        impl Vectorized for Widen<'_> {
             type Output = ();
             #[inline(always)]
             fn run<I: Isa>(self) {
@@ -101,7 +105,7 @@ impl Element for bf16 {
     }
     fn narrow(src: &[f32], dst: &mut [MaybeUninit<bf16>]) {
         struct Narrow<'a>(&'a [f32], &'a mut [MaybeUninit<bf16>]);
-        impl Kernel for Narrow<'_> {
+        impl Vectorized for Narrow<'_> {
             type Output = ();
             #[inline(always)]
             fn run<I: Isa>(self) {
@@ -142,88 +146,109 @@ impl Element for f16 {
     }
 }
 
-/// Read access to a buffer of which another part may be written by another task, or the same part later by this one:
-/// the gradient may replace the logits in place.
-pub(crate) struct Input<'a, T> {
-    data: *const T,
-    len: usize,
-    marker: PhantomData<&'a [T]>,
+/// Read access to a buffer. The gradient may replace the logits in place: then other tasks write other parts of the buffer, and
+/// this task writes what it has read.
+#[derive(Clone, Copy)]
+pub(crate) enum Input<'a, T> {
+    Shared(&'a [T]),
+    /// The buffer of an [`Output`] too.
+    Replaced(&'a [Cell<T>]),
 }
 
-impl<T> Clone for Input<'_, T> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<T> Copy for Input<'_, T> {}
-
-// SAFETY: an `Input` only hands out shared slices of `T: Sync` data; that nobody writes to a slice while it is alive is
-// what the callers of `Output::slice` promise.
+// SAFETY: the cells are only read by the functions below, whose contracts exclude that they are written at the same time
 unsafe impl<T: Sync> Sync for Input<'_, T> {}
-// SAFETY: as above.
+// SAFETY: sending it lends the elements to another thread, which `T: Sync` allows for slices and the contracts of the functions
+// below for cells
 unsafe impl<T: Sync> Send for Input<'_, T> {}
 
-impl<'a, T> Input<'a, T> {
-    pub fn new(data: &'a [T]) -> Self {
-        Input { data: data.as_ptr(), len: data.len(), marker: PhantomData }
+impl<T: Copy> Input<'_, T> {
+    pub fn is_replaced(&self) -> bool {
+        matches!(self, Input::Replaced(_))
+    }
+
+    /// The elements `start .. start + len`, which must exist.
+    #[inline(always)]
+    fn pointer(&self, start: usize, len: usize) -> *const T {
+        let (data, all) = match self {
+            Input::Shared(data) => (data.as_ptr(), data.len()),
+            Input::Replaced(cells) => (cells.as_ptr().cast(), cells.len()),
+        };
+        assert!(start <= all && len <= all - start, "read past the end of the storage");
+        data.wrapping_add(start)
     }
 
     /// The memory from an element on, which need not exist.
     #[inline(always)]
     pub fn ahead(&self, start: usize) -> Ahead<T> {
-        Ahead(self.data.wrapping_add(start))
+        Ahead(self.pointer(0, 0).wrapping_add(start))
     }
 
-    /// The slice, valid as long as nobody writes to it through an [`Output`] of the same buffer.
+    /// # Safety
+    /// While the slice is alive, nobody writes any of its elements through an [`Output`] of the same buffer.
     #[inline(always)]
-    pub fn slice(&self, start: usize, len: usize) -> &[T] {
-        assert!(start <= self.len && len <= self.len - start, "read past the end of the storage");
-        // SAFETY: in bounds by the assertion, and the buffer is borrowed for 'a
-        unsafe { std::slice::from_raw_parts(self.data.add(start), len) }
+    pub unsafe fn slice(&self, start: usize, len: usize) -> &[T] {
+        // SAFETY: `pointer` checks the bounds, the buffer is borrowed for as long as `self`, and by this function's contract
+        // nobody writes to the elements
+        unsafe { std::slice::from_raw_parts(self.pointer(start, len), len) }
+    }
+
+    /// `len` elements that are `stride` apart. They are not taken from a slice: the elements between them may be written by
+    /// other tasks.
+    ///
+    /// # Safety
+    /// While the iterator is alive, nobody writes any of its elements through an [`Output`] of the same buffer.
+    #[inline(always)]
+    pub unsafe fn strided(&self, start: usize, stride: usize, len: usize) -> impl Iterator<Item = T> {
+        let first = self.pointer(start, if len == 0 { 0 } else { (len - 1) * stride + 1 });
+        // SAFETY: `pointer` checks the last element's position, and by this function's contract nobody writes to the elements
+        (0..len).map(move |i| unsafe { *first.add(i * stride) })
     }
 }
 
 /// Write access to a buffer whose parts are written by several tasks.
-pub(crate) struct Output<'a, T> {
-    data: *mut MaybeUninit<T>,
-    len: usize,
-    marker: PhantomData<&'a mut [T]>,
-}
+pub(crate) struct Output<'a, T>(&'a [Cell<MaybeUninit<T>>]);
 
-// SAFETY: an `Output` is a pointer to data that may be sent; `slice`'s contract makes the parts disjoint.
+// SAFETY: the cells are only written through `slice`, whose contract makes the parts that several threads write disjoint
 unsafe impl<T: Send> Sync for Output<'_, T> {}
-// SAFETY: as above.
+// SAFETY: sending it lends the cells to another thread, where `slice` has the same contract
 unsafe impl<T: Send> Send for Output<'_, T> {}
 
 impl<'a, T> Output<'a, T> {
     /// The first `len` elements of a vector's capacity.
     pub fn new(vec: &'a mut Vec<T>, len: usize) -> Self {
-        let spare = &mut vec.spare_capacity_mut()[..len];
-        Output { data: spare.as_mut_ptr(), len, marker: PhantomData }
+        Output(Cell::from_mut(&mut vec.spare_capacity_mut()[..len]).as_slice_of_cells())
     }
 
     /// Reads and writes of one buffer.
     pub fn in_place(data: &'a mut [T]) -> (Input<'a, T>, Self) {
-        let (pointer, len) = (data.as_mut_ptr(), data.len());
-        (Input { data: pointer, len, marker: PhantomData }, Output { data: pointer.cast(), len, marker: PhantomData })
+        let cells = Cell::from_mut(data).as_slice_of_cells();
+        // SAFETY: `Cell<MaybeUninit<T>>` has the layout of `Cell<T>`; `slice` leaves no element uninitialised by its contract
+        let uninit = unsafe { std::slice::from_raw_parts(cells.as_ptr().cast(), cells.len()) };
+        (Input::Replaced(cells), Output(uninit))
     }
 
     /// # Safety
-    /// While the slice is alive, no other slice of this buffer that overlaps it is, here or from an [`Input`].
+    /// While the slice is alive, no other slice of this buffer that overlaps it is, here or from an [`Input`]. Only initialised
+    /// values are written.
     #[inline(always)]
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn slice(&self, start: usize, len: usize) -> &mut [MaybeUninit<T>] {
-        assert!(start <= self.len && len <= self.len - start, "write past the end of the output");
-        // SAFETY: in bounds by the assertion, exclusive by this function's contract
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(start), len) }
+        let all = self.0.len();
+        assert!(start <= all && len <= all - start, "write past the end of the output");
+        let data = self.0.as_ptr().cast::<MaybeUninit<T>>().cast_mut();
+        // SAFETY: in bounds by the assertion, exclusive by this function's contract, and cells may be written through a shared
+        // reference
+        unsafe { std::slice::from_raw_parts_mut(data.add(start), len) }
     }
 }
 
 /// Initialised memory as a destination that is only written.
+///
+/// # Safety
+/// Only initialised values are written.
 #[inline(always)]
-pub(crate) fn as_uninit<T: Copy>(slice: &mut [T]) -> &mut [MaybeUninit<T>] {
-    // SAFETY: MaybeUninit<T> has T's layout. Safe code could write uninitialised values through it; the kernels, the only
-    // callers, write results
+pub(crate) unsafe fn as_uninit<T: Copy>(slice: &mut [T]) -> &mut [MaybeUninit<T>] {
+    // SAFETY: `MaybeUninit<T>` has the layout of `T`, and by this function's contract the elements stay initialised
     unsafe { std::slice::from_raw_parts_mut(slice.as_mut_ptr().cast(), slice.len()) }
 }
 
@@ -233,7 +258,7 @@ pub(crate) fn as_uninit<T: Copy>(slice: &mut [T]) -> &mut [MaybeUninit<T>] {
 /// written: ask for large pages.
 pub(crate) fn with_room<T>(len: usize) -> Vec<T> {
     let vec = Vec::with_capacity(len);
-    #[cfg(target_os = "linux")]
+    #[cfg(all(target_os = "linux", not(miri)))]
     if len * size_of::<T>() >= LARGE {
         const PAGE: usize = 4096;
         let start = (vec.as_ptr() as usize).next_multiple_of(PAGE);
@@ -246,7 +271,7 @@ pub(crate) fn with_room<T>(len: usize) -> Vec<T> {
 }
 
 /// Bytes from which on large pages are worth asking for: two of them.
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", not(miri)))]
 const LARGE: usize = 4 << 20;
 
 /// Builds a vector of `len` elements that `fill` writes through an [`Output`].
@@ -322,17 +347,17 @@ impl Strided {
 
     /// Reads `dst.len()` elements from the `start`-th on, converted to the arithmetic type.
     #[inline(always)]
-    pub fn load<T: Element>(&self, data: &Input<T>, start: usize, dst: &mut [T::Acc]) {
+    pub fn load<T: Element>(&self, data: &[T], start: usize, dst: &mut [T::Acc]) {
         if let Some(first) = self.contiguous_start() {
-            return T::widen(data.slice(first + start, dst.len()), dst);
+            return T::widen(&data[first + start..][..dst.len()], dst);
         }
         self.runs(start, dst.len(), |at, index, stride, n| {
             let dst = &mut dst[at..at + n];
             match stride {
-                1 => T::widen(data.slice(index, n), dst),
-                0 => dst.fill(data.slice(index, 1)[0].to_acc()),
+                1 => T::widen(&data[index..][..n], dst),
+                0 => dst.fill(data[index].to_acc()),
                 _ => {
-                    let src = data.slice(index, (n - 1) * stride + 1);
+                    let src = &data[index..][..(n - 1) * stride + 1];
                     for (d, s) in dst.iter_mut().zip(src.iter().step_by(stride)) {
                         *d = s.to_acc();
                     }
@@ -363,22 +388,22 @@ pub(crate) trait Source<A>: Sync {
 
 /// An operand of the arithmetic type.
 struct OwnSource<'a, A> {
-    data: Input<'a, A>,
+    data: &'a [A],
     order: Strided,
 }
 
 impl<A: Real + Element<Acc = A>> Source<A> for OwnSource<'_, A> {
     fn load(&self, start: usize, dst: &mut [A]) {
-        self.order.load(&self.data, start, dst)
+        self.order.load(self.data, start, dst)
     }
 
     fn borrow(&self, start: usize, len: usize) -> Option<&[A]> {
-        self.order.contiguous_start().map(|first| self.data.slice(first + start, len))
+        self.order.contiguous_start().map(|first| &self.data[first + start..][..len])
     }
 }
 
 struct FloatSource<'a, T> {
-    data: Input<'a, T>,
+    data: &'a [T],
     order: Strided,
 }
 
@@ -388,7 +413,7 @@ impl<T: Element, A: Real> Source<A> for FloatSource<'_, T> {
         let mut piece = [T::Acc::ZERO; 64];
         for (i, dst) in dst.chunks_mut(64).enumerate() {
             let piece = &mut piece[..dst.len()];
-            self.order.load(&self.data, start + i * 64, piece);
+            self.order.load(self.data, start + i * 64, piece);
             for (d, s) in dst.iter_mut().zip(piece) {
                 *d = A::of(s.to_f64());
             }
@@ -417,10 +442,10 @@ pub(crate) fn source<'a, A: Real + Element<Acc = A>>(
     order: Strided,
 ) -> Result<Box<dyn Source<A> + 'a>> {
     if let Ok(data) = A::cpu_storage_as_slice(storage) {
-        return Ok(Box::new(OwnSource { data: Input::new(data), order }));
+        return Ok(Box::new(OwnSource { data, order }));
     }
     fn float<'a, T: Element, A: Real>(data: &'a [T], order: Strided) -> Box<dyn Source<A> + 'a> {
-        Box::new(FloatSource { data: Input::new(data), order })
+        Box::new(FloatSource { data, order })
     }
     Ok(match storage {
         CpuStorage::F16(data) => float(data, order),
@@ -433,4 +458,77 @@ pub(crate) fn source<'a, A: Real + Element<Acc = A>>(
         CpuStorage::I64(data) => Box::new(IntSource { data, order }),
         other => bail!("no loss kernel reads an operand of dtype {:?}", other.dtype()),
     })
+}
+
+#[cfg(test)]
+mod miri_tests {
+    use super::*;
+
+    #[test]
+    fn an_output_replaces_its_input() {
+        let mut data = [1f32, 2., 3., 4., 5., 6.];
+        {
+            let (input, output) = Output::in_place(&mut data);
+            for start in [0, 3] {
+                let mut copy = [0f32; 3];
+                // SAFETY: no slice of the output is alive
+                copy.copy_from_slice(unsafe { input.slice(start, 3) });
+                // SAFETY: the slice of the input is gone
+                for (to, v) in unsafe { output.slice(start, 3) }.iter_mut().zip(copy) {
+                    to.write(2. * v);
+                }
+            }
+            // SAFETY: no slice of the output is alive
+            assert_eq!(unsafe { input.strided(1, 2, 3) }.collect::<Vec<_>>(), [4., 8., 12.]);
+        }
+        assert_eq!(data, [2., 4., 6., 8., 10., 12.]);
+    }
+
+    #[test]
+    fn threads_replace_what_lies_between_each_others_elements() {
+        let mut data: Vec<i32> = (0..20).collect();
+        let (input, output) = Output::in_place(&mut data);
+        let (input, output) = (&input, &output);
+        std::thread::scope(|scope| {
+            for first in 0..2 {
+                scope.spawn(move || {
+                    // SAFETY: the other thread writes the elements in between
+                    let sum: i32 = unsafe { input.strided(first, 2, 10) }.sum();
+                    for i in 0..10 {
+                        // SAFETY: the other thread neither reads nor writes this element
+                        unsafe { output.slice(first + 2 * i, 1)[0].write(sum) };
+                    }
+                });
+            }
+        });
+        assert_eq!(data, [90, 100].repeat(10));
+    }
+
+    #[test]
+    #[should_panic(expected = "read past the end")]
+    fn a_read_past_the_end_panics() {
+        // SAFETY: nobody writes
+        unsafe { Input::Shared(&[1f32, 2.]).strided(1, 2, 2) }.for_each(drop);
+    }
+
+    #[test]
+    fn a_vector_is_built_in_parts() {
+        let fill = |out: &Output<u8>| {
+            for i in 0..3 {
+                // SAFETY: one slice at a time
+                unsafe { out.slice(i, 1)[0].write(i as u8) };
+            }
+        };
+        // SAFETY: `fill` writes all three elements
+        assert_eq!(unsafe { build(3, fill) }, [0, 1, 2]);
+    }
+
+    #[test]
+    fn narrowing_initialises_its_destination() {
+        let mut narrow = Vec::with_capacity(2);
+        f16::narrow(&[1.5, -2.], narrow.spare_capacity_mut().first_chunk_mut::<2>().expect("room for two"));
+        // SAFETY: `narrow` wrote both
+        unsafe { narrow.set_len(2) };
+        assert_eq!(narrow, [f16::from_f32(1.5), f16::from_f32(-2.)]);
+    }
 }

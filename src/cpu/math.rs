@@ -2,7 +2,7 @@
 //! lets it use the widest vectors the machine has.
 //!
 //! Everything here is plain scalar code over [`Real`] without branches or calls into libm. [`dispatch`] instantiates a
-//! [`Kernel`] once for each instruction set that `pulp` knows (AVX-512, AVX2 with FMA, NEON, baseline) and picks one at
+//! [`Vectorized`] computation once for each instruction set that `pulp` knows (AVX-512, AVX2 with FMA, NEON, baseline) and picks one at
 //! run time; because every function is `#[inline(always)]`, the loops of the kernel are vectorised with those features. A
 //! closure that the compiler doesn't inline is compiled without them, a fused multiply-add in it being a call into libm: the
 //! kernels are written with loops.
@@ -15,7 +15,7 @@ use std::hint::black_box;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub, SubAssign};
 
 /// A computation that is compiled once for each instruction set.
-pub(crate) trait Kernel {
+pub(crate) trait Vectorized {
     type Output;
     /// `I` is the instruction set: it says whether a fused multiply-add is an instruction or a slow library call.
     fn run<I: Isa>(self) -> Self::Output;
@@ -40,9 +40,9 @@ impl Isa for Baseline {
 }
 
 /// Runs `kernel` with the widest instruction set of this machine.
-pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
+pub(crate) fn dispatch<K: Vectorized>(kernel: K) -> K::Output {
     struct Adapter<K>(K);
-    impl<K: Kernel> pulp::WithSimd for Adapter<K> {
+    impl<K: Vectorized> pulp::WithSimd for Adapter<K> {
         type Output = K::Output;
         #[inline(always)]
         fn with_simd<S: pulp::Simd>(self, _: S) -> K::Output {
@@ -133,14 +133,14 @@ impl<T> Ahead<T> {
     /// Asks for [`LANES`] elements from the `i`-th on; there may be none at that address.
     #[inline(always)]
     pub(crate) fn fetch(&self, i: usize) {
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
         for line in (0..LANES * size_of::<T>()).step_by(64) {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
             let at = self.0.wrapping_add(i).cast::<i8>().wrapping_add(line);
             // SAFETY: a prefetch is a hint that accesses nothing a program can see, whatever the address; SSE is part of x86_64
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at) };
         }
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(not(all(target_arch = "x86_64", not(miri))))]
         let _ = i;
     }
 }
@@ -409,7 +409,7 @@ mod tests {
     trait Elementary {
         fn at<I: Isa>(&self, x: f32) -> f32;
     }
-    impl<F: Elementary> Kernel for Map<'_, F> {
+    impl<F: Elementary> Vectorized for Map<'_, F> {
         type Output = Vec<f32>;
         #[inline(always)]
         fn run<I: Isa>(self) -> Vec<f32> {
@@ -515,7 +515,7 @@ mod tests {
     #[test]
     fn f64_functions_agree_with_libm() {
         struct All(Vec<f64>);
-        impl Kernel for All {
+        impl Vectorized for All {
             type Output = Vec<[f64; 5]>;
             #[inline(always)]
             fn run<I: Isa>(self) -> Vec<[f64; 5]> {

@@ -44,7 +44,7 @@ struct Job {
 
 // SAFETY: `task` points to something `Sync`, and is used only while the caller keeps it alive; the rest is `Send` and `Sync`
 unsafe impl Send for Job {}
-// SAFETY: as above
+// SAFETY: the task is `Sync` and used only while the caller keeps it alive; all other fields are `Sync`
 unsafe impl Sync for Job {}
 
 impl Job {

@@ -8,7 +8,7 @@ use super::problem::{ElementKernels, Elements, Term as Formula};
 use super::terms::{Bce, BceWithLogits, Focal, Term};
 use crate::check;
 use crate::cpu::element::{Element, Output, Source, Strided, source, with_room};
-use crate::cpu::math::{Isa, Kernel, LANES, Real, dispatch, sum_of};
+use crate::cpu::math::{Isa, LANES, Real, Vectorized, dispatch, sum_of};
 use crate::cpu::own_slice;
 use crate::cpu::parallel::for_each_task;
 use crate::cpu::sum_in_order;
@@ -190,7 +190,7 @@ struct Map<'k, A, F> {
     values: &'k mut [A],
 }
 
-impl<A: Real, F: Term<A>> Kernel for Map<'_, A, F> {
+impl<A: Real, F: Term<A>> Vectorized for Map<'_, A, F> {
     type Output = bool;
 
     #[inline(always)]
@@ -260,7 +260,7 @@ struct Sum<'k, A> {
     len: usize,
 }
 
-impl<A: Real> Kernel for Sum<'_, A> {
+impl<A: Real> Vectorized for Sum<'_, A> {
     type Output = A;
 
     #[inline(always)]

@@ -1,7 +1,7 @@
 //! NLL on the CPU.
 
 use super::problem::{Nll, NllKernels};
-use crate::cpu::element::{Element, Input, Output, build};
+use crate::cpu::element::{Element, Output, build};
 use crate::cpu::indices::Indices;
 use crate::cpu::math::{LANES, Real};
 use crate::cpu::parallel::for_each_task;
@@ -20,7 +20,7 @@ impl NllKernels for CpuStorage {
     fn forward(problem: &Nll, log_probs: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
         let weight = problem.options.weight.as_ref().map(Locked::new);
         with_floats!(problem.name, log_probs.0, data => {
-            let rows = NllRows::new(problem, Input::new(data), problem.rows(log_probs.1)?, target, &weight)?;
+            let rows = NllRows::new(problem, data, problem.rows(log_probs.1)?, target, &weight)?;
             Ok((rows.loss(), WithDType::to_cpu_storage_owned(vec![rows.denominator()])))
         })
     }
@@ -28,7 +28,7 @@ impl NllKernels for CpuStorage {
     fn loss_and_grad(problem: &Nll, log_probs: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
         let weight = problem.options.weight.as_ref().map(Locked::new);
         with_floats!(problem.name, log_probs.0, data => {
-            let rows = NllRows::new(problem, Input::new(data), problem.rows(log_probs.1)?, target, &weight)?;
+            let rows = NllRows::new(problem, data, problem.rows(log_probs.1)?, target, &weight)?;
             Ok((rows.loss(), rows.gradient(rows.denominator(), &[Real::ONE])))
         })
     }
@@ -43,7 +43,7 @@ impl NllKernels for CpuStorage {
         let weight = problem.options.weight.as_ref().map(Locked::new);
         with_floats!(problem.name, log_probs.0, data => {
             // a target that was overwritten since the forward is checked again, and must not lead outside of its row
-            let rows = NllRows::new(problem, Input::new(data), problem.rows(log_probs.1)?, target, &weight)?;
+            let rows = NllRows::new(problem, data, problem.rows(log_probs.1)?, target, &weight)?;
             Ok(rows.gradient(denominator.to_scalar()?, own_slice(upstream)?))
         })
     }
@@ -52,7 +52,7 @@ impl NllKernels for CpuStorage {
 /// The log-probabilities and checked targets of a call.
 struct NllRows<'a, T: Element> {
     problem: &'a Nll,
-    x: Input<'a, T>,
+    x: &'a [T],
     rows: Rows,
     indices: Indices<'a>,
     weight: Option<&'a [T::Acc]>,
@@ -63,7 +63,7 @@ struct NllRows<'a, T: Element> {
 impl<'a, T: Element> NllRows<'a, T> {
     fn new(
         problem: &'a Nll,
-        x: Input<'a, T>,
+        x: &'a [T],
         rows: Rows,
         target: Arg<'a, CpuStorage>,
         weight: &'a Option<Locked>,
@@ -102,7 +102,7 @@ impl<'a, T: Element> NllRows<'a, T> {
                     && weight != T::Acc::ZERO
                 {
                     let at = self.rows.start(row) + class * self.rows.class_stride;
-                    loss.write(-weight * self.x.slice(at, 1)[0].to_acc());
+                    loss.write(-weight * self.x[at].to_acc());
                 }
             }
         });

@@ -1,29 +1,59 @@
 //! The vectorised loops on blocks of rows and on tiles of rows: all that depends on the instruction set.
 
-use super::rows::LANES;
 use crate::cpu::element::Element;
-use crate::cpu::math::{Ahead, Baseline, Isa, Kernel, Real, end_of, max_lanes, sum_lanes, vectors};
+use crate::cpu::math::{Ahead, Baseline, Isa, LANES, Real, Vectorized, end_of, max_lanes, sum_lanes, vectors};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// What a row is reduced to.
-#[derive(Clone, Copy)]
-pub(super) struct State<A> {
-    /// The largest logit m.
-    pub(super) max: A,
-    /// `sum exp(x - m)` without the term of one maximum.
-    pub(super) rest: A,
-    /// `sum q (x - m)` and `sum q` for the extra numbers q.
-    pub(super) linear: A,
-    pub(super) mass: A,
-    /// `sum exp(x - m) (x - m)`, for the entropy.
-    pub(super) moment: A,
-    pub(super) argmax: u32,
-    /// `log sum exp(x - m)`, NaN where the row has no finite maximum: once the row is complete.
-    pub(super) log_sum: A,
+/// A number for each lane, or one for all of them.
+pub(super) trait PerLane<A>: Copy {
+    fn at(&self, lane: usize) -> A;
 }
 
-/// A block's contribution to a [`State`], relative to `max`, the maximum of the block and of the row so far.
+impl<A: Real> PerLane<A> for A {
+    #[inline(always)]
+    fn at(&self, _: usize) -> A {
+        *self
+    }
+}
+
+impl<A: Real> PerLane<A> for [A; LANES] {
+    #[inline(always)]
+    fn at(&self, lane: usize) -> A {
+        self[lane]
+    }
+}
+
+/// What a reduction computes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum RowDetail {
+    /// The maximum, the sum of exponentials, and the sums of q.
+    Loss,
+    /// Entropy and argmax too.
+    Statistics,
+    /// The sum of q alone.
+    Mass,
+}
+
+/// What up to [`LANES`] rows are reduced to.
+#[derive(Clone, Copy)]
+pub(super) struct States<A> {
+    /// The largest logit m.
+    pub(super) max: [A; LANES],
+    /// `sum exp(x - m)` without the term of one maximum.
+    pub(super) rest: [A; LANES],
+    /// `sum q (x - m)`; where the mass alone is computed, what its rounding lost.
+    pub(super) linear: [A; LANES],
+    /// `sum q`
+    pub(super) mass: [A; LANES],
+    /// `sum exp(x - m) (x - m)`, for the entropy.
+    pub(super) moment: [A; LANES],
+    pub(super) argmax: [u32; LANES],
+    /// `log sum exp(x - m)`, NaN where the row has no finite maximum: once the row is complete.
+    pub(super) log_sum: [A; LANES],
+}
+
+/// A block's contribution to the [`States`], relative to `max`, the maximum of the block and of the row so far.
 pub(super) struct Part<A> {
     pub(super) max: A,
     pub(super) block_max: A,
@@ -35,259 +65,83 @@ pub(super) struct Part<A> {
     pub(super) moment: A,
 }
 
-impl<A: Real> State<A> {
-    pub(super) const EMPTY: Self = State {
-        max: A::NEG_INFINITY,
-        rest: A::ZERO,
-        linear: A::ZERO,
-        mass: A::ZERO,
-        moment: A::ZERO,
-        argmax: 0,
-        log_sum: A::NAN,
+impl<A: Real> States<A> {
+    pub(super) const EMPTY: Self = States {
+        max: [A::NEG_INFINITY; LANES],
+        rest: [A::ZERO; LANES],
+        linear: [A::ZERO; LANES],
+        mass: [A::ZERO; LANES],
+        moment: [A::ZERO; LANES],
+        argmax: [0; LANES],
+        log_sum: [A::NAN; LANES],
     };
 
-    /// The state of a row that is complete.
-    pub(super) fn complete(self) -> Self {
-        State { log_sum: log_sum(self.max, self.rest), ..self }
-    }
-
-    /// Branch-free, for one row in each lane.
+    /// Adds a part to the row in a lane, without branches.
     #[inline(always)]
-    pub(super) fn absorb<I: Isa>(&mut self, part: Part<A>) {
-        let max = part.max;
-        let grew = part.block_max > self.max;
-        let nothing = self.max == A::NEG_INFINITY;
-        let shift = if nothing { A::ZERO } else { self.max - max };
+    fn absorb<I: Isa>(&mut self, lane: usize, part: Part<A>) {
+        let (max, row_max, rest, mass) = (part.max, self.max[lane], self.rest[lane], self.mass[lane]);
+        let grew = part.block_max > row_max;
+        let nothing = row_max == A::NEG_INFINITY;
+        let shift = if nothing { A::ZERO } else { row_max - max };
         let shrink = if nothing { A::ZERO } else { shift.vexp::<I>() };
         // while all is -inf there is no maximum to leave out; a NaN in the rest stays one through the product
         let ties = if max == A::NEG_INFINITY { A::ZERO } else { part.ties };
-        let total = A::ONE + self.rest;
-        self.moment = shrink * (self.moment + total * shift) + part.moment;
-        self.rest = if grew { part.tail + (ties - A::ONE) + total * shrink } else { self.rest + part.tail + ties };
-        self.linear = self.linear + self.mass * shift + part.linear;
-        self.mass += part.mass;
-        self.max = max;
+        let total = A::ONE + rest;
+        self.moment[lane] = shrink * (self.moment[lane] + total * shift) + part.moment;
+        self.rest[lane] = if grew { part.tail + (ties - A::ONE) + total * shrink } else { rest + part.tail + ties };
+        self.linear[lane] = self.linear[lane] + mass * shift + part.linear;
+        self.mass[lane] = mass + part.mass;
+        self.max[lane] = max;
     }
 
     /// As [`Self::absorb`] for the first part of a row, without an exponential.
     #[inline(always)]
-    fn start(&mut self, part: Part<A>) {
+    fn start(&mut self, lane: usize, part: Part<A>) {
         let Part { max, tail, ties, linear, mass, moment, .. } = part;
-        let rest = if max == A::NEG_INFINITY { tail } else { tail + (ties - A::ONE) };
-        *self = State { max, rest, linear, mass, moment, ..*self };
-    }
-
-    /// Merges the state of the classes that follow.
-    pub(super) fn merge(&mut self, next: &Self) {
-        if next.max > self.max {
-            self.argmax = next.argmax;
-        }
-        let max = self.max.max_or_self(next.max);
-        let grew = next.max > self.max;
-        let shift = if next.max == A::NEG_INFINITY { A::ZERO } else { next.max - max };
-        let shrink = if next.max == A::NEG_INFINITY { A::ZERO } else { shift.vexp::<Baseline>() };
-        // as a part: the next classes below `max`, and their maximum where it is at `max`
-        let (tail, ties) = if shift == A::ZERO && next.max != A::NEG_INFINITY {
-            (next.rest, A::ONE)
-        } else {
-            ((A::ONE + next.rest) * shrink, A::ZERO)
-        };
-        self.absorb::<Baseline>(Part {
-            max,
-            block_max: if grew { next.max } else { A::NEG_INFINITY },
-            tail,
-            ties,
-            linear: next.linear + next.mass * shift,
-            mass: next.mass,
-            moment: shrink * next.moment
-                + if shrink == A::ZERO { A::ZERO } else { (A::ONE + next.rest) * shrink * shift },
-        });
-    }
-}
-
-/// The numbers of a row from which a pass emits its values.
-#[derive(Clone, Copy)]
-pub(super) struct RowScalars<A> {
-    pub(super) max: A,
-    /// `1 / sum exp(x - m)`
-    pub(super) inverse: A,
-    /// `log sum exp(x - m)`, where an emission needs it
-    pub(super) log_sum: A,
-    /// `rest / (1 + rest)`: 1 - p of the most probable class
-    pub(super) confident: A,
-    /// The factor of the probability, and the sum of the row's q.
-    pub(super) slope: A,
-    pub(super) mass: A,
-    /// Upstream gradient over the denominator.
-    pub(super) upstream: A,
-    /// The target class, and what it adds to its q.
-    pub(super) own: Option<(usize, A)>,
-    /// Whether the row counts; what it emits is 0 otherwise.
-    pub(super) live: bool,
-}
-
-impl<A: Real> RowScalars<A> {
-    pub(super) const DEAD: Self = RowScalars {
-        max: A::ZERO,
-        inverse: A::ZERO,
-        log_sum: A::ZERO,
-        confident: A::ZERO,
-        slope: A::ZERO,
-        mass: A::ZERO,
-        upstream: A::ZERO,
-        own: None,
-        live: false,
-    };
-
-    /// The numbers of up to [`LANES`] adjacent rows, each made from its lane and row.
-    #[inline(always)]
-    pub(super) fn of_rows(rows: Range<usize>, of: impl Fn(usize, usize) -> Self) -> [Self; LANES] {
-        let mut lanes = [Self::DEAD; LANES];
-        for (lane, row) in rows.enumerate() {
-            lanes[lane] = of(lane, row);
-        }
-        lanes
-    }
-
-    pub(super) fn new(max: A, rest: A) -> Self {
-        // a row of only -inf, or with +inf, has no softmax
-        let max = if max.is_finite() { max } else { A::NAN };
-        let total = A::ONE + rest;
-        RowScalars {
-            max,
-            inverse: A::ONE / total,
-            log_sum: A::NAN,
-            confident: rest / total,
-            slope: A::ZERO,
-            mass: A::ZERO,
-            upstream: A::ONE,
-            own: None,
-            live: true,
-        }
-    }
-}
-
-/// `log sum exp(x - m)`, NaN where the row has no finite maximum.
-#[inline(always)]
-pub(super) fn log_sum<A: Real>(max: A, rest: A) -> A {
-    if max.is_finite() { A::of(rest.to_f64().ln_1p()) } else { A::NAN }
-}
-
-/// The value that a pass emits for a logit.
-pub(super) trait Emit<A: Real>: Sync {
-    /// Whether the value is a derivative in the logits, so that the soft cap's slope belongs to it.
-    const IN_LOGITS: bool = false;
-
-    fn value<I: Isa>(&self, row: &RowScalars<A>, x: A, extra: A) -> A;
-}
-
-/// `upstream (slope p - q)`
-pub(super) struct LogitsGradient;
-impl<A: Real> Emit<A> for LogitsGradient {
-    const IN_LOGITS: bool = true;
-
-    #[inline(always)]
-    fn value<I: Isa>(&self, row: &RowScalars<A>, x: A, q: A) -> A {
-        let p = (x - row.max).vexp::<I>() * row.inverse;
-        let direct = row.slope * p - q;
-        // at the most probable class, slope p - q = (mass - q) - mass (1 - p) + (slope - mass) p does not cancel
-        let confident = (row.mass - q) - row.mass * row.confident + (row.slope - row.mass) * p;
-        row.upstream * if x == row.max { confident } else { direct }
-    }
-}
-
-/// `upstream w (lse - x)`
-pub(super) struct TargetGradient;
-impl<A: Real> Emit<A> for TargetGradient {
-    #[inline(always)]
-    fn value<I: Isa>(&self, row: &RowScalars<A>, x: A, w: A) -> A {
-        let g = row.upstream * w * (row.log_sum - (x - row.max));
-        if w == A::ZERO { A::ZERO } else { g }
-    }
-}
-
-/// `x - lse`
-pub(super) struct LogProbs;
-impl<A: Real> Emit<A> for LogProbs {
-    #[inline(always)]
-    fn value<I: Isa>(&self, row: &RowScalars<A>, x: A, _: A) -> A {
-        (x - row.max) - row.log_sum
-    }
-}
-
-/// `g - exp(y) sum(g)` for log-probabilities y
-pub(super) struct LogProbsGradient;
-impl<A: Real> Emit<A> for LogProbsGradient {
-    #[inline(always)]
-    fn value<I: Isa>(&self, row: &RowScalars<A>, y: A, g: A) -> A {
-        g - y.vexp::<I>() * row.mass
-    }
-}
-
-/// What a reduction computes beside the maximum and the sum.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Detail {
-    Loss,
-    /// Entropy and argmax too.
-    Statistics,
-}
-
-/// The states of up to [`LANES`] rows, a vector for each number.
-#[derive(Clone, Copy)]
-pub(super) struct States<A> {
-    pub(super) max: [A; LANES],
-    pub(super) rest: [A; LANES],
-    pub(super) linear: [A; LANES],
-    pub(super) mass: [A; LANES],
-    pub(super) moment: [A; LANES],
-    pub(super) argmax: [u32; LANES],
-    pub(super) log_sum: [A; LANES],
-}
-
-impl<A: Real> States<A> {
-    pub(super) const EMPTY: Self = {
-        let State { max, rest, linear, mass, moment, argmax, log_sum } = State::EMPTY;
-        States {
-            max: [max; LANES],
-            rest: [rest; LANES],
-            linear: [linear; LANES],
-            mass: [mass; LANES],
-            moment: [moment; LANES],
-            argmax: [argmax; LANES],
-            log_sum: [log_sum; LANES],
-        }
-    };
-
-    /// The state of one row, in the first lane.
-    pub(super) fn one(state: State<A>) -> Self {
-        let mut states = Self::EMPTY;
-        states.set(0, state);
-        states
-    }
-
-    #[inline(always)]
-    pub(super) fn get(&self, lane: usize) -> State<A> {
-        State {
-            max: self.max[lane],
-            rest: self.rest[lane],
-            linear: self.linear[lane],
-            mass: self.mass[lane],
-            moment: self.moment[lane],
-            argmax: self.argmax[lane],
-            log_sum: self.log_sum[lane],
-        }
-    }
-
-    #[inline(always)]
-    fn set(&mut self, lane: usize, state: State<A>) {
-        let State { max, rest, linear, mass, moment, argmax, log_sum } = state;
         self.max[lane] = max;
-        self.rest[lane] = rest;
+        self.rest[lane] = if max == A::NEG_INFINITY { tail } else { tail + (ties - A::ONE) };
         self.linear[lane] = linear;
         self.mass[lane] = mass;
         self.moment[lane] = moment;
-        self.argmax[lane] = argmax;
-        self.log_sum[lane] = log_sum;
+    }
+
+    /// Adds to the mass of the row in a lane, where nothing else is computed.
+    #[inline(always)]
+    fn add_mass(&mut self, lane: usize, sum: f64) {
+        let total = self.mass[lane].to_f64() + self.linear[lane].to_f64() + sum;
+        let mass = A::of(total);
+        self.mass[lane] = mass;
+        self.linear[lane] = if mass.is_finite() { A::of(total - mass.to_f64()) } else { A::ZERO };
+    }
+
+    /// Merges the first lane with that of the classes that follow in the same row.
+    pub(super) fn merge(&mut self, next: &Self) {
+        let (next_max, next_rest, next_mass) = (next.max[0], next.rest[0], next.mass[0]);
+        let grew = next_max > self.max[0];
+        if grew {
+            self.argmax[0] = next.argmax[0];
+        }
+        let max = self.max[0].max_or_self(next_max);
+        let shift = if next_max == A::NEG_INFINITY { A::ZERO } else { next_max - max };
+        let shrink = if next_max == A::NEG_INFINITY { A::ZERO } else { shift.vexp::<Baseline>() };
+        // as a part: the next classes below `max`, and their maximum where it is at `max`
+        let (tail, ties) = if shift == A::ZERO && next_max != A::NEG_INFINITY {
+            (next_rest, A::ONE)
+        } else {
+            ((A::ONE + next_rest) * shrink, A::ZERO)
+        };
+        let moved = if shrink == A::ZERO { A::ZERO } else { (A::ONE + next_rest) * shrink * shift };
+        let part = Part {
+            max,
+            block_max: if grew { next_max } else { A::NEG_INFINITY },
+            tail,
+            ties,
+            linear: next.linear[0] + next_mass * shift,
+            mass: next_mass,
+            moment: shrink * next.moment[0] + moved,
+        };
+        self.absorb::<Baseline>(0, part);
+        self.log_sum[0] = log_sum(self.max[0], self.rest[0]);
     }
 
     /// Makes the states those of rows that are complete.
@@ -300,108 +154,294 @@ impl<A: Real> States<A> {
     }
 }
 
+/// The targets of up to [`LANES`] adjacent rows.
+#[derive(Clone, Copy)]
+pub(super) struct RowTargets<A> {
+    /// The row's own class and what it adds to its q: 0 and 0 where there is none.
+    pub(super) class: [usize; LANES],
+    pub(super) weight: [A; LANES],
+    /// Whether the row counts; what it emits is 0 otherwise.
+    pub(super) live: [bool; LANES],
+}
+
+impl<A: Real> RowTargets<A> {
+    pub(super) const NONE: Self = RowTargets { class: [0; LANES], weight: [A::ZERO; LANES], live: [true; LANES] };
+
+    /// The own class of a lane's row and its weight, if there is one.
+    #[inline(always)]
+    pub(super) fn own(&self, lane: usize) -> Option<(usize, A)> {
+        let weight = self.weight[lane];
+        if weight == A::ZERO { None } else { Some((self.class[lane], weight)) }
+    }
+}
+
+/// The numbers of a row, or of up to [`LANES`] adjacent ones, from which a pass emits its values.
+#[derive(Clone, Copy)]
+pub(super) struct RowScalars<V> {
+    pub(super) max: V,
+    /// `1 / sum exp(x - m)`
+    pub(super) inverse: V,
+    /// `log sum exp(x - m)`, where an emission needs it
+    pub(super) log_sum: V,
+    /// `rest / (1 + rest)`: 1 - p of the most probable class
+    pub(super) confident: V,
+    /// The factor of the probability, and the sum of the row's q.
+    pub(super) slope: V,
+    pub(super) mass: V,
+    /// Upstream gradient over the denominator.
+    pub(super) upstream: V,
+}
+
+impl<A: Real> RowScalars<[A; LANES]> {
+    pub(super) const ZERO: Self = {
+        let zero = [A::ZERO; LANES];
+        RowScalars { max: zero, inverse: zero, log_sum: zero, confident: zero, slope: zero, mass: zero, upstream: zero }
+    };
+
+    /// Of rows with these maxima and these sums without the maximum.
+    #[inline(always)]
+    pub(super) fn of_softmax(max: &[A], rest: &[A]) -> Self {
+        let mut scalars = Self::ZERO;
+        for (lane, (&max, &rest)) in max.iter().zip(rest).take(LANES).enumerate() {
+            // a row of only -inf, or with +inf, has no softmax
+            scalars.max[lane] = if max.is_finite() { max } else { A::NAN };
+            let total = A::ONE + rest;
+            scalars.inverse[lane] = A::ONE / total;
+            scalars.confident[lane] = rest / total;
+        }
+        scalars
+    }
+
+    #[inline(always)]
+    pub(super) fn lane(&self, lane: usize) -> RowScalars<A> {
+        RowScalars {
+            max: self.max[lane],
+            inverse: self.inverse[lane],
+            log_sum: self.log_sum[lane],
+            confident: self.confident[lane],
+            slope: self.slope[lane],
+            mass: self.mass[lane],
+            upstream: self.upstream[lane],
+        }
+    }
+}
+
+/// `log sum exp(x - m)`, NaN where the row has no finite maximum.
+#[inline(always)]
+pub(super) fn log_sum<A: Real>(max: A, rest: A) -> A {
+    if max.is_finite() { A::of(rest.to_f64().ln_1p()) } else { A::NAN }
+}
+
+/// The value that a pass emits for a logit of a lane's row.
+pub(super) trait Emit<A: Real>: Sync {
+    /// Whether the value is a derivative in the logits, so that the soft cap's slope belongs to it.
+    const IN_LOGITS: bool = false;
+
+    fn value<I: Isa, V: PerLane<A>>(&self, row: &RowScalars<V>, lane: usize, x: A, q: A) -> A;
+}
+
+/// `upstream (slope p - q)`
+pub(super) struct LogitsGradient;
+impl<A: Real> Emit<A> for LogitsGradient {
+    const IN_LOGITS: bool = true;
+
+    #[inline(always)]
+    fn value<I: Isa, V: PerLane<A>>(&self, row: &RowScalars<V>, lane: usize, x: A, q: A) -> A {
+        let (max, slope, mass) = (row.max.at(lane), row.slope.at(lane), row.mass.at(lane));
+        let p = (x - max).vexp::<I>() * row.inverse.at(lane);
+        let direct = slope * p - q;
+        // at the most probable class, slope p - q = (mass - q) - mass (1 - p) + (slope - mass) p does not cancel
+        let confident = (mass - q) - mass * row.confident.at(lane) + (slope - mass) * p;
+        row.upstream.at(lane) * if x == max { confident } else { direct }
+    }
+}
+
+/// `upstream w (lse - x)`
+pub(super) struct TargetGradient;
+impl<A: Real> Emit<A> for TargetGradient {
+    #[inline(always)]
+    fn value<I: Isa, V: PerLane<A>>(&self, row: &RowScalars<V>, lane: usize, x: A, w: A) -> A {
+        let g = row.upstream.at(lane) * w * (row.log_sum.at(lane) - (x - row.max.at(lane)));
+        if w == A::ZERO { A::ZERO } else { g }
+    }
+}
+
+/// `x - lse`
+pub(super) struct LogProbs;
+impl<A: Real> Emit<A> for LogProbs {
+    #[inline(always)]
+    fn value<I: Isa, V: PerLane<A>>(&self, row: &RowScalars<V>, lane: usize, x: A, _: A) -> A {
+        (x - row.max.at(lane)) - row.log_sum.at(lane)
+    }
+}
+
+/// `g - exp(y) sum(g)` for log-probabilities y
+pub(super) struct LogProbsGradient;
+impl<A: Real> Emit<A> for LogProbsGradient {
+    #[inline(always)]
+    fn value<I: Isa, V: PerLane<A>>(&self, row: &RowScalars<V>, lane: usize, y: A, g: A) -> A {
+        g - y.vexp::<I>() * row.mass.at(lane)
+    }
+}
+
+/// The sums of one reduction step, in lanes: of the classes of one row, or of one row each.
+struct LaneSums<A> {
+    /// As in [`Part`].
+    tail: [A; LANES],
+    ties: [A; LANES],
+    linear: [A; LANES],
+    mass: [A; LANES],
+    moment: [A; LANES],
+}
+
+impl<A: Real> LaneSums<A> {
+    const ZERO: Self = {
+        let zero = [A::ZERO; LANES];
+        LaneSums { tail: zero, ties: zero, linear: zero, mass: zero, moment: zero }
+    };
+
+    /// `reference` is the maximum, or 0 where that is -inf.
+    #[inline(always)]
+    fn add_exponentials<I: Isa>(&mut self, xs: &[A; LANES], max: impl PerLane<A>, reference: impl PerLane<A>) {
+        for (lane, &x) in xs.iter().enumerate() {
+            let v = (x - reference.at(lane)).vexp::<I>();
+            let tie = x == max.at(lane);
+            self.tail[lane] += if tie { A::ZERO } else { v };
+            self.ties[lane] += if tie { A::ONE } else { A::ZERO };
+        }
+    }
+
+    #[inline(always)]
+    fn add_moment<I: Isa>(&mut self, xs: &[A; LANES], reference: impl PerLane<A>) {
+        for (lane, &x) in xs.iter().enumerate() {
+            let d = x - reference.at(lane);
+            let v = d.vexp::<I>();
+            self.moment[lane] += if v == A::ZERO { A::ZERO } else { v * d };
+        }
+    }
+
+    #[inline(always)]
+    fn add_q(&mut self, xs: &[A; LANES], q: &[A; LANES], reference: impl PerLane<A>) {
+        for lane in 0..LANES {
+            let v = q[lane] * (xs[lane] - reference.at(lane));
+            self.linear[lane] += if q[lane] == A::ZERO { A::ZERO } else { v };
+            self.mass[lane] += q[lane];
+        }
+    }
+}
+
+/// Raises each lane to the larger of two numbers.
+#[inline(always)]
+fn raise<A: Real>(lanes: &mut [A; LANES], xs: &[A; LANES]) {
+    for (max, &x) in lanes.iter_mut().zip(xs) {
+        *max = max.max_or_self(x);
+    }
+}
+
+/// What the exponents are relative to.
+#[inline(always)]
+fn reference_of<A: Real>(max: A) -> A {
+    if max == A::NEG_INFINITY { A::ZERO } else { max }
+}
+
 /// Adds a block of some rows' classes to the rows' states.
 ///
 /// A short row is a chain of dependent steps (a maximum, exponentials, a sum) that takes several times as long as its
 /// instructions; a processor overlaps the chains of rows that are close to each other in the code.
-pub(super) struct ReduceBlocks<'k, A, S, T> {
-    pub(super) blocks: Blocks<'k, A, T>,
+pub(super) struct ReduceStrip<'k, A, S, T> {
+    pub(super) blocks: StripBlocks<'k, A, T>,
     /// A block of each row, in its storage type or in the arithmetic type.
     pub(super) xs: &'k [&'k [S]],
 }
 
-/// All of a [`ReduceBlocks`] but the logits.
-pub(super) struct Blocks<'k, A, T> {
+/// All of a [`ReduceStrip`] but the logits.
+pub(super) struct StripBlocks<'k, A, T> {
     pub(super) states: &'k mut States<A>,
     /// The classes of the blocks, of all those that are reduced.
     pub(super) block: Range<usize>,
     pub(super) of: Range<usize>,
-    /// The extra numbers of each row, if there are any.
+    /// The q of each row, if there is any.
     pub(super) q: Option<&'k [&'k [A]]>,
-    pub(super) detail: Detail,
+    pub(super) detail: RowDetail,
     /// What will be read next: fetched while the exponentials of these blocks are computed.
     pub(super) next: Ahead<T>,
 }
 
-impl<A: Real, S: Element<Acc = A>, T> Kernel for ReduceBlocks<'_, A, S, T> {
+impl<A: Real, S: Element<Acc = A>, T> Vectorized for ReduceStrip<'_, A, S, T> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let ReduceBlocks { blocks: Blocks { states, block, of, q, detail, next }, xs } = self;
+        let ReduceStrip { blocks: StripBlocks { states, block, of, q, detail, next }, xs } = self;
+        if detail == RowDetail::Mass {
+            return add_masses(states, q.unwrap_or(&[]));
+        }
         let mut block_max = [A::NEG_INFINITY; LANES];
         let nothing = S::from_acc(A::NEG_INFINITY);
         for (max, xs) in block_max.iter_mut().zip(xs) {
             let mut lanes = [A::NEG_INFINITY; LANES];
             for xs in vectors(xs, &end_of(xs, nothing)) {
-                let xs = S::unordered(xs);
-                for lane in 0..LANES {
-                    lanes[lane] = lanes[lane].max_or_self(xs[lane]);
-                }
+                raise(&mut lanes, &S::unordered(xs));
             }
             *max = max_lanes(lanes);
         }
         for (row, xs) in xs.iter().enumerate() {
             let end = end_of(xs, nothing);
-            let mut state = states.get(row);
-            let max = state.max.max_or_self(block_max[row]);
-            let reference = if max == A::NEG_INFINITY { A::ZERO } else { max };
-            let (mut tail, mut ties) = ([A::ZERO; LANES], [A::ZERO; LANES]);
+            let max = states.max[row].max_or_self(block_max[row]);
+            let reference = reference_of(max);
+            let mut sums = LaneSums::ZERO;
             for (i, xs) in vectors(xs, &end).enumerate() {
                 next.fetch(row * block.len() + i * LANES);
-                let xs = S::unordered(xs);
-                for lane in 0..LANES {
-                    let v = (xs[lane] - reference).vexp::<I>();
-                    let tie = xs[lane] == max;
-                    tail[lane] += if tie { A::ZERO } else { v };
-                    ties[lane] += if tie { A::ONE } else { A::ZERO };
-                }
+                sums.add_exponentials::<I>(&S::unordered(xs), max, reference);
             }
             let mut part = Part {
                 max,
                 block_max: block_max[row],
-                tail: sum_lanes(tail),
-                ties: sum_lanes(ties),
+                tail: sum_lanes(sums.tail),
+                ties: sum_lanes(sums.ties),
                 linear: A::ZERO,
                 mass: A::ZERO,
                 moment: A::ZERO,
             };
-            if detail == Detail::Statistics {
-                if block_max[row] > state.max {
-                    state.argmax = (block.start + xs.iter().position(|x| x.to_acc() == max).unwrap_or(0)) as u32;
+            if detail == RowDetail::Statistics {
+                if block_max[row] > states.max[row] {
+                    let first = xs.iter().position(|x| x.to_acc() == max).unwrap_or(0);
+                    states.argmax[row] = (block.start + first) as u32;
                 }
-                let mut moment = [A::ZERO; LANES];
                 for xs in vectors(xs, &end) {
-                    for lane in 0..LANES {
-                        let d = xs[lane].to_acc() - reference;
-                        let v = d.vexp::<I>();
-                        moment[lane] += if v == A::ZERO { A::ZERO } else { v * d };
-                    }
+                    sums.add_moment::<I>(&S::ordered(xs), reference);
                 }
-                part.moment = sum_lanes(moment);
+                part.moment = sum_lanes(sums.moment);
             }
             if let Some(q) = q {
-                let q = q[row];
-                let (mut linear, mut mass) = ([A::ZERO; LANES], [A::ZERO; LANES]);
-                for (xs, q) in vectors(xs, &end).zip(vectors(q, &end_of(q, A::ZERO))) {
-                    for lane in 0..LANES {
-                        let v = q[lane] * (xs[lane].to_acc() - reference);
-                        linear[lane] += if q[lane] == A::ZERO { A::ZERO } else { v };
-                        mass[lane] += q[lane];
-                    }
+                for (xs, q) in vectors(xs, &end).zip(vectors(q[row], &end_of(q[row], A::ZERO))) {
+                    sums.add_q(&S::ordered(xs), q, reference);
                 }
-                (part.linear, part.mass) = (sum_lanes(linear), sum_lanes(mass));
+                (part.linear, part.mass) = (sum_lanes(sums.linear), sum_lanes(sums.mass));
             }
             if block.start == of.start {
-                state.start(part);
+                states.start(row, part);
             } else {
-                state.absorb::<I>(part);
+                states.absorb::<I>(row, part);
             }
-            states.set(row, state);
         }
         if block.end == of.end {
             states.complete::<I>();
         }
+    }
+}
+
+/// Adds the sum of a block of each row's q to its mass.
+#[inline(always)]
+fn add_masses<A: Real>(states: &mut States<A>, q: &[&[A]]) {
+    for (row, q) in q.iter().enumerate() {
+        let mut sums = [0f64; LANES];
+        for q in vectors(q, &end_of(q, A::ZERO)) {
+            for lane in 0..LANES {
+                sums[lane] += q[lane].to_f64();
+            }
+        }
+        states.add_mass(row, sum_lanes(sums));
     }
 }
 
@@ -413,79 +453,61 @@ pub(super) struct ReduceTile<'k, A> {
     pub(super) of: usize,
     pub(super) xs: &'k [[A; LANES]],
     pub(super) q: Option<&'k [[A; LANES]]>,
-    pub(super) detail: Detail,
+    pub(super) detail: RowDetail,
 }
 
-impl<A: Real> Kernel for ReduceTile<'_, A> {
+impl<A: Real> Vectorized for ReduceTile<'_, A> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self) {
         let ReduceTile { states, classes, of, xs, q, detail } = self;
+        if detail == RowDetail::Mass {
+            return add_tile_masses(states, q.unwrap_or(&[]));
+        }
         let mut block_max = [A::NEG_INFINITY; LANES];
         for xs in xs {
-            for (m, &x) in block_max.iter_mut().zip(xs) {
-                *m = m.max_or_self(x);
-            }
+            raise(&mut block_max, xs);
         }
         let (mut max, mut reference) = ([A::ZERO; LANES], [A::ZERO; LANES]);
         for lane in 0..LANES {
             max[lane] = states.max[lane].max_or_self(block_max[lane]);
-            reference[lane] = if max[lane] == A::NEG_INFINITY { A::ZERO } else { max[lane] };
+            reference[lane] = reference_of(max[lane]);
         }
-        let (mut tail, mut ties) = ([A::ZERO; LANES], [A::ZERO; LANES]);
+        let mut sums = LaneSums::ZERO;
         for xs in xs {
-            for lane in 0..LANES {
-                let v = (xs[lane] - reference[lane]).vexp::<I>();
-                let tie = xs[lane] == max[lane];
-                tail[lane] += if tie { A::ZERO } else { v };
-                ties[lane] += if tie { A::ONE } else { A::ZERO };
-            }
+            sums.add_exponentials::<I>(xs, max, reference);
         }
-        let mut moment = [A::ZERO; LANES];
-        if detail == Detail::Statistics {
+        if detail == RowDetail::Statistics {
             let mut top = states.max;
             for (class, xs) in classes.clone().zip(xs) {
+                sums.add_moment::<I>(xs, reference);
                 for lane in 0..LANES {
-                    let d = xs[lane] - reference[lane];
-                    let v = d.vexp::<I>();
-                    moment[lane] += if v == A::ZERO { A::ZERO } else { v * d };
                     if xs[lane] > top[lane] {
                         (top[lane], states.argmax[lane]) = (xs[lane], class as u32);
                     }
                 }
             }
         }
-        let (mut linear, mut mass) = ([A::ZERO; LANES], [A::ZERO; LANES]);
-        if let Some(q) = q {
-            for (xs, q) in xs.iter().zip(q) {
-                for lane in 0..LANES {
-                    let v = q[lane] * (xs[lane] - reference[lane]);
-                    linear[lane] += if q[lane] == A::ZERO { A::ZERO } else { v };
-                    mass[lane] += q[lane];
-                }
-            }
+        for (xs, q) in xs.iter().zip(q.unwrap_or(&[])) {
+            sums.add_q(xs, q, reference);
         }
         let part = |lane: usize| Part {
             max: max[lane],
             block_max: block_max[lane],
-            tail: tail[lane],
-            ties: ties[lane],
-            linear: linear[lane],
-            mass: mass[lane],
-            moment: moment[lane],
+            tail: sums.tail[lane],
+            ties: sums.ties[lane],
+            linear: sums.linear[lane],
+            mass: sums.mass[lane],
+            moment: sums.moment[lane],
         };
         if classes.start == 0 {
             for lane in 0..LANES {
-                let mut state = states.get(lane);
-                state.start(part(lane));
-                states.set(lane, state);
+                states.start(lane, part(lane));
             }
         } else {
             for lane in 0..LANES {
-                let mut state = states.get(lane);
-                state.absorb::<I>(part(lane));
-                states.set(lane, state);
+                states.absorb::<I>(lane, part(lane));
             }
         }
         if classes.end == of {
@@ -494,53 +516,45 @@ impl<A: Real> Kernel for ReduceTile<'_, A> {
     }
 }
 
-/// Adds a block's numbers to sums, one for each lane.
-pub(super) struct AddToLanes<'k, A> {
-    pub(super) lanes: &'k mut [f64; LANES],
-    pub(super) block: &'k [A],
-}
-
-impl<A: Real> Kernel for AddToLanes<'_, A> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<I: Isa>(self) {
-        let AddToLanes { lanes, block } = self;
-        let mut sums = *lanes;
-        for numbers in vectors(block, &end_of(block, A::ZERO)) {
-            for lane in 0..LANES {
-                sums[lane] += numbers[lane].to_f64();
-            }
+/// Adds the sums of some classes' q to the masses of a tile's rows.
+#[inline(always)]
+fn add_tile_masses<A: Real>(states: &mut States<A>, q: &[[A; LANES]]) {
+    let mut sums = [0f64; LANES];
+    for q in q {
+        for lane in 0..LANES {
+            sums[lane] += q[lane].to_f64();
         }
-        *lanes = sums;
+    }
+    for (lane, &sum) in sums.iter().enumerate() {
+        states.add_mass(lane, sum);
     }
 }
 
 /// The losses of rows from their states.
 pub(super) struct RowLosses<'k, A> {
     pub(super) states: &'k States<A>,
-    /// The logit of each row's own class, what the class adds to its q, and whether the row counts.
+    pub(super) targets: &'k RowTargets<A>,
+    /// The logit of each row's own class.
     pub(super) own: &'k [A; LANES],
-    pub(super) weight: &'k [A; LANES],
-    pub(super) live: &'k [bool; LANES],
-    /// Whether there are extra numbers q.
-    pub(super) extra: bool,
+    pub(super) has_q: bool,
     pub(super) z_loss: A,
 }
 
-impl<A: Real> Kernel for RowLosses<'_, A> {
+impl<A: Real> Vectorized for RowLosses<'_, A> {
     type Output = [A; LANES];
 
     #[inline(always)]
     fn run<I: Isa>(self) -> [A; LANES] {
-        let RowLosses { states: States { max, log_sum, mass, linear, .. }, own, weight, live, extra, z_loss } = self;
+        let RowLosses { states, targets, own, has_q, z_loss } = self;
+        let States { max, log_sum, mass, linear, .. } = states;
+        let RowTargets { weight, live, .. } = targets;
         let mut losses = [A::ZERO; LANES];
         for lane in 0..LANES {
             let log_sum = log_sum[lane];
             let direct = weight[lane] * (log_sum - (own[lane] - max[lane]));
             // without an own class still NaN in a row without a softmax
             let mut loss = if weight[lane] == A::ZERO { A::ZERO * log_sum } else { direct };
-            if extra {
+            if has_q {
                 loss += mass[lane] * log_sum - linear[lane];
             }
             let lse = max[lane] + log_sum;
@@ -554,7 +568,7 @@ impl<A: Real> Kernel for RowLosses<'_, A> {
 /// Emits a value for each logit of a block.
 pub(super) struct EmitBlock<'k, A, S, O, E> {
     pub(super) emit: &'k E,
-    pub(super) scalars: &'k RowScalars<A>,
+    pub(super) row: RowScalars<A>,
     /// In its storage type or in the arithmetic type, as the output.
     pub(super) xs: &'k [S],
     pub(super) q: Option<&'k [A]>,
@@ -563,12 +577,12 @@ pub(super) struct EmitBlock<'k, A, S, O, E> {
     pub(super) out: &'k mut [MaybeUninit<O>],
 }
 
-impl<A: Real, S: Element<Acc = A>, O: Element<Acc = A>, E: Emit<A>> Kernel for EmitBlock<'_, A, S, O, E> {
+impl<A: Real, S: Element<Acc = A>, O: Element<Acc = A>, E: Emit<A>> Vectorized for EmitBlock<'_, A, S, O, E> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let EmitBlock { emit, scalars, xs, q, slope, out } = self;
+        let EmitBlock { emit, row, xs, q, slope, out } = self;
         // whole vectors, then what is left together with elements before it, which are emitted again as they are
         let whole = xs.len() - xs.len() % LANES;
         let rest = if whole == xs.len() { whole } else { xs.len().saturating_sub(LANES) };
@@ -577,18 +591,18 @@ impl<A: Real, S: Element<Acc = A>, O: Element<Acc = A>, E: Emit<A>> Kernel for E
             match (q, slope) {
                 (None, None) => {
                     for (out, x) in out {
-                        out.write(O::from_acc(emit.value::<I>(scalars, x.to_acc(), A::ZERO)));
+                        out.write(O::from_acc(emit.value::<I, A>(&row, 0, x.to_acc(), A::ZERO)));
                     }
                 }
                 (Some(q), None) => {
                     for ((out, x), &q) in out.zip(&q[range]) {
-                        out.write(O::from_acc(emit.value::<I>(scalars, x.to_acc(), q)));
+                        out.write(O::from_acc(emit.value::<I, A>(&row, 0, x.to_acc(), q)));
                     }
                 }
                 (q, Some(slope)) => {
                     for (i, (out, x)) in range.zip(out) {
                         let q = q.map_or(A::ZERO, |q| q[i]);
-                        out.write(O::from_acc(slope[i] * emit.value::<I>(scalars, x.to_acc(), q)));
+                        out.write(O::from_acc(slope[i] * emit.value::<I, A>(&row, 0, x.to_acc(), q)));
                     }
                 }
             }
@@ -599,7 +613,8 @@ impl<A: Real, S: Element<Acc = A>, O: Element<Acc = A>, E: Emit<A>> Kernel for E
 /// Emits a value for each logit of some classes of a tile's rows.
 pub(super) struct EmitTile<'k, A, E> {
     pub(super) emit: &'k E,
-    pub(super) scalars: &'k [RowScalars<A>; LANES],
+    pub(super) rows: &'k RowScalars<[A; LANES]>,
+    pub(super) live: &'k [bool; LANES],
     pub(super) xs: &'k [[A; LANES]],
     pub(super) q: Option<&'k [[A; LANES]]>,
     /// The derivative of the soft cap.
@@ -607,38 +622,20 @@ pub(super) struct EmitTile<'k, A, E> {
     pub(super) out: &'k mut [[A; LANES]],
 }
 
-impl<A: Real, E: Emit<A>> Kernel for EmitTile<'_, A, E> {
+impl<A: Real, E: Emit<A>> Vectorized for EmitTile<'_, A, E> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let EmitTile { emit, scalars, xs, q, slope, out } = self;
-        // one array for each number, so that a vector of rows is loaded at once
-        let of = |number: fn(&RowScalars<A>) -> A| {
-            let mut lanes = [A::ZERO; LANES];
-            lanes.iter_mut().zip(scalars).for_each(|(to, row)| *to = number(row));
-            lanes
-        };
-        let (max, inverse, log_sum) = (of(|r| r.max), of(|r| r.inverse), of(|r| r.log_sum));
-        let (confident, slopes, mass, upstream) =
-            (of(|r| r.confident), of(|r| r.slope), of(|r| r.mass), of(|r| r.upstream));
-        let live = of(|r| if r.live { A::ONE } else { A::ZERO });
+        let EmitTile { emit, rows, live, xs, q, slope, out } = self;
+        // a copy, which the stores to `out` can't change
+        let rows = *rows;
+        let live = live.map(|live| if live { A::ONE } else { A::ZERO });
         for (i, (out, xs)) in out.iter_mut().zip(xs).enumerate() {
             let q = q.map_or([A::ZERO; LANES], |q| q[i]);
             let chain = slope.map_or([A::ONE; LANES], |slope| slope[i]);
             for lane in 0..LANES {
-                let row = RowScalars {
-                    max: max[lane],
-                    inverse: inverse[lane],
-                    log_sum: log_sum[lane],
-                    confident: confident[lane],
-                    slope: slopes[lane],
-                    mass: mass[lane],
-                    upstream: upstream[lane],
-                    own: None,
-                    live: true,
-                };
-                let v = chain[lane] * emit.value::<I>(&row, xs[lane], q[lane]);
+                let v = chain[lane] * emit.value::<I, _>(&rows, lane, xs[lane], q[lane]);
                 out[lane] = if live[lane] != A::ZERO { v } else { A::ZERO };
             }
         }
@@ -653,7 +650,7 @@ pub(super) struct Transform<'k, A> {
     pub(super) slope: Option<&'k mut [A]>,
 }
 
-impl<A: Real> Kernel for Transform<'_, A> {
+impl<A: Real> Vectorized for Transform<'_, A> {
     type Output = ();
 
     #[inline(always)]

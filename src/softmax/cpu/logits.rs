@@ -1,12 +1,8 @@
 //! How the logits of rows are read and where what is made of them is written.
 
 use super::kernels::Transform;
-use super::passes::UnitPass;
-use crate::cpu::element::{Element, Input, Source};
-/// Rows in a tile; also the multiple to which a block is padded, so that no vector loop has a remainder.
-pub(super) use crate::cpu::math::LANES;
-use crate::cpu::math::{Ahead, Real, dispatch};
-use crate::cpu::parallel::for_each_task;
+use crate::cpu::element::{Element, Input, Output, Source};
+use crate::cpu::math::{Ahead, LANES, Real, dispatch};
 use crate::rows::Rows;
 use std::ops::Range;
 
@@ -23,22 +19,24 @@ const FEW_ROWS: usize = 16;
 
 pub(super) type Tile<A> = [[A; LANES]; DEPTH];
 
-pub(super) struct Scratch<A> {
+/// The memory in which a unit of work reads logits and q, and computes what it emits.
+pub(super) struct TileScratch<A> {
     pub(super) x: Tile<A>,
     pub(super) e: Tile<A>,
-    pub(super) extra: Tile<A>,
+    pub(super) q: Tile<A>,
     pub(super) slope: Tile<A>,
 }
 
-impl<A: Real> Scratch<A> {
+impl<A: Real> TileScratch<A> {
     pub(super) fn new() -> Self {
         let tile = [[A::ZERO; LANES]; DEPTH];
-        Scratch { x: tile, e: tile, extra: tile, slope: tile }
+        TileScratch { x: tile, e: tile, q: tile, slope: tile }
     }
 }
 
-/// A number for each class of each row that goes into a pass beside the logits.
-pub(super) enum Extra<'a, A> {
+/// The weighted, smoothed target distribution q: a number for each class of each row. With class indices, what a row's own class
+/// adds to it is kept apart.
+pub(super) enum TargetDistribution<'a, A> {
     None,
     Constant(A),
     /// `factor * weight[c]`
@@ -55,12 +53,21 @@ pub(super) enum Extra<'a, A> {
     },
 }
 
-impl<A: Real> Extra<'_, A> {
+impl<A: Real> TargetDistribution<'_, A> {
     pub(super) fn is_none(&self) -> bool {
-        matches!(self, Extra::None)
+        matches!(self, TargetDistribution::None)
     }
 
-    /// As [`Self::load`]; `None` where there are no values.
+    /// The q of a class, without that of probability targets.
+    pub(super) fn at(&self, class: usize) -> A {
+        match self {
+            TargetDistribution::Constant(v) => *v,
+            TargetDistribution::Weights { factor, weight } => *factor * weight[class],
+            TargetDistribution::None | TargetDistribution::Dense { .. } => A::ZERO,
+        }
+    }
+
+    /// As [`Self::load`]; `None` where there is no q.
     pub(super) fn load_block<'s>(&self, at: usize, class: usize, to: &'s mut [A]) -> Option<&'s [A]> {
         if self.is_none() {
             return None;
@@ -73,14 +80,14 @@ impl<A: Real> Extra<'_, A> {
     /// `class` its class.
     pub(super) fn load(&self, at: usize, class: usize, dst: &mut [A]) {
         match self {
-            Extra::None => {}
-            Extra::Constant(v) => dst.fill(*v),
-            Extra::Weights { factor, weight } => {
+            TargetDistribution::None => {}
+            TargetDistribution::Constant(v) => dst.fill(*v),
+            TargetDistribution::Weights { factor, weight } => {
                 for (d, &w) in dst.iter_mut().zip(&weight[class..]) {
                     *d = *factor * w;
                 }
             }
-            Extra::Dense { source, keep, spread, weight } => {
+            TargetDistribution::Dense { source, keep, spread, weight } => {
                 source.load(at, dst);
                 // the untouched values must stay exact: 0 stays 0, and 1 stays 1
                 if *keep != A::ONE || *spread != A::ZERO {
@@ -114,17 +121,32 @@ pub(super) struct Logits<'a, T: Element> {
     pub(super) rows: Rows,
     pub(super) scale: T::Acc,
     pub(super) softcap: Option<T::Acc>,
-    /// Whether what a pass emits replaces what it reads.
-    pub(super) in_place: bool,
 }
 
-/// How the work is divided; by the shape alone, so that the bits of a result don't depend on the number of threads.
+/// How the work is divided: by the shape alone, so that the bits of a result don't depend on the number of threads.
 #[derive(Clone, Copy)]
-pub(super) enum Engine {
+pub(super) enum Division {
     /// A unit is a [`Strip`]: so many whole rows, or one of so many segments of a row.
-    Blocks { rows: usize, segments: usize },
+    Strips { rows: usize, segments: usize },
     /// A unit is [`LANES`] rows.
     Tiles,
+}
+
+impl Division {
+    pub(super) fn units(self, of: &Rows) -> usize {
+        match self {
+            Division::Strips { rows, segments } => of.count().div_ceil(rows) * segments,
+            Division::Tiles => of.count().div_ceil(LANES),
+        }
+    }
+
+    /// Into how many units a row is divided.
+    pub(super) fn segments(self) -> usize {
+        match self {
+            Division::Strips { segments, .. } => segments,
+            Division::Tiles => 1,
+        }
+    }
 }
 
 /// Some classes of some rows: one row, or all classes of rows that together are a block at most.
@@ -148,37 +170,16 @@ impl Strip {
 }
 
 impl<'a, T: Element> Logits<'a, T> {
-    pub(super) fn new(x: Input<'a, T>, rows: Rows) -> Self {
-        Logits { x, rows, scale: T::Acc::ONE, softcap: None, in_place: false }
-    }
-
-    pub(super) fn engine(&self) -> Engine {
+    pub(super) fn division(&self) -> Division {
         let Rows { classes, class_stride, .. } = self.rows;
         if class_stride != 1 || classes <= TILE_MAX_CLASSES {
-            return Engine::Tiles;
+            return Division::Tiles;
         }
         let split = self.rows.count() < FEW_ROWS && classes > 2 * SEGMENT;
-        Engine::Blocks {
+        Division::Strips {
             rows: (BLOCK / classes).clamp(1, LANES),
             segments: if split { classes.div_ceil(SEGMENT) } else { 1 },
         }
-    }
-
-    pub(super) fn units(&self, engine: Engine) -> usize {
-        match engine {
-            Engine::Blocks { rows, segments } => self.rows.count().div_ceil(rows) * segments,
-            Engine::Tiles => self.rows.count().div_ceil(LANES),
-        }
-    }
-
-    /// Runs a pass, in parallel where there is enough work.
-    pub(super) fn for_each_unit<P: UnitPass<T::Acc>>(&self, engine: Engine, pass: &P) {
-        let units = self.units(engine);
-        let per_unit = (self.rows.count() * self.rows.classes / units.max(1)).max(1);
-        for_each_task(units, per_unit * P::WORK, |units| {
-            let mut scratch = Scratch::new();
-            units.for_each(|unit| pass.unit(unit, &mut scratch));
-        });
     }
 
     /// The logits from a class of a row on, which may be those of the next row.
@@ -197,10 +198,25 @@ impl<'a, T: Element> Logits<'a, T> {
         self.softcap.is_some() || self.scale != T::Acc::ONE
     }
 
-    /// One logit after scale and soft cap, and the soft cap's derivative.
+    /// One logit as it is stored.
+    ///
+    /// # Safety
+    /// As for [`Self::stored`].
     #[inline(always)]
-    pub(super) fn get(&self, row: usize, class: usize) -> (T::Acc, T::Acc) {
-        let x = self.x.slice(self.rows.start(row) + class * self.rows.class_stride, 1)[0].to_acc();
+    unsafe fn stored_one(&self, row: usize, class: usize) -> T::Acc {
+        let at = self.rows.start(row) + class * self.rows.class_stride;
+        // SAFETY: nobody writes the logit meanwhile, by this function's contract
+        let logit = unsafe { self.x.slice(at, 1) };
+        logit[0].to_acc()
+    }
+
+    /// One logit after scale and soft cap, and the soft cap's derivative.
+    ///
+    /// # Safety
+    /// As for [`Self::stored`].
+    pub(super) unsafe fn get(&self, row: usize, class: usize) -> (T::Acc, T::Acc) {
+        // SAFETY: this function has the same contract
+        let x = unsafe { self.stored_one(row, class) };
         if !self.is_transformed() {
             return (x, T::Acc::ONE);
         }
@@ -210,10 +226,14 @@ impl<'a, T: Element> Logits<'a, T> {
     }
 
     /// A logit of each of up to [`LANES`] adjacent rows, after scale and soft cap.
-    pub(super) fn pick(&self, rows: Range<usize>, classes: &[usize; LANES]) -> [T::Acc; LANES] {
+    ///
+    /// # Safety
+    /// As for [`Self::stored`].
+    pub(super) unsafe fn pick(&self, rows: Range<usize>, classes: &[usize; LANES]) -> [T::Acc; LANES] {
         let mut xs = [T::Acc::ZERO; LANES];
-        for ((x, row), class) in xs.iter_mut().zip(rows).zip(classes) {
-            *x = self.x.slice(self.rows.start(row) + class * self.rows.class_stride, 1)[0].to_acc();
+        for ((x, row), &class) in xs.iter_mut().zip(rows).zip(classes) {
+            // SAFETY: this function has the same contract
+            *x = unsafe { self.stored_one(row, class) };
         }
         self.transform(&mut xs, None);
         xs
@@ -225,20 +245,31 @@ impl<'a, T: Element> Logits<'a, T> {
     }
 
     /// Adjacent classes of a row, as they are stored.
-    pub(super) fn stored(&self, row: usize, classes: &Range<usize>) -> &[T] {
-        self.x.slice(self.rows.start(row) + classes.start, classes.len())
+    ///
+    /// # Safety
+    /// Where the logits are replaced in place, nobody writes these ones as long as the slice is alive.
+    pub(super) unsafe fn stored(&self, row: usize, classes: &Range<usize>) -> &[T] {
+        // SAFETY: this function has the same contract
+        unsafe { self.x.slice(self.rows.start(row) + classes.start, classes.len()) }
     }
 
     /// Loads adjacent classes of a row from `class` on.
-    pub(super) fn load(&self, row: usize, class: usize, to: &mut [T::Acc], slope: Option<&mut [T::Acc]>) {
-        T::widen(self.stored(row, &(class..class + to.len())), to);
+    ///
+    /// # Safety
+    /// Where the logits are replaced in place, nobody writes these ones meanwhile.
+    pub(super) unsafe fn load(&self, row: usize, class: usize, to: &mut [T::Acc], slope: Option<&mut [T::Acc]>) {
+        // SAFETY: the slice ends with this statement, during which nobody writes by this function's contract
+        T::widen(unsafe { self.stored(row, &(class..class + to.len())) }, to);
         self.transform(to, slope);
     }
 
     /// A tile of `lanes` rows and `classes`; the lanes without a row are -inf.
-    pub(super) fn tile<'s>(
+    ///
+    /// # Safety
+    /// As for [`Self::load`], of all the tile's logits.
+    pub(super) unsafe fn tile<'s>(
         &self,
-        place: &Place,
+        place: &TilePlace,
         classes: &Range<usize>,
         to: &'s mut Tile<T::Acc>,
         slope: Option<&mut Tile<T::Acc>>,
@@ -250,14 +281,16 @@ impl<'a, T: Element> Logits<'a, T> {
         }
         if place.read_adjacent {
             for (to, class) in to.iter_mut().zip(classes.clone()) {
-                let src = self.x.slice(place.read[0] + class * stride, place.lanes);
+                // SAFETY: the logits of the tile's rows, which nobody writes by this function's contract
+                let src = unsafe { self.x.slice(place.read[0] + class * stride, place.lanes) };
                 T::widen(src, &mut to[..place.lanes]);
             }
         } else {
-            let row = |lane: usize| self.x.slice(place.read[lane] + classes.start * stride, (depth - 1) * stride + 1);
             let mut lane = 0;
             // several rows at a time, which are one store
             while stride == 1 && lane + 4 <= place.lanes {
+                // SAFETY: the logits of one of the tile's rows, which nobody writes by this function's contract
+                let row = |lane: usize| unsafe { self.x.slice(place.read[lane] + classes.start, depth) };
                 let rows = row(lane).iter().zip(row(lane + 1)).zip(row(lane + 2)).zip(row(lane + 3));
                 for (to, (((a, b), c), d)) in to.iter_mut().zip(rows) {
                     to[lane..lane + 4].copy_from_slice(&[a.to_acc(), b.to_acc(), c.to_acc(), d.to_acc()]);
@@ -265,7 +298,10 @@ impl<'a, T: Element> Logits<'a, T> {
                 lane += 4;
             }
             for lane in lane..place.lanes {
-                to.iter_mut().zip(row(lane).iter().step_by(stride)).for_each(|(to, x)| to[lane] = x.to_acc());
+                let start = place.read[lane] + classes.start * stride;
+                // SAFETY: the logits of one of the tile's rows, which nobody writes by this function's contract
+                let row = unsafe { self.x.strided(start, stride, depth) };
+                to.iter_mut().zip(row).for_each(|(to, x)| to[lane] = x.to_acc());
             }
         }
         if self.is_transformed() {
@@ -281,7 +317,7 @@ impl<'a, T: Element> Logits<'a, T> {
 }
 
 /// Where the rows of a tile are read and written.
-pub(super) struct Place {
+pub(super) struct TilePlace {
     pub(super) first: usize,
     pub(super) lanes: usize,
     pub(super) read: [usize; LANES],
@@ -291,7 +327,7 @@ pub(super) struct Place {
     pub(super) write_adjacent: bool,
 }
 
-impl Place {
+impl TilePlace {
     pub(super) fn new(rows: &Rows, unit: usize) -> Self {
         let first = unit * LANES;
         let lanes = (rows.count() - first).min(LANES);
@@ -301,7 +337,7 @@ impl Place {
             write[lane] = rows.written_start(first + lane);
         }
         let adjacent = |at: &[usize; LANES]| (1..lanes).all(|l| at[l] == at[0] + l);
-        Place {
+        TilePlace {
             first,
             lanes,
             write_stride: rows.written_stride(),
@@ -317,29 +353,29 @@ impl Place {
         self.first..self.first + self.lanes
     }
 
-    /// The extra numbers of a tile.
-    pub(super) fn load_extra<'s, A: Real>(
+    /// The q of a tile; `None` where there is none.
+    pub(super) fn load_q<'s, A: Real>(
         &self,
-        extra: &Extra<A>,
+        q: &TargetDistribution<A>,
         classes: &Range<usize>,
         to: &'s mut Tile<A>,
     ) -> Option<&'s [[A; LANES]]> {
         let to = &mut to[..classes.len()];
-        match extra {
-            Extra::None => return None,
-            Extra::Constant(v) => to.as_flattened_mut().fill(*v),
-            Extra::Weights { factor, weight } => {
+        match q {
+            TargetDistribution::None => return None,
+            TargetDistribution::Constant(v) => to.as_flattened_mut().fill(*v),
+            TargetDistribution::Weights { factor, weight } => {
                 for (to, &w) in to.iter_mut().zip(&weight[classes.clone()]) {
                     to.fill(*factor * w);
                 }
             }
-            Extra::Dense { .. } => {
+            TargetDistribution::Dense { .. } => {
                 to.iter_mut().for_each(|to| to[self.lanes..].fill(A::ZERO));
                 let mut row = [A::ZERO; DEPTH];
                 let row = &mut row[..classes.len()];
                 for lane in 0..self.lanes {
                     let at = self.write[lane] + classes.start * self.write_stride;
-                    extra.load_apart(at, self.write_stride, classes.start, row);
+                    q.load_apart(at, self.write_stride, classes.start, row);
                     for (to, &v) in to.iter_mut().zip(row.iter()) {
                         to[lane] = v;
                     }
@@ -347,5 +383,43 @@ impl Place {
             }
         }
         Some(to)
+    }
+
+    /// Writes some classes of a tile.
+    ///
+    /// # Safety
+    /// No slice of these elements is alive, of `out` or of the logits that it replaces.
+    pub(super) unsafe fn store<O: Element>(&self, e: &[[O::Acc; LANES]], classes: &Range<usize>, out: &Output<O>) {
+        if self.write_adjacent && self.write_stride > 1 {
+            for (e, class) in e.iter().zip(classes.clone()) {
+                let at = self.write[0] + class * self.write_stride;
+                // SAFETY: the elements of one class, of which no slice is alive by this function's contract
+                O::narrow(&e[..self.lanes], unsafe { out.slice(at, self.lanes) });
+            }
+            return;
+        }
+        let mut row = [O::Acc::ZERO; DEPTH];
+        let row = &mut row[..classes.len()];
+        for lane in 0..self.lanes {
+            let values = e.iter().map(|e| e[lane]);
+            if self.write_stride > 1 {
+                for (v, class) in values.zip(classes.clone()) {
+                    // SAFETY: one element, of which no slice is alive by this function's contract
+                    let out = unsafe { out.slice(self.write[lane] + class * self.write_stride, 1) };
+                    out[0].write(O::from_acc(v));
+                }
+                continue;
+            }
+            // SAFETY: the elements of one row, of which no slice is alive by this function's contract
+            let out = unsafe { out.slice(self.write[lane] + classes.start, classes.len()) };
+            if O::INLINE {
+                for (out, v) in out.iter_mut().zip(values) {
+                    out.write(O::from_acc(v));
+                }
+            } else {
+                row.iter_mut().zip(values).for_each(|(to, v)| *to = v);
+                O::narrow(row, out);
+            }
+        }
     }
 }

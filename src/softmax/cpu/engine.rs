@@ -1,0 +1,370 @@
+//! Passes over all rows, cut into units of work that run in parallel: segments of rows and tiles of rows, read in pieces that
+//! fit into the scratch memory, handed to the vectorised loops, and written.
+
+use super::kernels::{
+    Emit, EmitBlock, EmitTile, ReduceStrip, ReduceTile, RowDetail, RowScalars, RowTargets, States, StripBlocks,
+};
+use super::logits::{BLOCK, DEPTH, Division, Logits, Strip, TargetDistribution, TilePlace, TileScratch};
+use crate::cpu::element::{Element, Output, as_uninit};
+use crate::cpu::math::{Baseline, LANES, Real, dispatch};
+use crate::cpu::parallel::for_each_task;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+/// One value for each row, written by the tasks that own the rows.
+pub(super) struct PerRow<'a, A>(Output<'a, A>);
+
+impl<'a, A: Copy> PerRow<'a, A> {
+    pub(super) fn new(values: &'a mut [A]) -> Self {
+        PerRow(Output::in_place(values).1)
+    }
+
+    /// Sets the values of some rows to the first of `values`.
+    ///
+    /// # Safety
+    /// No other thread sets values of the same rows at the same time.
+    pub(super) unsafe fn set(&self, rows: Range<usize>, values: &[A]) {
+        // SAFETY: the slice ends with this function, during which nobody else has one of these rows by its contract
+        let to = unsafe { self.0.slice(rows.start, rows.len()) };
+        for (to, &value) in to.iter_mut().zip(values) {
+            to.write(value);
+        }
+    }
+}
+
+/// The numbers and the targets of up to [`LANES`] adjacent rows, from which a pass emits their values.
+#[derive(Clone, Copy)]
+pub(super) struct RowGroup<A> {
+    pub(super) scalars: RowScalars<[A; LANES]>,
+    pub(super) targets: RowTargets<A>,
+}
+
+/// Some classes of one row, and what their values are made of.
+struct RowSegment<A> {
+    row: usize,
+    classes: Range<usize>,
+    scalars: RowScalars<A>,
+    /// The own class and its weight, if it is among the classes.
+    own: Option<(usize, A)>,
+    live: bool,
+}
+
+/// The operands of passes, and how their work is divided.
+#[derive(Clone, Copy)]
+pub(super) struct Engine<'k, 'a, T: Element> {
+    logits: &'k Logits<'a, T>,
+    q: &'k TargetDistribution<'a, T::Acc>,
+    division: Division,
+}
+
+/// The work of a logit in a pass that reduces, and in one that emits a value for it.
+const REDUCE_WORK: usize = 1;
+const EMIT_WORK: usize = 2;
+
+impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
+    pub(super) fn new(logits: &'k Logits<'a, T>, q: &'k TargetDistribution<'a, T::Acc>) -> Self {
+        Engine { logits, q, division: logits.division() }
+    }
+
+    /// Units of work, and the logits in each.
+    fn units(&self) -> (usize, usize) {
+        let rows = &self.logits.rows;
+        let units = self.division.units(rows);
+        (units, (rows.count() * rows.classes / units.max(1)).max(1))
+    }
+
+    /// Reduces every row, and calls `finish` with the states of up to [`LANES`] adjacent rows: once for each row, and only for
+    /// different rows at the same time.
+    pub(super) fn reduce(&self, detail: RowDetail, finish: impl Fn(Range<usize>, &States<T::Acc>) + Sync) {
+        let (units, logits) = self.units();
+        let segments = self.division.segments();
+        // where a unit is only a part of a row
+        let mut parts = vec![States::EMPTY; if segments > 1 { units } else { 0 }];
+        let written_parts = PerRow::new(&mut parts);
+        for_each_task(units, logits * REDUCE_WORK, |units| {
+            let mut scratch = TileScratch::new();
+            for unit in units {
+                match self.division {
+                    Division::Strips { rows, segments } => {
+                        let strip = Strip::new(unit, rows, segments, &self.logits.rows);
+                        let states = self.reduce_strip(detail, &strip, &mut scratch);
+                        if segments == 1 {
+                            finish(strip.rows, &states);
+                        } else {
+                            // SAFETY: this task alone has the unit
+                            unsafe { written_parts.set(unit..unit + 1, &[states]) };
+                        }
+                    }
+                    Division::Tiles => {
+                        let place = TilePlace::new(&self.logits.rows, unit);
+                        finish(place.rows(), &self.reduce_tile(detail, &place, &mut scratch));
+                    }
+                }
+            }
+        });
+        for (row, parts) in parts.chunks_mut(segments).enumerate() {
+            let Some((states, next)) = parts.split_first_mut() else { continue };
+            next.iter().for_each(|next| states.merge(next));
+            finish(row..row + 1, states);
+        }
+    }
+
+    /// Emits a value for every logit from its row's states: reduces the rows, makes a group of their states, and emits, unit by
+    /// unit, so that a row is in the cache when its values are emitted. `group` is called as `finish` of [`Self::reduce`] is.
+    ///
+    /// # Safety
+    /// As for [`Self::emit`].
+    pub(super) unsafe fn reduce_and_emit<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
+        &self,
+        detail: RowDetail,
+        emit: &E,
+        group: impl Fn(Range<usize>, &States<T::Acc>) -> RowGroup<T::Acc> + Sync,
+        out: &Output<O>,
+    ) {
+        if self.division.segments() == 1 {
+            // SAFETY: this function has the same contract
+            return unsafe { self.emit(Some(detail), emit, group, out) };
+        }
+        // several tasks emit a row: it is reduced ahead of them
+        let empty = RowGroup { scalars: RowScalars::ZERO, targets: RowTargets::NONE };
+        let mut groups = vec![empty; self.logits.rows.count()];
+        let written_groups = PerRow::new(&mut groups);
+        self.reduce(detail, |rows, states| {
+            // SAFETY: `reduce` finishes a row once, and a strip of segments is one row
+            unsafe { written_groups.set(rows.start..rows.start + 1, &[group(rows, states)]) }
+        });
+        // SAFETY: this function has the same contract
+        unsafe { self.emit(None, emit, |rows, _| groups[rows.start], out) }
+    }
+
+    /// Emits a value for every logit from the group of its row. With `reduce`, the rows' states are reduced first, where no row
+    /// is divided into segments; without it they are empty.
+    ///
+    /// # Safety
+    /// Nobody else reads or writes the output, or the logits where it replaces them, and the output has an element for each
+    /// logit. All are initialised then.
+    pub(super) unsafe fn emit<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
+        &self,
+        reduce: Option<RowDetail>,
+        emit: &E,
+        group: impl Fn(Range<usize>, &States<T::Acc>) -> RowGroup<T::Acc> + Sync,
+        out: &Output<O>,
+    ) {
+        let (units, logits) = self.units();
+        for_each_task(units, logits * EMIT_WORK, |units| {
+            let mut scratch = TileScratch::new();
+            for unit in units {
+                match self.division {
+                    Division::Strips { rows, segments } => {
+                        let strip = Strip::new(unit, rows, segments, &self.logits.rows);
+                        let states =
+                            reduce.map_or(States::EMPTY, |detail| self.reduce_strip(detail, &strip, &mut scratch));
+                        let group = group(strip.rows.clone(), &states);
+                        self.emit_strip(emit, &group, &strip, out, &mut scratch);
+                    }
+                    Division::Tiles => {
+                        let place = TilePlace::new(&self.logits.rows, unit);
+                        let states =
+                            reduce.map_or(States::EMPTY, |detail| self.reduce_tile(detail, &place, &mut scratch));
+                        let group = group(place.rows(), &states);
+                        self.emit_tile(emit, &group, (&place, reduce.is_some()), out, &mut scratch);
+                    }
+                }
+            }
+        });
+    }
+
+    fn reduce_strip(&self, detail: RowDetail, strip: &Strip, scratch: &mut TileScratch<T::Acc>) -> States<T::Acc> {
+        let mut states = States::EMPTY;
+        let TileScratch { x, q, .. } = scratch;
+        let (x, q) = (x.as_flattened_mut(), q.as_flattened_mut());
+        let (rows, of) = (strip.rows.clone(), &strip.classes);
+        for class in of.clone().step_by(BLOCK) {
+            let block = class..(class + BLOCK).min(of.end);
+            let mut qs: [&[_]; LANES] = [&[]; LANES];
+            for ((row, q), qs) in rows.clone().zip(q.chunks_mut(block.len())).zip(&mut qs) {
+                *qs = self.q.load_block(row * self.logits.rows.classes + class, class, q).unwrap_or(&[]);
+            }
+            let blocks = StripBlocks {
+                states: &mut states,
+                next: self.logits.after(rows.end - 1, block.end),
+                q: (!self.q.is_none()).then_some(&qs[..rows.len()]),
+                block: block.clone(),
+                of: of.clone(),
+                detail,
+            };
+            if detail == RowDetail::Mass || self.logits.is_read_directly() {
+                let mut xs: [&[_]; LANES] = [&[]; LANES];
+                for (row, xs) in rows.clone().zip(&mut xs) {
+                    // SAFETY: a row's values are emitted by this task after it is reduced, or by others in a later pass
+                    *xs = unsafe { self.logits.stored(row, &block) };
+                }
+                dispatch(ReduceStrip { blocks, xs: &xs[..rows.len()] });
+            } else {
+                let mut xs: [&[_]; LANES] = [&[]; LANES];
+                for ((row, x), xs) in rows.clone().zip(x.chunks_mut(block.len())).zip(&mut xs) {
+                    // SAFETY: a row's values are emitted by this task after it is reduced, or by others in a later pass
+                    unsafe { self.logits.load(row, class, x, None) };
+                    *xs = x;
+                }
+                dispatch(ReduceStrip { blocks, xs: &xs[..rows.len()] });
+            }
+        }
+        states
+    }
+
+    fn reduce_tile(&self, detail: RowDetail, place: &TilePlace, scratch: &mut TileScratch<T::Acc>) -> States<T::Acc> {
+        let mut states = States::EMPTY;
+        let TileScratch { x, q, .. } = scratch;
+        let of = self.logits.rows.classes;
+        for class in (0..of).step_by(DEPTH) {
+            let classes = class..(class + DEPTH).min(of);
+            // SAFETY: the values of the tile's rows are emitted by this task after they are reduced, or in a later pass
+            let xs = unsafe { self.logits.tile(place, &classes, x, None) };
+            let q = place.load_q(self.q, &classes, q);
+            dispatch(ReduceTile { states: &mut states, classes, of, xs, q, detail });
+        }
+        states
+    }
+
+    fn emit_strip<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
+        &self,
+        emit: &E,
+        group: &RowGroup<T::Acc>,
+        strip: &Strip,
+        out: &Output<O>,
+        scratch: &mut TileScratch<T::Acc>,
+    ) {
+        for (lane, row) in strip.rows.clone().enumerate() {
+            let segment = RowSegment {
+                row,
+                classes: strip.classes.clone(),
+                scalars: group.scalars.lane(lane),
+                own: group.targets.own(lane).filter(|(class, _)| strip.classes.contains(class)),
+                live: group.targets.live[lane],
+            };
+            self.emit_segment(emit, &segment, out, scratch);
+        }
+    }
+
+    fn emit_segment<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
+        &self,
+        emit: &E,
+        segment: &RowSegment<T::Acc>,
+        out: &Output<O>,
+        scratch: &mut TileScratch<T::Acc>,
+    ) {
+        let RowSegment { row, classes, scalars, own, live } = segment;
+        let start = row * self.logits.rows.classes;
+        if !live {
+            // SAFETY: each segment of each row is emitted by one unit, which has no slice of it here
+            let out = unsafe { out.slice(start + classes.start, classes.len()) };
+            return out.fill(MaybeUninit::new(O::from_acc(T::Acc::ZERO)));
+        }
+        let capped = E::IN_LOGITS && self.logits.softcap.is_some();
+        // in place, the own logit is gone once the segment is written
+        let own = own.map(|(class, weight)| (class, self.own_value(emit, segment, class, weight)));
+        let TileScratch { x, e, q, slope } = scratch;
+        let (x, e, q, slope) =
+            (x.as_flattened_mut(), e.as_flattened_mut(), q.as_flattened_mut(), slope.as_flattened_mut());
+        for class in classes.clone().step_by(BLOCK) {
+            let len = (classes.end - class).min(BLOCK);
+            let at = start + class;
+            let (e, q) = (&mut e[..len], self.q.load_block(at, class, &mut q[..len]));
+            if self.logits.is_read_directly() && !self.logits.x.is_replaced() {
+                // SAFETY: the output is another buffer
+                let xs = unsafe { self.logits.stored(*row, &(class..class + len)) };
+                // SAFETY: each segment of each row is emitted by one unit, and the logits are another buffer
+                let out = unsafe { out.slice(at, len) };
+                emit_block(EmitBlock { emit, row: *scalars, xs, q, slope: None, out }, e);
+            } else {
+                let (xs, slope) = (&mut x[..len], &mut slope[..len]);
+                // SAFETY: this unit alone writes to the segment, and has no slice of it here
+                unsafe { self.logits.load(*row, class, xs, Some(slope)) };
+                // SAFETY: each segment of each row is emitted by one unit, and the slice of its logits is gone
+                let out = unsafe { out.slice(at, len) };
+                emit_block(EmitBlock { emit, row: *scalars, xs, q, slope: capped.then_some(&*slope), out }, e);
+            }
+        }
+        if let Some((class, value)) = own {
+            // SAFETY: each segment of each row is emitted by one unit, and no other slice of it is alive
+            unsafe { out.slice(start + class, 1)[0].write(O::from_acc(value)) };
+        }
+    }
+
+    /// The value of a row's own class, whose weight adds to its q.
+    fn own_value<E: Emit<T::Acc>>(
+        &self,
+        emit: &E,
+        segment: &RowSegment<T::Acc>,
+        class: usize,
+        weight: T::Acc,
+    ) -> T::Acc {
+        // SAFETY: the class is in the segment, which this unit alone writes, later
+        let (x, slope) = unsafe { self.logits.get(segment.row, class) };
+        emit.value::<Baseline, T::Acc>(&segment.scalars, 0, x, weight + self.q.at(class)) * slope
+    }
+
+    /// The place of the tile comes with whether the scratch memory is as [`Self::reduce_tile`] of it left it.
+    fn emit_tile<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
+        &self,
+        emit: &E,
+        group: &RowGroup<T::Acc>,
+        (place, reduced): (&TilePlace, bool),
+        out: &Output<O>,
+        scratch: &mut TileScratch<T::Acc>,
+    ) {
+        let capped = E::IN_LOGITS && self.logits.softcap.is_some();
+        let TileScratch { x, e, q, slope } = scratch;
+        let of = self.logits.rows.classes;
+        let loaded = reduced && of <= DEPTH && !capped;
+        let RowGroup { scalars, targets } = group;
+        let has_own = targets.weight.iter().any(|weight| *weight != T::Acc::ZERO);
+        for class in (0..of).step_by(DEPTH) {
+            let classes = class..(class + DEPTH).min(of);
+            if !loaded {
+                // SAFETY: this unit alone writes to the tile, and has no slice of it here
+                unsafe { self.logits.tile(place, &classes, x, Some(slope)) };
+                place.load_q(self.q, &classes, q);
+            }
+            if has_own {
+                if self.q.is_none() {
+                    q[..classes.len()].as_flattened_mut().fill(T::Acc::ZERO);
+                }
+                for lane in 0..place.lanes {
+                    let (own, weight) = (targets.class[lane], targets.weight[lane]);
+                    if classes.contains(&own) {
+                        q[own - classes.start][lane] += weight;
+                    }
+                }
+            }
+            let e = &mut e[..classes.len()];
+            dispatch(EmitTile {
+                emit,
+                rows: scalars,
+                live: &targets.live,
+                xs: &x[..classes.len()],
+                q: (has_own || !self.q.is_none()).then_some(&q[..classes.len()]),
+                slope: capped.then_some(&slope[..]),
+                out: e,
+            });
+            // SAFETY: the tile is emitted by this unit alone, and its logits are in the scratch memory
+            unsafe { place.store(e, &classes, out) };
+        }
+    }
+}
+
+/// Emits a block, by way of `e` if the output's type can't be written directly.
+fn emit_block<A: Real + Element<Acc = A>, S: Element<Acc = A>, O: Element<Acc = A>, E: Emit<A>>(
+    block: EmitBlock<A, S, O, E>,
+    e: &mut [A],
+) {
+    if O::INLINE {
+        return dispatch(block);
+    }
+    let EmitBlock { emit, row, xs, q, slope, out } = block;
+    // SAFETY: the kernel writes values only
+    let through = unsafe { as_uninit(e) };
+    dispatch(EmitBlock { emit, row, xs, q, slope, out: through });
+    O::narrow(e, out);
+}

@@ -1,0 +1,170 @@
+//! Cross-entropy on one pair of tensors: targets, losses, and the numbers of which gradients are made.
+
+use super::kernels::{RowLosses, RowScalars, RowTargets, States, log_sum};
+use super::logits::{Logits, TargetDistribution};
+use crate::cpu::element::{Element, Input, Strided, source};
+use crate::cpu::indices::Indices;
+use crate::cpu::math::{LANES, Real, dispatch};
+use crate::cpu::{own_slice, sum_in_order};
+use crate::custom_op::{Arg, Locked};
+use crate::rows::Rows;
+use crate::softmax::problem::{CrossEntropy, SoftmaxOptions};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, Result, WithDType};
+use std::ops::Range;
+
+/// The targets of a cross-entropy: what each row's own class adds to the distribution q of all classes.
+pub(super) struct Targets<'a, A> {
+    pub(super) indices: Option<Indices<'a>>,
+    /// What goes into the loss for every class: smoothing, or the probabilities.
+    pub(super) q: TargetDistribution<'a, A>,
+    pub(super) ignore_index: i64,
+    /// 1 - label smoothing
+    pub(super) keep: A,
+    pub(super) weight: Option<&'a [A]>,
+    pub(super) classes: usize,
+}
+
+impl<'a, A: Real> Targets<'a, A> {
+    /// Of up to [`LANES`] adjacent rows. A class is inside its row by [`Self::check`].
+    #[inline(always)]
+    pub(super) fn rows(&self, rows: Range<usize>) -> RowTargets<A> {
+        let mut targets = RowTargets::NONE;
+        let Some(indices) = &self.indices else { return targets };
+        for (lane, class) in indices.load(rows.clone()).into_iter().take(rows.len()).enumerate() {
+            let live = class != self.ignore_index;
+            let class = if live { class as usize } else { 0 };
+            let weight = self.keep * self.weight.map_or(A::ONE, |weight| weight[class]);
+            targets.class[lane] = class;
+            targets.weight[lane] = if live { weight } else { A::ZERO };
+            targets.live[lane] = live;
+        }
+        targets
+    }
+
+    /// Checks every class index, and sums the weights of the rows that count.
+    pub(super) fn check(&self, name: &str, rows: usize) -> Result<f64> {
+        match &self.indices {
+            Some(indices) => indices.total(name, self.ignore_index, self.classes, self.weight),
+            None => Ok(rows as f64),
+        }
+    }
+}
+
+/// One cross-entropy on one pair of tensors.
+pub(super) struct RowProblem<'a, T: Element> {
+    pub(super) name: &'static str,
+    pub(super) options: &'a SoftmaxOptions,
+    pub(super) logits: Logits<'a, T>,
+    pub(super) targets: Targets<'a, T::Acc>,
+}
+
+impl<'a, T: Element> RowProblem<'a, T> {
+    pub(super) fn new(
+        problem: &'a CrossEntropy,
+        x: Input<'a, T>,
+        rows: Rows,
+        target: Arg<'a, CpuStorage>,
+        weight: &'a Option<Locked>,
+    ) -> Result<Self> {
+        let CrossEntropy { name, options, .. } = problem;
+        let weight = weight.as_ref().map(|weight| own_slice(weight.arg(name)?)).transpose()?;
+        let of = <T::Acc as Real>::of;
+        let keep = of(1.0 - options.label_smoothing);
+        let spread = of(options.label_smoothing / rows.classes.max(1) as f64);
+        let (indices, q) = if !target.0.dtype().is_float() {
+            let q = match weight {
+                _ if options.label_smoothing == 0.0 => TargetDistribution::None,
+                None => TargetDistribution::Constant(spread),
+                Some(weight) => TargetDistribution::Weights { factor: spread, weight },
+            };
+            (Some(Indices::new(name, target.0, target.1)?), q)
+        } else {
+            let order = problem.target_rows(target.1, &rows)?;
+            let order = Strided::new(order.offset, order.axes(rows.class_last()));
+            (None, TargetDistribution::Dense { source: source(target.0, order)?, keep, spread, weight })
+        };
+        let ignore_index = options.rows.ignore_index;
+        let targets = Targets { indices, q, ignore_index, keep, weight, classes: rows.classes };
+        let logits = Logits { x, rows, scale: of(options.logit_scale), softcap: options.softcap.map(of) };
+        Ok(RowProblem { name, options, logits, targets })
+    }
+
+    pub(super) fn rows(&self) -> &Rows {
+        &self.logits.rows
+    }
+
+    /// Checks every class index, and sums the weights of the rows that count.
+    pub(super) fn check(&self) -> Result<f64> {
+        self.targets.check(self.name, self.rows().count())
+    }
+
+    /// What the sum of the rows' losses is divided by, after a check of every class index.
+    pub(super) fn denominator(&self) -> Result<f64> {
+        Ok(self.options.rows.denominator(self.check()?))
+    }
+
+    /// The losses of up to [`LANES`] adjacent rows.
+    ///
+    /// # Safety
+    /// Where the logits are replaced in place, nobody writes those of the rows meanwhile.
+    pub(super) unsafe fn losses(
+        &self,
+        rows: Range<usize>,
+        targets: &RowTargets<T::Acc>,
+        states: &States<T::Acc>,
+    ) -> [T::Acc; LANES] {
+        // SAFETY: this function has the same contract
+        let own = unsafe { self.logits.pick(rows, &targets.class) };
+        let z_loss = T::Acc::of(self.options.z_loss);
+        dispatch(RowLosses { states, targets, own: &own, has_q: !self.targets.q.is_none(), z_loss })
+    }
+
+    /// The numbers of which the gradient of up to [`LANES`] adjacent rows is made, from what the rows were reduced to. The
+    /// upstream gradient is over the denominator already.
+    pub(super) fn gradient_scalars(
+        &self,
+        targets: &RowTargets<T::Acc>,
+        max: &[T::Acc],
+        rest: &[T::Acc],
+        mass: &[T::Acc],
+        upstream: [T::Acc; LANES],
+    ) -> RowScalars<[T::Acc; LANES]> {
+        let mut scalars = RowScalars::of_softmax(max, rest);
+        for (lane, ((&max, &rest), &mass)) in max.iter().zip(rest).zip(mass).enumerate() {
+            let mass = targets.weight[lane] + mass;
+            scalars.upstream[lane] = upstream[lane] * self.logits.scale;
+            scalars.mass[lane] = mass;
+            scalars.slope[lane] = match self.options.z_loss {
+                0.0 => mass,
+                z => mass + T::Acc::of(2.0 * z) * (scalars.max[lane] + log_sum(max, rest)),
+            };
+        }
+        scalars
+    }
+
+    /// The sum of a row's q where it is the same in all rows.
+    pub(super) fn uniform_mass(&self) -> T::Acc {
+        match &self.targets.q {
+            TargetDistribution::Constant(_) => T::Acc::of(self.options.label_smoothing),
+            TargetDistribution::Weights { factor, weight } => T::Acc::of(factor.to_f64() * sum_in_order(weight)),
+            TargetDistribution::None | TargetDistribution::Dense { .. } => T::Acc::ZERO,
+        }
+    }
+
+    /// The first class of the largest probability in a target row.
+    pub(super) fn most_probable(&self, row: usize) -> usize {
+        let TargetDistribution::Dense { source, .. } = &self.targets.q else { return 0 };
+        let rows = self.rows();
+        let (start, stride) = (rows.written_start(row), rows.written_stride());
+        let mut best = (T::Acc::NEG_INFINITY, 0);
+        for class in 0..rows.classes {
+            let mut t = [T::Acc::ZERO];
+            source.load(start + class * stride, &mut t);
+            if t[0] > best.0 {
+                best = (t[0], class);
+            }
+        }
+        best.1
+    }
+}
