@@ -1,20 +1,22 @@
-// The logistic family: losses with one problem for each element (terms.cuh), over any layout of their operands.
+// The element-wise family: losses that are one term for each element (terms.cuh), over any layout of their operands.
 //
-// Traffic of an element of b bytes, with the target in the input's dtype: the loss reads 2b; with the gradient it reads 2b
-// and writes b, as does the backward alone. That is the minimum: every operand is read once, every result written once,
-// and nothing in between touches memory but 8 bytes for each block.
+// Traffic of an element of b bytes, with the target in the input's dtype: the loss reads 2b; with the gradient it reads
+// 2b and writes b, as does the backward alone. That is the minimum: every operand is read once, every result written
+// once, and nothing in between touches memory but 8 bytes for each block.
 //
-// How the work is split. The elements, in row-major order of the input's shape, are cut into spans. A team of neighbouring
-// threads (blockDim.x of them, blockDim.y teams a block) takes one span. If losses averaged over rows are returned, a span
-// is a row; otherwise a team is a block, and the block that finishes last adds the sums of the spans, in a fixed order.
+// How the work is split. The elements, in row-major order of the input's shape, are cut into spans. A team of
+// neighbouring threads (blockDim.x of them, blockDim.y teams a block) takes one span. If losses averaged over rows are
+// returned, a span is a row; otherwise a team is a block, and the block that finishes last adds the sums of the spans,
+// in a fixed order.
 //
 // Every pass has two variants, of which the host picks one (src/elementwise/cuda/plan.rs).
-// - `dense`: input and target are contiguous, of one dtype, aligned alike, and alone. Each thread moves 16 bytes at a time,
-//   two windows in flight. The elements before the first and behind the last window of a span are taken one by one. Each term
-//   has its own kernels; f64 has none, as its arithmetic takes longer than any way of loading.
+// - `dense`: input and target are contiguous, of one dtype, aligned alike, and alone. Each thread moves 16 bytes at a
+//   time, two windows in flight. The elements before the first and behind the last window of a span are taken one by
+//   one. The terms of FOR_EACH_DENSE_TERM have their own kernels; f64 has none, as its arithmetic takes longer than any
+//   way of loading.
 // - `any`: weights, masks, every stride, dtype and alignment. Neighbouring threads take neighbouring elements, so that
-//   contiguous operands are still read in whole sectors; four elements of a thread are in flight. The terms share a kernel,
-//   which has a loop for each.
+//   contiguous operands are still read in whole sectors; four elements of a thread are in flight. All terms share a
+//   kernel, which has a loop for each.
 #pragma once
 
 #include "terms.cuh"
@@ -24,13 +26,13 @@ namespace fused_loss {
 constexpr int MAX_AXES = 8;
 constexpr int MAX_THREADS = 256;
 
-// The operands that may be views, in the order of `Problem::stride` in src/elementwise/cuda/plan.rs.
+// The operands that may be views, in the order of `OPERANDS` in src/elementwise/cuda/plan.rs.
 enum Operand { INPUT, TARGET, WEIGHT, POS_WEIGHT, MASK, OPERANDS };
 
 enum class Reduction : int { None = 0, Mean = 1, Sum = 2 };
 
-// A divisor, and what replaces the division by it: (mulhi(n, magic) + n) >> shift, in 32 bits for dividends below 2^31 and
-// in 64 bits for all others.
+// A divisor, and the multiplication that replaces the division by it, as src/elementwise/cuda/divisor.rs computes it:
+// (mulhi(n, magic) + n) >> shift, in 32 bits for dividends below 2^31 and in 64 bits for all others.
 struct Divisor {
     int64_t value;
     uint64_t wide_magic;
@@ -38,13 +40,13 @@ struct Divisor {
     uint32_t shift;
 };
 
-// All sizes and options of a launch: `Problem` in src/elementwise/cuda/plan.rs, field for field.
-struct Problem {
+// All sizes and options of a launch: `ElementParams` in src/elementwise/cuda/params.rs, field for field.
+struct ElementParams {
     int64_t elements;
     int64_t span;
-    double smooth_scale, smooth_shift; // target <- scale * target + shift
-    double alpha, gamma;
-    TermNumber term; // of the kernels that all terms share
+    double smooth_scale, smooth_shift;  // target <- scale * target + shift
+    double parameters[TERM_PARAMETERS]; // of the term
+    TermNumber term;                    // of the kernels that all terms share
     Reduction reduction;
     DType target_dtype;
     DType mask_dtype;
@@ -60,13 +62,14 @@ struct Problem {
 
 __device__ __forceinline__ int64_t divide(int64_t n, const Divisor &d, int small) {
     const uint64_t wide = static_cast<uint64_t>(n);
-    if (!small) return static_cast<int64_t>((__umul64hi(wide, d.wide_magic) + wide) >> d.shift);
+    if (!small)
+        return static_cast<int64_t>((__umul64hi(wide, d.wide_magic) + wide) >> d.shift);
     const uint32_t v = static_cast<uint32_t>(n);
     return (__umulhi(v, d.magic) + v) >> d.shift;
 }
 
-// The same value, of which the compiler cannot know that it is the same in every round of a loop. Otherwise it would write
-// out the loop twice, for either value; all those loops together are what the driver has to compile when it loads the module.
+// The same value, of which the compiler cannot know that it is the same in every round of a loop. Otherwise it would
+// write out the loop twice, for either value; the driver has to compile all those loops when it loads the module.
 __device__ __forceinline__ bool opaque(bool value) {
     int v = value;
     asm volatile("" : "+r"(v));
@@ -82,23 +85,28 @@ template <class In> struct Arrays {
     const void *mask;
 };
 
-// A term with its options and the smoothing of its target.
-template <class Term, class A> struct Formula {
-    TermOptions<A> options;
+// A term with its parameters and the smoothing of its target.
+template <class Term, class A> struct TermAt {
+    TermParameters<A> parameters;
     A scale, shift;
 
-    __device__ __forceinline__ explicit Formula(const Problem &q)
-        : options{static_cast<A>(q.alpha), static_cast<A>(q.gamma)}, scale(static_cast<A>(q.smooth_scale)),
-          shift(static_cast<A>(q.smooth_shift)) {}
+    __device__ __forceinline__ explicit TermAt(const ElementParams &q)
+        : scale(static_cast<A>(q.smooth_scale)), shift(static_cast<A>(q.smooth_shift)) {
+#pragma unroll
+        for (int i = 0; i < TERM_PARAMETERS; i++)
+            parameters.p[i] = static_cast<A>(q.parameters[i]);
+    }
 
     __device__ __forceinline__ Value<A> at(A x, A t, A p) const {
-        if (Term::CHECKED && !Term::valid(x, t)) return {quiet_nan<A>(), quiet_nan<A>()};
-        return Term::at(x, fma_(scale, t, shift), p, options);
+        if (Term::CHECKED && !Term::valid(x, t))
+            return {quiet_nan<A>(), quiet_nan<A>()};
+        return Term::at(x, fma_(scale, t, shift), p, parameters);
     }
 
     __device__ __forceinline__ A by_target(A x, A t, A p) const {
-        if (Term::CHECKED && !Term::valid(x, t)) return quiet_nan<A>();
-        return scale * Term::by_target(x, fma_(scale, t, shift), p, options);
+        if (Term::CHECKED && !Term::valid(x, t))
+            return quiet_nan<A>();
+        return scale * Term::by_target(x, fma_(scale, t, shift), p, parameters);
     }
 };
 
@@ -106,7 +114,7 @@ template <class Term, class A> struct Formula {
 struct Span {
     int64_t index, first, last;
 
-    __device__ __forceinline__ explicit Span(const Problem &q) {
+    __device__ __forceinline__ explicit Span(const ElementParams &q) {
         index = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
         first = index * q.span;
         last = first + q.span < q.elements ? first + q.span : q.elements;
@@ -116,14 +124,16 @@ struct Span {
 // ---------------------------------------------------------------------------------------------------------------------
 // Walking a span
 
-// Calls windows(k-th window's start, which of them are in the span) with IN_FLIGHT windows of N elements at a time, then
-// single(i) with each element outside of the windows. Windows start where i + phase is a multiple of N.
+// Calls windows(k-th window's start, which of them are in the span) with IN_FLIGHT windows of N elements at a time,
+// then single(i) with each element outside of the windows. Windows start where i + phase is a multiple of N.
 template <int N, int IN_FLIGHT, class Windows, class Single>
 __device__ __forceinline__ void walk_dense(const Span &span, int phase, Windows windows, Single single) {
     const int team = blockDim.x;
-    if (span.first >= span.last) return;
+    if (span.first >= span.last)
+        return;
     int64_t body = span.first + (N - (span.first + phase) % N) % N;
-    if (body > span.last) body = span.last;
+    if (body > span.last)
+        body = span.last;
     const int64_t count = (span.last - body) / N;
 #pragma unroll 1
     for (int64_t w = threadIdx.x; w < count; w += static_cast<int64_t>(team) * IN_FLIGHT) {
@@ -140,16 +150,18 @@ __device__ __forceinline__ void walk_dense(const Span &span, int phase, Windows 
     const int head = static_cast<int>(body - span.first);
     const int tail = static_cast<int>(span.last - body - count * N);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < head + tail; i += team) single(i < head ? span.first + i : span.last - (head + tail) + i);
+    for (int i = threadIdx.x; i < head + tail; i += team)
+        single(i < head ? span.first + i : span.last - (head + tail) + i);
 }
 
 // Where an element lies in each operand.
 struct Offsets {
     int64_t of[OPERANDS];
 
-    __device__ __forceinline__ Offsets(const Problem &q, int64_t element) {
+    __device__ __forceinline__ Offsets(const ElementParams &q, int64_t element) {
 #pragma unroll
-        for (int o = 0; o < OPERANDS; o++) of[o] = q.contiguous >> o & 1 ? element : 0;
+        for (int o = 0; o < OPERANDS; o++)
+            of[o] = q.contiguous >> o & 1 ? element : 0;
         int64_t rest = element;
 #pragma unroll 1
         for (int axis = q.axes - 1; axis >= 0; axis--) {
@@ -159,7 +171,8 @@ struct Offsets {
             rest = outer;
 #pragma unroll
             for (int o = 0; o < OPERANDS; o++) {
-                if (!(q.contiguous >> o & 1)) of[o] += at * q.stride[o][axis];
+                if (!(q.contiguous >> o & 1))
+                    of[o] += at * q.stride[o][axis];
             }
         }
     }
@@ -173,7 +186,8 @@ template <class In, int U> struct Elements {
     bool on[U]; // ... and its mask is not 0
 
     // The elements first, first + step, ... before `last`.
-    __device__ __forceinline__ Elements(const Arrays<In> &a, const Problem &q, int64_t first, int64_t last, int step) {
+    __device__ __forceinline__ Elements(const Arrays<In> &a, const ElementParams &q, int64_t first, int64_t last,
+                                        int step) {
         In input[U];
         int64_t target[U], mask[U];
 #pragma unroll
@@ -184,30 +198,36 @@ template <class In, int U> struct Elements {
             w[k] = p[k] = A(1);
             t[k] = A(0);
             target[k] = mask[k] = 0;
-            if (!in[k]) continue;
+            if (!in[k])
+                continue;
             const Offsets offsets(q, i);
             input[k] = a.input[offsets.of[INPUT]];
-            if (opaque(a.weight)) w[k] = a.weight[offsets.of[WEIGHT]];
-            if (opaque(a.pos_weight)) p[k] = a.pos_weight[offsets.of[POS_WEIGHT]];
+            if (opaque(a.weight))
+                w[k] = a.weight[offsets.of[WEIGHT]];
+            if (opaque(a.pos_weight))
+                p[k] = a.pos_weight[offsets.of[POS_WEIGHT]];
             target[k] = offsets.of[TARGET];
             mask[k] = offsets.of[MASK];
         }
         with_dtype(q.target_dtype, [&](auto *type) {
 #pragma unroll
             for (int k = 0; k < U; k++) {
-                if (in[k]) t[k] = widen<A>(static_cast<decltype(type)>(a.target)[target[k]]);
+                if (in[k])
+                    t[k] = widen<A>(static_cast<decltype(type)>(a.target)[target[k]]);
             }
         });
         if (a.mask) {
             with_dtype(q.mask_dtype, [&](auto *type) {
 #pragma unroll
                 for (int k = 0; k < U; k++) {
-                    if (in[k]) on[k] = widen<float>(static_cast<decltype(type)>(a.mask)[mask[k]]) != 0.0f;
+                    if (in[k])
+                        on[k] = widen<float>(static_cast<decltype(type)>(a.mask)[mask[k]]) != 0.0f;
                 }
             });
         }
 #pragma unroll
-        for (int k = 0; k < U; k++) x[k] = widen<A>(input[k]);
+        for (int k = 0; k < U; k++)
+            x[k] = widen<A>(input[k]);
     }
 };
 
@@ -216,12 +236,13 @@ template <class In, int U> struct Elements {
 
 // Where a loss goes: `each`, `rows` or `loss`.
 template <class A> struct Losses {
-    A *each;          // every element's
-    A *rows;          // every span's mean
-    double *sums;     // with more than one span: memory for every span's sum, and behind them, if there is a mask, every count
-    unsigned *ticket; // ... and what `is_last_block` needs
+    A *each; // every element's
+    A *rows; // every span's mean
+    // with more than one span: memory for every span's sum, and behind them, if there is a mask, every count
+    double *sums;
+    unsigned *ticket; // ... and the counter of `is_last_block`
     A *loss;          // the result
-    A *denominator;   // what the losses' sum is divided by; null if nobody asks
+    A *denominator;   // the number that the losses' sum is divided by
 };
 
 // The sum of an earlier kernel's partial counts, in all threads of the block.
@@ -229,12 +250,14 @@ __device__ __forceinline__ long long sum_counts(const long long *parts, int n, l
     long long count = 0;
     const int threads = blockDim.x * blockDim.y;
 #pragma unroll 1
-    for (int i = threadIdx.x + blockDim.x * threadIdx.y; i < n; i += threads) count += parts[i];
+    for (int i = threadIdx.x + blockDim.x * threadIdx.y; i < n; i += threads)
+        count += parts[i];
     return block_reduce<Sum>(count, scratch);
 }
 
 // The number of elements from `first` on whose mask is not 0, in all threads of the one-dimensional block.
-__device__ __forceinline__ long long count_elements(const void *mask, const Problem &q, int64_t first, int64_t last, int thread, int threads, long long *scratch) {
+__device__ __forceinline__ long long count_elements(const void *mask, const ElementParams &q, int64_t first,
+                                                    int64_t last, int thread, int threads, long long *scratch) {
     constexpr int U = 4;
     long long count = 0;
 #pragma unroll 1
@@ -250,34 +273,39 @@ __device__ __forceinline__ long long count_elements(const void *mask, const Prob
         with_dtype(q.mask_dtype, [&](auto *type) {
 #pragma unroll
             for (int k = 0; k < U; k++) {
-                if (in[k]) count += widen<float>(static_cast<decltype(type)>(mask)[offset[k]]) != 0.0f;
+                if (in[k])
+                    count += widen<float>(static_cast<decltype(type)>(mask)[offset[k]]) != 0.0f;
             }
         });
     }
     return block_reduce<Sum>(count, scratch);
 }
 
-// What the sum of the losses is divided by for the mean: elements that the mask leaves, or groups.
-__device__ __forceinline__ double mean_divisor(bool masked, long long count, const Problem &q) {
+// The number that the sum of the losses is divided by for the mean: elements that the mask leaves, or groups.
+__device__ __forceinline__ double mean_divisor(bool masked, long long count, const ElementParams &q) {
     return masked ? static_cast<double>(count) : static_cast<double>(q.elements / q.group.value);
 }
 
-// What the gradient for an upstream gradient of ones is multiplied with. All threads of the block call it. `counts`: the partial
-// counts of the elements that the mask leaves; null where there is no need to know them, or where each block counts by itself.
+// The factor of the gradient for an upstream gradient of ones. All threads of the block call it. `counts`: the partial
+// counts of the elements that the mask leaves; null where there is no need to know them, or where each block counts by
+// itself.
 template <class A>
-__device__ __forceinline__ A ones_scale(const void *mask, const long long *counts, int count_parts, const Problem &q) {
+__device__ __forceinline__ A ones_scale(const void *mask, const long long *counts, int count_parts,
+                                        const ElementParams &q) {
     __shared__ long long scratch[WARP];
     double divisor = 1.0;
     if (q.reduction == Reduction::Mean) {
         long long left = 0;
-        if (counts) left = sum_counts(counts, count_parts, scratch);
-        else if (mask) left = count_elements(mask, q, 0, q.elements, threadIdx.x, blockDim.x, scratch);
+        if (counts)
+            left = sum_counts(counts, count_parts, scratch);
+        else if (mask)
+            left = count_elements(mask, q, 0, q.elements, threadIdx.x, blockDim.x, scratch);
         divisor = mean_divisor(mask, left, q);
     }
     return static_cast<A>(1.0 / (divisor * static_cast<double>(q.group.value)));
 }
 
-// What a thread adds up.
+// The sums of a thread.
 template <class A> struct Sums {
     A loss = A(0);
     int count = 0; // of elements that the mask leaves
@@ -285,117 +313,144 @@ template <class A> struct Sums {
 
 // Sums of losses become the result. All threads of the block call it.
 template <class A>
-__device__ __forceinline__ void write_losses(const Sums<A> &sums, bool masked, const Losses<A> &to, const Span &span, const Problem &q) {
+__device__ __forceinline__ void write_losses(const Sums<A> &sums, bool masked, const Losses<A> &to, const Span &span,
+                                             const ElementParams &q) {
     __shared__ double scratch[WARP];
     __shared__ long long count_scratch[WARP];
     const bool leader = threadIdx.x == 0;
     if (to.each || to.rows) {
-        if (to.denominator && leader && span.index == 0) *to.denominator = A(1);
-        if (to.each) return;
+        if (to.denominator && leader && span.index == 0)
+            *to.denominator = A(1);
+        if (to.each)
+            return;
     }
     double total = team_reduce<Sum>(static_cast<double>(sums.loss), blockDim.x, scratch);
     if (to.rows) {
-        if (leader && span.first < q.elements) to.rows[span.index] = static_cast<A>(total / static_cast<double>(q.group.value));
+        if (leader && span.first < q.elements)
+            to.rows[span.index] = static_cast<A>(total / static_cast<double>(q.group.value));
         return;
     }
     // exact in a double as long as there are fewer than 2^53 elements
-    double counted = masked ? static_cast<double>(team_reduce<Sum>(static_cast<long long>(sums.count), blockDim.x, count_scratch)) : 0.0;
+    double counted =
+        masked ? static_cast<double>(team_reduce<Sum>(static_cast<long long>(sums.count), blockDim.x, count_scratch))
+               : 0.0;
     if (to.sums) {
         if (leader) {
             to.sums[span.index] = total;
-            if (masked) to.sums[gridDim.x + span.index] = counted;
+            if (masked)
+                to.sums[gridDim.x + span.index] = counted;
         }
-        if (!is_last_block(to.ticket, gridDim.x)) return;
+        if (!is_last_block(to.ticket, gridDim.x))
+            return;
         total = counted = 0;
 #pragma unroll 4
         for (int i = threadIdx.x; i < gridDim.x; i += blockDim.x) {
             total += __ldcg(to.sums + i);
-            if (masked) counted += __ldcg(to.sums + gridDim.x + i);
+            if (masked)
+                counted += __ldcg(to.sums + gridDim.x + i);
         }
         total = block_reduce<Sum>(total, scratch);
-        if (masked) counted = block_reduce<Sum>(counted, scratch);
+        if (masked)
+            counted = block_reduce<Sum>(counted, scratch);
     }
-    if (!leader) return;
-    const double divisor = q.reduction == Reduction::Mean ? mean_divisor(masked, static_cast<long long>(counted), q) : 1.0;
+    if (!leader)
+        return;
+    const double divisor =
+        q.reduction == Reduction::Mean ? mean_divisor(masked, static_cast<long long>(counted), q) : 1.0;
     *to.loss = static_cast<A>(total / static_cast<double>(q.group.value) / divisor);
-    if (to.denominator) *to.denominator = static_cast<A>(divisor);
+    if (to.denominator)
+        *to.denominator = static_cast<A>(divisor);
 }
 
 // `grad`, with GRAD: the gradient for an upstream gradient of ones.
 template <class Term, class In, bool GRAD>
-__device__ __forceinline__ void dense_loss_pass(const In *input, const In *target, const Losses<Acc<In>> &to, In *grad, const Problem &q) {
+__device__ __forceinline__ void dense_loss_pass(const In *input, const In *target, const Losses<Acc<In>> &to, In *grad,
+                                                const ElementParams &q) {
     using A = Acc<In>;
     constexpr int N = LANES_16B<In>;
     // ahead of all else, as a division of doubles is a subroutine
     const A grad_scale = GRAD ? ones_scale<A>(nullptr, nullptr, 0, q) : A(1);
-    const Formula<Term, A> formula(q);
+    const TermAt<Term, A> term(q);
     const Span span(q);
     Sums<A> sums;
     walk_dense<N, 2>(
         span, q.phase,
-        [&](const int64_t(&start)[2], const bool(&in)[2]) {
+        [&](const int64_t (&start)[2], const bool (&in)[2]) {
             Pack<In, N> x[2], t[2];
 #pragma unroll
             for (int k = 0; k < 2; k++) {
-                if (in[k]) x[k] = Pack<In, N>::load_const(input + start[k]);
-                if (in[k]) t[k] = Pack<In, N>::load_const(target + start[k]);
+                if (in[k])
+                    x[k] = Pack<In, N>::load_const(input + start[k]);
+                if (in[k])
+                    t[k] = Pack<In, N>::load_const(target + start[k]);
             }
 #pragma unroll
             for (int k = 0; k < 2; k++) {
-                if (!in[k]) continue;
+                if (!in[k])
+                    continue;
                 Pack<In, N> grads;
 #pragma unroll
                 for (int first = 0; first < N; first += LANES_16B<A>) {
-                    // by 16 bytes of losses: the branch behind them keeps a window of 16-bit inputs from taking all registers
+                    // by 16 bytes of losses: the branch behind them keeps a window of 16-bit inputs from taking all
+                    // registers
                     Pack<A, LANES_16B<A>> losses;
 #pragma unroll
                     for (int l = 0; l < LANES_16B<A>; l++) {
                         const int i = first + l;
-                        const Value<A> v = formula.at(widen<A>(x[k].at[i]), widen<A>(t[k].at[i]), A(1));
+                        const Value<A> v = term.at(widen<A>(x[k].at[i]), widen<A>(t[k].at[i]), A(1));
                         losses.at[l] = v.loss;
                         sums.loss += v.loss;
-                        if (GRAD) grads.at[i] = narrow<In>(v.grad * grad_scale);
+                        if (GRAD)
+                            grads.at[i] = narrow<In>(v.grad * grad_scale);
                     }
-                    if (opaque(to.each)) losses.store(to.each + start[k] + first);
+                    if (opaque(to.each))
+                        losses.store(to.each + start[k] + first);
                 }
-                if (GRAD) grads.store(grad + start[k]);
+                if (GRAD)
+                    grads.store(grad + start[k]);
             }
         },
         [&](int64_t i) {
-            const Value<A> v = formula.at(widen<A>(input[i]), widen<A>(target[i]), A(1));
+            const Value<A> v = term.at(widen<A>(input[i]), widen<A>(target[i]), A(1));
             sums.loss += v.loss;
-            if (opaque(to.each)) to.each[i] = v.loss;
-            if (GRAD) grad[i] = narrow<In>(v.grad * grad_scale);
+            if (opaque(to.each))
+                to.each[i] = v.loss;
+            if (GRAD)
+                grad[i] = narrow<In>(v.grad * grad_scale);
         });
     write_losses(sums, false, to, span, q);
 }
 
 // `grad`, where it is not null: as above. `counts`: as for `ones_scale`.
 template <class In>
-__device__ __forceinline__ void any_loss_pass(const Arrays<In> &a, const long long *counts, int count_parts, const Losses<Acc<In>> &to,
-                                              In *grad, const Problem &q) {
+__device__ __forceinline__ void any_loss_pass(const Arrays<In> &a, const long long *counts, int count_parts,
+                                              const Losses<Acc<In>> &to, In *grad, const ElementParams &q) {
     using A = Acc<In>;
     constexpr int U = 4;
     A grad_scale = A(1);
-    if (grad) grad_scale = ones_scale<A>(a.mask, counts, count_parts, q);
+    if (grad)
+        grad_scale = ones_scale<A>(a.mask, counts, count_parts, q);
     const Span span(q);
     const int team = blockDim.x;
     Sums<A> sums;
-    with_term(q.term, [&](auto term) {
-        const Formula<decltype(term), A> formula(q);
+    with_term(q.term, [&](auto type) {
+        const TermAt<decltype(type), A> term(q);
 #pragma unroll 1
         for (int64_t at = span.first + threadIdx.x; at < span.last; at += static_cast<int64_t>(team) * U) {
             const Elements<In, U> e(a, q, at, span.last, team);
 #pragma unroll
             for (int k = 0; k < U; k++) {
-                if (!e.in[k]) continue;
+                if (!e.in[k])
+                    continue;
                 const int64_t i = at + static_cast<int64_t>(k) * team;
-                const Value<A> v = formula.at(e.x[k], e.t[k], e.p[k]);
+                const Value<A> v = term.at(e.x[k], e.t[k], e.p[k]);
                 const A loss = e.on[k] ? v.loss * e.w[k] : A(0);
                 sums.loss += loss;
                 sums.count += e.on[k];
-                if (opaque(to.each)) to.each[i] = loss;
-                if (opaque(grad)) grad[i] = narrow<In>(e.on[k] ? v.grad * e.w[k] * grad_scale : A(0));
+                if (opaque(to.each))
+                    to.each[i] = loss;
+                if (opaque(grad))
+                    grad[i] = narrow<In>(e.on[k] ? v.grad * e.w[k] * grad_scale : A(0));
             }
         }
     });
@@ -403,79 +458,85 @@ __device__ __forceinline__ void any_loss_pass(const Arrays<In> &a, const long lo
 }
 
 // The number of the span's elements whose mask is not 0, one number for each block.
-__device__ __forceinline__ void count_pass(const void *mask, long long *counts, const Problem &q) {
+__device__ __forceinline__ void count_pass(const void *mask, long long *counts, const ElementParams &q) {
     __shared__ long long scratch[WARP];
     const Span span(q);
     const long long count = count_elements(mask, q, span.first, span.last, threadIdx.x, blockDim.x, scratch);
-    if (threadIdx.x == 0) counts[blockIdx.x] = count;
+    if (threadIdx.x == 0)
+        counts[blockIdx.x] = count;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The gradient, from the upstream gradient and the denominator that the loss's pass wrote
 
 template <class A>
-__device__ __forceinline__ A upstream_scale(const A *upstream, const A *denominator, const Problem &q) {
+__device__ __forceinline__ A upstream_scale(const A *upstream, const A *denominator, const ElementParams &q) {
     const A scale = A(1) / (*denominator * static_cast<A>(q.group.value));
     return q.upstream_each ? scale : scale * *upstream;
 }
 
 // Of the input.
 template <class Term, class In>
-__device__ __forceinline__ void dense_grad_pass(const In *input, const In *target, const Acc<In> *upstream, const Acc<In> *denominator,
-                                                In *grad, const Problem &q) {
+__device__ __forceinline__ void dense_grad_pass(const In *input, const In *target, const Acc<In> *upstream,
+                                                const Acc<In> *denominator, In *grad, const ElementParams &q) {
     using A = Acc<In>;
     constexpr int N = LANES_16B<In>;
-    const Formula<Term, A> formula(q);
+    const TermAt<Term, A> term(q);
     const A scale = upstream_scale(upstream, denominator, q);
     walk_dense<N, 2>(
         Span(q), q.phase,
-        [&](const int64_t(&start)[2], const bool(&in)[2]) {
+        [&](const int64_t (&start)[2], const bool (&in)[2]) {
             Pack<In, N> x[2], t[2];
 #pragma unroll
             for (int k = 0; k < 2; k++) {
-                if (in[k]) x[k] = Pack<In, N>::load_const(input + start[k]);
-                if (in[k]) t[k] = Pack<In, N>::load_const(target + start[k]);
+                if (in[k])
+                    x[k] = Pack<In, N>::load_const(input + start[k]);
+                if (in[k])
+                    t[k] = Pack<In, N>::load_const(target + start[k]);
             }
 #pragma unroll
             for (int k = 0; k < 2; k++) {
-                if (!in[k]) continue;
+                if (!in[k])
+                    continue;
                 Pack<A, N> g;
                 Pack<In, N> grads;
-                if (q.upstream_each) g = Pack<A, N>::load_const(upstream + start[k]);
+                if (q.upstream_each)
+                    g = Pack<A, N>::load_const(upstream + start[k]);
 #pragma unroll
                 for (int i = 0; i < N; i++) {
-                    const A v = formula.at(widen<A>(x[k].at[i]), widen<A>(t[k].at[i]), A(1)).grad;
+                    const A v = term.at(widen<A>(x[k].at[i]), widen<A>(t[k].at[i]), A(1)).grad;
                     grads.at[i] = narrow<In>(v * (q.upstream_each ? g.at[i] * scale : scale));
                 }
                 grads.store(grad + start[k]);
             }
         },
         [&](int64_t i) {
-            const A v = formula.at(widen<A>(input[i]), widen<A>(target[i]), A(1)).grad;
+            const A v = term.at(widen<A>(input[i]), widen<A>(target[i]), A(1)).grad;
             grad[i] = narrow<In>(v * (q.upstream_each ? upstream[i] * scale : scale));
         });
 }
 
 // Of the input in its dtype, or BY_TARGET of the target in the arithmetic type.
 template <class In, bool BY_TARGET, class Out>
-__device__ __forceinline__ void any_grad_pass(const Arrays<In> &a, const Acc<In> *upstream, const Acc<In> *denominator, Out *grad,
-                                              const Problem &q) {
+__device__ __forceinline__ void any_grad_pass(const Arrays<In> &a, const Acc<In> *upstream, const Acc<In> *denominator,
+                                              Out *grad, const ElementParams &q) {
     using A = Acc<In>;
     constexpr int U = 4;
     const Span span(q);
     const A scale = upstream_scale(upstream, denominator, q);
     const int team = blockDim.x;
-    with_term(q.term, [&](auto term) {
-        const Formula<decltype(term), A> formula(q);
+    with_term(q.term, [&](auto type) {
+        const TermAt<decltype(type), A> term(q);
 #pragma unroll 1
         for (int64_t at = span.first + threadIdx.x; at < span.last; at += static_cast<int64_t>(team) * U) {
             const Elements<In, U> e(a, q, at, span.last, team);
 #pragma unroll
             for (int k = 0; k < U; k++) {
-                if (!e.in[k]) continue;
+                if (!e.in[k])
+                    continue;
                 const int64_t i = at + static_cast<int64_t>(k) * team;
                 const A g = q.upstream_each ? upstream[divide(i, q.group, q.small)] * scale : scale;
-                const A v = BY_TARGET ? formula.by_target(e.x[k], e.t[k], e.p[k]) : formula.at(e.x[k], e.t[k], e.p[k]).grad;
+                const A v = BY_TARGET ? term.by_target(e.x[k], e.t[k], e.p[k]) : term.at(e.x[k], e.t[k], e.p[k]).grad;
                 grad[i] = narrow<Out>(e.on[k] ? v * e.w[k] * g : A(0));
             }
         }
@@ -486,13 +547,15 @@ __device__ __forceinline__ void any_grad_pass(const Arrays<In> &a, const Acc<In>
 // The check, for terms whose operands have a range
 
 // The lowest index of an element whose input or target is out of range; `bad` stays as it is where there is none.
-template <class In> __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long long *bad, const Problem &q) {
+template <class In>
+__device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long long *bad, const ElementParams &q) {
     const Span span(q);
-    with_term(q.term, [&](auto term) {
+    with_term(q.term, [&](auto type) {
 #pragma unroll 1
         for (int64_t i = span.first + threadIdx.x; i < span.last; i += blockDim.x) {
             const Elements<In, 1> e(a, q, i, span.last, 1);
-            if (decltype(term)::valid(e.x[0], e.t[0])) continue;
+            if (decltype(type)::valid(e.x[0], e.t[0]))
+                continue;
             // an integer's minimum does not depend on the order
             atomicMin(bad, static_cast<unsigned long long>(i));
             return;
@@ -503,60 +566,60 @@ template <class In> __device__ __forceinline__ void check_pass(const Arrays<In> 
 } // namespace fused_loss
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Entry points: <pass>_<term>_dense and <pass>_any, in one module for each dtype
+// Entry points, in one module for each dtype
 
-// Blocks that a multiprocessor has room for: left to itself, the compiler spills a register or two to fit one more. A window of
-// 16-bit inputs is twice as many numbers as one of floats; with the gradient three such blocks fit in the code for sm_8x and sm_90.
+// Blocks that a multiprocessor has room for: left to itself, the compiler spills a register or two to fit one more. A
+// window of 16-bit inputs is twice as many numbers as one of floats; with the gradient three such blocks fit in the
+// code for sm_8x and sm_90.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800 && __CUDA_ARCH__ < 1000
-#define LOGISTIC_FUSED_BLOCKS 3
+#define ELEMENT_FUSED_BLOCKS 3
 #else
-#define LOGISTIC_FUSED_BLOCKS 2
+#define ELEMENT_FUSED_BLOCKS 2
 #endif
-#define LOGISTIC_DENSE(FUSED)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS,                                              \
-                                                 sizeof(In) == 4 ? 4 : (FUSED) ? LOGISTIC_FUSED_BLOCKS : 3)
-#define LOGISTIC_ANY                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS, sizeof(A) == 8 ? 2 : 3)
+#define ELEMENT_DENSE(FUSED)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS, sizeof(In) == 4 ? 4                          \
+                                                                          : (FUSED)       ? ELEMENT_FUSED_BLOCKS       \
+                                                                                          : 3)
+#define ELEMENT_ANY extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS, sizeof(A) == 8 ? 2 : 3)
 
-#define LOGISTIC_OPERANDS                                                                                              \
-    const In *input, const void *target, const A *weight, const A *pos_weight, const void *mask
-#define LOGISTIC_LOSSES                                                                                                \
+// The parameters that kernels have in common. src/elementwise/cuda/params.rs passes them in this order.
+#define ELEMENT_OPERANDS const In *input, const void *target, const A *weight, const A *pos_weight, const void *mask
+#define ELEMENT_LOSSES                                                                                                 \
     const long long *counts, int count_parts, A *each, A *rows, double *sums, unsigned *ticket, A *loss, A *denominator
-#define LOGISTIC_PROBLEM const __grid_constant__ fused_loss::Problem q
+#define ELEMENT_PARAMS const __grid_constant__ fused_loss::ElementParams q
 
-#define LOGISTIC_DENSE_LOSS(NAME, Term, GRAD)                                                                          \
-    LOGISTIC_DENSE(GRAD) NAME(LOGISTIC_OPERANDS, LOGISTIC_LOSSES, In *grad, LOGISTIC_PROBLEM) {                        \
+#define ELEMENT_DENSE_LOSS(NAME, Term, GRAD)                                                                           \
+    ELEMENT_DENSE(GRAD) NAME(ELEMENT_OPERANDS, ELEMENT_LOSSES, In *grad, ELEMENT_PARAMS) {                             \
         fused_loss::dense_loss_pass<fused_loss::Term, In, GRAD>(                                                       \
             input, static_cast<const In *>(target), {each, rows, sums, ticket, loss, denominator}, grad, q);           \
     }
 
-#define LOGISTIC_DENSE_KERNELS(Term, term)                                                                             \
-    LOGISTIC_DENSE_LOSS(loss_##term##_dense, Term, false)                                                              \
-    LOGISTIC_DENSE_LOSS(fused_##term##_dense, Term, true)                                                              \
-    LOGISTIC_DENSE(false)                                                                                              \
-    grad_##term##_dense(LOGISTIC_OPERANDS, const A *upstream, const A *denominator, In *grad, LOGISTIC_PROBLEM) {      \
+#define ELEMENT_DENSE_KERNELS(Term, LOSS, FUSED, GRAD)                                                                 \
+    ELEMENT_DENSE_LOSS(LOSS, Term, false)                                                                              \
+    ELEMENT_DENSE_LOSS(FUSED, Term, true)                                                                              \
+    ELEMENT_DENSE(false) GRAD(ELEMENT_OPERANDS, const A *upstream, const A *denominator, In *grad, ELEMENT_PARAMS) {   \
         fused_loss::dense_grad_pass<fused_loss::Term, In>(input, static_cast<const In *>(target), upstream,            \
                                                           denominator, grad, q);                                       \
     }
 
-#define LOGISTIC_ANY_GRAD(NAME, BY_TARGET, Out)                                                                        \
-    LOGISTIC_ANY NAME(LOGISTIC_OPERANDS, const A *upstream, const A *denominator, Out *grad, LOGISTIC_PROBLEM) {       \
+#define ELEMENT_ANY_GRAD(NAME, BY_TARGET, Out)                                                                         \
+    ELEMENT_ANY NAME(ELEMENT_OPERANDS, const A *upstream, const A *denominator, Out *grad, ELEMENT_PARAMS) {           \
         fused_loss::any_grad_pass<In, BY_TARGET, Out>({input, target, weight, pos_weight, mask}, upstream,             \
                                                       denominator, grad, q);                                           \
     }
 
 // The kernels of a dtype `In`, which the including file has defined: those of all dtypes, and those of all but f64.
-#define LOGISTIC_ANY_KERNELS                                                                                           \
+#define ELEMENT_ANY_KERNELS                                                                                            \
     using A = fused_loss::Acc<In>;                                                                                     \
-    LOGISTIC_ANY loss_any(LOGISTIC_OPERANDS, LOGISTIC_LOSSES, In *grad, LOGISTIC_PROBLEM) {                            \
+    ELEMENT_ANY loss_any(ELEMENT_OPERANDS, ELEMENT_LOSSES, In *grad, ELEMENT_PARAMS) {                                 \
         fused_loss::any_loss_pass<In>({input, target, weight, pos_weight, mask}, counts, count_parts,                  \
                                       {each, rows, sums, ticket, loss, denominator}, grad, q);                         \
     }                                                                                                                  \
-    LOGISTIC_ANY_GRAD(grad_any, false, In)                                                                             \
-    LOGISTIC_ANY_GRAD(target_grad_any, true, A)                                                                        \
-    LOGISTIC_ANY check_any(LOGISTIC_OPERANDS, unsigned long long *bad, LOGISTIC_PROBLEM) {                             \
+    ELEMENT_ANY_GRAD(grad_any, false, In)                                                                              \
+    ELEMENT_ANY_GRAD(target_grad_any, true, A)                                                                         \
+    ELEMENT_ANY check_any(ELEMENT_OPERANDS, unsigned long long *bad, ELEMENT_PARAMS) {                                 \
         fused_loss::check_pass<In>({input, target, weight, pos_weight, mask}, bad, q);                                 \
     }
-#define LOGISTIC_KERNELS                                                                                               \
-    LOGISTIC_ANY_KERNELS                                                                                               \
-    FOR_EACH_TERM(LOGISTIC_DENSE_KERNELS)
+#define ELEMENT_KERNELS                                                                                                \
+    ELEMENT_ANY_KERNELS                                                                                                \
+    FOR_EACH_DENSE_TERM(ELEMENT_DENSE_KERNELS)

@@ -1,24 +1,27 @@
-// The formulas of the logistic family: one struct for each loss, over one element.
+// The formulas of the element-wise family: one struct for each loss, over one element.
 //
 // A term has
 //   CHECKED          whether an input or target can be out of range
-//   valid(x, t)      whether they are in range; where not, the kernels write NaN in place of what the term computes
+//   valid(x, t)      whether they are in range; where not, the kernels write NaN in place of the term's values
 //   at(x, t, p, o)   the loss and its derivative with respect to the input x
 //   by_target(...)   the loss's derivative with respect to the target t, before label smoothing
-// where t is the smoothed target, p the positive class's weight (1 without) and o the loss's options. A kernel that needs
-// only the loss or only the derivative calls `at` all the same: the compiler drops the other half.
+// where t is the smoothed target, p the positive class's weight (1 without) and o the term's parameters. A kernel that
+// needs only the loss or only the derivative calls `at` all the same: the compiler drops the other half.
 //
-// A new loss is one more struct here and one more line at the end.
+// A new term is one more struct here and one more line in FOR_EACH_TERM at the end.
 #pragma once
 
 #include "../common.cuh"
 
 namespace fused_loss {
 
-// The numbers of a loss's options. Unused ones are 0.
-template <class A> struct TermOptions {
-    A alpha; // weight of the positive class, 1 - alpha of the negative; below 0: both 1
-    A gamma; // exponent of the probability of being wrong
+// How many parameters a term has at most: the same number in src/elementwise/problem.rs.
+constexpr int TERM_PARAMETERS = 3;
+
+// The parameters of a term, in the order of its `parameters` in src/elementwise/problem.rs. A term that has some names
+// their places in an enum.
+template <class A> struct TermParameters {
+    A p[TERM_PARAMETERS];
 };
 
 template <class A> struct Value {
@@ -26,15 +29,15 @@ template <class A> struct Value {
     A grad;
 };
 
-// c * v, where nothing counts nothing: 0 for c = 0 and an infinite v. NaN only from NaN. Without a branch in the loops.
+// c * v, where 0 * inf counts as 0: 0 for c = 0 and an infinite v. NaN only from NaN. Without a branch in the loops.
 template <class A> __device__ __forceinline__ A times(A c, A v) {
-    const bool nothing = (c == A(0)) & (abs_(v) == infinity<A>());
+    const bool zero_times_infinity = (c == A(0)) & (abs_(v) == infinity<A>());
     const A product = c * v;
-    return nothing ? A(0) : product;
+    return zero_times_infinity ? A(0) : product;
 }
 
-// ln(1 + z) for z in [0, 1] within 2 ulp: z + z^2 q(z), without the rounding of 1 + z, without a division and in one piece. q has
-// the least relative error that a polynomial of its degree can give the result, 2^-24.8.
+// ln(1 + z) for z in [0, 1] within 2 ulp: z + z^2 q(z), without the rounding of 1 + z, without a division and in one
+// piece. q has the least relative error that a polynomial of its degree can give the result, 2^-24.8.
 __device__ __forceinline__ float log1p_unit(float z) {
     float q = 5.3648185e-3f;
     q = fmaf(q, z, -3.0065769e-2f);
@@ -56,7 +59,7 @@ __device__ __forceinline__ float reciprocal(float v) {
 }
 __device__ __forceinline__ double reciprocal(double v) { return 1.0 / v; }
 
-// What the losses on logits are made of, from one exponential. With z = exp(-|x|) nothing overflows, and nothing cancels:
+// The parts of the losses on logits, from one exponential. With z = exp(-|x|) nothing overflows, and nothing cancels:
 // each of the four has the relative accuracy of its parts, for logits of any size.
 template <class A> struct Logit {
     A part;         // ln(1 + z), which both softplus share
@@ -85,37 +88,38 @@ struct Bce {
     template <class A> __device__ __forceinline__ static bool valid(A x, A t) { return unit(x) && unit(t); }
     template <class A> __device__ __forceinline__ static bool unit(A v) { return v >= A(0) && v <= A(1); }
 
-    template <class A> __device__ __forceinline__ static Value<A> at(A x, A t, A, const TermOptions<A> &) {
+    template <class A> __device__ __forceinline__ static Value<A> at(A x, A t, A, const TermParameters<A> &) {
         const A yes = max_(log_(x), A(-100));
         const A no = max_(log1p_(-x), A(-100));
         return {-fma_(t, yes, (A(1) - t) * no), (x - t) / max_(x * (A(1) - x), A(1e-12))};
     }
 
-    template <class A> __device__ __forceinline__ static A by_target(A x, A, A, const TermOptions<A> &) {
+    template <class A> __device__ __forceinline__ static A by_target(A x, A, A, const TermParameters<A> &) {
         return max_(log1p_(-x), A(-100)) - max_(log_(x), A(-100));
     }
 };
 
-// t p softplus(-x) + (1 - t) softplus(x) for a logit x: with z = exp(-|x|), both have ln(1 + z), and one of both |x| besides, the
-// one of the class that x speaks against. The derivative (1 - t) sigmoid(x) - t p sigmoid(-x) is the difference of the two
-// classes' parts, so that a confident and right logit keeps its tiny gradient.
+// t p softplus(-x) + (1 - t) softplus(x) for a logit x: with z = exp(-|x|), each softplus has ln(1 + z), and the one of
+// the class that x speaks against has |x| besides. The derivative (1 - t) sigmoid(x) - t p sigmoid(-x) is the
+// difference of the two classes' parts, so that a confident and right logit keeps its tiny gradient. The CPU, which is
+// not short of instructions, adds up the four parts of `Logit` instead.
 struct BceWithLogits {
     static constexpr bool CHECKED = false;
 
     template <class A> __device__ __forceinline__ static bool valid(A, A) { return true; }
 
-    template <class A> __device__ __forceinline__ static Value<A> at(A x, A t, A p, const TermOptions<A> &) {
+    template <class A> __device__ __forceinline__ static Value<A> at(A x, A t, A p, const TermParameters<A> &) {
         const A z = exp_(-abs_(x));
         const A yes = t * p, no = A(1) - t;
         const bool positive = x > A(0);
         const A wrong = positive ? no : yes, right = positive ? yes : no;
-        // nothing counts nothing: the label that agrees with an infinite logit
+        // 0 * inf counts as 0: the label that agrees with an infinite logit
         const A far = wrong == A(0) ? A(0) : abs_(x);
         const A slope = fma_(-right, z, wrong) * reciprocal(A(1) + z);
         return {fma_(wrong, far, (yes + no) * log1p_unit(z)), positive ? slope : -slope};
     }
 
-    template <class A> __device__ __forceinline__ static A by_target(A x, A, A p, const TermOptions<A> &) {
+    template <class A> __device__ __forceinline__ static A by_target(A x, A, A p, const TermParameters<A> &) {
         // p softplus(-x) - softplus(x), with the shared part taken out so that p = 1 gives -x exactly
         const Logit<A> l(x);
         return (p - A(1)) * l.part + (times(p, max_(-x, A(0))) - max_(x, A(0)));
@@ -123,12 +127,14 @@ struct BceWithLogits {
 };
 
 // a u^gamma ce with ce = t softplus(-x) + (1 - t) softplus(x), the probability of being wrong u = t sigmoid(-x) +
-// (1 - t) sigmoid(x) and a = alpha t + (1 - alpha) (1 - t), for a logit x.
+// (1 - t) sigmoid(x) and the weights of the classes a = positive t + negative (1 - t), for a logit x.
 //
-// By x: a [u^gamma ce' + gamma u^gamma (u' / u) ce], where ce' = sigmoid(x) - t. For a label of exactly 0 or 1, u' / u is
-// sigmoid(-x) or -sigmoid(x): no division, so nothing is lost where u underflows, whatever gamma is.
+// By x: a [u^gamma ce' + gamma u^gamma (u' / u) ce], where ce' = sigmoid(x) - t. For a label of exactly 0 or 1, u' / u
+// is sigmoid(-x) or -sigmoid(x): no division, so nothing is lost where u underflows, whatever gamma is.
 struct Focal {
     static constexpr bool CHECKED = false;
+
+    enum Parameter { POSITIVE, NEGATIVE, GAMMA };
 
     template <class A> __device__ __forceinline__ static bool valid(A, A) { return true; }
 
@@ -138,60 +144,70 @@ struct Focal {
 
     // u^gamma; 1 for gamma = 0, also of u = 0
     template <class A> __device__ __forceinline__ static A power(const Logit<A> &l, A t, A u, A gamma) {
-        if (gamma == A(2)) return u * u;
-        if (gamma == A(0)) return A(1);
+        if (gamma == A(2))
+            return u * u;
+        if (gamma == A(0))
+            return A(1);
         // ln u for the labels 0 and 1 without the rounding of u
         const A ln = t == A(0) ? -l.softplus_neg : t == A(1) ? -l.softplus : log_(u);
         return exp_(gamma * ln);
     }
 
-    template <class A> __device__ __forceinline__ static A balance(A t, A alpha) {
-        return alpha < A(0) ? A(1) : fma_(alpha, t, (A(1) - alpha) * (A(1) - t));
+    template <class A> __device__ __forceinline__ static A balance(A t, const TermParameters<A> &o) {
+        return fma_(o.p[POSITIVE], t, o.p[NEGATIVE] * (A(1) - t));
     }
 
-    template <class A> __device__ __forceinline__ static Value<A> at(A x, A t, A, const TermOptions<A> &o) {
+    template <class A> __device__ __forceinline__ static Value<A> at(A x, A t, A, const TermParameters<A> &o) {
         const Logit<A> l(x);
         const A no = A(1) - t;
         const A ce = times(t, l.softplus_neg) + times(no, l.softplus);
         const A u = wrong(l, t);
-        const A scale = balance(t, o.alpha) * power(l, t, u, o.gamma);
+        const A scale = balance(t, o) * power(l, t, u, o.p[GAMMA]);
         A ratio;
-        if (t == A(0)) ratio = l.sigmoid_neg;
-        else if (t == A(1)) ratio = -l.sigmoid;
-        else ratio = l.sigmoid * l.sigmoid_neg * (A(1) - A(2) * t) / u;
+        if (t == A(0))
+            ratio = l.sigmoid_neg;
+        else if (t == A(1))
+            ratio = -l.sigmoid;
+        else
+            ratio = l.sigmoid * l.sigmoid_neg * (A(1) - A(2) * t) / u;
         const A slope = no * l.sigmoid - t * l.sigmoid_neg;
-        return {times(scale, ce), scale * fma_(o.gamma, times(ratio, ce), slope)};
+        return {times(scale, ce), scale * fma_(o.p[GAMMA], times(ratio, ce), slope)};
     }
 
-    template <class A> __device__ __forceinline__ static A by_target(A x, A t, A, const TermOptions<A> &o) {
+    template <class A> __device__ __forceinline__ static A by_target(A x, A t, A, const TermParameters<A> &o) {
         const Logit<A> l(x);
         const A ce = times(t, l.softplus_neg) + times(A(1) - t, l.softplus);
         const A u = wrong(l, t);
-        const A raised = power(l, t, u, o.gamma);
-        const A a = balance(t, o.alpha);
-        const A a_slope = o.alpha < A(0) ? A(0) : A(2) * o.alpha - A(1);
+        const A raised = power(l, t, u, o.p[GAMMA]);
+        const A a = balance(t, o);
+        const A a_slope = o.p[POSITIVE] - o.p[NEGATIVE];
         // ce / u tends to 1 where both underflow, that is where the label is right
         const A per_wrong = u == A(0) ? A(1) : ce / u;
         const A u_slope = l.sigmoid_neg - l.sigmoid;
-        return times(a_slope * raised, ce) + a * (times(o.gamma * raised * u_slope, per_wrong) - times(raised, x));
+        return times(a_slope * raised, ce) + a * (times(o.p[GAMMA] * raised * u_slope, per_wrong) - times(raised, x));
     }
 };
 
-// TERM(type, name of its kernels), in the order of their numbers
-#define FOR_EACH_TERM(TERM)                                                                                            \
-    TERM(Bce, bce)                                                                                                     \
-    TERM(BceWithLogits, bce_with_logits)                                                                               \
-    TERM(Focal, focal)
+// TERM(type), in the order of the numbers that src/elementwise/problem.rs has as well.
+#define FOR_EACH_TERM(TERM) TERM(Bce) TERM(BceWithLogits) TERM(Focal)
 
-// A term that is not a template parameter. `Term::number` in src/elementwise/cuda/call.rs has the same numbers.
-#define TERM_NUMBER(Term, term) Term,
+// The terms that have dense kernels: DENSE(type, kernel of the loss, of the loss with its gradient, of the gradient).
+// The names are those of src/elementwise/problem.rs.
+#define FOR_EACH_DENSE_TERM(DENSE)                                                                                     \
+    DENSE(Bce, loss_bce_dense, fused_bce_dense, grad_bce_dense)                                                        \
+    DENSE(BceWithLogits, loss_bce_with_logits_dense, fused_bce_with_logits_dense, grad_bce_with_logits_dense)          \
+    DENSE(Focal, loss_focal_dense, fused_focal_dense, grad_focal_dense)
+
+// A term that is not a template parameter.
+#define TERM_NUMBER(Term) Term,
 enum class TermNumber : int { FOR_EACH_TERM(TERM_NUMBER) };
 #undef TERM_NUMBER
 
-// Calls f with a value of the type that `number` names, so that a generic lambda is compiled once for each term. The branch is
-// the same in all threads of a launch.
-#define TERM_CASE(Term, term)                                                                                          \
-    case TermNumber::Term: return f(Term{});
+// Calls f with a value of the type that `number` names, so that a generic lambda is compiled once for each term. The
+// branch is the same in all threads of a launch.
+#define TERM_CASE(Term)                                                                                                \
+    case TermNumber::Term:                                                                                             \
+        return f(Term{});
 template <class F> __device__ __forceinline__ void with_term(TermNumber number, F f) {
     switch (number) { FOR_EACH_TERM(TERM_CASE) }
 }

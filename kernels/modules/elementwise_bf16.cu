@@ -1,4 +1,4 @@
 #include "../elementwise/elements.cuh"
 
 using In = fused_loss::bf16;
-LOGISTIC_KERNELS
+ELEMENT_KERNELS

@@ -1,4 +1,4 @@
 #include "../elementwise/elements.cuh"
 
 using In = float;
-LOGISTIC_KERNELS
+ELEMENT_KERNELS

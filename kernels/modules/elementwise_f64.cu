@@ -1,4 +1,4 @@
 #include "../elementwise/elements.cuh"
 
 using In = double;
-LOGISTIC_ANY_KERNELS
+ELEMENT_ANY_KERNELS

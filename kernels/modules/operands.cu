@@ -42,7 +42,7 @@ COUNT_ROWS(f32, float)
 COUNT_ROWS(f64, double)
 
 // The elements that a mask leaves: one number for each block.
-extern "C" __global__ void __launch_bounds__(MAX_THREADS) count_mask(const void *mask, long long *counts, const __grid_constant__ Problem q) {
+extern "C" __global__ void __launch_bounds__(MAX_THREADS) count_mask(const void *mask, long long *counts, const __grid_constant__ ElementParams q) {
     count_pass(mask, counts, q);
 }
 

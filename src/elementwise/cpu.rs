@@ -1,22 +1,20 @@
-//! The logistic family on the CPU: one loop over blocks of elements for every loss, pass, dtype and layout.
+//! The element-wise family on the CPU: one loop over blocks of elements for every loss, pass, dtype and layout.
 //!
 //! A unit of work is a whole number of groups (elements that are averaged into one loss; single elements but for
-//! multi-label soft margin), about [`BLOCK`] elements. Its operands are read in blocks of the arithmetic type, the [`Term`] is
-//! mapped over them, and what is needed of the result is summed or written.
+//! multi-label soft margin), about [`BLOCK`] elements. Its operands are read in blocks of the arithmetic type, the term's
+//! [`Formula`] is mapped over them, and the results are summed or written.
 
-use super::problem::{ElementKernels, Elements, Term as Formula};
-use super::terms::{Bce, BceWithLogits, Focal, Term};
+use super::problem::{ElementKernels, Elements, LockedOptions};
+use super::terms::{Formula, WithFormula};
 use crate::check;
 use crate::cpu::element::{Element, Output, Source, Strided, source, with_room};
 use crate::cpu::math::{Isa, LANES, Real, Vectorized, dispatch, sum_of};
-use crate::cpu::own_slice;
 use crate::cpu::parallel::for_each_task;
-use crate::cpu::sum_in_order;
-use crate::custom_op::{Arg, Argument, Locked};
+use crate::cpu::{own_slice, sum_in_order, with_floats};
+use crate::custom_op::{Arg, Argument};
 use crate::reduction::Reduction;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, DType, Result, Tensor, WithDType, bail};
-use half::{bf16, f16};
+use candle_core::{CpuStorage, Result, Tensor, WithDType, bail};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -26,8 +24,8 @@ const BLOCK: usize = 1024;
 const ELEMENT_WORK: usize = 3;
 
 /// The operands of one call.
-struct Problem<'a, A> {
-    options: &'a Elements,
+struct ElementsOnCpu<'a, A> {
+    problem: &'a Elements,
     x: Box<dyn Source<A> + 'a>,
     target: Box<dyn Source<A> + 'a>,
     weight: Option<Box<dyn Source<A> + 'a>>,
@@ -40,31 +38,16 @@ struct Problem<'a, A> {
     spread: A,
 }
 
-/// The optional operands, locked for the time of a call.
-struct Guards<'a> {
-    weight: Option<Locked<'a>>,
-    pos_weight: Option<Locked<'a>>,
-    mask: Option<Locked<'a>>,
-}
-
-impl<'a> Guards<'a> {
-    fn new(problem: &'a Elements) -> Self {
-        let lock = |tensor: &'a Option<Tensor>| tensor.as_ref().map(Locked::new);
-        let o = &problem.options;
-        Guards { weight: lock(&o.weight), pos_weight: lock(&o.pos_weight), mask: lock(&o.mask) }
-    }
-}
-
 /// A block of a term's operands; without `p`, all positive weights are 1.
 #[derive(Clone, Copy)]
-struct Block<'s, A> {
+struct ElementBlock<'s, A> {
     x: &'s [A],
     t: &'s [A],
     p: Option<&'s [A]>,
 }
 
-/// Room for the operands of a block that can't be read where they are, and for what is computed of it.
-struct Scratch<A> {
+/// Room for the operands of a block that can't be read where they are, and for its results.
+struct ElementScratch<A> {
     x: [A; BLOCK],
     t: [A; BLOCK],
     p: [A; BLOCK],
@@ -72,37 +55,41 @@ struct Scratch<A> {
     value: [A; BLOCK],
 }
 
-impl<A: Real> Scratch<A> {
+impl<A: Real> ElementScratch<A> {
     fn new() -> Self {
         let block = [A::ZERO; BLOCK];
-        Scratch { x: block, t: block, p: block, factor: block, value: block }
+        ElementScratch { x: block, t: block, p: block, factor: block, value: block }
     }
 }
 
-impl<'a, A: Real + Element<Acc = A>> Problem<'a, A> {
+impl<'a, A: Real + Element<Acc = A>> ElementsOnCpu<'a, A> {
     fn new(
-        options: &'a Elements,
+        problem: &'a Elements,
         input: Arg<'a, CpuStorage>,
         target: Arg<'a, CpuStorage>,
-        guards: &'a Guards<'a>,
+        locked: &'a LockedOptions,
     ) -> Result<Self> {
-        let guarded = |guard: &'a Option<Locked>| -> Result<Option<Box<dyn Source<A> + 'a>>> {
-            let Some(guard) = guard else { return Ok(None) };
-            let (storage, layout) = guard.arg::<CpuStorage>(options.name)?;
-            source(storage, Strided::of(layout)).map(Some)
+        let all = |arg: Option<Arg<'a, CpuStorage>>| {
+            arg.map(|(storage, layout)| source(storage, Strided::of(layout))).transpose()
         };
-        Ok(Problem {
+        let [weight, pos_weight, mask] = locked.args(problem.name)?;
+        let label_smoothing = problem.options.label_smoothing;
+        Ok(ElementsOnCpu {
             x: source(input.0, Strided::of(input.1))?,
             target: source(target.0, Strided::of(target.1))?,
-            weight: guarded(&guards.weight)?,
-            pos_weight: guarded(&guards.pos_weight)?,
-            mask: guarded(&guards.mask)?,
+            weight: all(weight)?,
+            pos_weight: all(pos_weight)?,
+            mask: all(mask)?,
             len: input.1.shape().elem_count(),
-            group: options.group(input.1),
-            keep: A::of(1.0 - options.options.label_smoothing),
-            spread: A::of(options.options.label_smoothing / 2.0),
-            options,
+            group: problem.group(input.1),
+            keep: A::of(1.0 - label_smoothing),
+            spread: A::of(label_smoothing / 2.0),
+            problem,
         })
+    }
+
+    fn reduction(&self) -> Reduction {
+        self.problem.options.reduction
     }
 
     /// The groups of a unit: as many as fit into a block, at least one.
@@ -119,7 +106,7 @@ impl<'a, A: Real + Element<Acc = A>> Problem<'a, A> {
     }
 
     /// Reads a block of the term's operands, in the memory given unless they can be read where they are.
-    fn load<'s>(&'s self, at: usize, x: &'s mut [A], t: &'s mut [A], p: &'s mut [A]) -> Block<'s, A> {
+    fn load<'s>(&'s self, at: usize, x: &'s mut [A], t: &'s mut [A], p: &'s mut [A]) -> ElementBlock<'s, A> {
         let t = if self.spread == A::ZERO {
             self.target.read(at, t)
         } else {
@@ -127,7 +114,7 @@ impl<'a, A: Real + Element<Acc = A>> Problem<'a, A> {
             t.iter_mut().for_each(|t| *t = self.keep * *t + self.spread);
             t
         };
-        Block { x: self.x.read(at, x), t, p: self.pos_weight.as_ref().map(|source| source.read(at, p)) }
+        ElementBlock { x: self.x.read(at, x), t, p: self.pos_weight.as_ref().map(|source| source.read(at, p)) }
     }
 
     /// Applies weight and mask to the values of a block.
@@ -142,9 +129,9 @@ impl<'a, A: Real + Element<Acc = A>> Problem<'a, A> {
         }
     }
 
-    /// What the sum of the losses is divided by.
+    /// The number that the sum of the losses is divided by.
     fn denominator(&self) -> f64 {
-        if self.options.options.reduction != Reduction::Mean {
+        if self.reduction() != Reduction::Mean {
             return 1.0;
         }
         let Some(mask) = &self.mask else { return self.groups() as f64 };
@@ -157,57 +144,59 @@ impl<'a, A: Real + Element<Acc = A>> Problem<'a, A> {
         count as f64
     }
 
-    /// What each element's loss is multiplied by before the reduction: groups are averaged.
+    /// The factor of each element's loss before the reduction: groups are averaged.
     fn share(&self) -> A {
         A::of(1.0 / self.group as f64)
     }
 }
 
-/// What a pass computes of the elements.
+/// The function of a formula that is mapped over a block.
 #[derive(Clone, Copy)]
-enum Values<'p, A> {
-    None,
-    /// The gradient of an operand: the upstream gradient of all or of each group, and what the sum is divided by.
-    Gradient {
-        of: Argument,
-        upstream: &'p [A],
-        denominator: A,
-    },
-}
-
-/// Which function of a term is mapped over a block.
-#[derive(Clone, Copy)]
-enum Function {
+enum FormulaFunction {
     Loss,
     Gradient(Argument),
 }
 
-/// `value = term(x, t, p)` over a block; for the loss of probabilities, whether all of them are in [0, 1].
-struct Map<'k, A, F> {
-    term: F,
-    function: Function,
-    block: Block<'k, A>,
+/// A function of a formula over a block, and where its values go. It returns `false` if the formula is one of probabilities and
+/// an input or a target isn't one.
+struct FormulaOverBlock<'k, A> {
+    function: FormulaFunction,
+    block: ElementBlock<'k, A>,
     values: &'k mut [A],
 }
 
-impl<A: Real, F: Term<A>> Vectorized for Map<'_, A, F> {
+impl<A: Real> WithFormula<A> for FormulaOverBlock<'_, A> {
+    type Output = bool;
+
+    fn with(self, formula: impl Formula<A>) -> bool {
+        dispatch(FormulaMap { formula, over: self })
+    }
+}
+
+struct FormulaMap<'k, A, F> {
+    formula: F,
+    over: FormulaOverBlock<'k, A>,
+}
+
+impl<A: Real, F: Formula<A>> Vectorized for FormulaMap<'_, A, F> {
     type Output = bool;
 
     #[inline(always)]
     fn run<I: Isa>(self) -> bool {
-        let Map { term, function, block: Block { x, t, p }, values } = self;
+        let FormulaMap { formula, over } = self;
+        let FormulaOverBlock { function, block: ElementBlock { x, t, p }, values } = over;
         // loops, not closures: a closure that isn't inlined is compiled without the instruction set of this function
         macro_rules! map {
             ($method:ident) => {
                 match p {
                     None => {
                         for ((v, &x), &t) in values.iter_mut().zip(x).zip(t) {
-                            *v = term.$method::<I>(x, t, A::ONE);
+                            *v = formula.$method::<I>(x, t, A::ONE);
                         }
                     }
                     Some(p) => {
                         for (((v, &x), &t), &p) in values.iter_mut().zip(x).zip(t).zip(p) {
-                            *v = term.$method::<I>(x, t, p);
+                            *v = formula.$method::<I>(x, t, p);
                         }
                     }
                 }
@@ -215,7 +204,7 @@ impl<A: Real, F: Term<A>> Vectorized for Map<'_, A, F> {
         }
         let mut good = true;
         match function {
-            Function::Loss => {
+            FormulaFunction::Loss => {
                 map!(loss);
                 if F::PROBABILITIES {
                     for (&x, &t) in x.iter().zip(t) {
@@ -223,29 +212,10 @@ impl<A: Real, F: Term<A>> Vectorized for Map<'_, A, F> {
                     }
                 }
             }
-            Function::Gradient(Argument::Input) => map!(grad),
-            Function::Gradient(Argument::Target) => map!(target_grad),
+            FormulaFunction::Gradient(Argument::Input) => map!(grad),
+            FormulaFunction::Gradient(Argument::Target) => map!(target_grad),
         }
         good
-    }
-}
-
-impl<A: Real> Block<'_, A> {
-    /// Maps a function of the options' term over the block.
-    fn values(self, formula: Formula, function: Function, values: &mut [A]) -> bool {
-        let block = self;
-        match formula {
-            Formula::Bce => dispatch(Map { term: Bce, function, block, values }),
-            Formula::BceWithLogits => dispatch(Map { term: BceWithLogits, function, block, values }),
-            Formula::Focal { alpha, gamma } => {
-                let (alpha, gamma) = (alpha.map(A::of), A::of(gamma));
-                if gamma == A::of(2.0) {
-                    dispatch(Map { term: Focal::<A, true> { alpha, gamma }, function, block, values })
-                } else {
-                    dispatch(Map { term: Focal::<A, false> { alpha, gamma }, function, block, values })
-                }
-            }
-        }
     }
 }
 
@@ -255,12 +225,12 @@ fn is_probability<A: Real>(v: A) -> bool {
 }
 
 /// The sum of the first `len` of a block's values, in vectors.
-struct Sum<'k, A> {
+struct BlockSum<'k, A> {
     values: &'k mut [A; BLOCK],
     len: usize,
 }
 
-impl<A: Real> Vectorized for Sum<'_, A> {
+impl<A: Real> Vectorized for BlockSum<'_, A> {
     type Output = A;
 
     #[inline(always)]
@@ -271,92 +241,109 @@ impl<A: Real> Vectorized for Sum<'_, A> {
     }
 }
 
+/// The gradient of an operand: the upstream gradient of all groups or of each, the loss's denominator, and where it goes.
+struct ElementGradient<'p, A, O> {
+    of: Argument,
+    upstream: &'p [A],
+    denominator: A,
+    to: &'p Output<'p, O>,
+}
+
 /// One pass over the elements.
-struct Pass<'p, 'a, A, O> {
-    problem: &'p Problem<'a, A>,
+struct ElementPass<'p, 'a, A, O> {
+    elements: &'p ElementsOnCpu<'a, A>,
     /// One loss for each group if the reduction is none, else one partial sum for each unit; absent in a backward.
     losses: Option<&'p Output<'p, A>>,
-    values: Values<'p, A>,
-    out: &'p Output<'p, O>,
+    gradient: Option<ElementGradient<'p, A, O>>,
     /// The first element that is no probability.
     bad: AtomicUsize,
 }
 
-impl<A: Real + Element<Acc = A>, O: Element<Acc = A>> Pass<'_, '_, A, O> {
-    fn unit(&self, unit: usize, scratch: &mut Scratch<A>) {
-        let problem = self.problem;
-        let groups = unit * problem.groups_per_unit()..((unit + 1) * problem.groups_per_unit()).min(problem.groups());
-        let elements = groups.start * problem.group..groups.end * problem.group;
+impl<A: Real + Element<Acc = A>, O: Element<Acc = A>> ElementPass<'_, '_, A, O> {
+    fn unit(&self, unit: usize, scratch: &mut ElementScratch<A>) {
+        let all = self.elements;
+        let groups = unit * all.groups_per_unit()..((unit + 1) * all.groups_per_unit()).min(all.groups());
+        let range = groups.start * all.group..groups.end * all.group;
         let mut sum = A::ZERO;
-        for at in elements.clone().step_by(BLOCK) {
-            let len = (elements.end - at).min(BLOCK);
-            let Scratch { x, t, p, factor, value } = scratch;
-            let block = problem.load(at, &mut x[..len], &mut t[..len], &mut p[..len]);
+        for at in range.clone().step_by(BLOCK) {
+            let len = (range.end - at).min(BLOCK);
+            let ElementScratch { x, t, p, factor, value } = scratch;
+            let block = all.load(at, &mut x[..len], &mut t[..len], &mut p[..len]);
             if let Some(losses) = self.losses {
-                if !block.values(problem.options.term, Function::Loss, &mut value[..len]) {
-                    let bad = |(&x, &t): (&A, &A)| !(is_probability(x) & is_probability(t));
-                    let first = block.x.iter().zip(block.t).position(bad);
-                    self.bad.fetch_min(at + first.unwrap_or(0), Ordering::Relaxed);
-                }
-                problem.weigh(at, &mut value[..len], factor);
+                self.evaluate(FormulaFunction::Loss, at, block, &mut value[..len]);
+                all.weigh(at, &mut value[..len], factor);
                 sum += self.reduce(losses, &groups, at, len, value);
             }
-            if let Values::Gradient { of, upstream, denominator } = self.values {
+            if let Some(gradient) = &self.gradient {
                 let values = &mut value[..len];
-                block.values(problem.options.term, Function::Gradient(of), values);
-                self.chain(of, upstream, denominator, at, values);
-                problem.weigh(at, values, factor);
+                self.evaluate(FormulaFunction::Gradient(gradient.of), at, block, values);
+                self.chain(gradient, at, values);
+                all.weigh(at, values, factor);
                 // SAFETY: an element is written by the unit it belongs to
-                O::narrow(values, unsafe { self.out.slice(at, len) });
+                O::narrow(values, unsafe { gradient.to.slice(at, len) });
             }
         }
         let Some(losses) = self.losses else { return };
-        let reduced = problem.options.options.reduction != Reduction::None;
-        if reduced || problem.group > BLOCK {
-            let share = if reduced { A::ONE } else { problem.share() };
+        let reduced = all.reduction() != Reduction::None;
+        if reduced || all.group > BLOCK {
+            let share = if reduced { A::ONE } else { all.share() };
             // SAFETY: this unit alone writes its element
             unsafe { losses.slice(unit, 1)[0].write(sum * share) };
         }
     }
 
+    /// The values of a function over the block that begins with element `at`. Notes an element that is no probability.
+    fn evaluate(&self, function: FormulaFunction, at: usize, block: ElementBlock<A>, values: &mut [A]) {
+        if !self.elements.problem.term.formula(FormulaOverBlock { function, block, values }) {
+            let bad = |(&x, &t): (&A, &A)| !(is_probability(x) & is_probability(t));
+            let first = block.x.iter().zip(block.t).position(bad);
+            self.bad.fetch_min(at + first.unwrap_or(0), Ordering::Relaxed);
+        }
+    }
+
     /// The losses of a block: written, or their sum.
     fn reduce(&self, losses: &Output<A>, groups: &Range<usize>, at: usize, len: usize, values: &mut [A; BLOCK]) -> A {
-        let problem = self.problem;
-        if problem.options.options.reduction != Reduction::None || problem.group > BLOCK {
-            return dispatch(Sum { values, len });
+        let all = self.elements;
+        if all.reduction() != Reduction::None || all.group > BLOCK {
+            return dispatch(BlockSum { values, len });
         }
-        if problem.group == 1 {
+        if all.group == 1 {
             // SAFETY: a group is written by the unit it belongs to
             A::narrow(&values[..len], unsafe { losses.slice(at, len) });
             return A::ZERO;
         }
-        for (group, values) in groups.clone().zip(values[..len].chunks(problem.group)) {
+        for (group, values) in groups.clone().zip(values[..len].chunks(all.group)) {
             let sum = values.iter().fold(0f64, |sum, v| sum + v.to_f64());
-            // SAFETY: as above
-            unsafe { losses.slice(group, 1)[0].write(A::of(sum / problem.group as f64)) };
+            // SAFETY: a group is written by the unit it belongs to
+            unsafe { losses.slice(group, 1)[0].write(A::of(sum / all.group as f64)) };
         }
         A::ZERO
     }
 
-    /// Multiplies the derivatives of a block by those of what comes after the term.
-    fn chain(&self, of: Argument, upstream: &[A], denominator: A, at: usize, values: &mut [A]) {
-        let problem = self.problem;
-        let smoothing = if of == Argument::Target { problem.keep } else { A::ONE };
-        let factor = smoothing * problem.share() / denominator;
-        match upstream {
+    /// Multiplies the derivatives of a block by those of the steps behind the formula.
+    fn chain(&self, gradient: &ElementGradient<A, O>, at: usize, values: &mut [A]) {
+        let all = self.elements;
+        let smoothing = if gradient.of == Argument::Target { all.keep } else { A::ONE };
+        let factor = smoothing * all.share() / gradient.denominator;
+        match gradient.upstream {
             [upstream] => values.iter_mut().for_each(|v| *v *= *upstream * factor),
-            _ if problem.group == 1 => values.iter_mut().zip(&upstream[at..]).for_each(|(v, &g)| *v *= g * factor),
-            _ => values.iter_mut().enumerate().for_each(|(i, v)| *v *= upstream[(at + i) / problem.group] * factor),
+            upstream if all.group == 1 => {
+                values.iter_mut().zip(&upstream[at..]).for_each(|(v, &g)| *v *= g * factor);
+            }
+            upstream => values.iter_mut().enumerate().for_each(|(i, v)| *v *= upstream[(at + i) / all.group] * factor),
         }
     }
 }
 
-impl<'a, A: Real + Element<Acc = A>> Problem<'a, A> {
-    /// Runs a pass.
-    fn run<O: Element<Acc = A>>(&self, losses: Option<&Output<A>>, values: Values<A>, out: &Output<O>) -> Result<()> {
-        let pass = Pass { problem: self, losses, values, out, bad: AtomicUsize::new(usize::MAX) };
+impl<'a, A: Real + Element<Acc = A>> ElementsOnCpu<'a, A> {
+    fn run<O: Element<Acc = A>>(
+        &self,
+        losses: Option<&Output<A>>,
+        gradient: Option<ElementGradient<A, O>>,
+    ) -> Result<()> {
+        let pass = ElementPass { elements: self, losses, gradient, bad: AtomicUsize::new(usize::MAX) };
         for_each_task(self.units(), self.groups_per_unit() * self.group * ELEMENT_WORK, |units| {
-            let mut scratch = Scratch::new();
+            let mut scratch = ElementScratch::new();
             units.for_each(|unit| pass.unit(unit, &mut scratch));
         });
         let at = pass.bad.into_inner();
@@ -367,15 +354,19 @@ impl<'a, A: Real + Element<Acc = A>> Problem<'a, A> {
         self.x.load(at, &mut x);
         self.target.load(at, &mut t);
         let (what, value) = if is_probability(x[0]) { ("target", t[0]) } else { ("probability", x[0]) };
-        Err(check::not_in_unit_interval(self.options.name, what, value, at))
+        Err(check::not_in_unit_interval(self.problem.name, what, value, at))
     }
 
-    /// Computes the losses, and what else `values` asks for, and reduces the losses.
-    fn losses<O: Element<Acc = A>>(&self, denominator: f64, values: Values<A>, out: &Output<O>) -> Result<CpuStorage> {
-        let none = self.options.options.reduction == Reduction::None;
+    /// The losses, reduced, and in the same pass the gradient, if one is asked for.
+    fn losses<O: Element<Acc = A>>(
+        &self,
+        denominator: f64,
+        gradient: Option<ElementGradient<A, O>>,
+    ) -> Result<CpuStorage> {
+        let none = self.reduction() == Reduction::None;
         let count = if none { self.groups() } else { self.units() };
         let mut losses = vec![A::ZERO; count];
-        self.run(Some(&Output::in_place(&mut losses).1), values, out)?;
+        self.run(Some(&Output::in_place(&mut losses).1), gradient)?;
         Ok(A::to_cpu_storage_owned(if none {
             losses
         } else {
@@ -383,24 +374,73 @@ impl<'a, A: Real + Element<Acc = A>> Problem<'a, A> {
             vec![A::of(sum / denominator)]
         }))
     }
+
+    /// The gradient of an argument, in elements of type `O`.
+    fn gradient<O: Element<Acc = A>>(&self, of: Argument, upstream: &[A], denominator: A) -> Result<CpuStorage> {
+        let mut grad = with_room(self.len);
+        let to = &Output::<O>::new(&mut grad, self.len);
+        self.run(None, Some(ElementGradient { of, upstream, denominator, to }))?;
+        // SAFETY: the capacity is `len`, and the pass wrote every element
+        unsafe { grad.set_len(self.len) };
+        Ok(O::to_cpu_storage_owned(grad))
+    }
+
+    /// The losses, reduced, and the gradient of the input, in elements of type `O`.
+    fn losses_and_gradient<O: Element<Acc = A>>(&self) -> Result<(CpuStorage, CpuStorage)> {
+        let denominator = self.denominator();
+        let mut grad = with_room(self.len);
+        let to = &Output::<O>::new(&mut grad, self.len);
+        let (of, upstream) = (Argument::Input, &[A::ONE]);
+        let gradient = ElementGradient { of, upstream, denominator: A::of(denominator), to };
+        let loss = self.losses(denominator, Some(gradient))?;
+        // SAFETY: the capacity is `len`, and the pass wrote every element
+        unsafe { grad.set_len(self.len) };
+        Ok((loss, O::to_cpu_storage_owned(grad)))
+    }
 }
 
-/// Calls `body::<T>` for the storage's dtype.
-macro_rules! for_dtype {
-    ($name:expr, $storage:expr, $body:ident ( $($argument:expr),* )) => {
-        match $storage.dtype() {
-            DType::F16 => $body::<f16>($($argument),*),
-            DType::BF16 => $body::<bf16>($($argument),*),
-            DType::F32 => $body::<f32>($($argument),*),
-            DType::F64 => $body::<f64>($($argument),*),
-            other => bail!("{}: unsupported dtype {other:?}, expected f16, bf16, f32 or f64", $name),
+/// The arguments of a call. Its methods take the input's elements for their type alone.
+struct ElementCallOnCpu<'a> {
+    problem: &'a Elements,
+    input: Arg<'a, CpuStorage>,
+    target: Arg<'a, CpuStorage>,
+}
+
+impl ElementCallOnCpu<'_> {
+    fn forward<T: Element>(self, _: &[T]) -> Result<(CpuStorage, CpuStorage)> {
+        let locked = self.problem.options.lock();
+        let elements = ElementsOnCpu::<T::Acc>::new(self.problem, self.input, self.target, &locked)?;
+        let denominator = elements.denominator();
+        let loss = elements.losses::<T>(denominator, None)?;
+        Ok((loss, T::Acc::to_cpu_storage_owned(vec![T::Acc::of(denominator)])))
+    }
+
+    fn backward<T: Element>(
+        self,
+        _: &[T],
+        denominator: &Tensor,
+        of: Argument,
+        upstream: Arg<CpuStorage>,
+    ) -> Result<CpuStorage> {
+        let locked = self.problem.options.lock();
+        let elements = ElementsOnCpu::<T::Acc>::new(self.problem, self.input, self.target, &locked)?;
+        let (upstream, denominator) = (own_slice(upstream)?, denominator.to_scalar()?);
+        match of {
+            Argument::Input => elements.gradient::<T>(of, upstream, denominator),
+            Argument::Target => elements.gradient::<T::Acc>(of, upstream, denominator),
         }
-    };
+    }
+
+    fn loss_and_grad<T: Element>(self, _: &[T]) -> Result<(CpuStorage, CpuStorage)> {
+        let locked = self.problem.options.lock();
+        ElementsOnCpu::<T::Acc>::new(self.problem, self.input, self.target, &locked)?.losses_and_gradient::<T>()
+    }
 }
 
 impl ElementKernels for CpuStorage {
     fn forward(problem: &Elements, input: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
-        for_dtype!(problem.name, input.0, forward(problem, input, target))
+        let call = ElementCallOnCpu { problem, input, target };
+        with_floats!(problem.name, input.0, x => call.forward(x))
     }
 
     fn backward(
@@ -411,67 +451,12 @@ impl ElementKernels for CpuStorage {
         target: Arg<Self>,
         upstream: Arg<Self>,
     ) -> Result<Self> {
-        for_dtype!(problem.name, input.0, backward(problem, denominator, of, input, target, upstream))
+        let call = ElementCallOnCpu { problem, input, target };
+        with_floats!(problem.name, input.0, x => call.backward(x, denominator, of, upstream))
     }
 
     fn loss_and_grad(problem: &Elements, input: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
-        for_dtype!(problem.name, input.0, loss_and_grad(problem, input, target))
+        let call = ElementCallOnCpu { problem, input, target };
+        with_floats!(problem.name, input.0, x => call.loss_and_grad(x))
     }
-}
-
-fn forward<T: Element>(
-    problem: &Elements,
-    input: Arg<CpuStorage>,
-    target: Arg<CpuStorage>,
-) -> Result<(CpuStorage, CpuStorage)> {
-    let guards = Guards::new(problem);
-    let problem = Problem::<T::Acc>::new(problem, input, target, &guards)?;
-    let denominator = problem.denominator();
-    let loss = problem.losses(denominator, Values::None, &Output::<T>::new(&mut vec![], 0))?;
-    Ok((loss, T::Acc::to_cpu_storage_owned(vec![T::Acc::of(denominator)])))
-}
-
-fn gradient<A: Real + Element<Acc = A>, O: Element<Acc = A>>(
-    problem: &Problem<A>,
-    values: Values<A>,
-) -> Result<CpuStorage> {
-    let mut grad = with_room(problem.len);
-    problem.run(None, values, &Output::<O>::new(&mut grad, problem.len))?;
-    // SAFETY: the capacity is `len`, and the pass wrote every element
-    unsafe { grad.set_len(problem.len) };
-    Ok(O::to_cpu_storage_owned(grad))
-}
-
-fn backward<T: Element>(
-    problem: &Elements,
-    denominator: &Tensor,
-    of: Argument,
-    input: Arg<CpuStorage>,
-    target: Arg<CpuStorage>,
-    upstream: Arg<CpuStorage>,
-) -> Result<CpuStorage> {
-    let guards = Guards::new(problem);
-    let problem = Problem::<T::Acc>::new(problem, input, target, &guards)?;
-    let values = Values::Gradient { of, upstream: own_slice(upstream)?, denominator: denominator.to_scalar()? };
-    match of {
-        Argument::Input => gradient::<T::Acc, T>(&problem, values),
-        Argument::Target => gradient::<T::Acc, T::Acc>(&problem, values),
-    }
-}
-
-fn loss_and_grad<T: Element>(
-    problem: &Elements,
-    input: Arg<CpuStorage>,
-    target: Arg<CpuStorage>,
-) -> Result<(CpuStorage, CpuStorage)> {
-    let guards = Guards::new(problem);
-    let problem = Problem::<T::Acc>::new(problem, input, target, &guards)?;
-    let denominator = problem.denominator();
-    let values =
-        Values::Gradient { of: Argument::Input, upstream: &[T::Acc::ONE], denominator: T::Acc::of(denominator) };
-    let mut grad = with_room(problem.len);
-    let loss = problem.losses(denominator, values, &Output::<T>::new(&mut grad, problem.len))?;
-    // SAFETY: the capacity is `len`, and the pass wrote every element
-    unsafe { grad.set_len(problem.len) };
-    Ok((loss, T::to_cpu_storage_owned(grad)))
 }

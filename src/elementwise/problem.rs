@@ -1,11 +1,14 @@
 //! The element-wise family as its kernels are asked for it: terms with the ranges of their parameters, options and their checks.
 
 use crate::check;
-use crate::custom_op::{Arg, Argument, DeviceStorage};
+use crate::custom_op::{Arg, Argument, DeviceStorage, Locked};
 use crate::reduction::Reduction;
 use candle_core::{Layout, Result, Shape, Tensor, bail};
 
 /// The formula of one element, of an input x, a target t and a positive weight p.
+///
+/// A term is declared here; its formula is in `terms.rs` for the CPU, in `kernels/elementwise/terms.cuh` for CUDA and in
+/// `composed.rs` in tensor ops.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Term {
     /// `-(t max(ln x, -100) + (1 - t) max(ln(1 - x), -100))` for a probability x
@@ -17,16 +20,70 @@ pub(crate) enum Term {
     Focal { alpha: Option<f64>, gamma: f64 },
 }
 
+/// How many numbers the kernels are given as a term's parameters: `TERM_PARAMETERS` of `kernels/elementwise/terms.cuh`.
+pub(crate) const TERM_PARAMETERS: usize = 3;
+
+/// All that the crate has to know of a term but its formula.
+pub(crate) struct TermDeclaration {
+    /// The input in words, for errors.
+    pub input: &'static str,
+    /// Its number in `FOR_EACH_TERM` of `kernels/elementwise/terms.cuh`.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub number: i32,
+    /// The parameters as its struct in `kernels/elementwise/terms.cuh` names them; 0 behind the last one.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub parameters: [f64; TERM_PARAMETERS],
+    /// The kernels that only this term has, if any: its line in `FOR_EACH_DENSE_TERM` of `kernels/elementwise/terms.cuh`.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub dense: Option<DenseKernels>,
+}
+
+/// The names of a term's dense kernels.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+#[derive(Clone, Copy)]
+pub(crate) struct DenseKernels {
+    pub loss: &'static str,
+    /// The loss with its gradient.
+    pub fused: &'static str,
+    pub grad: &'static str,
+}
+
 impl Term {
-    /// What the input is.
-    fn input(&self) -> &'static str {
-        match self {
-            Term::Bce => "probabilities",
-            Term::BceWithLogits | Term::Focal { .. } => "logits",
+    pub fn declaration(&self) -> TermDeclaration {
+        match *self {
+            Term::Bce => TermDeclaration {
+                input: "probabilities",
+                number: 0,
+                parameters: [0.0; TERM_PARAMETERS],
+                dense: Some(DenseKernels { loss: "loss_bce_dense", fused: "fused_bce_dense", grad: "grad_bce_dense" }),
+            },
+            Term::BceWithLogits => TermDeclaration {
+                input: "logits",
+                number: 1,
+                parameters: [0.0; TERM_PARAMETERS],
+                dense: Some(DenseKernels {
+                    loss: "loss_bce_with_logits_dense",
+                    fused: "fused_bce_with_logits_dense",
+                    grad: "grad_bce_with_logits_dense",
+                }),
+            },
+            Term::Focal { alpha, gamma } => TermDeclaration {
+                input: "logits",
+                number: 2,
+                parameters: match alpha {
+                    Some(alpha) => [alpha, 1.0 - alpha, gamma],
+                    None => [1.0, 1.0, gamma],
+                },
+                dense: Some(DenseKernels {
+                    loss: "loss_focal_dense",
+                    fused: "fused_focal_dense",
+                    grad: "grad_focal_dense",
+                }),
+            },
         }
     }
 
-    /// Checks the term's parameters.
+    /// Checks the ranges of the term's parameters.
     fn check(&self, name: &str) -> Result<()> {
         match *self {
             Term::Bce | Term::BceWithLogits => Ok(()),
@@ -76,7 +133,7 @@ impl Default for ElementOptions {
 impl ElementOptions {
     /// Checks both tensors against the options.
     pub fn problem(&self, name: &'static str, term: Term, input: &Tensor, target: &Tensor) -> Result<Elements> {
-        let arithmetic = check::arithmetic_dtype(name, term.input(), input)?;
+        let arithmetic = check::arithmetic_dtype(name, term.declaration().input, input)?;
         check::in_unit_interval(name, "label smoothing", self.label_smoothing)?;
         term.check(name)?;
         check::same_device(name, "target", target, input)?;
@@ -105,6 +162,11 @@ impl ElementOptions {
         Ok(Elements { name, term, average_rows: false, options })
     }
 
+    /// The optional operands, locked for the time of a call.
+    pub fn lock(&self) -> LockedOptions<'_> {
+        LockedOptions([&self.weight, &self.pos_weight, &self.mask].map(|tensor| tensor.as_ref().map(Locked::new)))
+    }
+
     /// As [`Self::problem`] for losses that average the last axis, with weights for its classes.
     pub fn multi_label_problem(&self, name: &'static str, input: &Tensor, target: &Tensor) -> Result<Elements> {
         let classes = match input.dims() {
@@ -119,6 +181,17 @@ impl ElementOptions {
             _ => {}
         }
         Ok(Elements { average_rows: true, ..self.problem(name, Term::BceWithLogits, input, target)? })
+    }
+}
+
+/// The optional operands of a call, locked: weight, positive weight and mask.
+pub(crate) struct LockedOptions<'a>([Option<Locked<'a>>; 3]);
+
+impl LockedOptions<'_> {
+    /// As arguments of a kernel of `name`.
+    pub fn args<S: DeviceStorage>(&self, name: &str) -> Result<[Option<Arg<'_, S>>; 3]> {
+        let arg = |i: usize| self.0[i].as_ref().map(|locked| locked.arg(name)).transpose();
+        Ok([arg(0)?, arg(1)?, arg(2)?])
     }
 }
 

@@ -1,12 +1,12 @@
-//! The losses of the logistic family, one element each.
+//! The formulas of the element-wise family on the CPU, over one element.
 //!
-//! A term is all that a loss of this family needs on the CPU. It is written without branches, so that the loops of
-//! [`super::logistic`] vectorise it; LLVM shares the exponentials between `loss` and `grad` where a pass asks for both.
+//! A formula is all that a term needs on the CPU. It is written without branches, so that the loops of [`super::cpu`] vectorise it.
 
+use super::problem::Term;
 use crate::cpu::math::{Isa, Real};
 
 /// Loss and gradients of one element: input x, target t, positive weight p (1 where a loss has none).
-pub(super) trait Term<A: Real>: Copy + Sync {
+pub(super) trait Formula<A: Real>: Copy + Sync {
     /// Whether input and target have to be in [0, 1].
     const PROBABILITIES: bool = false;
 
@@ -15,6 +15,31 @@ pub(super) trait Term<A: Real>: Copy + Sync {
     fn grad<I: Isa>(self, x: A, t: A, p: A) -> A;
     /// The derivative in t.
     fn target_grad<I: Isa>(self, x: A, t: A, p: A) -> A;
+}
+
+/// Something to be done with a formula, whichever it is.
+pub(super) trait WithFormula<A: Real> {
+    type Output;
+
+    fn with(self, formula: impl Formula<A>) -> Self::Output;
+}
+
+impl Term {
+    /// The term's formula for `task`, with its parameters in the arithmetic type.
+    pub(super) fn formula<A: Real, W: WithFormula<A>>(&self, task: W) -> W::Output {
+        match *self {
+            Term::Bce => task.with(Bce),
+            Term::BceWithLogits => task.with(BceWithLogits),
+            Term::Focal { alpha, gamma } => {
+                let (alpha, gamma) = (alpha.map(A::of), A::of(gamma));
+                if gamma == A::of(2.0) {
+                    task.with(Focal::<A, true> { alpha, gamma })
+                } else {
+                    task.with(Focal::<A, false> { alpha, gamma })
+                }
+            }
+        }
+    }
 }
 
 /// `factor * value`, 0 where the factor is 0 though the value may be infinite.
@@ -26,7 +51,7 @@ fn scaled<A: Real>(factor: A, value: A) -> A {
 
 /// Binary cross-entropy of a probability, the logarithms clamped at -100 as in PyTorch.
 #[derive(Clone, Copy)]
-pub(super) struct Bce;
+struct Bce;
 
 impl Bce {
     #[inline(always)]
@@ -37,7 +62,7 @@ impl Bce {
     }
 }
 
-impl<A: Real> Term<A> for Bce {
+impl<A: Real> Formula<A> for Bce {
     const PROBABILITIES: bool = true;
 
     #[inline(always)]
@@ -60,8 +85,8 @@ impl<A: Real> Term<A> for Bce {
     }
 }
 
-/// What the losses of a logit are made of: softplus(x), softplus(-x), sigmoid(x) and sigmoid(-x), each with its full
-/// relative accuracy at both ends.
+/// The parts of every loss on logits: softplus(x), softplus(-x), sigmoid(x) and sigmoid(-x), each with its full relative
+/// accuracy at both ends.
 struct Logit<A> {
     softplus: A,
     softplus_neg: A,
@@ -86,11 +111,12 @@ impl<A: Real> Logit<A> {
     }
 }
 
-/// Binary cross-entropy of a logit.
+/// Binary cross-entropy of a logit, from the parts that the focal loss needs as well; the CUDA kernels, which are short of
+/// instructions, compute the same from the class that x speaks against and the one that it speaks for.
 #[derive(Clone, Copy)]
-pub(super) struct BceWithLogits;
+struct BceWithLogits;
 
-impl<A: Real> Term<A> for BceWithLogits {
+impl<A: Real> Formula<A> for BceWithLogits {
     #[inline(always)]
     fn loss<I: Isa>(self, x: A, t: A, p: A) -> A {
         let logit = Logit::new::<I>(x);
@@ -117,13 +143,13 @@ impl<A: Real> Term<A> for BceWithLogits {
 ///
 /// `SQUARE`: gamma is 2, as it is by default; a square costs neither the logarithm nor the exponential of other powers.
 #[derive(Clone, Copy)]
-pub(super) struct Focal<A, const SQUARE: bool> {
+struct Focal<A, const SQUARE: bool> {
     /// The balance of the classes, if any.
-    pub alpha: Option<A>,
-    pub gamma: A,
+    alpha: Option<A>,
+    gamma: A,
 }
 
-/// What the focal loss and its gradients share: `u = t sigmoid(-x) + (1 - t) sigmoid(x)` is how wrong the prediction is.
+/// The parts that the focal loss and its gradients share: `u = t sigmoid(-x) + (1 - t) sigmoid(x)` is how wrong the prediction is.
 struct FocalParts<A> {
     logit: Logit<A>,
     alpha: A,
@@ -166,7 +192,7 @@ impl<A: Real, const SQUARE: bool> Focal<A, SQUARE> {
     }
 }
 
-impl<A: Real, const SQUARE: bool> Term<A> for Focal<A, SQUARE> {
+impl<A: Real, const SQUARE: bool> Formula<A> for Focal<A, SQUARE> {
     #[inline(always)]
     fn loss<I: Isa>(self, x: A, t: A, _: A) -> A {
         let FocalParts { alpha, modulation, cross_entropy, .. } = self.parts::<I>(x, t);
@@ -198,7 +224,7 @@ impl<A: Real, const SQUARE: bool> Term<A> for Focal<A, SQUARE> {
             Some(alpha) => alpha + alpha - A::ONE,
             None => A::ZERO,
         };
-        // ce / u stays finite where both vanish: both are sigmoids of the same large |x| then, and ce / u -> 1
+        // ce / u stays finite where both vanish: there both are sigmoids of the same large |x|, and ce / u -> 1
         let per_u = if u == A::ZERO { A::ONE } else { cross_entropy / u };
         let u_slope = logit.sigmoid_neg - logit.sigmoid;
         let slope = -x + scaled(self.gamma, per_u * u_slope);

@@ -1,5 +1,5 @@
-//! Launch plans of the logistic family: which variant of a kernel runs, how the elements are cut into spans, and the
-//! parameters that say so (`kernels/elementwise/elements.cuh`).
+//! Launch plans of the element-wise family: which variant of a kernel runs, how its operands are walked, and how the elements are
+//! cut into spans (`kernels/elementwise/elements.cuh`). Pure functions; `params.rs` passes the results to the kernels.
 
 use crate::cuda::grid::Grid;
 
@@ -7,7 +7,7 @@ use crate::cuda::grid::Grid;
 const THREADS: u64 = 256;
 /// Axes of a view after merging: `MAX_AXES` of the kernels.
 pub(crate) const MAX_AXES: usize = 8;
-/// `OPERANDS` of the kernels: input, target, weight, positive weight, mask.
+/// The operands, in this order: input, target, weight, positive weight, mask. `OPERANDS` of the kernels.
 pub(crate) const OPERANDS: usize = 5;
 /// Spans of a pass that sums, at most about: enough to fill any device several times over, few enough for one block to
 /// add their sums.
@@ -18,62 +18,14 @@ const ELEMENTS_COUNTED_BY_EACH_BLOCK: u64 = 1 << 16;
 /// Up to this many rounds of a block's loop, one block is faster than many that meet at the end.
 const ROUNDS_OF_ONE_BLOCK: u64 = 4;
 
-/// What the kernels divide an index by, without dividing: `Divisor` of the kernels.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Divisor {
-    value: i64,
-    wide_magic: u64,
-    magic: u32,
-    shift: u32,
-}
-
-impl Divisor {
-    /// `n / value = (mulhi(n, magic) + n) >> shift` in b bits for a dividend n below 2^(b-1), with
-    /// `magic = 2^b (2^shift - value) / value + 1` and `2^shift` the power of two from `value` on (Granlund and Montgomery,
-    /// 1994). A divisor from 2^31 on is not needed in 32 bits.
-    pub fn new(value: usize) -> Self {
-        let value = value.max(1) as u64;
-        let shift = value.next_power_of_two().trailing_zeros();
-        let magic = |bits: u32| (((1u128 << shift) - value as u128) << bits) / value as u128 + 1;
-        Divisor { value: value as i64, wide_magic: magic(64) as u64, magic: magic(32) as u32, shift }
-    }
-}
-
-/// Sizes and options of a launch: `Problem` of the kernels, field for field.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Problem {
-    pub elements: i64,
-    pub span: i64,
-    pub smooth_scale: f64,
-    pub smooth_shift: f64,
-    pub alpha: f64,
-    pub gamma: f64,
-    /// Its number in `TermNumber` of `kernels/elementwise/terms.cuh`.
-    pub term: i32,
-    /// 0 none, 1 mean, 2 sum
-    pub reduction: i32,
-    pub target_dtype: i32,
-    pub mask_dtype: i32,
-    pub small: i32,
-    pub phase: i32,
-    pub upstream_each: i32,
-    pub contiguous: i32,
-    pub axes: i32,
-    pub group: Divisor,
-    pub size: [Divisor; MAX_AXES],
-    pub stride: [[i64; MAX_AXES]; OPERANDS],
-}
-
 /// Sizes and strides of an operand, in elements.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct View<'a> {
+pub(crate) struct OperandView<'a> {
     pub dims: &'a [usize],
     pub strides: &'a [usize],
 }
 
-impl View<'_> {
+impl OperandView<'_> {
     pub fn contiguous(&self) -> bool {
         let mut expected = 1;
         self.dims.iter().zip(self.strides).rev().all(|(&size, &stride)| {
@@ -86,18 +38,18 @@ impl View<'_> {
 
 /// How all strided operands of a launch are walked together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Axes {
+pub(crate) struct OperandAxes {
     /// Bit i: operand i is contiguous or absent and has no strides here.
     pub contiguous: i32,
     pub axes: usize,
-    pub size: [Divisor; MAX_AXES],
+    pub size: [usize; MAX_AXES],
     pub stride: [[i64; MAX_AXES]; OPERANDS],
 }
 
-impl Axes {
-    /// The fewest axes that suffice for all operands, which have the same shape; `None` if that are too many.
-    pub fn merge(operands: &[Option<View>; OPERANDS]) -> Option<Self> {
-        let mut merged = Axes { contiguous: 0, axes: 0, size: Default::default(), stride: Default::default() };
+impl OperandAxes {
+    /// The fewest axes that suffice for all operands, which have the same shape; `None` if those are too many.
+    pub fn merge(operands: &[Option<OperandView>; OPERANDS]) -> Option<Self> {
+        let mut merged = OperandAxes { contiguous: 0, axes: 0, size: Default::default(), stride: Default::default() };
         let mut strided = Vec::new();
         for (i, operand) in operands.iter().enumerate() {
             match operand {
@@ -124,7 +76,7 @@ impl Axes {
         }
         merged.axes = axes.len();
         for (axis, (size, strides)) in axes.into_iter().enumerate() {
-            merged.size[axis] = Divisor::new(size);
+            merged.size[axis] = size;
             for ((operand, _), stride) in strided.iter().zip(strides) {
                 merged.stride[*operand][axis] = stride as i64;
             }
@@ -133,10 +85,10 @@ impl Axes {
     }
 }
 
-/// What decides between the variants of a kernel.
+/// What the choice between the variants of a kernel depends on.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Alignment {
-    /// Whether input and target are contiguous, of the same dtype, and there is no other operand.
+    /// Whether the term has dense kernels, input and target are contiguous and of the same dtype, and there is no other operand.
     pub plain: bool,
     pub input_address: u64,
     pub target_address: u64,
@@ -240,37 +192,14 @@ impl Spans {
 mod tests {
     use super::*;
 
-    #[test]
-    fn multiplication_replaces_division() {
-        let values = [1, 2, 3, 5, 7, 10, 64, 1000, 32000, 50257, (1 << 30) - 1, 1 << 30, (1 << 31) - 1];
-        for value in values {
-            let d = Divisor::new(value);
-            let near = values.iter().flat_map(|&v| [v - 1, v, v + 1]);
-            for n in (0..2000).chain(near).chain((0..1 << 31).step_by(99_991)).filter(|&n| n < 1 << 31) {
-                let mulhi = ((n as u64 * d.magic as u64) >> 32) as u32;
-                // the kernel's sum is 32-bit
-                let quotient = mulhi.checked_add(n as u32).map(|s| s >> d.shift);
-                assert_eq!(quotient, Some((n / value) as u32), "{n} / {value}");
-            }
-            let wide = values.iter().map(|&v| v as u64 * 0x7FFF_FFFF).chain([0, 1, 1 << 40, (1 << 63) - 1]);
-            for n in wide
-                .flat_map(|v| [v, v / value as u64 * value as u64, (v / value as u64 * value as u64).saturating_sub(1)])
-            {
-                let mulhi = ((n as u128 * d.wide_magic as u128) >> 64) as u64;
-                let quotient = mulhi.checked_add(n).map(|s| s >> d.shift);
-                assert_eq!(quotient, Some(n / value as u64), "{n} / {value}");
-            }
-        }
-    }
-
-    fn view<'a>(dims: &'a [usize], strides: &'a [usize]) -> Option<View<'a>> {
-        Some(View { dims, strides })
+    fn view<'a>(dims: &'a [usize], strides: &'a [usize]) -> Option<OperandView<'a>> {
+        Some(OperandView { dims, strides })
     }
 
     #[test]
     fn contiguous_operands_need_no_axes() {
         let all = view(&[2, 3, 1, 4], &[12, 4, 77, 1]);
-        let axes = Axes::merge(&[all, all, None, None, all]).unwrap();
+        let axes = OperandAxes::merge(&[all, all, None, None, all]).unwrap();
         assert_eq!((axes.axes, axes.contiguous), (0, 0b11111));
     }
 
@@ -278,27 +207,32 @@ mod tests {
     fn axes_merge_where_all_strided_operands_allow() {
         // class weights against a contiguous input: the leading axes are one
         let dims = [2, 3, 4];
-        let axes =
-            Axes::merge(&[view(&dims, &[12, 4, 1]), view(&dims, &[12, 4, 1]), view(&dims, &[0, 0, 1]), None, None])
-                .unwrap();
+        let axes = OperandAxes::merge(&[
+            view(&dims, &[12, 4, 1]),
+            view(&dims, &[12, 4, 1]),
+            view(&dims, &[0, 0, 1]),
+            None,
+            None,
+        ])
+        .unwrap();
         assert_eq!((axes.axes, axes.contiguous), (2, 0b11011));
-        assert_eq!(axes.size[..2], [Divisor::new(6), Divisor::new(4)]);
+        assert_eq!(axes.size[..2], [6, 4]);
         assert_eq!(axes.stride[2][..2], [0, 1]);
         // a transposed input keeps them apart
-        let axes = Axes::merge(&[view(&dims, &[12, 1, 3]), None, view(&dims, &[0, 0, 1]), None, None]).unwrap();
+        let axes = OperandAxes::merge(&[view(&dims, &[12, 1, 3]), None, view(&dims, &[0, 0, 1]), None, None]).unwrap();
         assert_eq!((axes.axes, axes.contiguous), (3, 0b11010));
         assert_eq!(axes.stride[0][..3], [12, 1, 3]);
         // one broadcast scalar is one axis
-        let axes = Axes::merge(&[None, None, view(&dims, &[0, 0, 0]), None, None]).unwrap();
-        assert_eq!((axes.axes, axes.size[0]), (1, Divisor::new(24)));
+        let axes = OperandAxes::merge(&[None, None, view(&dims, &[0, 0, 0]), None, None]).unwrap();
+        assert_eq!((axes.axes, axes.size[0]), (1, 24));
     }
 
     #[test]
     fn too_many_axes_are_refused() {
         let dims = [2; 9];
         let strides: [usize; 9] = std::array::from_fn(|i| 1 << i);
-        assert!(Axes::merge(&[view(&dims, &strides), None, None, None, None]).is_none());
-        assert!(Axes::merge(&[view(&dims[..8], &strides[..8]), None, None, None, None]).is_some());
+        assert!(OperandAxes::merge(&[view(&dims, &strides), None, None, None, None]).is_none());
+        assert!(OperandAxes::merge(&[view(&dims[..8], &strides[..8]), None, None, None, None]).is_some());
     }
 
     #[test]

@@ -15,6 +15,10 @@ const FLOATS: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
 const REDUCTIONS: [Reduction; 3] = [Reduction::None, Reduction::Mean, Reduction::Sum];
 const TERMS: [Term; 3] = [Term::Bce, Term::BceWithLogits, Term::Focal { alpha: Some(0.25), gamma: 1.5 }];
 
+fn gpu() -> Device {
+    Device::new_cuda(0).expect("a CUDA device: softgpu/README.md says how to have one in software")
+}
+
 fn plain(term: Term, reduction: Reduction) -> Elements {
     let options = ElementOptions { reduction, ..ElementOptions::default() };
     Elements { name: "test", term, average_rows: false, options }
@@ -82,7 +86,7 @@ fn close(case: &str, what: &str, arithmetic: DType, got: &Tensor, want: &Tensor)
     Ok(())
 }
 
-type View = fn(&Tensor) -> Result<Tensor>;
+type ViewOf = fn(&Tensor) -> Result<Tensor>;
 
 fn same(t: &Tensor) -> Result<Tensor> {
     Ok(t.clone())
@@ -97,7 +101,7 @@ struct Outcome {
     fused_grad: Tensor,
 }
 
-fn outcome(problem: &Elements, x: &Tensor, t: &Tensor, view: View, device: &Device) -> Result<Outcome> {
+fn outcome(problem: &Elements, x: &Tensor, t: &Tensor, view: ViewOf, device: &Device) -> Result<Outcome> {
     let on_device = |t: &Option<Tensor>| t.as_ref().map(|t| t.to_device(device)).transpose();
     let problem = with(problem.clone(), |o| {
         o.options.weight = on_device(&problem.options.weight).unwrap();
@@ -119,7 +123,7 @@ fn outcome(problem: &Elements, x: &Tensor, t: &Tensor, view: View, device: &Devi
     Ok(Outcome { loss, grad, target_grad, fused_loss, fused_grad })
 }
 
-fn compare(case: &str, problem: &Elements, x: &Tensor, t: &Tensor, view: View, device: &Device) -> Result<()> {
+fn compare(case: &str, problem: &Elements, x: &Tensor, t: &Tensor, view: ViewOf, device: &Device) -> Result<()> {
     let want = outcome(problem, x, t, view, &Device::Cpu)?;
     let got = compare_without_target(case, problem, x, t, view, device)?;
     let arithmetic = want.loss.dtype();
@@ -134,7 +138,7 @@ fn compare_without_target(
     problem: &Elements,
     x: &Tensor,
     t: &Tensor,
-    view: View,
+    view: ViewOf,
     device: &Device,
 ) -> Result<Outcome> {
     let want = outcome(problem, x, t, view, &Device::Cpu)?;
@@ -149,7 +153,7 @@ fn compare_without_target(
 
 #[test]
 fn every_term_dtype_and_reduction() -> Result<()> {
-    let device = Device::new_cuda(0)?;
+    let device = gpu();
     for term in TERMS {
         for dtype in FLOATS {
             for reduction in REDUCTIONS {
@@ -165,7 +169,7 @@ fn every_term_dtype_and_reduction() -> Result<()> {
 /// Around a window (2 to 8 elements), a warp, a block and the switch to a second launch.
 #[test]
 fn sizes_around_the_launch_shapes() -> Result<()> {
-    let device = Device::new_cuda(0)?;
+    let device = gpu();
     for dtype in [DType::BF16, DType::F32] {
         for n in [1, 2, 3, 7, 8, 9, 31, 32, 33, 1023, 1025, 8192, 8193, 16384, 16385, 40_001] {
             for reduction in [Reduction::None, Reduction::Mean] {
@@ -181,8 +185,8 @@ fn sizes_around_the_launch_shapes() -> Result<()> {
 /// Windows begin where the input is aligned, whatever the offset, and outputs where they are.
 #[test]
 fn unaligned_offsets() -> Result<()> {
-    let device = Device::new_cuda(0)?;
-    let views: [View; 4] =
+    let device = gpu();
+    let views: [ViewOf; 4] =
         [|t| t.narrow(0, 1, 500), |t| t.narrow(0, 3, 17), |t| t.narrow(0, 8, 505), |t| t.narrow(0, 11, 2)];
     for dtype in FLOATS {
         for (i, view) in views.into_iter().enumerate() {
@@ -213,8 +217,8 @@ fn unaligned_offsets() -> Result<()> {
 
 #[test]
 fn strides() -> Result<()> {
-    let device = Device::new_cuda(0)?;
-    let views: [(&str, View); 5] = [
+    let device = gpu();
+    let views: [(&str, ViewOf); 5] = [
         ("transposed", |t| t.transpose(0, 2)),
         ("inner axes swapped", |t| t.transpose(1, 2)),
         ("every second row", |t| t.reshape((3, 2, 4, 9))?.narrow(1, 1, 1)?.squeeze(1)),
@@ -244,7 +248,7 @@ fn strides() -> Result<()> {
 
 #[test]
 fn wide_indices() -> Result<()> {
-    let device = Device::new_cuda(0)?;
+    let device = gpu();
     WIDE_INDICES_FROM.set(Some(0));
     let n = 6 * 4 * 9;
     let term = Term::BceWithLogits;
@@ -259,7 +263,7 @@ fn wide_indices() -> Result<()> {
 
 #[test]
 fn weights_masks_and_smoothing() -> Result<()> {
-    let device = Device::new_cuda(0)?;
+    let device = gpu();
     let (rows, classes) = (60, 35);
     let n = rows * classes;
     let term = Term::BceWithLogits;
@@ -293,7 +297,7 @@ fn weights_masks_and_smoothing() -> Result<()> {
 
 #[test]
 fn rows_are_averaged() -> Result<()> {
-    let device = Device::new_cuda(0)?;
+    let device = gpu();
     for (rows, classes) in [(1, 1), (300, 1), (70, 3), (33, 20), (5, 257), (2, 5000)] {
         for dtype in [DType::BF16, DType::F32, DType::F64] {
             for reduction in REDUCTIONS {
@@ -319,7 +323,7 @@ fn rows_are_averaged() -> Result<()> {
 
 #[test]
 fn target_dtypes() -> Result<()> {
-    let device = Device::new_cuda(0)?;
+    let device = gpu();
     let n = 600;
     let label: Vec<f64> = uniform(n, 11).iter().map(|u| u.round()).collect();
     for target_dtype in [DType::U8, DType::U32, DType::I32, DType::I64, DType::F16, DType::BF16, DType::F32, DType::F64]
@@ -337,7 +341,7 @@ fn target_dtypes() -> Result<()> {
 /// Infinite logits, saturated and subnormal ones, and NaN, with exact labels and with ones in between.
 #[test]
 fn extreme_logits() -> Result<()> {
-    let device = Device::new_cuda(0)?;
+    let device = gpu();
     let inf = f64::INFINITY;
     let logits = [inf, -inf, 1e4, -1e4, 89.0, -89.0, 104.0, -104.0, 17.0, -20.0, 1e-30, -1e-30, 0.0, f64::NAN];
     let targets = [0.0, 1.0, 0.25];
@@ -371,7 +375,7 @@ fn extreme_logits() -> Result<()> {
 
 #[test]
 fn masked_elements_leak_nothing() -> Result<()> {
-    let device = Device::new_cuda(0)?;
+    let device = gpu();
     for mean in [Reduction::Mean, Reduction::Sum, Reduction::None] {
         let x = Tensor::new(&[1f32, f32::NAN, f32::INFINITY, -1.0], &device)?;
         let t = Tensor::new(&[1f32, 0.0, f32::NAN, 0.0], &device)?;
@@ -405,7 +409,7 @@ fn masked_elements_leak_nothing() -> Result<()> {
 
 #[test]
 fn probabilities_out_of_range() -> Result<()> {
-    let device = Device::new_cuda(0)?;
+    let device = gpu();
     let x = Tensor::new(&[0.5f32, 1.5, 0.25, f32::NAN, 0.0, 1.0], &device)?;
     let t = Tensor::new(&[1f32, 0.0, -0.5, 0.0, 0.0, 1.0], &device)?;
     let problem = plain(Term::Bce, Reduction::None);
@@ -432,7 +436,7 @@ fn probabilities_out_of_range() -> Result<()> {
 
 #[test]
 fn nothing_is_launched_for_no_elements() -> Result<()> {
-    let device = Device::new_cuda(0)?;
+    let device = gpu();
     let x = Tensor::zeros((0, 3), DType::BF16, &device)?;
     for reduction in REDUCTIONS {
         let work = work_of(|| plain(Term::BceWithLogits, reduction).loss_and_grad(&x, &x))?;
@@ -452,7 +456,7 @@ fn nothing_is_launched_for_no_elements() -> Result<()> {
 /// Every kernel of the family is launched by some call.
 #[test]
 fn every_kernel_is_reached() -> Result<()> {
-    let device = Device::new_cuda(0)?;
+    let device = gpu();
     let (rows, classes) = (70, 1000);
     for dtype in FLOATS {
         let acc = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
@@ -481,7 +485,7 @@ fn every_kernel_is_reached() -> Result<()> {
 /// Launches and waits of a call: one launch, mean included; a count of the mask goes ahead of a gradient where it is long.
 #[test]
 fn work_of_a_call() -> Result<()> {
-    let device = Device::new_cuda(0)?;
+    let device = gpu();
     let one = Work { launches: 1, allocations: 1, waits: 0 };
     // (rows, classes, launches of a masked mean with its gradient)
     for (rows, classes, masked) in [(1, 2, 1), (10, 100, 1), (64, 1000, 1), (70, 1000, 2)] {
@@ -527,7 +531,7 @@ fn work_of_a_call() -> Result<()> {
 /// The same call gives the same bits.
 #[test]
 fn sums_are_reproducible() -> Result<()> {
-    let device = Device::new_cuda(0)?;
+    let device = gpu();
     let n = 50_000;
     let x = tensor(inputs(Term::BceWithLogits, n), &[n], DType::F32)?.to_device(&device)?;
     let t = tensor(labels(n), &[n], DType::F32)?.to_device(&device)?;

@@ -1,0 +1,213 @@
+//! The parameters of the kernels of `kernels/elementwise/elements.cuh`: the one place that knows their order.
+
+use super::divisor::Divisor;
+use super::plan::{MAX_AXES, OPERANDS, OperandAxes};
+use crate::cuda::grid::Grid;
+use crate::cuda::launch::{Input, Launch};
+use crate::elementwise::problem::TERM_PARAMETERS;
+use crate::reduction::Reduction;
+use candle_core::Result;
+use cudarc::driver::{CudaSlice, CudaViewMut, DeviceRepr};
+
+/// Sizes and options of a launch: `ElementParams` of the kernels, field for field.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ElementParams {
+    pub elements: i64,
+    pub span: i64,
+    pub smooth_scale: f64,
+    pub smooth_shift: f64,
+    pub parameters: [f64; TERM_PARAMETERS],
+    /// Of the kernels that all terms share.
+    pub term: i32,
+    pub reduction: ReductionCode,
+    pub target_dtype: i32,
+    pub mask_dtype: i32,
+    pub small: i32,
+    pub phase: i32,
+    pub upstream_each: i32,
+    pub contiguous: i32,
+    pub axes: i32,
+    pub group: Divisor,
+    pub size: [Divisor; MAX_AXES],
+    pub stride: [[i64; MAX_AXES]; OPERANDS],
+}
+
+// SAFETY: a C struct of numbers, the same as the kernels' `ElementParams`
+unsafe impl DeviceRepr for ElementParams {}
+
+impl ElementParams {
+    /// With the axes along which the operands are walked.
+    pub fn walking(self, axes: &OperandAxes) -> Self {
+        ElementParams {
+            contiguous: axes.contiguous,
+            axes: axes.axes as i32,
+            size: axes.size.map(Divisor::new),
+            stride: axes.stride,
+            ..self
+        }
+    }
+}
+
+/// `Reduction` of the kernels.
+#[repr(i32)]
+#[derive(Clone, Copy, Debug)]
+pub(super) enum ReductionCode {
+    None = 0,
+    Mean = 1,
+    Sum = 2,
+}
+
+impl From<Reduction> for ReductionCode {
+    fn from(reduction: Reduction) -> Self {
+        match reduction {
+            Reduction::None => ReductionCode::None,
+            Reduction::Mean => ReductionCode::Mean,
+            Reduction::Sum => ReductionCode::Sum,
+        }
+    }
+}
+
+/// The operands' memory: `ELEMENT_OPERANDS`, the first parameters of every kernel but count_mask.
+pub(super) struct OperandInputs<'a> {
+    pub input: Input<'a>,
+    pub target: Input<'a>,
+    pub weight: Option<Input<'a>>,
+    pub pos_weight: Option<Input<'a>>,
+    pub mask: Option<Input<'a>>,
+}
+
+impl OperandInputs<'_> {
+    fn push<'l>(&'l self, launch: &mut Launch<'l>) {
+        launch.read(&self.input.bytes).read(&self.target.bytes);
+        for optional in [&self.weight, &self.pos_weight, &self.mask] {
+            launch.read_if(optional.as_ref().map(|input| &input.bytes));
+        }
+    }
+}
+
+/// Where the losses go.
+pub(super) enum LossOutput<'a> {
+    /// Every element's loss.
+    Each(CudaViewMut<'a, u8>),
+    /// The mean of every row.
+    Rows(CudaViewMut<'a, u8>),
+    /// All losses, reduced.
+    Reduced {
+        to: CudaViewMut<'a, u8>,
+        /// Where several spans meet.
+        spans: Option<SpanSums>,
+    },
+}
+
+/// Memory in which the spans of a sum meet.
+pub(super) struct SpanSums {
+    /// One sum for each span and, with a mask, one count for each.
+    pub sums: CudaSlice<f64>,
+    /// The address of the launch's counter, see [`crate::cuda::gpu::Gpu::ticket`].
+    pub ticket: u64,
+}
+
+/// Parameters of loss_any, loss_*_dense and fused_*_dense.
+pub(super) struct LossLaunch<'a> {
+    pub operands: &'a OperandInputs<'a>,
+    /// Partial counts of the elements that the mask leaves.
+    pub counts: Option<&'a CudaSlice<i64>>,
+    pub loss: LossOutput<'a>,
+    pub denominator: CudaViewMut<'a, u8>,
+    pub grad: Option<CudaViewMut<'a, u8>>,
+    pub params: &'a ElementParams,
+}
+
+impl LossLaunch<'_> {
+    /// # Safety
+    /// `launch` is of one of these kernels; operands and outputs hold the elements that `params` says; the grid has a team for each
+    /// span.
+    pub unsafe fn launch(mut self, launch: Launch, grid: Grid) -> Result<()> {
+        let count_parts = self.counts.map_or(0, |counts| counts.len() as i32);
+        let (mut each, mut rows, mut reduced, mut sums, mut ticket) = (None, None, None, None, 0);
+        match &mut self.loss {
+            LossOutput::Each(to) => each = Some(to),
+            LossOutput::Rows(to) => rows = Some(to),
+            LossOutput::Reduced { to, spans } => {
+                reduced = Some(to);
+                if let Some(spans) = spans {
+                    ticket = spans.ticket;
+                    sums = Some(&mut spans.sums);
+                }
+            }
+        }
+        let mut launch = launch;
+        // ELEMENT_OPERANDS, ELEMENT_LOSSES, grad, ELEMENT_PARAMS
+        self.operands.push(&mut launch);
+        launch.read_if(self.counts).value(&count_parts).write_if(each).write_if(rows);
+        launch.write_if(sums).address(ticket).write_if(reduced).write(&mut self.denominator);
+        launch.write_if(self.grad.as_mut()).value(self.params);
+        // SAFETY: the kernel's parameters in its order; the rest by this function's contract
+        unsafe { launch.run(grid) }
+    }
+}
+
+/// Parameters of grad_any, target_grad_any and grad_*_dense.
+pub(super) struct GradLaunch<'a> {
+    pub operands: &'a OperandInputs<'a>,
+    /// One value, or one for each group.
+    pub upstream: &'a Input<'a>,
+    pub denominator: &'a Input<'a>,
+    pub grad: CudaViewMut<'a, u8>,
+    pub params: &'a ElementParams,
+}
+
+impl GradLaunch<'_> {
+    /// # Safety
+    /// As for [`LossLaunch::launch`].
+    pub unsafe fn launch(mut self, launch: Launch, grid: Grid) -> Result<()> {
+        let mut launch = launch;
+        // ELEMENT_OPERANDS, upstream, denominator, grad, ELEMENT_PARAMS
+        self.operands.push(&mut launch);
+        launch.read(&self.upstream.bytes).read(&self.denominator.bytes).write(&mut self.grad).value(self.params);
+        // SAFETY: the kernel's parameters in its order; the rest by this function's contract
+        unsafe { launch.run(grid) }
+    }
+}
+
+/// Parameters of check_any.
+pub(super) struct CheckLaunch<'a> {
+    pub operands: &'a OperandInputs<'a>,
+    /// The lowest index of an element that is out of range, if it is below the number that is there.
+    pub bad: &'a mut CudaSlice<u64>,
+    pub params: &'a ElementParams,
+}
+
+impl CheckLaunch<'_> {
+    /// # Safety
+    /// As for [`LossLaunch::launch`].
+    pub unsafe fn launch(self, launch: Launch, grid: Grid) -> Result<()> {
+        let mut launch = launch;
+        // ELEMENT_OPERANDS, bad, ELEMENT_PARAMS
+        self.operands.push(&mut launch);
+        launch.write(self.bad).value(self.params);
+        // SAFETY: the kernel's parameters in its order; the rest by this function's contract
+        unsafe { launch.run(grid) }
+    }
+}
+
+/// Parameters of count_mask, which is in `kernels/modules/operands.cu`.
+pub(super) struct CountMaskLaunch<'a> {
+    pub mask: &'a Input<'a>,
+    /// One partial count for each block.
+    pub counts: &'a mut CudaSlice<i64>,
+    pub params: &'a ElementParams,
+}
+
+impl CountMaskLaunch<'_> {
+    /// # Safety
+    /// `launch` is of this kernel; the mask holds the elements that `params` says; the grid has a block for each count.
+    pub unsafe fn launch(self, launch: Launch, grid: Grid) -> Result<()> {
+        let mut launch = launch;
+        // mask, counts, q
+        launch.read(&self.mask.bytes).write(self.counts).value(self.params);
+        // SAFETY: the kernel's parameters in its order; the rest by this function's contract
+        unsafe { launch.run(grid) }
+    }
+}
