@@ -165,7 +165,7 @@ struct Offsets {
         int64_t rest = element;
 #pragma unroll 1
         for (int axis = q.axes - 1; axis >= 0; axis--) {
-            // the outermost axis takes what is left
+            // the outermost axis takes the rest
             const int64_t outer = axis == 0 ? 0 : divide(rest, q.size[axis], q.small);
             const int64_t at = rest - outer * q.size[axis].value;
             rest = outer;

@@ -1,4 +1,4 @@
-//! The element-wise family: one problem for each element.
+//! The element-wise family: losses that are one term for each element.
 
 mod composed;
 mod cpu;

@@ -34,7 +34,7 @@ impl Elements {
 
 struct ElementForward {
     problem: Arc<Elements>,
-    /// A scalar in the arithmetic dtype: what the sum of the losses is divided by; 1 unless the reduction is Mean.
+    /// The denominator of the sum of the losses: a scalar in the arithmetic dtype, 1 unless the reduction is Mean.
     denominator: OnceLock<Tensor>,
 }
 

@@ -78,7 +78,7 @@ struct LossResults {
     grad: Option<CudaStorage>,
 }
 
-/// One call: what all of its launches share.
+/// One call, for all of its launches.
 struct ElementCall<'a> {
     problem: &'a Elements,
     options: &'a ElementOptions,

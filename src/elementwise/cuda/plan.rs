@@ -85,7 +85,7 @@ impl OperandAxes {
     }
 }
 
-/// What the choice between the variants of a kernel depends on.
+/// The facts that the choice between the variants of a kernel depends on.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Alignment {
     /// Whether the term has dense kernels, input and target are contiguous and of the same dtype, and there is no other operand.

@@ -63,7 +63,7 @@ fn values(t: &Tensor) -> Result<Vec<f64>> {
     t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
 }
 
-/// Rounding of the dtype, times what a few differently rounded functions and sums in another order add up to. A gradient
+/// Rounding of the dtype, times the deviation of a few differently rounded functions and of sums in another order. A gradient
 /// may cancel, where a target between the labels meets its own probability: there, the rounding of its parts counts. An
 /// exponential that is not a normal number is 0 on the CPU, and may have a weight.
 fn close(case: &str, what: &str, arithmetic: DType, got: &Tensor, want: &Tensor) -> Result<()> {
