@@ -26,6 +26,7 @@ pub use losses::binary::{
 };
 pub use losses::cross_entropy::{CrossEntropyLoss, cross_entropy};
 pub use losses::focal::{SigmoidFocalLoss, sigmoid_focal};
+pub use losses::l1::{L1Loss, l1};
 pub use losses::linear_cross_entropy::{LinearCrossEntropyLoss, linear_cross_entropy};
 pub use losses::multi_label::{MultiLabelSoftMarginLoss, multi_label_soft_margin};
 pub use losses::nll::{NllLoss, log_softmax, nll};

@@ -27,6 +27,7 @@
 use crate::losses::binary::{BceLoss, BceWithLogitsLoss};
 use crate::losses::cross_entropy::CrossEntropyLoss;
 use crate::losses::focal::SigmoidFocalLoss;
+use crate::losses::l1::L1Loss;
 use crate::losses::linear_cross_entropy::LinearCrossEntropyLoss;
 use crate::losses::multi_label::MultiLabelSoftMarginLoss;
 use crate::losses::nll::{LOG_SOFTMAX, NllLoss};
@@ -136,6 +137,20 @@ pub fn multi_label_soft_margin(logits: &Tensor, target: &Tensor) -> Result<Tenso
 /// ```
 pub fn sigmoid_focal(logits: &Tensor, target: &Tensor) -> Result<Tensor> {
     SigmoidFocalLoss::new().with_fused(false).forward(logits, target)
+}
+
+/// [`crate::l1`] without a kernel.
+///
+/// ```
+/// # use candle_core::{Device, Tensor};
+/// # use candle_fused_loss::unfused;
+/// let input = Tensor::new(&[1f32, 2.], &Device::Cpu)?;
+/// let target = Tensor::new(&[0f32, 4.], &Device::Cpu)?;
+/// assert_eq!(unfused::l1(&input, &target)?.to_scalar::<f32>()?, 1.5);
+/// # candle_core::Result::Ok(())
+/// ```
+pub fn l1(input: &Tensor, target: &Tensor) -> Result<Tensor> {
+    L1Loss::new().with_fused(false).forward(input, target)
 }
 
 /// [`crate::linear_cross_entropy()`] without a kernel, of all logits at once.

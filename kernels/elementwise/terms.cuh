@@ -188,8 +188,24 @@ struct Focal {
     }
 };
 
+// |x - t|. The derivatives are signs, 0 where x = t; NaN where the difference is NaN.
+struct L1 {
+    static constexpr bool CHECKED = false;
+
+    template <class A> __device__ __forceinline__ static bool valid(A, A) { return true; }
+
+    template <class A> __device__ __forceinline__ static Value<A> at(A x, A t, A, const TermParameters<A> &) {
+        const A difference = x - t;
+        return {abs_(difference), difference > A(0) ? A(1) : difference < A(0) ? A(-1) : difference};
+    }
+
+    template <class A> __device__ __forceinline__ static A by_target(A x, A t, A p, const TermParameters<A> &o) {
+        return -at(x, t, p, o).grad;
+    }
+};
+
 // TERM(type), in the order of the numbers that src/elementwise/problem.rs has as well.
-#define FOR_EACH_TERM(TERM) TERM(Bce) TERM(BceWithLogits) TERM(Focal)
+#define FOR_EACH_TERM(TERM) TERM(Bce) TERM(BceWithLogits) TERM(Focal) TERM(L1)
 
 // The terms that have dense kernels: DENSE(type, kernel of the loss, of the loss with its gradient, of the gradient).
 // The names are those of src/elementwise/problem.rs.

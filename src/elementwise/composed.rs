@@ -39,6 +39,12 @@ pub(crate) fn loss(problem: &Elements, input: &Tensor, target: &Tensor) -> Resul
                 None => loss,
             }
         }
+        Term::L1 => {
+            let difference = (&x - &t)?;
+            // not candle's absolute value, whose slope at 0 is 1
+            let sign = difference.eq(&difference)?.where_cond(&difference.sign()?, &difference)?;
+            (&difference * sign.detach())?
+        }
     };
     if let Some(weight) = &o.weight {
         loss = (loss * weight.contiguous()?)?;

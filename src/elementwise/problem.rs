@@ -18,6 +18,8 @@ pub(crate) enum Term {
     /// `a u^gamma (t softplus(-x) + (1 - t) softplus(x))`, `u = t sigmoid(-x) + (1 - t) sigmoid(x)`,
     /// `a = alpha t + (1 - alpha) (1 - t)` or 1, for a logit x
     Focal { alpha: Option<f64>, gamma: f64 },
+    /// `|x - t|`
+    L1,
 }
 
 /// How many numbers the kernels are given as a term's parameters: `TERM_PARAMETERS` of `kernels/elementwise/terms.cuh`.
@@ -80,13 +82,14 @@ impl Term {
                     grad: "grad_focal_dense",
                 }),
             },
+            Term::L1 => TermDeclaration { input: "input", number: 3, parameters: [0.0; TERM_PARAMETERS], dense: None },
         }
     }
 
     /// Checks the ranges of the term's parameters.
     fn check(&self, name: &str) -> Result<()> {
         match *self {
-            Term::Bce | Term::BceWithLogits => Ok(()),
+            Term::Bce | Term::BceWithLogits | Term::L1 => Ok(()),
             Term::Focal { gamma, .. } if !gamma.is_finite() || gamma < 0.0 => {
                 bail!("{name}: gamma {gamma}, expected a finite number of 0 or more")
             }

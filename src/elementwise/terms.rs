@@ -38,6 +38,7 @@ impl Term {
                     task.with(Focal::<A, false> { alpha, gamma })
                 }
             }
+            Term::L1 => task.with(L1),
         }
     }
 }
@@ -229,5 +230,34 @@ impl<A: Real, const SQUARE: bool> Formula<A> for Focal<A, SQUARE> {
         let u_slope = logit.sigmoid_neg - logit.sigmoid;
         let slope = -x + scaled(self.gamma, per_u * u_slope);
         scaled(modulation, alpha_slope * cross_entropy + alpha * slope)
+    }
+}
+
+/// The distance of the input from the target.
+#[derive(Clone, Copy)]
+struct L1;
+
+impl<A: Real> Formula<A> for L1 {
+    #[inline(always)]
+    fn loss<I: Isa>(self, x: A, t: A, _: A) -> A {
+        (x - t).abs()
+    }
+
+    /// The sign of the difference; 0 where there is none, NaN where that is NaN.
+    #[inline(always)]
+    fn grad<I: Isa>(self, x: A, t: A, _: A) -> A {
+        let difference = x - t;
+        if difference > A::ZERO {
+            A::ONE
+        } else if difference < A::ZERO {
+            -A::ONE
+        } else {
+            difference
+        }
+    }
+
+    #[inline(always)]
+    fn target_grad<I: Isa>(self, x: A, t: A, p: A) -> A {
+        -self.grad::<I>(x, t, p)
     }
 }

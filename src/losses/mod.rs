@@ -6,6 +6,7 @@ mod setters;
 pub(crate) mod binary;
 pub(crate) mod cross_entropy;
 pub(crate) mod focal;
+pub(crate) mod l1;
 pub(crate) mod linear_cross_entropy;
 pub(crate) mod multi_label;
 pub(crate) mod nll;

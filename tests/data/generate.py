@@ -4,7 +4,7 @@
     python generate.py
 
 The oracle is torch.nn.functional on the CPU, in f64, fed with inputs already rounded to the dtype the case is about.
-What PyTorch lacks (z-loss, soft cap, logit scale, normalizer, ignore mask, binary label smoothing, focal loss) is
+What PyTorch lacks (z-loss, soft cap, logit scale, normalizer, ignore mask, binary label smoothing, focal loss, weights of L1) is
 composed of torch ops around it. Every number is then checked against NumPy: each loss is written out a second time
 below, and each gradient is compared with a central difference of that second version.
 
@@ -107,6 +107,16 @@ def sigmoid_focal(x, target, alpha=0.25, gamma=2.0, reduction="mean"):
     return {"none": loss, "mean": loss.mean(), "sum": loss.sum()}[reduction]
 
 
+def l1(x, target, weight=None, ignore_mask=None, reduction="mean"):
+    if weight is None and ignore_mask is None:
+        return F.l1_loss(x, target, reduction=reduction)
+    loss = F.l1_loss(x, target, reduction="none")
+    loss = loss if weight is None else weight * loss
+    kept = torch.ones_like(loss) if ignore_mask is None else (ignore_mask != 0).to(F64)
+    loss = kept * loss
+    return {"none": loss, "mean": loss.sum() / kept.sum(), "sum": loss.sum()}[reduction]
+
+
 ORACLE = {
     "cross_entropy": cross_entropy,
     "nll": nll,
@@ -115,6 +125,7 @@ ORACLE = {
     "binary_cross_entropy_with_logits": bce_with_logits,
     "multi_label_soft_margin": F.multilabel_soft_margin_loss,
     "sigmoid_focal": sigmoid_focal,
+    "l1": l1,
 }
 
 
@@ -212,6 +223,11 @@ def np_sigmoid_focal(x, t, alpha=0.25, gamma=2.0, reduction="mean"):
     return np_reduce(loss, loss.size, reduction)
 
 
+def np_l1(x, t, weight=1.0, ignore_mask=None, reduction="mean"):
+    kept = np.ones(x.shape) if ignore_mask is None else (ignore_mask != 0).astype(np.float64)
+    return np_reduce(kept * weight * np.abs(x - t), kept.sum(), reduction)
+
+
 SECOND_OPINION = {
     "cross_entropy": np_cross_entropy,
     "nll": np_nll,
@@ -220,6 +236,7 @@ SECOND_OPINION = {
     "binary_cross_entropy_with_logits": np_bce_with_logits,
     "multi_label_soft_margin": np_multi_label_soft_margin,
     "sigmoid_focal": np_sigmoid_focal,
+    "l1": np_l1,
 }
 
 
@@ -238,6 +255,8 @@ def check(line, loss, arrays, options, want, upstream, grads):
         direction = np.random.default_rng(0).uniform(0.5, 1.5, grad.shape)
         if loss == "binary_cross_entropy" and name == "input":
             direction = np.where((point[name] == 0.0) | (point[name] == 1.0), 0.0, direction)
+        if loss == "l1":
+            direction = np.where(point["input"] == point["target"], 0.0, direction)
         step, finite, value = 1e-5, np.isfinite(point[name]), []
         for sign in (1.0, -1.0):
             moved = dict(point)
@@ -574,6 +593,26 @@ def focal_cases(record):
         record.add("sigmoid_focal", values, reduction=reduction, alpha=alpha, gamma=gamma)
 
 
+def l1_cases(record):
+    variants = ("plain", "weight", "mask", "integers")
+    for turn, (dtype, variant, reduction) in enumerate(itertools.product(DTYPES, variants, REDUCTIONS)):
+        shape = ((3, 7), (19,), (2, 3, 5))[turn // 3 % 3]
+        draw = Draw(10, turn, wide=dtype == F64)
+        values = {"input": draw.normal(shape, dtype)}
+        if variant == "integers":
+            values["target"] = draw.index(shape, 5, UNSIGNED_OR_WIDE[turn % 4])
+        else:
+            values["target"] = draw.normal(shape, (dtype, F32, BF16)[turn % 3])
+        # where they are equal the slope is 0
+        values["input"].view(-1)[:2] = torch.tensor([1.0, 3.0]).to(dtype)
+        values["target"].view(-1)[:2] = torch.tensor([1, 3]).to(values["target"].dtype)
+        if variant == "weight":
+            values["weight"] = draw.uniform(shape if turn % 2 else shape[-1:], (dtype, F32)[turn % 2])
+        if variant == "mask":
+            values["ignore_mask"] = draw.binary(shape, torch.uint8)
+        record.add("l1", values, variant, reduction=reduction)
+
+
 def main():
     torch.set_num_threads(1)
     record = Record()
@@ -587,6 +626,7 @@ def main():
     bce_with_logits_cases(record)
     multi_label_cases(record)
     focal_cases(record)
+    l1_cases(record)
     path = Path(__file__).with_name("pytorch.safetensors")
     record.save(path)
     print(f"{len(record.lines) - 1} cases, {len(record.tensors)} tensors, {path.stat().st_size} bytes")

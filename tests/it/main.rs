@@ -10,6 +10,7 @@ mod cuda_softmax;
 mod device;
 mod errors;
 mod focal;
+mod l1;
 mod linear_cross_entropy;
 mod multi_label;
 mod nll;

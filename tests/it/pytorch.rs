@@ -9,8 +9,8 @@ use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::safetensors::Load;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_fused_loss::{
-    BceLoss, BceWithLogitsLoss, CrossEntropyLoss, MultiLabelSoftMarginLoss, NllLoss, Reduction, SigmoidFocalLoss,
-    log_softmax,
+    BceLoss, BceWithLogitsLoss, CrossEntropyLoss, L1Loss, MultiLabelSoftMarginLoss, NllLoss, Reduction,
+    SigmoidFocalLoss, log_softmax,
 };
 use safetensors::SafeTensors;
 
@@ -398,12 +398,23 @@ fn sigmoid_focal_agrees() {
     });
 }
 
+#[test]
+fn l1_agrees() {
+    check("l1", |case, device| {
+        let loss = L1Loss::new().with_reduction(case.reduction());
+        let loss = set(loss, case.maybe("weight", device)?, L1Loss::with_weight);
+        let loss = set(loss, case.maybe("ignore_mask", device)?, L1Loss::with_mask);
+        check_autograd(case, device, |x, t| loss.forward(x, t))?;
+        check_one_pass(case, device, |x, t| loss.loss_and_grad(x, t))
+    });
+}
+
 /// Nothing is skipped silently: each loss has a test above, and the record holds every combination of what matters.
 #[test]
 fn the_record_is_complete() -> Result<()> {
     const FLOATS: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
     const INDICES: [DType; 4] = [DType::U8, DType::U32, DType::I32, DType::I64];
-    const LOSSES: [&str; 7] = [
+    const LOSSES: [&str; 8] = [
         "cross_entropy",
         "nll",
         "log_softmax",
@@ -411,6 +422,7 @@ fn the_record_is_complete() -> Result<()> {
         "binary_cross_entropy_with_logits",
         "multi_label_soft_margin",
         "sigmoid_focal",
+        "l1",
     ];
     let mut seen = BTreeSet::new();
     for case in CASES.iter() {

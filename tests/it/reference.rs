@@ -388,6 +388,7 @@ pub enum Term {
     Bce,
     BceWithLogits,
     Focal { alpha: Option<f64>, gamma: f64 },
+    L1,
 }
 
 /// The losses of elements, with the optional operands already of the input's shape.
@@ -425,6 +426,7 @@ impl Elements {
                 Term::Bce => bce(x[i], t),
                 Term::BceWithLogits => bce_with_logits(x[i], t, pos_weight),
                 Term::Focal { alpha, gamma } => focal(x[i], t, alpha, gamma),
+                Term::L1 => l1(x[i], t),
             };
             let share = self.weight.as_ref().map_or(1.0, |w| w[i]) / self.group as f64;
             losses[i / self.group].value += share * loss.value;
@@ -436,6 +438,13 @@ impl Elements {
         }
         Expected { loss: reduced(&losses, self.reduction, denominator), grad, target_grad }
     }
+}
+
+/// Loss, gradient and target gradient of a difference that the arithmetic dtype can hold.
+fn l1(x: f64, t: f64) -> [Near; 3] {
+    let difference = x - t;
+    let sign = if difference == 0.0 { 0.0 } else { difference.signum() };
+    [near(difference.abs(), 0.0), near(sign, 0.0), near(-sign, 0.0)]
 }
 
 /// What the rounding of a target to the arithmetic dtype costs; 0 and 1 are exact.

@@ -13,7 +13,7 @@ thread_local! {
 
 const FLOATS: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
 const REDUCTIONS: [Reduction; 3] = [Reduction::None, Reduction::Mean, Reduction::Sum];
-const TERMS: [Term; 3] = [Term::Bce, Term::BceWithLogits, Term::Focal { alpha: Some(0.25), gamma: 1.5 }];
+const TERMS: [Term; 4] = [Term::Bce, Term::BceWithLogits, Term::Focal { alpha: Some(0.25), gamma: 1.5 }, Term::L1];
 
 fn gpu() -> Device {
     Device::new_cuda(0).expect("a CUDA device: softgpu/README.md says how to have one in software")
@@ -494,7 +494,9 @@ fn work_of_a_call() -> Result<()> {
             let t = Tensor::zeros((rows, classes), dtype, &device)?;
             let weight = Some(Tensor::ones(classes, DType::F32, &device)?.broadcast_as((rows, classes))?);
             let mask = Some(Tensor::ones((rows, classes), DType::U8, &device)?);
-            for (term, reduction) in TERMS.into_iter().zip([Reduction::Mean, Reduction::Sum, Reduction::Mean]) {
+            for (term, reduction) in
+                TERMS.into_iter().zip([Reduction::Mean, Reduction::Sum, Reduction::Mean, Reduction::Sum])
+            {
                 let without = plain(term, reduction);
                 let labels = with(plain(term, reduction), |o| {
                     o.name = "multi_label";

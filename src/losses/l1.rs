@@ -1,0 +1,168 @@
+//! The L1 loss.
+
+use crate::elementwise::problem::{ElementOptions, Term};
+use crate::reduction::Reduction;
+use candle_core::{Result, Tensor};
+
+const NAME: &str = "l1";
+
+/// The absolute error: how far an input is from its target.
+///
+/// For an input x with target t, in the input's unit:
+///
+/// ```text
+/// loss = w |x - t|
+/// ```
+///
+/// `Mean` divides the sum by the number of elements whose mask is not 0, also with weights. The gradient is `w sign(x - t)`.
+///
+/// Definition: [`torch.nn.L1Loss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.L1Loss.html); weights and mask are this
+/// crate's.
+///
+/// # Shapes
+/// Input of any shape and layout, and a target of the same shape. Weight and mask broadcast to it. The loss is a scalar, or with
+/// [`Reduction::None`] has that shape.
+///
+/// # Dtypes
+/// Input f16, bf16, f32 or f64; targets of these or u8, u32, i32 or i64, of any values. Arithmetic and loss are f32 (f64 for
+/// f64); the gradient has the input's dtype.
+///
+/// # Numerics
+/// A target is rounded to the arithmetic dtype, and the difference once more. The gradient is 0 where the two are equal. A NaN, and
+/// an infinity with itself as its target, makes both loss and gradient NaN, where PyTorch's gradient is 0.
+///
+/// # Errors
+/// Shapes, dtypes or devices that don't fit.
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_fused_loss::L1Loss;
+/// # fn main() -> candle_core::Result<()> {
+/// let input = Tensor::new(&[1.5f32, -2., 7.], &Device::Cpu)?;
+/// let target = Tensor::new(&[1i64, 0, 100], &Device::Cpu)?;
+/// let mask = Tensor::new(&[1u8, 1, 0], &Device::Cpu)?;
+/// let loss = L1Loss::new().with_mask(mask).forward(&input, &target)?;
+/// assert_eq!(loss.to_scalar::<f32>()?, 1.25);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct L1Loss {
+    pub(crate) options: ElementOptions,
+}
+
+impl L1Loss {
+    /// The defaults: no weights, no mask, mean.
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::L1Loss::new();
+    /// # let _ = loss;
+    /// ```
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A factor of each element's loss, of any float dtype and any shape that broadcasts to the target's. It is a constant:
+    /// no gradient flows into it.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let weight = Tensor::new(&[0.5f32, 2.], &Device::Cpu)?;
+    /// let loss = candle_fused_loss::L1Loss::new().with_weight(weight);
+    /// # let _ = loss; Ok(())
+    /// # }
+    /// ```
+    pub fn with_weight(mut self, weight: Tensor) -> Self {
+        self.options.weight = Some(weight);
+        self
+    }
+
+    /// Elements where this is 0 have loss 0, gradient 0 and no part in the mean's denominator, whatever they hold. Any dtype,
+    /// and any shape that broadcasts to the target's.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let mask = Tensor::new(&[1u8, 0], &Device::Cpu)?;
+    /// let loss = candle_fused_loss::L1Loss::new().with_mask(mask);
+    /// # let _ = loss; Ok(())
+    /// # }
+    /// ```
+    pub fn with_mask(mut self, mask: Tensor) -> Self {
+        self.options.mask = Some(mask);
+        self
+    }
+
+    /// How the elements' losses are reduced, to their mean by default.
+    ///
+    /// ```
+    /// use candle_fused_loss::{L1Loss, Reduction};
+    /// let loss = L1Loss::new().with_reduction(Reduction::Sum);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_reduction(mut self, reduction: Reduction) -> Self {
+        self.options.reduction = reduction;
+        self
+    }
+
+    /// `false`: candle's tensor ops in place of the kernels, as the free functions of [`unfused`](crate::unfused).
+    ///
+    /// ```
+    /// let loss = candle_fused_loss::L1Loss::new().with_fused(false);
+    /// # let _ = loss;
+    /// ```
+    pub fn with_fused(mut self, fused: bool) -> Self {
+        self.options.fused = fused;
+        self
+    }
+
+    /// The loss, differentiable in the input and in float targets.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let input = Tensor::new(&[0.25f32, 3.], &Device::Cpu)?;
+    /// let target = Tensor::new(&[1f32, 3.], &Device::Cpu)?;
+    /// let loss = candle_fused_loss::L1Loss::new().forward(&input, &target)?;
+    /// assert_eq!(loss.to_scalar::<f32>()?, 0.375);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn forward(&self, input: &Tensor, target: &Tensor) -> Result<Tensor> {
+        self.options.problem(NAME, Term::L1, input, target)?.forward(input, target)
+    }
+
+    /// The loss, and its gradient in the input for an upstream gradient of ones, in one pass and without a graph.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let input = Tensor::new(&[0.25f32, 3.], &Device::Cpu)?;
+    /// let target = Tensor::new(&[1f32, 3.], &Device::Cpu)?;
+    /// let (_, grad) = candle_fused_loss::L1Loss::new().loss_and_grad(&input, &target)?;
+    /// assert_eq!(grad.to_vec1::<f32>()?, [-0.5, 0.]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn loss_and_grad(&self, input: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.options.problem(NAME, Term::L1, input, target)?.loss_and_grad(input, target)
+    }
+}
+
+/// The mean absolute error of an input and a target of one shape: [`L1Loss`] with its defaults.
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor};
+/// # fn main() -> candle_core::Result<()> {
+/// let input = Tensor::new(&[1f32, 2.], &Device::Cpu)?;
+/// let target = Tensor::new(&[4i64, 1], &Device::Cpu)?;
+/// assert_eq!(candle_fused_loss::l1(&input, &target)?.to_scalar::<f32>()?, 2.);
+/// # Ok(())
+/// # }
+/// ```
+pub fn l1(input: &Tensor, target: &Tensor) -> Result<Tensor> {
+    L1Loss::new().forward(input, target)
+}
