@@ -1,10 +1,12 @@
-// What every kernel of this crate shares: dtypes, 16-byte packs, reductions in a fixed order.
+// The base of every kernel of this crate: dtypes, 16-byte packs, reductions in a fixed order.
 //
 // Conventions
-// - `In` is a storage type (f16, bf16, f32, f64), `Acc<In>` the type of its arithmetic, of sums and of losses: float for the
+// - `In` is a storage type (f16, bf16, f32, f64), `Acc<In>` the type of its arithmetic, of sums and of losses: float
+// for the
 //   first three, double for the last.
 // - Offsets into tensors are 64-bit. Indices inside a block are int.
-// - Every sum has an order that only the launch's shape decides. No float atomics: the same call gives the same bits.
+// - The order of every sum depends only on the launch's shape. There are no float atomics: the same call gives the same
+// bits.
 // - Comments at a function say which threads must call it and in which of them its result is valid.
 #pragma once
 
@@ -26,8 +28,12 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 // The dtype of an operand that is not a template parameter. `Tag` in src/cuda/launch.rs has the same numbers.
 enum class DType : int { U8 = 0, U32 = 1, I32 = 2, I64 = 3, F16 = 4, BF16 = 5, F32 = 6, F64 = 7 };
 
-template <class In> struct Arithmetic { using type = float; };
-template <> struct Arithmetic<double> { using type = double; };
+template <class In> struct Arithmetic {
+    using type = float;
+};
+template <> struct Arithmetic<double> {
+    using type = double;
+};
 template <class In> using Acc = typename Arithmetic<In>::type;
 
 // To the arithmetic type. From a 64-bit integer to float it rounds.
@@ -56,22 +62,30 @@ template <> __device__ __forceinline__ double quiet_nan<double>() { return __lon
 template <class T> constexpr int LANES_16B = 16 / sizeof(T);
 
 template <int BYTES> struct Word;
-template <> struct Word<1> { using type = uint8_t; };
-template <> struct Word<2> { using type = uint16_t; };
-template <> struct Word<4> { using type = uint32_t; };
-template <> struct Word<8> { using type = uint2; };
-template <> struct Word<16> { using type = uint4; };
+template <> struct Word<1> {
+    using type = uint8_t;
+};
+template <> struct Word<2> {
+    using type = uint16_t;
+};
+template <> struct Word<4> {
+    using type = uint32_t;
+};
+template <> struct Word<8> {
+    using type = uint2;
+};
+template <> struct Word<16> {
+    using type = uint4;
+};
 
-// N neighbouring elements of T in registers. `load` and `store` are as few accesses as possible, of at most 16 bytes each,
-// and want an address that is a multiple of `ALIGN`.
+// N neighbouring elements of T in registers. `load` and `store` make as few accesses as possible, of at most 16 bytes
+// each, and need an address that is a multiple of `ALIGN`.
 template <class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
     static constexpr int BYTES = sizeof(T) * N;
     static constexpr int ALIGN = BYTES < 16 ? BYTES : 16;
     using Access = typename Word<ALIGN>::type;
 
     T at[N];
-
-    __device__ __forceinline__ static bool aligned(const void *p) { return reinterpret_cast<uintptr_t>(p) % ALIGN == 0; }
 
     __device__ __forceinline__ static Pack load(const T *p) {
         Pack pack;
@@ -92,30 +106,16 @@ template <class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16
         return pack;
     }
 
-    // The elements begin <= i < end of the window at p, `fill` in the others' places; any alignment of T's own.
-    __device__ __forceinline__ static Pack load_masked(const T *p, int begin, int end, T fill) {
-        Pack pack;
-#pragma unroll
-        for (int i = 0; i < N; i++) pack.at[i] = i >= begin && i < end ? p[i] : fill;
-        return pack;
-    }
-
     __device__ __forceinline__ void store(T *p) const {
 #pragma unroll
         for (int i = 0; i < BYTES / ALIGN; i++) {
             reinterpret_cast<Access *>(p)[i] = reinterpret_cast<const Access *>(at)[i];
         }
     }
-
-    __device__ __forceinline__ void store_masked(T *p, int begin, int end) const {
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            if (i >= begin && i < end) p[i] = at[i];
-        }
-    }
 };
 
-// By how many elements p lies behind a multiple of N elements of T: a window of N that is aligned there begins at p - phase.
+// The number of elements between p and the last multiple of N elements of T before it, so that an aligned window of N
+// elements begins at p - phase.
 template <class T, int N> __device__ __forceinline__ int phase_of(const T *p) {
     return static_cast<int>(reinterpret_cast<uintptr_t>(p) / sizeof(T) % N);
 }
@@ -141,8 +141,13 @@ __device__ __forceinline__ int64_t load_index(const void *p, DType dtype, int64_
     case DType::U8: return static_cast<const uint8_t *>(p)[i];
     case DType::U32: return static_cast<const uint32_t *>(p)[i];
     case DType::I32: return static_cast<const int32_t *>(p)[i];
-    default: return static_cast<const int64_t *>(p)[i];
+    case DType::I64: return static_cast<const int64_t *>(p)[i];
+    case DType::F16:
+    case DType::BF16:
+    case DType::F32:
+    case DType::F64: break; // no class indices
     }
+    return -1;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -153,14 +158,8 @@ struct Sum {
     template <class A> __device__ __forceinline__ static A combine(A a, A b) { return a + b; }
 };
 
-// NaN wins, as a maximum that hides one would turn a broken row into a plausible one.
-struct Max {
-    template <class A> __device__ __forceinline__ static A identity() { return -infinity<A>(); }
-    template <class A> __device__ __forceinline__ static A combine(A a, A b) { return a > b || a != a ? a : b; }
-};
-
-// Over `width` neighbouring lanes, a power of two up to 32: all lanes of the warp call it, all get their group's result.
-// A butterfly: each lane adds the same numbers in the same tree, so all lanes hold the same bits.
+// Over `width` neighbouring lanes, a power of two up to 32: all lanes of the warp call it, all get their group's
+// result. A butterfly: each lane adds the same numbers in the same tree, so all lanes hold the same bits.
 template <class Op, class A> __device__ __forceinline__ A lanes_reduce(A v, int width) {
     for (int step = width / 2; step > 0; step /= 2) v = Op::combine(v, __shfl_xor_sync(ALL_LANES, v, step));
     return v;
@@ -173,9 +172,9 @@ template <class Op, class A> __device__ __forceinline__ A warp_reduce(A v) {
     return v;
 }
 
-// Over a team of `team` neighbouring threads of a block, a power of two that divides the block, which has whole warps: all
-// threads of the block call it, all get their team's result. Teams of more than a warp exchange through `scratch`, 32
-// values in shared memory that may be used again at once.
+// Over a team of `team` neighbouring threads of a block, a power of two that divides the block, which has whole warps:
+// all threads of the block call it, all get their team's result. Teams of more than a warp exchange through `scratch`,
+// 32 values in shared memory that may be used again at once.
 template <class Op, class A> __device__ __forceinline__ A team_reduce(A v, int team, A *scratch) {
     if (team <= WARP) return lanes_reduce<Op>(v, team);
     const int thread = threadIdx.x + blockDim.x * threadIdx.y;
@@ -199,9 +198,10 @@ template <class Op, class A> __device__ __forceinline__ A block_reduce(A v, A *s
 // ---------------------------------------------------------------------------------------------------------------------
 // A second stage without a second launch
 
-// Whether this block is the last of `count` to arrive, and then sees what thread 0 of each of them wrote before. All threads of
-// the block call it. `ticket` counts arrivals: 0 before and after each launch, and no launch that may run at the same time has
-// the same (`Tickets` of src/cuda/gpu.rs). The order of arrival decides only who adds the partial results.
+// Whether this block is the last of `count` blocks to arrive. The last one sees everything that thread 0 of each of
+// them wrote before its call. All threads of the block call it. `ticket` counts arrivals. It is 0 before and after each
+// launch, and no two launches that may run at the same time share one (`Tickets` in src/cuda/gpu.rs). The order of
+// arrival decides only which block adds the partial results.
 __device__ __forceinline__ bool is_last_block(unsigned *ticket, unsigned count) {
     __shared__ bool last;
     if (threadIdx.x + threadIdx.y == 0) {
@@ -214,7 +214,8 @@ __device__ __forceinline__ bool is_last_block(unsigned *ticket, unsigned count) 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Elementary functions. Accuracies are of the float versions, in units in the last place; the double ones are CUDA's own.
+// Elementary functions. Accuracies are of the float versions, in units in the last place; the double ones are CUDA's
+// own.
 
 __device__ __forceinline__ float exp_(float x) { return expf(x); }
 __device__ __forceinline__ double exp_(double x) { return exp(x); }
@@ -222,13 +223,9 @@ __device__ __forceinline__ float log_(float x) { return logf(x); }
 __device__ __forceinline__ double log_(double x) { return log(x); }
 __device__ __forceinline__ float log1p_(float x) { return log1pf(x); }
 __device__ __forceinline__ double log1p_(double x) { return log1p(x); }
-__device__ __forceinline__ float expm1_(float x) { return expm1f(x); }
-__device__ __forceinline__ double expm1_(double x) { return expm1(x); }
-__device__ __forceinline__ float tanh_(float x) { return tanhf(x); }
-__device__ __forceinline__ double tanh_(double x) { return tanh(x); }
 __device__ __forceinline__ float abs_(float x) { return fabsf(x); }
 __device__ __forceinline__ double abs_(double x) { return fabs(x); }
-// Of two numbers the larger, of a number and a NaN the number.
+// The larger of two numbers; of a number and a NaN, the number.
 __device__ __forceinline__ float max_(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double max_(double a, double b) { return fmax(a, b); }
 __device__ __forceinline__ float fma_(float a, float b, float c) { return fmaf(a, b, c); }

@@ -1,5 +1,4 @@
-// Rows with targets, whatever their loss is: where the rows lie, what a target says, how rows are counted, and how the losses of
-// rows become a scalar.
+// Rows with targets, for every loss that has rows: the place of a row, its target, counts of rows, and the scalar loss.
 #pragma once
 
 #include "common.cuh"
@@ -21,16 +20,16 @@ struct Strides {
     }
 };
 
-// What every pass over rows takes: mirrored by `RowParams` in src/cuda/rows.rs.
+// The parameters of every pass over rows: mirrored by `RowParams` in src/cuda/rows.rs.
 struct RowParams {
     int64_t rows;
     int64_t ignore_index;
-    double keep;         // 1 - label smoothing: a factor of what the own class adds to the loss
-    double normalizer;   // what the sum of the losses is divided by, unless `counted`
+    double keep;       // 1 - label smoothing: a factor of the own class's weight
+    double normalizer; // the divisor of the sum of the losses, unless `counted`
     int classes;
-    DType target;        // class indices if an integer, else probabilities
-    int counted;         // the denominator is the number (the weights) of the rows that are not ignored
-    int counts;          // partial counts made by an earlier launch; 0: each block counts the rows itself
+    DType target; // class indices if an integer, else probabilities
+    int counted;  // the denominator is the number (the weights) of the rows that are not ignored
+    int counts;   // partial counts made by an earlier launch; 0: each block counts the rows itself
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -38,52 +37,73 @@ struct RowParams {
 
 enum class Kind : int { LIVE, IGNORED, BAD };
 
-// What a row's target says. `BAD` is an index outside of [0, classes): NaN for the row's loss and gradient, and no memory
-// is addressed by it.
-template <class A> struct Target {
-    Kind kind;
-    int index;   // the own class, or -1
-    A own;       // its weight times (1 - label smoothing)
-    A weight;    // what the row adds to a counted denominator
+// The targets of all rows, and the class weights.
+template <class A> struct Targets {
+    const void *t;   // class indices or probabilities
+    const A *weight; // of the classes, or null
 };
 
-__device__ __forceinline__ bool is_index(DType dtype) { return dtype <= DType::I64; }
+// The target of a row. `BAD` is an index outside of [0, classes): the row's loss and gradient are NaN, and no memory is
+// addressed by the index.
+template <class A> struct Target {
+    Kind kind;
+    int index; // the own class, or -1
+    A own;     // its weight times (1 - label smoothing)
+    A weight;  // the row's part of a counted denominator
+};
+
+__device__ __forceinline__ bool is_index(DType dtype) {
+    switch (dtype) {
+    case DType::U8:
+    case DType::U32:
+    case DType::I32:
+    case DType::I64: return true;
+    case DType::F16:
+    case DType::BF16:
+    case DType::F32:
+    case DType::F64: return false;
+    }
+    return false;
+}
 
 template <class A>
-__device__ __forceinline__ Target<A> read_target(const RowParams &p, const void *t, const A *weight, int64_t row) {
+__device__ __forceinline__ Target<A> read_target(const RowParams &p, const Targets<A> &targets, int64_t row) {
     if (!is_index(p.target)) return {Kind::LIVE, -1, A(0), A(1)};
-    const int64_t index = load_index(t, p.target, row);
+    const int64_t index = load_index(targets.t, p.target, row);
     if (index == p.ignore_index) return {Kind::IGNORED, -1, A(0), A(0)};
     // checked in 64 bits: 2^32 + 1 is not class 1
     if (static_cast<uint64_t>(index) >= static_cast<uint64_t>(p.classes)) {
-        return {Kind::BAD, -1, quiet_nan<A>(), weight ? A(0) : A(1)};
+        return {Kind::BAD, -1, quiet_nan<A>(), targets.weight ? A(0) : A(1)};
     }
-    const A w = weight ? weight[index] : A(1);
+    const A w = targets.weight ? targets.weight[index] : A(1);
     return {Kind::LIVE, static_cast<int>(index), w * A(p.keep), w};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What a reduction leaves behind, and the scalar loss
+// The results of a reduction, and the scalar loss
 
 template <class A> struct Outputs {
-    A *loss;            // for each row, or null
-    A *statistics;      // what the backward needs of each row, or null
-    double2 *partials;  // for each block (loss, weight); null if the grid is one block or there is no scalar loss
-    unsigned *ticket;   // with partials: by which the last block knows that it is
-    A *result;          // the reduced loss or null
-    A *denominator;     // what the backward divides by, or null
+    A *loss;           // for each row, or null
+    A *statistics;     // numbers of each row for the backward, or null
+    double2 *partials; // for each block (loss, weight); null if the grid is one block or there is no scalar loss
+    unsigned *ticket;  // with partials: counts the blocks that have arrived, so that the last one knows it is the last
+    A *result;         // the reduced loss or null
+    A *denominator;    // the divisor of the sum of the losses, and of the backward; or null
 };
 
-template <class A> __device__ __forceinline__ void write_result(const RowParams &p, const Outputs<A> &out, double2 total) {
+template <class A>
+__device__ __forceinline__ void write_result(const RowParams &p, const Outputs<A> &out, double2 total) {
     const double denominator = p.counted ? total.y : p.normalizer;
     if (out.result) *out.result = A(total.x / denominator);
     if (out.denominator) *out.denominator = A(denominator);
 }
 
-// Ends a kernel whose threads hold the losses and weights of their rows: the only block has the result; of several, each leaves
-// partial sums at its index of `count`, and the last one to arrive adds them in a fixed order. All threads of the block call it.
+// Ends a kernel whose threads hold the losses and weights of their rows: the only block has the result; of several,
+// each leaves partial sums at its index of `count`, and the last one to arrive adds them in a fixed order. All threads
+// of the block call it.
 template <class A>
-__device__ __forceinline__ void finish_block(const RowParams &p, const Outputs<A> &out, double loss, double weight, double *scratch, int index, int count) {
+__device__ __forceinline__ void finish_block(const RowParams &p, const Outputs<A> &out, double loss, double weight,
+                                             double *scratch, int index, int count) {
     loss = block_reduce<Sum>(loss, scratch);
     weight = block_reduce<Sum>(weight, scratch);
     const int thread = threadIdx.x + blockDim.x * threadIdx.y;
@@ -104,31 +124,35 @@ __device__ __forceinline__ void finish_block(const RowParams &p, const Outputs<A
     if (thread == 0 && index == 0) write_result(p, out, {loss, weight});
 }
 
-// What the rows first, first + step, … add to a counted denominator.
+// The part of a counted denominator that the rows first, first + step, … add.
 template <class A>
-__device__ __forceinline__ double count_rows(const RowParams &p, const void *t, const A *weight, int64_t first, int64_t step) {
+__device__ __forceinline__ double count_rows(const RowParams &p, const Targets<A> &targets, int64_t first,
+                                             int64_t step) {
     double sum = 0;
-    for (int64_t row = first; row < p.rows; row += step) sum += read_target(p, t, weight, row).weight;
+    for (int64_t row = first; row < p.rows; row += step) sum += read_target(p, targets, row).weight;
     return sum;
 }
 
 // The first stage of a counted denominator that a gradient needs before the rows' losses are known.
-template <class A> __device__ __forceinline__ void count(const RowParams &p, const void *t, const A *weight, double *counts) {
+template <class A>
+__device__ __forceinline__ void count(const RowParams &p, const Targets<A> &targets, double *counts) {
     __shared__ double scratch[WARP];
-    const double sum = count_rows(p, t, weight, blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x, static_cast<int64_t>(gridDim.x) * blockDim.x);
+    const double sum = count_rows(p, targets, blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x,
+                                  static_cast<int64_t>(gridDim.x) * blockDim.x);
     const double total = block_reduce<Sum>(sum, scratch);
     if (threadIdx.x == 0) counts[blockIdx.x] = total;
 }
 
-// What a gradient of the reduced loss is divided by. All threads of the block call it and get it.
+// The divisor of a gradient of the reduced loss. All threads of the block call it and get it.
 template <class A>
-__device__ __forceinline__ A denominator_of(const RowParams &p, const void *t, const A *weight, const double *counts, double *scratch) {
+__device__ __forceinline__ A denominator_of(const RowParams &p, const Targets<A> &targets, const double *counts,
+                                            double *scratch) {
     if (!p.counted) return A(p.normalizer);
     const int thread = threadIdx.x + blockDim.x * threadIdx.y;
     const int threads = blockDim.x * blockDim.y;
     double sum = 0;
     if (p.counts == 0) {
-        sum = count_rows(p, t, weight, thread, threads);
+        sum = count_rows(p, targets, thread, threads);
     } else {
         for (int i = thread; i < p.counts; i += threads) sum += counts[i];
     }

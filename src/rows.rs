@@ -129,7 +129,7 @@ pub(crate) fn contiguous_indices(target: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if let (Storage::Cuda(storage), false) = (&*target.storage_and_layout().0, target.is_contiguous()) {
         // candle's own copy has no kernel for i32, and for the others one that no CUDA graph can record
-        return Ok(crate::cuda::operands::contiguous(storage, target.layout())?.into_tensor(target.shape()));
+        return Ok(crate::cuda::indices::contiguous(storage, target.layout())?.into_tensor(target.shape()));
     }
     target.contiguous()
 }

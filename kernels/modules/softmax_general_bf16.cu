@@ -1,3 +1,3 @@
 #define LOGIT bf16
-#define GENERAL_MODULE
+#define DETAIL_GENERAL
 #include "../softmax/entry.cuh"

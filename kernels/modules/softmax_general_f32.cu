@@ -1,3 +1,3 @@
 #define LOGIT float
-#define GENERAL_MODULE
+#define DETAIL_GENERAL
 #include "../softmax/entry.cuh"

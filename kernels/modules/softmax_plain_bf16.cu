@@ -1,3 +1,3 @@
 #define LOGIT bf16
-#define PLAIN_MODULE
+#define DETAIL_PLAIN
 #include "../softmax/entry.cuh"

@@ -1,3 +1,3 @@
 #define LOGIT f16
-#define PLAIN_MODULE
+#define DETAIL_PLAIN
 #include "../softmax/entry.cuh"

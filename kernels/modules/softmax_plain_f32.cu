@@ -1,3 +1,3 @@
 #define LOGIT float
-#define PLAIN_MODULE
+#define DETAIL_PLAIN
 #include "../softmax/entry.cuh"

@@ -1,4 +1,3 @@
-#define DOUBLE_LOGITS
 #define LOGIT double
-#define PLAIN_MODULE
+#define DETAIL_LOG_SOFTMAX
 #include "../softmax/entry.cuh"

@@ -1,3 +1,3 @@
 #define LOGIT bf16
-#define UNIFORM_MODULE
+#define DETAIL_UNIFORM
 #include "../softmax/entry.cuh"

@@ -1,3 +1,3 @@
 #define LOGIT float
-#define UNIFORM_MODULE
+#define DETAIL_UNIFORM
 #include "../softmax/entry.cuh"

@@ -1,17 +1,43 @@
-// The kernels of the softmax family for one dtype, in modules so that a program loads only what it uses. Such a file defines
-// LOGIT, the dtype's C++ type, one of PLAIN_MODULE, UNIFORM_MODULE and GENERAL_MODULE and, for doubles, DOUBLE_LOGITS, and
-// includes this.
+// The kernels of the softmax family for one dtype and one `Detail`, in modules so that a program loads only those that
+// it uses. A module defines LOGIT, the C++ type of the logits, and one of DETAIL_PLAIN, DETAIL_UNIFORM, DETAIL_GENERAL
+// and DETAIL_LOG_SOFTMAX, and includes this file.
 //
-//   softmax_<pass>_<plain|uniform|general>_<rows|tile|strided|cluster|registers_n>
+// DETAIL_UNIFORM: class indices and one number q for all classes. Where q = 0, these kernels differ from the plain ones
+// only by a fused multiply-add in place of a multiplication, so that they serve class indices alone too.
 //
-// softmax_uniform_<dtype>.cu: one number q for all classes beside the class indices. Where q = 0 its kernels are the plain ones
-// but for a fused multiply-add in place of a multiplication, and serve class indices alone too.
-// softmax_<dtype>.cu: class indices alone, where the uniform kernels' further numbers would take time: forwards, and loss and
-// gradient, of adjacent classes. And log-softmax.
-// softmax_general_<dtype>.cu: all else, and all of doubles. The arithmetic is the limit there, so there are no tiles, registers
-// and clusters, which save memory traffic.
+//   softmax_reduce_uniform_rows            softmax_emit_uniform_rows       softmax_fused_uniform_rows
+//   softmax_reduce_uniform_strided         softmax_emit_uniform_strided    softmax_fused_uniform_strided
+//   softmax_reduce_uniform_tile            softmax_emit_uniform_tile       softmax_fused_uniform_tile
+//   softmax_reduce_uniform_registers_4                                     softmax_fused_uniform_registers_4
+//   softmax_reduce_uniform_registers_8                                     softmax_fused_uniform_registers_8
+//   softmax_reduce_uniform_registers_16                                    softmax_fused_uniform_registers_16
+//   softmax_merge_uniform                                                  softmax_fused_uniform_cluster
 //
-// Launch shapes are chosen in src/softmax/cuda/plan.rs.
+// DETAIL_PLAIN: class indices alone, where the further numbers of the uniform kernels would take time: forwards, and
+// loss and gradient, of adjacent classes. And log-softmax.
+//
+//   softmax_reduce_plain_rows              softmax_fused_plain_rows            softmax_log_softmax_rows
+//   softmax_reduce_plain_tile              softmax_fused_plain_tile            softmax_log_softmax_tile
+//   softmax_reduce_plain_registers_4       softmax_fused_plain_registers_4     softmax_log_softmax_registers_4
+//   softmax_reduce_plain_registers_8       softmax_fused_plain_registers_8     softmax_log_softmax_registers_8
+//   softmax_reduce_plain_registers_16      softmax_fused_plain_registers_16    softmax_log_softmax_registers_16
+//                                          softmax_fused_plain_cluster         softmax_log_softmax_strided
+//                                                                              softmax_log_softmax_backward
+//
+// DETAIL_GENERAL: all other options, and all of them for doubles. These kernels are limited by their arithmetic, so
+// there are no tiles, registers and clusters, which save memory traffic.
+//
+//   softmax_reduce_general_rows       softmax_emit_general_rows         softmax_fused_general_rows
+//   softmax_reduce_general_strided    softmax_emit_general_strided      softmax_fused_general_strided
+//   softmax_merge_general             softmax_statistics_rows           softmax_target_gradient
+//                                     softmax_statistics_strided
+//
+// DETAIL_LOG_SOFTMAX: log-softmax alone, for doubles.
+//
+//   softmax_log_softmax_rows          softmax_log_softmax_strided       softmax_log_softmax_backward
+//
+// src/softmax/cuda/detail.rs has the same names, and src/softmax/cuda/params.rs the same parameters. The shapes of
+// launches are chosen in src/softmax/cuda/plan.rs.
 #include "registers.cuh"
 #include "rows.cuh"
 #include "strided.cuh"
@@ -29,172 +55,176 @@ constexpr int ARCH = __CUDA_ARCH__;
 #else
 constexpr int ARCH = 0;
 #endif
-// Blocks that a multiprocessor has room for, which limits the registers of a thread: 768 threads have 96 KB of loads in
-// flight. The general kernels compute more than they load, and a double takes two registers. The code for sm_75, without
-// minima of pairs and NaN, takes more of them, as does that for sm_120 of one kernel for f32; two blocks have loads enough.
-constexpr int BLOCKS_OF[] = {ARCH < 800 || sizeof(A) == 8 ? 2 : 3, ARCH < 800 || (ARCH >= 1200 && sizeof(X) == 4) ? 2 : 3, 2, 2};
-// The same for a forward over tiles, for a fused pass over tiles and for strided rows. 0: as many as the compiler likes, which
-// for the general kernels is more than there are registers for.
+// The blocks that a multiprocessor has to have room for, for each `Detail`, which limits the registers of a thread.
+// With three blocks, 768 threads have 96 KB of loads in flight. Two are enough for the general kernels, which compute
+// more than they load, and for doubles, which take two registers each. They are also enough on sm_75, whose code takes
+// more registers for want of minima of pairs and of NaN, and for f32 on sm_120, where the code of one kernel does.
+constexpr int BLOCKS_OF[] = {ARCH < 800 || sizeof(A) == 8 ? 2 : 3,
+                             ARCH < 800 || (ARCH >= 1200 && sizeof(X) == 4) ? 2 : 3, 2, 2};
+// The same for forwards over tiles, for fused passes over tiles and for strided rows. 0 leaves the registers to the
+// compiler, which would give the general kernels more of them than there are.
 constexpr int TILE_BLOCKS_OF[] = {sizeof(A) == 4 ? 8 : 4, 5, sizeof(A) == 4 ? 4 : 3};
-#if defined(GENERAL_MODULE)
+#if defined(DETAIL_GENERAL)
 constexpr int STRIDED_BLOCKS = sizeof(A) == 4 ? 5 : 2;
-#elif defined(UNIFORM_MODULE)
+#elif defined(DETAIL_UNIFORM)
 constexpr int FUSED_TILE_BLOCKS = TILE_BLOCKS_OF[UNIFORM], STRIDED_BLOCKS = 5;
 #else
 constexpr int FUSED_TILE_BLOCKS = 0, STRIDED_BLOCKS = 0;
 #endif
 
-// A forward, with where its results go.
-#define REDUCE_AS(NAME, FORM, BOUNDS, BODY)                                                                                    \
-    extern "C" __global__ void __launch_bounds__ BOUNDS                                                                        \
-        softmax_reduce_##NAME##_##FORM(const Problem p, const X *x, const void *t, const A *weight, A *splits, A *loss,        \
-                                       A *statistics, double2 *partials, unsigned *ticket, A *result, A *denominator) {        \
-        const Outputs<A> out = {loss, statistics, partials, ticket, result, denominator};                                      \
-        BODY;                                                                                                                  \
+// Forwards.
+#define REDUCE_KERNEL(NAME, BOUNDS, BODY)                                                              \
+    extern "C" __global__ void __launch_bounds__ BOUNDS NAME(                                          \
+        const Params p, const X *x, const void *t, const A *weight, A *splits, A *loss, A *statistics, \
+        double2 *partials, unsigned *ticket, A *result, A *denominator) {                              \
+        const Outputs<A> out = {loss, statistics, partials, ticket, result, denominator};              \
+        BODY;                                                                                          \
     }
-#define REDUCE_ROWS(NAME, D)                                                                                                   \
-    REDUCE_AS(NAME, rows, (ROWS_THREADS, BLOCKS_OF[D]), (reduce_rows<D>(p, x, t, weight, splits, out)))
-#define REDUCE_STRIDED(NAME, D)                                                                                                \
-    REDUCE_AS(NAME, strided, (STRIDED_THREADS, STRIDED_BLOCKS), (reduce_strided<D>(p, x, t, weight, out)))
-#define REDUCE_TILE(NAME, D)                                                                                                   \
-    REDUCE_AS(NAME, tile, (TILE_THREADS, TILE_BLOCKS_OF[D]), (reduce_tiles<D>(p, x, t, weight, out)))
-#define MERGE(NAME, D)                                                                                                         \
-    extern "C" __global__ void __launch_bounds__(ROWS_THREADS)                                                                 \
-        softmax_merge_##NAME(const Problem p, const X *x, const void *t, const A *weight, const A *splits, int count, A *loss, \
-                             A *statistics, A *result, A *denominator) {                                                       \
-        merge_splits<D>(p, x, t, weight, splits, count, {loss, statistics, nullptr, nullptr, result, denominator});            \
+#define REDUCE_ROWS(NAME, D) \
+    REDUCE_KERNEL(NAME, (ROWS_THREADS, BLOCKS_OF[D]), (reduce_rows<D>(p, x, {t, weight}, splits, out)))
+#define REDUCE_STRIDED(NAME, D) \
+    REDUCE_KERNEL(NAME, (STRIDED_THREADS, STRIDED_BLOCKS), (reduce_strided<D>(p, x, {t, weight}, out)))
+#define REDUCE_TILE(NAME, D) \
+    REDUCE_KERNEL(NAME, (TILE_THREADS, TILE_BLOCKS_OF[D]), (reduce_tiles<D>(p, x, {t, weight}, out)))
+#define MERGE(NAME, D)                                                                                                \
+    extern "C" __global__ void __launch_bounds__(ROWS_THREADS)                                                        \
+        NAME(const Params p, const X *x, const void *t, const A *weight, const A *splits, int count, A *loss,         \
+             A *statistics, A *result, A *denominator) {                                                              \
+        merge_splits<D>(p, x, {t, weight}, splits, count, {loss, statistics, nullptr, nullptr, result, denominator}); \
     }
 
-// The backward: see `emit_rows` and `UniformGradient`.
-#define EMIT_AS(NAME, FORM, BOUNDS, BODY)                                                                                      \
-    extern "C" __global__ void __launch_bounds__ BOUNDS                                                                        \
-        softmax_emit_##NAME##_##FORM(const Problem p, const X *x, const void *t, const A *weight, const A *statistics,         \
-                                     const A *denominator, const A *upstream, X *out) {                                        \
-        BODY(p, x, t, weight, statistics, denominator, upstream, out);                                                         \
+// Backwards: see `emit_rows` and `UniformGradient`.
+#define EMIT_KERNEL(NAME, BOUNDS, BODY)                                                                         \
+    extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const Params p, const X *x, const void *t,         \
+                                                             const A *weight, const A *statistics,              \
+                                                             const A *denominator, const A *upstream, X *out) { \
+        BODY(p, x, {t, weight}, {statistics, denominator, upstream}, out);                                      \
     }
-#define EMIT_ROWS(NAME, RULE) EMIT_AS(NAME, rows, (ROWS_THREADS, BLOCKS_OF[RULE::DETAIL]), emit_rows<RULE>)
-#define EMIT_STRIDED(NAME, RULE) EMIT_AS(NAME, strided, (STRIDED_THREADS, STRIDED_BLOCKS), emit_strided<RULE>)
-#define EMIT_TILE(NAME, RULE) EMIT_AS(NAME, tile, (TILE_THREADS), emit_tiles<RULE>)
+#define EMIT_ROWS(NAME, RULE) EMIT_KERNEL(NAME, (ROWS_THREADS, BLOCKS_OF[RULE::DETAIL]), emit_rows<RULE>)
+#define EMIT_STRIDED(NAME, RULE) EMIT_KERNEL(NAME, (STRIDED_THREADS, STRIDED_BLOCKS), emit_strided<RULE>)
+#define EMIT_TILE(NAME, RULE) EMIT_KERNEL(NAME, (TILE_THREADS), emit_tiles<RULE>)
 
 // Loss and gradient in one pass.
-#define FUSED_AS(NAME, FORM, BOUNDS, BODY)                                                                                     \
-    extern "C" __global__ void __launch_bounds__ BOUNDS                                                                        \
-        softmax_fused_##NAME##_##FORM(const Problem p, const X *x, X *out, const void *t, const A *weight,                     \
-                                      const double *counts, A *loss, double2 *partials, unsigned *ticket, A *result) {         \
-        const Outputs<A> left = {loss, nullptr, partials, ticket, result, nullptr};                                            \
-        BODY;                                                                                                                  \
+#define FUSED_KERNEL(NAME, BOUNDS, BODY)                                                                        \
+    extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const Params p, const X *x, X *out, const void *t, \
+                                                             const A *weight, const double *counts, A *loss,    \
+                                                             double2 *partials, unsigned *ticket, A *result) {  \
+        const Outputs<A> left = {loss, nullptr, partials, ticket, result, nullptr};                             \
+        BODY;                                                                                                   \
     }
-#define FUSED_ROWS(NAME, RULE)                                                                                                 \
-    FUSED_AS(NAME, rows, (ROWS_THREADS, BLOCKS_OF[RULE::DETAIL]), (fused_rows<RULE, false>(p, x, out, t, weight, counts, left)))
-#define FUSED_STRIDED(NAME, RULE)                                                                                              \
-    FUSED_AS(NAME, strided, (STRIDED_THREADS, STRIDED_BLOCKS), (fused_strided<RULE>(p, x, out, t, weight, counts, left)))
-#define FUSED_TILE(NAME, RULE)                                                                                                 \
-    FUSED_AS(NAME, tile, (TILE_THREADS, FUSED_TILE_BLOCKS), (fused_tiles<RULE>(p, x, out, t, weight, counts, left)))
+#define FUSED_ROWS(NAME, RULE)                                  \
+    FUSED_KERNEL(NAME, (ROWS_THREADS, BLOCKS_OF[RULE::DETAIL]), \
+                 (fused_rows<RULE, false>(p, x, out, {t, weight}, counts, left)))
+#define FUSED_STRIDED(NAME, RULE) \
+    FUSED_KERNEL(NAME, (STRIDED_THREADS, STRIDED_BLOCKS), (fused_strided<RULE>(p, x, out, {t, weight}, counts, left)))
+#define FUSED_TILE(NAME, RULE) \
+    FUSED_KERNEL(NAME, (TILE_THREADS, FUSED_TILE_BLOCKS), (fused_tiles<RULE>(p, x, out, {t, weight}, counts, left)))
 
 // A row over the blocks of a cluster, whose size the launch says.
 #if __CUDA_ARCH__ >= 900
-#define FUSED_CLUSTER(NAME, RULE)                                                                                              \
-    FUSED_AS(NAME, cluster, (ROWS_THREADS, BLOCKS_OF[RULE::DETAIL]), (fused_rows<RULE, true>(p, x, out, t, weight, counts, left)))
+#define FUSED_CLUSTER(NAME, RULE)                               \
+    FUSED_KERNEL(NAME, (ROWS_THREADS, BLOCKS_OF[RULE::DETAIL]), \
+                 (fused_rows<RULE, true>(p, x, out, {t, weight}, counts, left)))
 #else
 #define FUSED_CLUSTER(NAME, RULE)
 #endif
 
-// Rows in registers, W windows a thread: blocks of 256 threads that a multiprocessor has room for, with and without something
-// written for each class. As in src/softmax/cuda/plan.rs, but on sm_75 and, for one kernel, on sm_100, whose code takes more registers
-// than those leave.
+// Rows in registers, W windows a thread: the blocks of 256 threads that a multiprocessor has to have room for, of
+// kernels that write a value for each class and of those that don't. src/softmax/cuda/plan.rs has the same numbers,
+// except on sm_75 and, for one kernel, on sm_100, whose code takes more registers than these leave.
 constexpr int REGISTERS_WRITING = ARCH < 800 ? 1 : 2;
 constexpr int registers_reading(Detail detail, int w) {
     if (ARCH < 800 || (ARCH >= 1000 && detail == UNIFORM && w == 16 && sizeof(X) == 4)) return 1;
     return w == 4 ? 3 : 2;
 }
 
-#define REGISTERS(NAME, RULE, W)                                                                                               \
-    REDUCE_AS(NAME, registers_##W, (ROWS_THREADS, registers_reading(RULE::DETAIL, W)),                                         \
-              (reduce_registers<RULE::DETAIL, W>(p, x, t, weight, out)))                                                       \
-    FUSED_AS(NAME, registers_##W, (ROWS_THREADS, REGISTERS_WRITING), (fused_registers<RULE, W>(p, x, out, t, weight, counts, left)))
+#define REDUCE_REGISTERS(NAME, D, W) \
+    REDUCE_KERNEL(NAME, (ROWS_THREADS, registers_reading(D, W)), (reduce_registers<D, W>(p, x, {t, weight}, out)))
+#define FUSED_REGISTERS(NAME, RULE, W)                    \
+    FUSED_KERNEL(NAME, (ROWS_THREADS, REGISTERS_WRITING), \
+                 (fused_registers<RULE, W>(p, x, out, {t, weight}, counts, left)))
 
-#define LOG_SOFTMAX_REGISTERS(W)                                                                                               \
-    extern "C" __global__ void __launch_bounds__(ROWS_THREADS, REGISTERS_WRITING)                                              \
-        softmax_log_softmax_registers_##W(const Problem p, const X *x, X *out) {                                               \
-        log_softmax_registers<W>(p, x, out);                                                                                   \
+#define LOG_SOFTMAX_KERNEL(NAME, BOUNDS, BODY) \
+    extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const Params p, const X *x, X *out) { BODY(p, x, out); }
+#define LOG_SOFTMAX_REGISTERS(NAME, W) \
+    LOG_SOFTMAX_KERNEL(NAME, (ROWS_THREADS, REGISTERS_WRITING), log_softmax_registers<W>)
+
+// The losses and statistics of rows.
+#define STATISTICS_KERNEL(NAME, BOUNDS, BODY)                                                                         \
+    extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const Params p, const X *x, const void *t,               \
+                                                             const A *weight, A *loss, A *lse, A *z_loss, A *entropy, \
+                                                             uint32_t *argmax, uint8_t *correct) {                    \
+        BODY(p, x, {t, weight}, {loss, lse, z_loss, entropy, argmax, correct});                                       \
     }
 
-#if defined(GENERAL_MODULE)
+#if defined(DETAIL_GENERAL)
 
-REDUCE_ROWS(general, GENERAL)
-REDUCE_STRIDED(general, GENERAL)
-MERGE(general, GENERAL)
-EMIT_ROWS(general, GeneralGradient)
-EMIT_STRIDED(general, GeneralGradient)
-FUSED_ROWS(general, GeneralGradient)
-FUSED_STRIDED(general, GeneralGradient)
-
-extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[STATISTICS])
-    softmax_statistics_rows(const Problem p, const X *x, const void *t, const A *weight, A *loss, A *lse, A *z_loss, A *entropy,
-                            uint32_t *argmax, uint8_t *correct) {
-    statistics_rows(p, x, t, weight, {loss, lse, z_loss, entropy, argmax, correct});
-}
-
-extern "C" __global__ void __launch_bounds__(STRIDED_THREADS, STRIDED_BLOCKS)
-    softmax_statistics_strided(const Problem p, const X *x, const void *t, const A *weight, A *loss, A *lse, A *z_loss, A *entropy,
-                               uint32_t *argmax, uint8_t *correct) {
-    statistics_strided(p, x, t, weight, {loss, lse, z_loss, entropy, argmax, correct});
-}
+REDUCE_ROWS(softmax_reduce_general_rows, GENERAL)
+REDUCE_STRIDED(softmax_reduce_general_strided, GENERAL)
+MERGE(softmax_merge_general, GENERAL)
+EMIT_ROWS(softmax_emit_general_rows, GeneralGradient)
+EMIT_STRIDED(softmax_emit_general_strided, GeneralGradient)
+FUSED_ROWS(softmax_fused_general_rows, GeneralGradient)
+FUSED_STRIDED(softmax_fused_general_strided, GeneralGradient)
+STATISTICS_KERNEL(softmax_statistics_rows, (ROWS_THREADS, BLOCKS_OF[STATISTICS]), statistics_rows)
+STATISTICS_KERNEL(softmax_statistics_strided, (STRIDED_THREADS, STRIDED_BLOCKS), statistics_strided)
 
 extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)
-    softmax_target_gradient(const Problem p, const X *x, const A *weight, const A *statistics, const A *denominator,
+    softmax_target_gradient(const Params p, const X *x, const A *weight, const A *statistics, const A *denominator,
                             const A *upstream, A *out) {
-    target_gradient(p, x, weight, statistics, denominator, upstream, out);
+    target_gradient(p, x, weight, {statistics, denominator, upstream}, out);
 }
 
-#elif defined(UNIFORM_MODULE)
+#elif defined(DETAIL_UNIFORM)
 
-REDUCE_ROWS(uniform, UNIFORM)
-REDUCE_STRIDED(uniform, UNIFORM)
-REDUCE_TILE(uniform, UNIFORM)
-MERGE(uniform, UNIFORM)
-EMIT_ROWS(uniform, UniformGradient)
-EMIT_STRIDED(uniform, UniformGradient)
-EMIT_TILE(uniform, UniformGradient)
-FUSED_ROWS(uniform, UniformGradient)
-FUSED_STRIDED(uniform, UniformGradient)
-FUSED_TILE(uniform, UniformGradient)
-FUSED_CLUSTER(uniform, UniformGradient)
-REGISTERS(uniform, UniformGradient, 4)
-REGISTERS(uniform, UniformGradient, 8)
-REGISTERS(uniform, UniformGradient, 16)
+REDUCE_ROWS(softmax_reduce_uniform_rows, UNIFORM)
+REDUCE_STRIDED(softmax_reduce_uniform_strided, UNIFORM)
+REDUCE_TILE(softmax_reduce_uniform_tile, UNIFORM)
+REDUCE_REGISTERS(softmax_reduce_uniform_registers_4, UNIFORM, 4)
+REDUCE_REGISTERS(softmax_reduce_uniform_registers_8, UNIFORM, 8)
+REDUCE_REGISTERS(softmax_reduce_uniform_registers_16, UNIFORM, 16)
+MERGE(softmax_merge_uniform, UNIFORM)
+EMIT_ROWS(softmax_emit_uniform_rows, UniformGradient)
+EMIT_STRIDED(softmax_emit_uniform_strided, UniformGradient)
+EMIT_TILE(softmax_emit_uniform_tile, UniformGradient)
+FUSED_ROWS(softmax_fused_uniform_rows, UniformGradient)
+FUSED_STRIDED(softmax_fused_uniform_strided, UniformGradient)
+FUSED_TILE(softmax_fused_uniform_tile, UniformGradient)
+FUSED_CLUSTER(softmax_fused_uniform_cluster, UniformGradient)
+FUSED_REGISTERS(softmax_fused_uniform_registers_4, UniformGradient, 4)
+FUSED_REGISTERS(softmax_fused_uniform_registers_8, UniformGradient, 8)
+FUSED_REGISTERS(softmax_fused_uniform_registers_16, UniformGradient, 16)
 
-#else
+#elif defined(DETAIL_PLAIN)
 
-#ifndef DOUBLE_LOGITS
-REDUCE_ROWS(plain, PLAIN)
-REDUCE_TILE(plain, PLAIN)
-FUSED_ROWS(plain, PlainGradient)
-FUSED_TILE(plain, PlainGradient)
-FUSED_CLUSTER(plain, PlainGradient)
-REGISTERS(plain, PlainGradient, 4)
-REGISTERS(plain, PlainGradient, 8)
-REGISTERS(plain, PlainGradient, 16)
+REDUCE_ROWS(softmax_reduce_plain_rows, PLAIN)
+REDUCE_TILE(softmax_reduce_plain_tile, PLAIN)
+REDUCE_REGISTERS(softmax_reduce_plain_registers_4, PLAIN, 4)
+REDUCE_REGISTERS(softmax_reduce_plain_registers_8, PLAIN, 8)
+REDUCE_REGISTERS(softmax_reduce_plain_registers_16, PLAIN, 16)
+FUSED_ROWS(softmax_fused_plain_rows, PlainGradient)
+FUSED_TILE(softmax_fused_plain_tile, PlainGradient)
+FUSED_CLUSTER(softmax_fused_plain_cluster, PlainGradient)
+FUSED_REGISTERS(softmax_fused_plain_registers_4, PlainGradient, 4)
+FUSED_REGISTERS(softmax_fused_plain_registers_8, PlainGradient, 8)
+FUSED_REGISTERS(softmax_fused_plain_registers_16, PlainGradient, 16)
+LOG_SOFTMAX_REGISTERS(softmax_log_softmax_registers_4, 4)
+LOG_SOFTMAX_REGISTERS(softmax_log_softmax_registers_8, 8)
+LOG_SOFTMAX_REGISTERS(softmax_log_softmax_registers_16, 16)
+LOG_SOFTMAX_KERNEL(softmax_log_softmax_tile, (TILE_THREADS), log_softmax_tiles)
 
-LOG_SOFTMAX_REGISTERS(4)
-LOG_SOFTMAX_REGISTERS(8)
-LOG_SOFTMAX_REGISTERS(16)
-extern "C" __global__ void __launch_bounds__(TILE_THREADS) softmax_log_softmax_tile(const Problem p, const X *x, X *out) {
-    log_softmax_tiles(p, x, out);
-}
+#elif !defined(DETAIL_LOG_SOFTMAX)
+#error \
+    "a module of the softmax family defines one of DETAIL_PLAIN, DETAIL_UNIFORM, DETAIL_GENERAL and DETAIL_LOG_SOFTMAX"
 #endif
 
-extern "C" __global__ void __launch_bounds__(ROWS_THREADS, BLOCKS_OF[PLAIN])
-    softmax_log_softmax_rows(const Problem p, const X *x, X *out) {
-    log_softmax_rows(p, x, out);
-}
+#if defined(DETAIL_PLAIN) || defined(DETAIL_LOG_SOFTMAX)
 
-extern "C" __global__ void __launch_bounds__(STRIDED_THREADS) softmax_log_softmax_strided(const Problem p, const X *x, X *out) {
-    log_softmax_strided(p, x, out);
-}
+LOG_SOFTMAX_KERNEL(softmax_log_softmax_rows, (ROWS_THREADS, BLOCKS_OF[PLAIN]), log_softmax_rows)
+LOG_SOFTMAX_KERNEL(softmax_log_softmax_strided, (STRIDED_THREADS), log_softmax_strided)
 
 extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)
-    softmax_log_softmax_backward(const Problem p, const X *y, const X *g, X *out) {
+    softmax_log_softmax_backward(const Params p, const X *y, const X *g, X *out) {
     log_softmax_backward(p, y, g, out);
 }
 

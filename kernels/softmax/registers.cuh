@@ -1,10 +1,11 @@
-// Passes over rows that fit into the registers of a part of a warp: class indices with one q for all classes, up to 8 KB a row.
+// Passes over rows that fit into the registers of a part of a warp: class indices with one q for all classes, up to 8
+// KB a row.
 //
-// `Problem::team` lanes, 8 to 32, share a row, each with up to W aligned windows of it and two of its edges. The row's maximum is
-// known before the first exponential, so that lanes exchange two numbers and merge nothing. A block takes rows in turn, and
-// fetches the next ones before it works on those it has: their targets two turns ahead, their logits one turn ahead where the
-// registers allow, so that the memory is busy while the block computes. Bytes: `reduce` reads E; `fused` and `log_softmax` read
-// E and write E.
+// `Params::team` lanes, 8 to 32, share a row, each with up to W aligned windows of it and two of its edges. The row's
+// maximum is known before the first exponential, so that lanes exchange two numbers and merge nothing. A block takes
+// rows in turn, and fetches the next ones before it works on those it has: their targets two turns ahead, their logits
+// one turn ahead where the registers allow, so that the memory is busy while the block computes. Bytes: `reduce` reads
+// E; `fused` and `log_softmax` read E and write E.
 #pragma once
 
 #include "rows.cuh"
@@ -32,7 +33,7 @@ template <class T, int W> struct Share {
     }
 
     // The row's state; all lanes of the warp call it, and a row's lanes get it.
-    template <Detail D> __device__ __forceinline__ State<float, D> reduce(const Problem &p, const Windows<T> &w) const {
+    template <Detail D> __device__ __forceinline__ State<float, D> reduce(const Params &p, const Windows<T> &w) const {
         // fewer at a time where the registers are full of windows
         constexpr int U = D == UNIFORM && W == 16 ? 2 : BATCH<D>;
         const int lanes = p.team, lane = threadIdx.x % WARP;
@@ -64,7 +65,8 @@ template <class T, int W> struct Share {
                 if (SUM_FIRST<T>) state.linear = fmaf(-mass, reference, state.linear);
 #pragma unroll
                 for (int e = 0; e < EDGES; e++) {
-                    if (first + e * lanes < w.edges) state.linear = fmaf(widen<float>(edges[e]) - reference, UNIT, state.linear);
+                    if (first + e * lanes < w.edges)
+                        state.linear = fmaf(widen<float>(edges[e]) - reference, UNIT, state.linear);
                 }
                 state.linear = lanes_reduce<Sum>(state.linear, lanes);
             }
@@ -73,9 +75,10 @@ template <class T, int W> struct Share {
     }
 };
 
-// Writes what the rule makes of a row.
+// Writes the rule's values for a row.
 template <class Rule, class T, int W>
-__device__ __forceinline__ void emit_share(const Problem &p, const Windows<T> &w, const RowScalars<float> &s, const Share<T, W> &share, float x_t, T *out, int lane, int lanes) {
+__device__ __forceinline__ void emit_share(const Params &p, const Windows<T> &w, const RowScalars<float> &s,
+                                           const Share<T, W> &share, float x_t, T *out, int lane, int lanes) {
     constexpr int N = Window<T>::N;
     const bool alike = phase_of<T, N>(w.row) == phase_of<T, N>(out);
     if (s.kind != Kind::LIVE) {
@@ -83,7 +86,7 @@ __device__ __forceinline__ void emit_share(const Problem &p, const Windows<T> &w
         fill_windows(written, narrow<T>(dead_value<float>(s.kind)), out, lane, lanes, 0, written.count);
         return;
     }
-    const Operands<float> none = {nullptr, nullptr, 0};
+    const Operands<float> none = {{nullptr, nullptr}, 0};
     T *to = in_register(out + w.head);
 #pragma unroll
     for (int u = 0; u < W; u++) {
@@ -101,22 +104,23 @@ __device__ __forceinline__ void emit_share(const Problem &p, const Windows<T> &w
     }
     if constexpr (Rule::OWN) {
         // once more, by the lane that has just written it
-        if (s.target >= 0 && w.thread_of(s.target, 0, w.count, lanes) == lane) out[s.target] = narrow<T>(Rule::template own_value<T>(p, s, x_t));
+        if (s.target >= 0 && w.thread_of(s.target, 0, w.count, lanes) == lane)
+            out[s.target] = narrow<T>(Rule::template own_value<T>(p, s, x_t));
     }
 }
 
-// Rows lie `Problem::x.outer_stride` behind each other.
+// Consecutive rows are `Params::x.outer_stride` apart.
 //
-// Applies f(row, whether it exists, its windows, lane, share, target, own logit) to each row; all threads call f alike. Without
-// TARGETS all rows count.
+// Applies f(row, whether it exists, its windows, lane, share, target, own logit) to each row; all threads call f alike.
+// Without TARGETS all rows count.
 template <bool TARGETS, int W, class T, class F>
-__device__ __forceinline__ void for_each_share(const Problem &p, const T *x, const void *t, const float *weight, F f) {
+__device__ __forceinline__ void for_each_share(const Params &p, const T *x, const Targets<float> &targets, F f) {
     const int lanes = p.team, lane = threadIdx.x % lanes, teams = blockDim.x / lanes;
     const int64_t step = static_cast<int64_t>(gridDim.x) * teams;
     const auto target_of = [&](int64_t row) -> Target<float> {
         if (row >= p.rows) return {Kind::IGNORED, -1, 0, 0};
         if (!TARGETS) return {Kind::LIVE, -1, 0, 0};
-        return read_target(p, t, weight, row);
+        return read_target(p, targets, row);
     };
     const auto windows_of = [&](int64_t row) { return Windows<T>(x + row * p.x.outer_stride, p.classes); };
     const auto own = [&](int64_t row, const Target<float> &target) {
@@ -148,45 +152,57 @@ __device__ __forceinline__ void for_each_share(const Problem &p, const T *x, con
 
 // Forward. Reads E.
 template <Detail D, int W, class T>
-__device__ __forceinline__ void reduce_registers(const Problem &p, const T *x, const void *t, const float *weight, const Outputs<float> &out) {
+__device__ __forceinline__ void reduce_registers(const Params &p, const T *x, const Targets<float> &targets,
+                                                 const Outputs<float> &out) {
     __shared__ double scratch[WARP];
     double2 total = {0, 0};
-    for_each_share<true, W>(p, x, t, weight, [&](int64_t row, bool exists, const Windows<T> &w, int lane, const Share<T, W> &share, const Target<float> &target, float x_t) {
-        const State<float, D> state = share.template reduce<D>(p, w);
-        if (!exists || lane != 0) return;
-        const double2 one = finish_row<D>(p, out, target, x_t, state, row);
-        total.x += one.x, total.y += one.y;
-    });
-    if (out.partials || out.result || out.denominator) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
+    for_each_share<true, W>(p, x, targets,
+                            [&](int64_t row, bool exists, const Windows<T> &w, int lane, const Share<T, W> &share,
+                                const Target<float> &target, float x_t) {
+                                const State<float, D> state = share.template reduce<D>(p, w);
+                                if (!exists || lane != 0) return;
+                                const double2 one = finish_row<D>(p, out, target, x_t, state, row);
+                                total.x += one.x, total.y += one.y;
+                            });
+    if (out.partials || out.result || out.denominator)
+        finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
-// Loss and gradient; the gradient may replace the logits (x null), as a row's are in registers before its gradient is written.
-// Reads E, writes E.
+// Loss and gradient; the gradient may replace the logits (x null), as a row's are in registers before its gradient is
+// written. Reads E, writes E.
 template <class Rule, int W, class T>
-__device__ __forceinline__ void fused_registers(const Problem &p, const T *x, T *to, const void *t, const float *weight, const double *counts, const Outputs<float> &out) {
+__device__ __forceinline__ void fused_registers(const Params &p, const T *x, T *to, const Targets<float> &targets,
+                                                const double *counts, const Outputs<float> &out) {
     constexpr Detail D = Rule::DETAIL;
     __shared__ double scratch[WARP];
-    const float upstream = 1.0f / denominator_of(p, t, weight, counts, scratch);
+    const float upstream = 1.0f / denominator_of(p, targets, counts, scratch);
     double2 total = {0, 0};
-    for_each_share<true, W>(p, x ? x : to, t, weight, [&](int64_t row, bool exists, const Windows<T> &w, int lane, const Share<T, W> &share, const Target<float> &target, float x_t) {
-        const State<float, D> state = share.template reduce<D>(p, w);
-        if (!exists) return;
-        if (lane == 0) {
-            const double2 one = finish_row<D>(p, out, target, x_t, state, row);
-            total.x += one.x, total.y += one.y;
-        }
-        const auto s = RowScalars<float>::template gradient<D>(p, target, state.max, state.rest, mass_of(p, state), upstream);
-        emit_share<Rule>(p, w, s, share, x_t, to + row * p.classes, lane, p.team);
-    });
+    for_each_share<true, W>(p, x ? x : to, targets,
+                            [&](int64_t row, bool exists, const Windows<T> &w, int lane, const Share<T, W> &share,
+                                const Target<float> &target, float x_t) {
+                                const State<float, D> state = share.template reduce<D>(p, w);
+                                if (!exists) return;
+                                if (lane == 0) {
+                                    const double2 one = finish_row<D>(p, out, target, x_t, state, row);
+                                    total.x += one.x, total.y += one.y;
+                                }
+                                const auto s = RowScalars<float>::template gradient<D>(p, target, state.max, state.rest,
+                                                                                       mass_of(p, state), upstream);
+                                emit_share<Rule>(p, w, s, share, x_t, to + row * p.classes, lane, p.team);
+                            });
     if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // log-softmax. Reads E, writes E.
-template <int W, class T> __device__ __forceinline__ void log_softmax_registers(const Problem &p, const T *x, T *to) {
-    for_each_share<false, W>(p, x, nullptr, nullptr, [&](int64_t row, bool exists, const Windows<T> &w, int lane, const Share<T, W> &share, const Target<float> &, float) {
-        const State<float, PLAIN> state = share.template reduce<PLAIN>(p, w);
-        if (exists) emit_share<LogProbs>(p, w, RowScalars<float>::of(state.max, state.rest), share, 0.0f, to + row * p.classes, lane, p.team);
-    });
+template <int W, class T> __device__ __forceinline__ void log_softmax_registers(const Params &p, const T *x, T *to) {
+    for_each_share<false, W>(p, x, {nullptr, nullptr},
+                             [&](int64_t row, bool exists, const Windows<T> &w, int lane, const Share<T, W> &share,
+                                 const Target<float> &, float) {
+                                 const State<float, PLAIN> state = share.template reduce<PLAIN>(p, w);
+                                 if (exists)
+                                     emit_share<LogProbs>(p, w, RowScalars<float>::of(state.max, state.rest), share,
+                                                          0.0f, to + row * p.classes, lane, p.team);
+                             });
 }
 
 } // namespace softmax

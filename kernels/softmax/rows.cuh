@@ -1,12 +1,12 @@
 // Passes over rows of adjacent classes.
 //
 // A row is cut into aligned windows of 16 bytes, whatever the row's own alignment: with 50257 classes each row begins
-// somewhere else. A window is moved by one access; the few classes before the first and behind the last one, the edges, go
-// one to a thread. Where logits and gradient are not aligned alike, all classes of the gradient are edges. `Problem::team`
-// threads share a row: a part of a warp, so that a block has several rows, or a block.
+// somewhere else. A window is moved by one access; the few classes before the first and behind the last one, the edges,
+// go one to a thread. Where logits and gradient are not aligned alike, all classes of the gradient are edges.
+// `Params::team` threads share a row: a part of a warp, so that a block has several rows, or a block.
 //
-// Bytes, with E those of the logits: `reduce` reads E; `emit` (the backward) reads E and writes E; `fused` reads E once,
-// keeps it in shared memory and writes E. None of them can do with less.
+// Bytes, with E those of the logits: `reduce` reads E; `emit` (the backward) reads E and writes E; `fused` reads E
+// once, keeps it in shared memory and writes E. No pass could move less.
 #pragma once
 
 #include "state.cuh"
@@ -14,13 +14,15 @@
 namespace fused_loss {
 namespace softmax {
 
-// Windows that a thread loads before it uses the first: what keeps the memory busy. A pass that only reads has to have more
-// bytes on their way than one that writes as much as it reads.
+// Windows that a thread loads before it uses the first, so that the memory is kept busy. A pass that only reads needs
+// more bytes in flight than one that writes as much as it reads.
 template <Detail D> constexpr int BATCH = D <= UNIFORM ? 4 : 1;
 // UNIFORM keeps f32 logits in registers until their maximum is known.
-template <Detail D, class T> constexpr int READ_BATCH = BATCH<D> * (D <= UNIFORM && sizeof(T) < (D == PLAIN ? 8 : 4) ? 2 : 1);
+template <Detail D, class T>
+constexpr int READ_BATCH = BATCH<D> * (D <= UNIFORM && sizeof(T) < (D == PLAIN ? 8 : 4) ? 2 : 1);
 
-// The general kernels use one window at a time, for which they compute long enough, and have so many on their way.
+// The windows in flight of a thread in the general kernels, which compute so long on each window that they use one at a
+// time.
 template <Detail D> constexpr int QUEUE = D == GENERAL ? 4 : 2;
 
 // 16 bytes of logits in registers.
@@ -48,10 +50,13 @@ template <class T> struct alignas(16) Window {
 template <class T, int N> __device__ __forceinline__ void store_window(T *to, const Pack<T, N> &window) {
     static_assert(sizeof(window.at) == 16, "a window is 16 bytes");
     const uint4 v = *reinterpret_cast<const uint4 *>(window.at);
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(v.x), "r"(v.y),
+                 "r"(v.z), "r"(v.w)
+                 : "memory");
 }
 
-// The same pointer into global memory, which the compiler keeps: left to itself, it computes it again for every access.
+// The same pointer into global memory, made opaque so that the compiler keeps it: left to itself, it recomputes the
+// pointer for every access.
 template <class P> __device__ __forceinline__ P *in_register(P *p) {
     size_t address = __cvta_generic_to_global(p);
     asm("" : "+l"(address));
@@ -62,10 +67,10 @@ template <class P> __device__ __forceinline__ P *in_register(P *p) {
 template <class T> struct Windows {
     static constexpr int N = LANES_16B<T>;
 
-    const T *row;  // class 0
-    int head;      // classes before window 0
-    int count;     // windows
-    int edges;     // classes before window 0 and behind the last one
+    const T *row; // class 0
+    int head;     // classes before window 0
+    int count;    // windows
+    int edges;    // classes before window 0 and behind the last one
 
     __device__ __forceinline__ Windows(const T *row, int classes) : row(row) {
         head = min((N - phase_of<T, N>(row)) % N, classes);
@@ -87,18 +92,20 @@ template <class T> struct Windows {
     __device__ __forceinline__ int first(int window) const { return head + window * N; }
     __device__ __forceinline__ int edge(int i) const { return i < head ? i : i + count * N; }
 
-    // By which of `threads` threads, a power of two, a class is handled if the windows from `begin` to `end` (with the first
-    // one, the edges) are shared out; -1: it is not among those.
+    // Which of `threads` threads, a power of two, handles a class if they share the windows from `begin` to `end` and,
+    // if `begin` is 0, the edges; -1 if the class is in none of these.
     __device__ __forceinline__ int thread_of(int index, int begin, int end, int threads) const {
         const int window = (index - head) / N;
-        if (index < head || window >= count) return begin == 0 ? (index < head ? index : index - count * N) & (threads - 1) : -1;
+        if (index < head || window >= count)
+            return begin == 0 ? (index < head ? index : index - count * N) & (threads - 1) : -1;
         return window >= begin && window < end ? (window - begin) & (threads - 1) : -1;
     }
 };
 
-// The windows i, i + step, … below `end`, and -inf behind it; `body` is window 0. All loads are issued before one is waited
-// for.
-template <class T, int U> __device__ __forceinline__ void load_windows(const T *body, int i, int step, int end, Window<T> (&to)[U]) {
+// The windows i, i + step, … below `end`, and -inf behind it; `body` is window 0. All loads are issued before one is
+// waited for.
+template <class T, int U>
+__device__ __forceinline__ void load_windows(const T *body, int i, int step, int end, Window<T> (&to)[U]) {
 #pragma unroll
     for (int u = 0; u < U; u++) {
         to[u] = Window<T>::lowest();
@@ -106,36 +113,40 @@ template <class T, int U> __device__ __forceinline__ void load_windows(const T *
     }
 }
 
-// The windows that a thread keeps in shared memory: slot j of all threads side by side, so that neighbouring threads never
-// meet in a bank, and no thread waits for another.
+// The windows that a thread keeps in shared memory: slot j of all threads side by side, so that neighbouring threads
+// never meet in a bank, and no thread waits for another.
 struct Kept {
-    uint4 *slots;  // this thread's slot 0
-    int count;     // all windows of the thread, or a multiple of any batch
+    uint4 *slots; // this thread's slot 0
+    int count;    // all windows of the thread, or a multiple of any batch
 
     __device__ __forceinline__ uint4 &at(int j) const { return slots[j * blockDim.x]; }
 };
 
-// Whether UNIFORM's `linear` is made of the sum of the logits themselves, in one multiply-add each, before their maximum is known.
-// 16-bit logits about as large as the maximum have an exact sum in 24 bits, thousands of them, and where they are not, the sum's
-// rounding is small beside their differences from the maximum.
+// Whether UNIFORM's `linear` comes from the sum of the logits themselves, in one multiply-add each, before their
+// maximum is known. The sum of thousands of 16-bit logits is exact in 24 bits where all are about as large as the
+// maximum; where they are not, its rounding is small beside their differences from the maximum.
 template <class T> constexpr bool SUM_FIRST = sizeof(T) == 2;
 
-// Adds UNIT (x - reference) of the windows' logits to `sum`, and UNIT for each of them to `mass`; `exists(i)` says whether window i
-// is there or filled with -inf.
+// Adds UNIT (x - reference) of the windows' logits to `sum`, and UNIT for each of them to `mass`; `exists(i)` says
+// whether window i is there or filled with -inf.
 template <class T, int U, class F>
-__device__ __forceinline__ void sum_windows(const Window<T> (&windows)[U], float reference, F exists, float &sum, float &mass) {
+__device__ __forceinline__ void sum_windows(const Window<T> (&windows)[U], float reference, F exists, float &sum,
+                                            float &mass) {
     constexpr int N = Window<T>::N;
 #pragma unroll
     for (int u = 0; u < U; u++) {
         if (!exists(u)) continue;
         mass += N * UNIT;
 #pragma unroll
-        for (int k = 0; k < N; k++) sum = fmaf(SUM_FIRST<T> ? windows[u].logit(k) : windows[u].logit(k) - reference, UNIT, sum);
+        for (int k = 0; k < N; k++)
+            sum = fmaf(SUM_FIRST<T> ? windows[u].logit(k) : windows[u].logit(k) - reference, UNIT, sum);
     }
 }
 
 // The state of U windows from `first` on, but for `linear` and `mass`.
-template <Detail D, class T, int U, int W> __device__ __forceinline__ State<float, D> state_of_windows(const Problem &p, const Window<T> (&windows)[W], int first = 0) {
+template <Detail D, class T, int U, int W>
+__device__ __forceinline__ State<float, D> state_of_windows(const Params &p, const Window<T> (&windows)[W],
+                                                            int first = 0) {
     constexpr int UNITS = Window<T>::UNITS;
     Unit<T> units[U * UNITS];
 #pragma unroll
@@ -143,10 +154,12 @@ template <Detail D, class T, int U, int W> __device__ __forceinline__ State<floa
     return state_of<D, T>(p, units);
 }
 
-// Reduces the windows begin + thread, begin + thread + step, … below `end`, U at a time (GENERAL: see QUEUE); with the first window,
-// the edges.
+// Reduces the windows begin + thread, begin + thread + step, … below `end`, U at a time (GENERAL: see QUEUE); with the
+// first window, the edges.
 template <Detail D, int U, class T>
-__device__ __forceinline__ State<Acc<T>, D> reduce_windows(const Problem &p, const Operands<Acc<T>> &o, const Windows<T> &w, int thread, int step, int begin, int end, Kept kept) {
+__device__ __forceinline__ State<Acc<T>, D> reduce_windows(const Params &p, const Operands<Acc<T>> &o,
+                                                           const Windows<T> &w, int thread, int step, int begin,
+                                                           int end, Kept kept) {
     constexpr int N = Windows<T>::N;
     State<Acc<T>, D> state = State<Acc<T>, D>::empty();
     const T *body = in_register(w.row + w.head);
@@ -179,10 +192,12 @@ __device__ __forceinline__ State<Acc<T>, D> reduce_windows(const Problem &p, con
                 State<float, D> part = state_of_windows<D, T, U>(p, windows);
                 const float reference = reference_of(part.max);
                 if (!SUM_FIRST<T> && summed) sum_windows(windows, reference, exists, sum, mass);
-                if constexpr (D == UNIFORM) part.linear = SUM_FIRST<T> ? fmaf(-mass, reference, sum) : sum, part.mass = mass;
+                if constexpr (D == UNIFORM)
+                    part.linear = SUM_FIRST<T> ? fmaf(-mass, reference, sum) : sum, part.mass = mass;
                 state = merge<T>(p, state, part);
             } else {
-                absorb<D, T, U, N>(state, p, o, w.first(i), step * N, [&](int u, int k) { return windows[u].logit(k); });
+                absorb<D, T, U, N>(state, p, o, w.first(i), step * N,
+                                   [&](int u, int k) { return windows[u].logit(k); });
             }
         }
     }
@@ -198,7 +213,8 @@ __device__ __forceinline__ State<Acc<T>, D> reduce_windows(const Problem &p, con
 
 // Fills the windows and edges of a row that doesn't count.
 template <class T>
-__device__ __forceinline__ void fill_windows(const Windows<T> &w, T value, T *out, int thread, int step, int begin, int end) {
+__device__ __forceinline__ void fill_windows(const Windows<T> &w, T value, T *out, int thread, int step, int begin,
+                                             int end) {
     Pack<T, Windows<T>::N> pack;
 #pragma unroll
     for (int k = 0; k < Windows<T>::N; k++) pack.at[k] = value;
@@ -208,9 +224,10 @@ __device__ __forceinline__ void fill_windows(const Windows<T> &w, T value, T *ou
     }
 }
 
-// Writes what the rule makes of a window whose first class is `first`; element by element where `to` is not aligned.
+// Writes the rule's values for a window whose first class is `first`; element by element where `to` is not aligned.
 template <class Rule, class T>
-__device__ __forceinline__ void emit_window(const Problem &p, const Operands<Acc<T>> &o, const RowScalars<Acc<T>> &s, int first, const Window<T> &window, T *to, bool aligned = true) {
+__device__ __forceinline__ void emit_window(const Params &p, const Operands<Acc<T>> &o, const RowScalars<Acc<T>> &s,
+                                            int first, const Window<T> &window, T *to, bool aligned = true) {
     constexpr int N = Window<T>::N;
     Acc<T> x[N], y[N];
 #pragma unroll
@@ -227,17 +244,19 @@ __device__ __forceinline__ void emit_window(const Problem &p, const Operands<Acc
     }
 }
 
-// Writes the windows begin + thread, begin + thread + step, … below `end`; with the first window, the edges. From the last
-// to the first, as the last ones are still in the cache if the row was read before; the first ones from shared memory where
-// they were kept.
+// Writes the windows begin + thread, begin + thread + step, … below `end`; with the first window, the edges. From the
+// last to the first, as the last ones are still in the cache if the row was read before; the first ones from shared
+// memory where they were kept.
 template <class Rule, class T>
-__device__ __forceinline__ void emit_windows(const Problem &p, const Operands<Acc<T>> &o, const Windows<T> &w, const RowScalars<Acc<T>> &s, T *out, int thread, int step, int begin, int end, Kept kept) {
+__device__ __forceinline__ void emit_windows(const Params &p, const Operands<Acc<T>> &o, const Windows<T> &w,
+                                             const RowScalars<Acc<T>> &s, T *out, int thread, int step, int begin,
+                                             int end, Kept kept) {
     constexpr int U = BATCH<Rule::DETAIL>, N = Windows<T>::N;
     if (s.kind != Kind::LIVE) {
         fill_windows(w, narrow<T>(dead_value<Acc<T>>(s.kind)), out, thread, step, begin, end);
         return;
     }
-    // the thread that writes the own class's window (or edge) writes the class once more, behind it
+    // the thread that writes the own class's window (or edge) afterwards writes that class once more
     const bool owner = Rule::OWN && s.target >= 0 && w.thread_of(s.target, begin, end, step) == thread;
     T own = narrow<T>(Acc<T>(0));
     if constexpr (Rule::OWN) {
@@ -260,7 +279,9 @@ __device__ __forceinline__ void emit_windows(const Problem &p, const Operands<Ac
         }
 #pragma unroll
         for (int u = 0; u < U; u++) {
-            if (j + u < mine) emit_window<Rule>(p, o, s, w.first(i + u * step), windows[u], to + static_cast<int64_t>(i + u * step) * N);
+            if (j + u < mine)
+                emit_window<Rule>(p, o, s, w.first(i + u * step), windows[u],
+                                  to + static_cast<int64_t>(i + u * step) * N);
         }
     }
     if (begin == 0) {
@@ -275,9 +296,9 @@ __device__ __forceinline__ void emit_windows(const Problem &p, const Operands<Ac
     if (owner) out[s.target] = own;
 }
 
-// A row's operands, and its own class's logit after scale and cap.
+// The own class's logit after scale and cap.
 template <Detail D, class T>
-__device__ __forceinline__ Acc<T> own_logit(const Problem &p, const T *row, const Target<Acc<T>> &target) {
+__device__ __forceinline__ Acc<T> own_logit(const Params &p, const T *row, const Target<Acc<T>> &target) {
     using A = Acc<T>;
     if (target.index < 0) return A(0);
     const A x = widen<A>(row[target.index * p.x.class_stride]);
@@ -288,14 +309,15 @@ __device__ __forceinline__ Acc<T> own_logit(const Problem &p, const T *row, cons
     return x;
 }
 
-template <class A> __device__ __forceinline__ Operands<A> operands_of(const Problem &p, const void *t, const A *weight, int64_t row) {
-    return {t, weight, is_index(p.target) ? 0 : p.t.start(row)};
+template <class A>
+__device__ __forceinline__ Operands<A> operands_of(const Params &p, const Targets<A> &targets, int64_t row) {
+    return {targets, is_index(p.target) ? 0 : p.t.start(row)};
 }
 
 // Merges the states of a team's threads: all threads of the block call it, all get their team's state, and the scratch
 // memory of a state for each warp may be used again.
 template <class T, class A, Detail D>
-__device__ __forceinline__ State<A, D> merge_team(const Problem &p, State<A, D> state, int team, State<A, D> *scratch) {
+__device__ __forceinline__ State<A, D> merge_team(const Params &p, State<A, D> state, int team, State<A, D> *scratch) {
     state = merge_lanes<T>(p, state, min(team, WARP));
     if (team <= WARP) return state;
     const int lane = threadIdx.x % WARP;
@@ -306,32 +328,36 @@ __device__ __forceinline__ State<A, D> merge_team(const Problem &p, State<A, D> 
     return merge_lanes<T>(p, state, WARP);
 }
 
-// What a pass does for a row once its state is known, in one thread of its team: the loss, and what the backward needs.
+// Ends a row whose state is known, in one thread of its team: writes the loss and the statistics that the backward
+// needs.
 template <Detail D, class A>
-__device__ __forceinline__ double2 finish_row(const Problem &p, const Outputs<A> &out, const Target<A> &target, A x_t, const State<A, D> &state, int64_t row) {
+__device__ __forceinline__ double2 finish_row(const Params &p, const Outputs<A> &out, const Target<A> &target, A x_t,
+                                              const State<A, D> &state, int64_t row) {
     const A loss = loss_of<D>(p, target, x_t, state);
     if (out.loss) out.loss[row] = loss;
     write_statistics<D>(p, out.statistics, row, state);
     return {static_cast<double>(loss), static_cast<double>(target.weight)};
 }
 
-// Forward. Each team takes rows in turn; with gridDim.y > 1 a team of a whole block takes that part of its row, and leaves
-// the state for `merge_splits`. Reads E.
+// Forward. Each team takes rows in turn; with gridDim.y > 1 a team of a whole block takes that part of its row, and
+// leaves the state for `merge_splits`. Reads E.
 template <Detail D, class T>
-__device__ __forceinline__ void reduce_rows(const Problem &p, const T *x, const void *t, const Acc<T> *weight, Acc<T> *splits, const Outputs<Acc<T>> &out) {
+__device__ __forceinline__ void reduce_rows(const Params &p, const T *x, const Targets<Acc<T>> &targets, Acc<T> *splits,
+                                            const Outputs<Acc<T>> &out) {
     using A = Acc<T>;
     __shared__ double scratch[WARP];
     __shared__ State<A, D> states[WARP];
     const int team = p.team, thread = threadIdx.x % team, teams = blockDim.x / team;
     double2 total = {0, 0};
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * teams; first < p.rows; first += static_cast<int64_t>(gridDim.x) * teams) {
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * teams; first < p.rows;
+         first += static_cast<int64_t>(gridDim.x) * teams) {
         const int64_t row = first + threadIdx.x / team;
         const bool exists = row < p.rows;
         State<A, D> state = State<A, D>::empty();
         Target<A> target = {Kind::IGNORED, -1, A(0), A(0)};
         A x_t = A(0);
         if (exists) {
-            target = read_target(p, t, weight, row);
+            target = read_target(p, targets, row);
             const T *logits = x + p.x.start(row);
             x_t = own_logit<D>(p, logits, target);
             const Windows<T> w(logits, p.classes);
@@ -340,7 +366,8 @@ __device__ __forceinline__ void reduce_rows(const Problem &p, const T *x, const 
             const int begin = blockIdx.y == 0 ? 0 : max(1, min(w.count, static_cast<int>(blockIdx.y) * part));
             const int end = min(w.count, begin + part);
             if (target.kind == Kind::LIVE) {
-                state = reduce_windows<D, READ_BATCH<D, T>>(p, operands_of(p, t, weight, row), w, thread, team, begin, end, {nullptr, 0});
+                state = reduce_windows<D, READ_BATCH<D, T>>(p, operands_of(p, targets, row), w, thread, team, begin,
+                                                            end, {nullptr, 0});
             }
         }
         state = merge_team<T>(p, state, team, states);
@@ -352,12 +379,14 @@ __device__ __forceinline__ void reduce_rows(const Problem &p, const T *x, const 
         const double2 one = finish_row<D>(p, out, target, x_t, state, row);
         total.x += one.x, total.y += one.y;
     }
-    if (gridDim.y == 1 && (out.partials || out.result || out.denominator)) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
+    if (gridDim.y == 1 && (out.partials || out.result || out.denominator))
+        finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // The second stage of a forward whose rows were split over blocks, in one block: a warp merges the states of a row.
 template <Detail D, class T>
-__device__ __forceinline__ void merge_splits(const Problem &p, const T *x, const void *t, const Acc<T> *weight, const Acc<T> *splits, int count, const Outputs<Acc<T>> &out) {
+__device__ __forceinline__ void merge_splits(const Params &p, const T *x, const Targets<Acc<T>> &targets,
+                                             const Acc<T> *splits, int count, const Outputs<Acc<T>> &out) {
     using A = Acc<T>;
     __shared__ double scratch[WARP];
     const int lane = threadIdx.x % WARP;
@@ -371,7 +400,7 @@ __device__ __forceinline__ void merge_splits(const Problem &p, const T *x, const
         }
         state = merge_lanes<T>(p, state, WARP);
         if (lane != 0) continue;
-        const Target<A> target = read_target(p, t, weight, row);
+        const Target<A> target = read_target(p, targets, row);
         const double2 one = finish_row<D>(p, out, target, own_logit<D>(p, x + p.x.start(row), target), state, row);
         total.x += one.x, total.y += one.y;
     }
@@ -386,7 +415,9 @@ template <class A> struct StatisticsOutputs {
 };
 
 template <class A>
-__device__ __forceinline__ void write_row_statistics(const Problem &p, const StatisticsOutputs<A> &out, const Target<A> &target, A x_t, const State<A, STATISTICS> &state, int64_t row) {
+__device__ __forceinline__ void write_row_statistics(const Params &p, const StatisticsOutputs<A> &out,
+                                                     const Target<A> &target, A x_t, const State<A, STATISTICS> &state,
+                                                     int64_t row) {
     const A log_sum = log_sum_of(state.max, state.rest);
     const A lse = state.max + log_sum;
     const bool kept = target.kind != Kind::IGNORED;
@@ -401,55 +432,69 @@ __device__ __forceinline__ void write_row_statistics(const Problem &p, const Sta
 }
 
 template <class T>
-__device__ __forceinline__ void statistics_rows(const Problem &p, const T *x, const void *t, const Acc<T> *weight, const StatisticsOutputs<Acc<T>> &out) {
+__device__ __forceinline__ void statistics_rows(const Params &p, const T *x, const Targets<Acc<T>> &targets,
+                                                const StatisticsOutputs<Acc<T>> &out) {
     using A = Acc<T>;
     __shared__ State<A, STATISTICS> states[WARP];
     const int team = p.team, thread = threadIdx.x % team, teams = blockDim.x / team;
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * teams; first < p.rows; first += static_cast<int64_t>(gridDim.x) * teams) {
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * teams; first < p.rows;
+         first += static_cast<int64_t>(gridDim.x) * teams) {
         const int64_t row = first + threadIdx.x / team;
         const bool exists = row < p.rows;
         State<A, STATISTICS> state = State<A, STATISTICS>::empty();
         Target<A> target = {Kind::IGNORED, -1, A(0), A(0)};
         A x_t = A(0);
         if (exists) {
-            target = read_target(p, t, weight, row);
+            target = read_target(p, targets, row);
             const T *logits = x + p.x.start(row);
             x_t = own_logit<STATISTICS>(p, logits, target);
             const Windows<T> w(logits, p.classes);
-            state = reduce_windows<STATISTICS, BATCH<STATISTICS>>(p, operands_of(p, t, weight, row), w, thread, team, 0, w.count, {nullptr, 0});
+            state = reduce_windows<STATISTICS, BATCH<STATISTICS>>(p, operands_of(p, targets, row), w, thread, team, 0,
+                                                                  w.count, {nullptr, 0});
         }
         state = merge_team<T>(p, state, team, states);
         if (exists && thread == 0) write_row_statistics(p, out, target, x_t, state, row);
     }
 }
 
-// A row's numbers in the backward.
+// The operands of a backward beside the logits and their targets.
+template <class A> struct GradientInputs {
+    const A *statistics;  // the numbers of each row that the forward saved
+    const A *denominator; // the divisor of the forward
+    const A *upstream;    // a number for each row or one for all; null: ones
+};
+
+// A row's scalars in the backward.
 template <class Rule, class A>
-__device__ __forceinline__ RowScalars<A> saved_scalars(const Problem &p, const Target<A> &target, const A *statistics, const A *denominator, const A *upstream, int64_t row) {
-    const A g = (upstream ? upstream[p.upstream_rows ? row : 0] : A(1)) / *denominator;
-    const A mass = Rule::DETAIL >= UNIFORM ? read_mass(p, statistics, row) : A(0);
-    return RowScalars<A>::template gradient<Rule::DETAIL>(p, target, statistics[row], statistics[p.rows + row], mass, g);
+__device__ __forceinline__ RowScalars<A> saved_scalars(const Params &p, const Target<A> &target,
+                                                       const GradientInputs<A> &in, int64_t row) {
+    const A g = (in.upstream ? in.upstream[p.upstream_rows ? row : 0] : A(1)) / *in.denominator;
+    const A mass = Rule::DETAIL >= UNIFORM ? read_mass(p, in.statistics, row) : A(0);
+    const A max = in.statistics[row], rest = in.statistics[p.rows + row];
+    return RowScalars<A>::template gradient<Rule::DETAIL>(p, target, max, rest, mass, g);
 }
 
-// Cross-entropy backward: upstream / denominator * (softmax - onehot) * weight. Reads E, writes E, one launch. A team has a
-// row; with gridDim.y > 1 a part of it. The gradient may replace the logits (x null).
+// Cross-entropy backward: upstream / denominator * (softmax - onehot) * weight. Reads E, writes E, one launch. A team
+// has a row; with gridDim.y > 1 a part of it. The gradient may replace the logits (x null).
 template <class Rule, class T>
-__device__ __forceinline__ void emit_rows(const Problem &p, const T *x, const void *t, const Acc<T> *weight, const Acc<T> *statistics, const Acc<T> *denominator, const Acc<T> *upstream, T *out) {
+__device__ __forceinline__ void emit_rows(const Params &p, const T *x, const Targets<Acc<T>> &targets,
+                                          const GradientInputs<Acc<T>> &in, T *out) {
     using A = Acc<T>;
     if (!x) x = out;
     const int team = p.team, thread = threadIdx.x % team, teams = blockDim.x / team;
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * teams; first < p.rows; first += static_cast<int64_t>(gridDim.x) * teams) {
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * teams; first < p.rows;
+         first += static_cast<int64_t>(gridDim.x) * teams) {
         const int64_t row = first + threadIdx.x / team;
         if (row >= p.rows) continue;
-        const Target<A> target = read_target(p, t, weight, row);
-        const RowScalars<A> s = saved_scalars<Rule>(p, target, statistics, denominator, upstream, row);
+        const Target<A> target = read_target(p, targets, row);
+        const RowScalars<A> s = saved_scalars<Rule>(p, target, in, row);
         T *to = out + row * p.classes;
         const Windows<T> w = Windows<T>(x + p.x.start(row), p.classes).written_to(to);
         const int part = (w.count + gridDim.y - 1) / gridDim.y;
         // only the first part begins at 0, also where there is no window at all
         const int begin = blockIdx.y == 0 ? 0 : max(1, min(w.count, static_cast<int>(blockIdx.y) * part));
         const int end = min(w.count, begin + part);
-        emit_windows<Rule>(p, operands_of(p, t, weight, row), w, s, to, thread, team, begin, end, {nullptr, 0});
+        emit_windows<Rule>(p, operands_of(p, targets, row), w, s, to, thread, team, begin, end, {nullptr, 0});
     }
 }
 
@@ -494,16 +539,18 @@ __device__ __forceinline__ uint32_t cluster_address(const void *, unsigned) { re
 template <class A> __device__ __forceinline__ void cluster_load(A &, uint32_t) {}
 #endif
 
-// What a block of a cluster shows to the others.
+// The shared memory of a block that the other blocks of its cluster read.
 template <class A, Detail D> struct Exchange {
     State<A, D> state;
     A own_logit;
 };
 
-// Merges the states of the `blocks` blocks of a cluster, a power of two up to 16, and fetches the own logit from the block that
-// read it: all threads of all its blocks call it and get both, the same bits. The blocks' `shared` may be used again.
+// Merges the states of the `blocks` blocks of a cluster, a power of two up to 16, and fetches the own logit from the
+// block that read it: all threads of all its blocks call it and get both, the same bits. The blocks' `shared` may be
+// used again.
 template <class T, class A, Detail D>
-__device__ __forceinline__ void merge_cluster(const Problem &p, State<A, D> &state, A &own_logit, int owner, int blocks, Exchange<A, D> *shared) {
+__device__ __forceinline__ void merge_cluster(const Params &p, State<A, D> &state, A &own_logit, int owner, int blocks,
+                                              Exchange<A, D> *shared) {
     if (threadIdx.x == 0) {
         shared->state = state;
         shared->own_logit = own_logit;
@@ -513,23 +560,25 @@ __device__ __forceinline__ void merge_cluster(const Problem &p, State<A, D> &sta
     // neighbouring lanes fetch a block's state each, in one trip, and exchange them
     const unsigned rank = threadIdx.x & (blocks - 1);
     state.each([&](auto &field, int) {
-        // a field's address in the other block is that in this one
+        // a field has the same offset in the other block as in this one
         const ptrdiff_t offset = reinterpret_cast<const char *>(&field) - reinterpret_cast<const char *>(&state);
         cluster_load(field, cluster_address(reinterpret_cast<const char *>(&shared->state) + offset, rank));
     });
     state = merge_lanes<T>(p, state, blocks);
-    // nobody overwrites or leaves while others read
+    // no block overwrites its state, or exits, while others read it
     cluster_sync();
 }
 
-// Loss and gradient in one pass. A team (or, with CLUSTER, a cluster of blocks) reads its row once, keeps `Problem::kept` windows a thread
-// in shared memory, merges the states, and writes the gradient from what it kept. What does not fit is read a second time,
-// most recent first, which the second-level cache serves. Reads E, writes E.
+// Loss and gradient in one pass. A team (or, with CLUSTER, a cluster of blocks) reads its row once, keeps
+// `Params::kept` windows a thread in shared memory, merges the states, and writes the gradient from the kept windows.
+// The other windows are read a second time, the most recent first, which the second-level cache serves. Reads E, writes
+// E.
 //
-// The gradient may replace the logits (x null): a window is read, and written, by one thread alone, and the own logits are
-// read before the barriers (or the shuffles) of the merge.
+// The gradient may replace the logits (x null): a window is read, and written, by one thread alone, and the own logits
+// are read before the barriers (or the shuffles) of the merge.
 template <class Rule, bool CLUSTER, class T>
-__device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, const void *t, const Acc<T> *weight, const double *counts, const Outputs<Acc<T>> &out) {
+__device__ __forceinline__ void fused_rows(const Params &p, const T *x, T *to, const Targets<Acc<T>> &targets,
+                                           const double *counts, const Outputs<Acc<T>> &out) {
     using A = Acc<T>;
     constexpr Detail D = Rule::DETAIL;
     extern __shared__ uint4 slots[];
@@ -542,9 +591,10 @@ __device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, 
     const int size = CLUSTER ? cluster_size() : 1, rank = CLUSTER ? cluster_rank() : 0;
     const int blocks = gridDim.x / size, block = blockIdx.x / size;
     const int thread = threadIdx.x % team + rank * blockDim.x, threads = team * size;
-    const A upstream = A(1) / denominator_of(p, t, weight, counts, scratch);
+    const A upstream = A(1) / denominator_of(p, targets, counts, scratch);
     double2 total = {0, 0};
-    for (int64_t first = static_cast<int64_t>(block) * teams; first < p.rows; first += static_cast<int64_t>(blocks) * teams) {
+    for (int64_t first = static_cast<int64_t>(block) * teams; first < p.rows;
+         first += static_cast<int64_t>(blocks) * teams) {
         const int64_t row = first + threadIdx.x / team;
         const bool exists = row < p.rows;
         State<A, D> state = State<A, D>::empty();
@@ -555,13 +605,14 @@ __device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, 
         const T *logits = x + p.x.start(at);
         T *gradient = to + at * p.classes;
         const Windows<T> w(logits, p.classes);
-        const Operands<A> o = operands_of(p, t, weight, at);
+        const Operands<A> o = operands_of(p, targets, at);
         if (exists) {
-            target = read_target(p, t, weight, row);
+            target = read_target(p, targets, row);
             // in a cluster, by the block that will overwrite it
             owner = w.thread_of(max(0, target.index), 0, w.count, threads) / blockDim.x;
             if (!CLUSTER || owner == rank) x_t = own_logit<D>(p, logits, target);
-            if (target.kind == Kind::LIVE) state = reduce_windows<D, BATCH<D>>(p, o, w, thread, threads, 0, w.count, kept);
+            if (target.kind == Kind::LIVE)
+                state = reduce_windows<D, BATCH<D>>(p, o, w, thread, threads, 0, w.count, kept);
         }
         state = merge_team<T>(p, state, team, states);
         if constexpr (CLUSTER) merge_cluster<T>(p, state, x_t, owner, size, &exchange);
@@ -570,7 +621,8 @@ __device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, 
             const double2 one = finish_row<D>(p, out, target, x_t, state, row);
             total.x += one.x, total.y += one.y;
         }
-        RowScalars<A> s = RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(p, state), upstream);
+        RowScalars<A> s =
+            RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(p, state), upstream);
         const Windows<T> written = w.written_to(gradient);
         emit_windows<Rule>(p, o, written, s, gradient, thread, threads, 0, written.count, kept);
     }
@@ -579,15 +631,15 @@ __device__ __forceinline__ void fused_rows(const Problem &p, const T *x, T *to, 
 }
 
 // log-softmax: x - m - log-sum. Reads E once, writes E; as `fused_rows` with another rule.
-template <class T>
-__device__ __forceinline__ void log_softmax_rows(const Problem &p, const T *x, T *to) {
+template <class T> __device__ __forceinline__ void log_softmax_rows(const Params &p, const T *x, T *to) {
     using A = Acc<T>;
     extern __shared__ uint4 slots[];
     __shared__ State<A, PLAIN> states[WARP];
     const Kept kept = {slots + threadIdx.x, p.kept};
-    const Operands<A> none = {nullptr, nullptr, 0};
+    const Operands<A> none = {{nullptr, nullptr}, 0};
     const int team = p.team, thread = threadIdx.x % team, teams = blockDim.x / team;
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * teams; first < p.rows; first += static_cast<int64_t>(gridDim.x) * teams) {
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * teams; first < p.rows;
+         first += static_cast<int64_t>(gridDim.x) * teams) {
         const int64_t row = first + threadIdx.x / team;
         const bool exists = row < p.rows;
         const int64_t at = exists ? row : 0;
@@ -598,7 +650,8 @@ __device__ __forceinline__ void log_softmax_rows(const Problem &p, const T *x, T
         state = merge_team<T>(p, state, team, states);
         if (!exists) continue;
         const Windows<T> written = w.written_to(result);
-        emit_windows<LogProbs>(p, none, written, RowScalars<A>::of(state.max, state.rest), result, thread, team, 0, written.count, kept);
+        emit_windows<LogProbs>(p, none, written, RowScalars<A>::of(state.max, state.rest), result, thread, team, 0,
+                               written.count, kept);
     }
 }
 

@@ -1,15 +1,21 @@
-// The softmax family: one problem for each row of classes. What every pass of it shares.
+// The softmax family, which computes something for each row of classes: the definitions that all of its passes share.
 //
-//   m        the row's largest logit                      rest = sum exp(x - m) without the term of one maximum
-//   log-sum  log sum exp(x - m) = log1p(rest)             p    = exp(x - m) / (1 + rest)
-//   loss     w[t] (log-sum - (x[t] - m)), and with further numbers q for all classes (label smoothing, probability
-//            targets) mass * log-sum - linear, where mass = sum q and linear = sum q (x - m)
-//   gradient upstream / denominator * (slope p - q), the own class's w[t] counted into q and mass; slope = mass + 2 z lse
+//   own      the target class, and its logit x[t] and weight w[t]
+//   m        the row's largest logit
+//   rest     sum exp(x - m) without the term of one maximum
+//   log-sum  log sum exp(x - m) = log1p(rest)
+//   p        exp(x - m) / (1 + rest), the probability of a class
+//   q        the weighted and smoothed target distribution, without the own class's w[t]
+//   mass     sum q
+//   linear   sum q (x - m)
+//   loss     w[t] (log-sum - (x[t] - m)) and, with label smoothing or probability targets, mass log-sum - linear
+//   upstream the gradient of the final result with respect to the loss
+//   gradient upstream / denominator * (slope p - q), where q and mass include the own class's w[t], and
+//            slope = mass + 2 z lse
 //
-// Leaving one maximum out of the sum keeps the relative accuracy of a confident row: its loss log1p(rest), and
-// 1 - p = rest / (1 + rest) in the gradient at its most probable class, however small they are.
-//
-// Where to find what
+// Leaving one maximum out of the sum keeps the relative accuracy of a confident row, however small its loss log1p(rest)
+// is, and 1 - p = rest / (1 + rest) in the gradient at its most probable class.
+// The files
 //   state.cuh       options, targets, the state of a row and how states merge, the value written for a logit
 //   rows.cuh        passes over rows of adjacent classes, in aligned windows of 16 bytes
 //   registers.cuh   passes over rows that fit into the registers of a part of a warp
@@ -24,21 +30,23 @@ namespace fused_loss {
 namespace softmax {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Options: mirrored by `Problem` in src/softmax/cuda/call.rs
+// Options: mirrored by `SoftmaxParams` in src/softmax/cuda/params.rs
 
-struct Problem : RowParams {
-    Strides x;            // the logits
-    Strides t;            // probability targets
-    double spread;        // label smoothing / classes
-    double mass;          // the sum of a row's q without its own class; NaN where that is each row's own
-    double scale;         // logit scale
-    double softcap;       // 0: none
-    double inverse_cap;   // 1 / softcap
+struct Params : RowParams {
+    Strides x;      // the logits
+    Strides t;      // probability targets
+    double spread;  // label smoothing / classes
+    double mass;    // the sum of q without the own class, unless `row_mass`
+    double scale;   // logit scale
+    double softcap; // the soft cap and 1 / softcap, if `capped`
+    double inverse_cap;
     double z_loss;
-    int team;             // threads that share a row: a power of two up to 32, or the whole block
-    int kept;             // windows of a row that a thread keeps in shared memory between its two passes over them
-    int upstream_rows;    // whether the upstream gradient has a number for each row, or one for all
-    int class_last;       // gradients are written in the order (outer, inner, class), else (outer, class, inner)
+    int row_mass;      // whether the sum of q without the own class differs between rows
+    int capped;        // whether there is a soft cap
+    int team;          // threads that share a row: a power of two up to 32, or the whole block
+    int kept;          // windows of a row that a thread keeps in shared memory between its two passes over them
+    int upstream_rows; // whether the upstream gradient has a number for each row, or one for all
+    int class_last;    // gradients are written in the order (outer, inner, class), else (outer, class, inner)
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -46,9 +54,10 @@ struct Problem : RowParams {
 
 // exp(d) for a difference d = x - m <= 0 of logits of type T.
 //
-// The subtraction comes first and is exact or nearly so; exp2(x log2e - m log2e) in one fused multiply-add would save an
-// instruction and lose everything to a common offset of the logits. For 16-bit logits: one multiplication and one ex2, a
-// relative error of |d| 2^-24 or so. For f32 there is time for CUDA's expf, which stays within 2 ulp.
+// The subtraction comes first and is exact or nearly so; exp2(x log2e - m log2e) in one fused multiply-add would save
+// an instruction, but lose all accuracy where the logits have a large offset in common. For 16-bit logits: one
+// multiplication and one ex2, a relative error of |d| 2^-24 or so. For f32 there is time for CUDA's expf, which stays
+// within 2 ulp.
 template <class T> __device__ __forceinline__ float exp_below(float d) {
     float e;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(d * 1.44269504f));
@@ -71,12 +80,12 @@ template <class A> __device__ __forceinline__ A log_sum_of(A max, A rest) {
     return is_finite(max) ? log1p_(rest) : quiet_nan<A>();
 }
 
-// tanh(x), and 1 - tanh(x)^2 without its cancellation.
+// tanh(x), and 1 - tanh(x)^2 computed without cancellation.
 __device__ __forceinline__ float tanh_and_slope(float x, float &slope) {
     const float e = expf(-2.0f * fabsf(x)), s = 1.0f + e, x2 = x * x;
     // the denominators are in [1, 4], where the fast division is within 2 ulp
     slope = __fdividef(4.0f * e, s * s);
-    // below 1/4, 1 - e cancels: the Taylor series instead, its next term is below 1e-8
+    // below 1/4, where 1 - e cancels, the Taylor series, whose next term is below 1e-8
     const float series = fmaf(x2, fmaf(x2, fmaf(x2, fmaf(x2, 62.0f / 2835, -17.0f / 315), 2.0f / 15), -1.0f / 3), 1.0f);
     return fabsf(x) < 0.25f ? x * series : copysignf(__fdividef(1.0f - e, s), x);
 }
@@ -87,32 +96,32 @@ __device__ __forceinline__ double tanh_and_slope(double x, double &slope) {
 }
 
 // A logit after scale and soft cap, and the soft cap's derivative.
-template <class A> __device__ __forceinline__ A transform(const Problem &p, A x, A &slope) {
+template <class A> __device__ __forceinline__ A transform(const Params &p, A x, A &slope) {
     slope = A(1);
     if (p.scale != 1.0) x *= A(p.scale);
-    if (p.softcap != 0.0) x = A(p.softcap) * tanh_and_slope(x * A(p.inverse_cap), slope);
+    if (p.capped) x = A(p.softcap) * tanh_and_slope(x * A(p.inverse_cap), slope);
     return x;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The state of a row
 
-// How much a pass has to know of each row.
+// The numbers that a pass reduces each row to.
 enum Detail : int {
-    PLAIN,       // maximum and rest: class indices without smoothing, scale or cap
-    UNIFORM,     // class indices and one q for all classes, a positive scale; see below
-    GENERAL,     // the numbers q too
-    STATISTICS,  // entropy and arg max too
+    PLAIN,      // maximum and rest: class indices without smoothing, scale or cap
+    UNIFORM,    // class indices and one q for all classes, a positive scale; see below
+    GENERAL,    // linear and mass too
+    STATISTICS, // entropy and arg max too
 };
 
-// UNIFORM is what label smoothing without class weights, z-loss and a logit scale make of PLAIN, in f32 arithmetic. Its maxima
-// are those of the logits as they are, and the scale goes into the exponentials' factor: exp(scale (x - m)). `linear` and `mass`
-// have UNIT in place of q until the loss is computed; a power of two, so that products with it are exact, and small, so that
-// logits such as the lowest of bf16 may be added.
+// UNIFORM adds label smoothing without class weights, z-loss and a logit scale to PLAIN, in f32 arithmetic. Its maxima
+// are those of the logits before the scale, which becomes part of the exponentials' factor: exp(scale (x - m)). Until
+// the loss is computed, `linear` and `mass` have UNIT in place of q. UNIT is a power of two, so that products with it
+// are exact, and small, so that logits such as the lowest of bf16 can be summed.
 constexpr float UNIT = 1.0f / 4294967296.0f;
 
 // exp of a difference of logits.
-template <Detail D, class T, class A> __device__ __forceinline__ A exp_of(const Problem &p, A d) {
+template <Detail D, class T, class A> __device__ __forceinline__ A exp_of(const Params &p, A d) {
     if constexpr (D == UNIFORM) {
         return exp_below<T>(d, static_cast<float>(p.scale));
     } else {
@@ -121,16 +130,18 @@ template <Detail D, class T, class A> __device__ __forceinline__ A exp_of(const 
 }
 
 // A difference of logits after the scale.
-template <Detail D, class A> __device__ __forceinline__ A scaled(const Problem &p, A d) { return D == UNIFORM ? A(p.scale) * d : d; }
+template <Detail D, class A> __device__ __forceinline__ A scaled(const Params &p, A d) {
+    return D == UNIFORM ? A(p.scale) * d : d;
+}
 
 constexpr int NO_CLASS = 0x7fffffff;
 
-// Some classes of a row, reduced. Fields beyond `Detail` are not touched, and cost nothing.
+// The state of some classes of a row. Fields that `Detail` does not need are never touched, and cost nothing.
 template <class A, Detail D> struct State {
-    A max, rest;     // rest: sum exp(x - max) without the term of one maximum; 0 while all is -inf, NaN after a NaN
-    A linear, mass;  // sum q (x - max), sum q
-    A moment;        // sum exp(x - max) (x - max)
-    A top;           // the largest probability of the target
+    A max, rest;    // rest: sum exp(x - max) without the term of one maximum; 0 while all is -inf, NaN after a NaN
+    A linear, mass; // sum q (x - max), sum q
+    A moment;       // sum exp(x - max) (x - max)
+    A top;          // the largest probability of the target
     int argmax, top_class;
 
     State() = default;
@@ -138,7 +149,8 @@ template <class A, Detail D> struct State {
     __device__ __forceinline__ State &operator=(const State &from) {
         max = from.max, rest = from.rest;
         if constexpr (D >= UNIFORM) linear = from.linear, mass = from.mass;
-        if constexpr (D >= STATISTICS) moment = from.moment, top = from.top, argmax = from.argmax, top_class = from.top_class;
+        if constexpr (D >= STATISTICS)
+            moment = from.moment, top = from.top, argmax = from.argmax, top_class = from.top_class;
         return *this;
     }
 
@@ -164,21 +176,22 @@ template <class A, Detail D> struct State {
     }
 };
 
-// The state of two sets of classes. Commutative to the bit, so that a butterfly of lanes ends with the same bits in all.
+// The state of two sets of classes. It is commutative to the bit, so that all lanes of a butterfly end with the same
+// bits.
 template <class T, class A, Detail D>
-__device__ __forceinline__ State<A, D> merge(const Problem &p, const State<A, D> &a, const State<A, D> &b) {
+__device__ __forceinline__ State<A, D> merge(const Params &p, const State<A, D> &a, const State<A, D> &b) {
     const A max = max_(a.max, b.max);
     const bool a_at = a.max == max, b_at = b.max == max;
-    // by how much the lower of both falls short; never -inf - -inf
+    // how far the lower maximum lies below the higher one; never -inf - -inf
     const A low = a_at ? b.max : a.max;
     const A shift = low == -infinity<A>() ? A(0) : low - max;
     const A shrink = low == -infinity<A>() ? A(0) : exp_of<D, T>(p, shift);
     State<A, D> s;
     s.max = max;
-    // a lower side's own maximum counts again; a NaN in a rest stays one through the product
+    // the lower side's maximum becomes a term of rest again; a NaN in a rest survives the product
     const A from_a = a_at ? a.rest : (A(1) + a.rest) * shrink;
     const A from_b = b_at ? b.rest : (A(1) + b.rest) * shrink;
-    // where both have it, only one of the two maxima is left out
+    // where both sides have the maximum, only one of the two is left out
     s.rest = (from_a + from_b) + (a_at && b_at && max != -infinity<A>() ? A(1) : A(0));
     if constexpr (D >= UNIFORM) {
         s.linear = (a.linear + (a_at ? A(0) : a.mass * shift)) + (b.linear + (b_at ? A(0) : b.mass * shift));
@@ -196,13 +209,15 @@ __device__ __forceinline__ State<A, D> merge(const Problem &p, const State<A, D>
 }
 
 // The sum of q without the own class.
-template <class A, Detail D> __device__ __forceinline__ A mass_of(const Problem &p, const State<A, D> &s) {
+template <class A, Detail D> __device__ __forceinline__ A mass_of(const Params &p, const State<A, D> &s) {
     if constexpr (D >= GENERAL) return s.mass;
     return D == UNIFORM ? A(p.mass) : A(0);
 }
 
-// Merges the states of `width` neighbouring lanes, a power of two up to 32; all lanes of the warp call it and all get it.
-template <class T, class A, Detail D> __device__ __forceinline__ State<A, D> merge_lanes(const Problem &p, State<A, D> s, int width) {
+// Merges the states of `width` neighbouring lanes, a power of two up to 32; all lanes of the warp call it and all get
+// it.
+template <class T, class A, Detail D>
+__device__ __forceinline__ State<A, D> merge_lanes(const Params &p, State<A, D> s, int width) {
     for (int step = width / 2; step > 0; step /= 2) {
         State<A, D> other = s;
         other.each([&](auto &field, int) { field = __shfl_xor_sync(ALL_LANES, field, step); });
@@ -211,16 +226,14 @@ template <class T, class A, Detail D> __device__ __forceinline__ State<A, D> mer
     return s;
 }
 
-// The operands of a row that passes read beside its logits.
-template <class A> struct Operands {
-    const void *t;        // targets
-    const A *weight;      // class weights or null
-    int64_t t_start;      // where the row's probabilities begin
+// The operands that passes read beside a row's logits.
+template <class A> struct Operands : Targets<A> {
+    int64_t t_start; // where the row's probabilities begin
 };
 
 // The probabilities of N neighbouring classes from `first` on, 0 behind the row's end.
 template <class A, int N>
-__device__ __forceinline__ void load_probabilities(const Problem &p, const Operands<A> &o, int first, A (&q)[N]) {
+__device__ __forceinline__ void load_probabilities(const Params &p, const Operands<A> &o, int first, A (&q)[N]) {
     const auto load = [&](auto t) {
 #pragma unroll
         for (int k = 0; k < N; k++) {
@@ -232,13 +245,17 @@ __device__ __forceinline__ void load_probabilities(const Problem &p, const Opera
     case DType::F16: return load(static_cast<const f16 *>(o.t));
     case DType::BF16: return load(static_cast<const bf16 *>(o.t));
     case DType::F32: return load(static_cast<const float *>(o.t));
-    default: return load(static_cast<const double *>(o.t));
+    case DType::F64: return load(static_cast<const double *>(o.t));
+    case DType::U8:
+    case DType::U32:
+    case DType::I32:
+    case DType::I64: return; // class indices: no caller asks for their probabilities
     }
 }
 
 // The numbers q of N neighbouring classes from `first` on; behind the row's end they mean nothing.
 template <class A, int N>
-__device__ __forceinline__ void load_q(const Problem &p, const Operands<A> &o, int first, A (&q)[N]) {
+__device__ __forceinline__ void load_q(const Params &p, const Operands<A> &o, int first, A (&q)[N]) {
     const A keep = A(p.keep), spread = A(p.spread);
     if (is_index(p.target)) {
 #pragma unroll
@@ -284,7 +301,7 @@ template <> struct Unit<bf16> : PairUnit<bf16, __nv_bfloat162, 0xff80ff80u> {
     __device__ __forceinline__ float logit(int k) const { return __uint_as_float(k ? bits & 0xffff0000u : bits << 16); }
 };
 
-// A match: the larger one is the winner, also against a NaN; the loser is NaN if one of both is.
+// A match: the larger logit wins, as does a number against a NaN; the loser is NaN if either of the two is.
 __device__ __forceinline__ void match(Unit<float> &winner, Unit<float> &other) {
     const float a = winner.bits, b = other.bits;
     winner.bits = fmaxf(a, b);
@@ -300,14 +317,14 @@ template <class X> __device__ __forceinline__ void match(Unit<X> &winner, Unit<X
     other = Unit<X>::of(__hmin2_nan(a, b));
 }
 
-// The largest of some logits, and, for units of two, the one that lost the last match to it.
+// The largest of some logits and, for units of two, the logit that lost the last match against it.
 struct Winner {
     float logit, loser;
-    bool nan;   // there is nothing else than NaN
+    bool nan; // all logits are NaN
 };
 
 // A tournament: returns the winner (-inf in place of a NaN) and leaves the losers in x[1], x[2], …: all logits but one
-// maximum. What has to be left out of the sum is left out at the price of finding the maximum, without a second comparison.
+// maximum. The comparisons that find the maximum also take it out of the sum.
 template <class X, int COUNT> __device__ __forceinline__ Winner tournament(Unit<X> (&x)[COUNT]) {
 #pragma unroll
     for (int step = 1; step < COUNT; step *= 2) {
@@ -324,7 +341,9 @@ template <class X, int COUNT> __device__ __forceinline__ Winner tournament(Unit<
 }
 
 // sum exp(x - reference) of a tournament's losers, for logits of type T; in sums that do not wait for each other.
-template <Detail D, class T, class X, int COUNT> __device__ __forceinline__ float sum_losers(const Problem &p, const Winner &winner, const Unit<X> (&x)[COUNT], float reference) {
+template <Detail D, class T, class X, int COUNT>
+__device__ __forceinline__ float sum_losers(const Params &p, const Winner &winner, const Unit<X> (&x)[COUNT],
+                                            float reference) {
     constexpr int SUMS = 4;
     float sums[SUMS] = {};
     if constexpr (Unit<X>::LOGITS == 2) sums[0] = exp_of<D, T>(p, winner.loser - reference);
@@ -337,11 +356,12 @@ template <Detail D, class T, class X, int COUNT> __device__ __forceinline__ floa
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// What exponentials are relative to: the maximum, or 0 where all is -inf.
+// The number that is subtracted ahead of exponentials: the maximum, or 0 where all logits are -inf.
 template <class A> __device__ __forceinline__ A reference_of(A max) { return max == -infinity<A>() ? A(0) : max; }
 
 // The state of logits of type T, stored as X, but for `linear` and `mass`: one exponential each. The logits are lost.
-template <Detail D, class T, class X, int COUNT> __device__ __forceinline__ State<float, D> state_of(const Problem &p, Unit<X> (&x)[COUNT]) {
+template <Detail D, class T, class X, int COUNT>
+__device__ __forceinline__ State<float, D> state_of(const Params &p, Unit<X> (&x)[COUNT]) {
     const Winner winner = tournament(x);
     State<float, D> state = State<float, D>::empty();
     state.max = winner.logit;
@@ -349,8 +369,9 @@ template <Detail D, class T, class X, int COUNT> __device__ __forceinline__ Stat
     return state;
 }
 
-// The same of logits x[0], x[1], … of which some are there, the others -inf, and complete.
-template <Detail D, class T, int COUNT, class F> __device__ __forceinline__ State<float, D> state_of_logits(const Problem &p, const float (&x)[COUNT], F exists) {
+// As `state_of`, with `linear` and `mass`; logits x[i] for which exists(i) is false are -inf.
+template <Detail D, class T, int COUNT, class F>
+__device__ __forceinline__ State<float, D> state_of_logits(const Params &p, const float (&x)[COUNT], F exists) {
     Unit<float> units[COUNT];
 #pragma unroll
     for (int i = 0; i < COUNT; i++) units[i] = {x[i]};
@@ -359,7 +380,8 @@ template <Detail D, class T, int COUNT, class F> __device__ __forceinline__ Stat
         if (p.spread != 0.0) {
 #pragma unroll
             for (int i = 0; i < COUNT; i++) {
-                if (exists(i)) state.linear = fmaf(x[i] - reference_of(state.max), UNIT, state.linear), state.mass += UNIT;
+                if (exists(i))
+                    state.linear = fmaf(x[i] - reference_of(state.max), UNIT, state.linear), state.mass += UNIT;
             }
         }
     }
@@ -371,13 +393,16 @@ template <Detail D, class T, int COUNT, class F> __device__ __forceinline__ Stat
 //
 // The maximum comes first, then one exponential for each logit relative to it, then one merge for all of them.
 template <Detail D, class T, int U, int N, class A, class F>
-__device__ __forceinline__ void absorb(State<A, D> &state, const Problem &p, const Operands<A> &o, int first, int step, F logit) {
+__device__ __forceinline__ void absorb(State<A, D> &state, const Params &p, const Operands<A> &o, int first, int step,
+                                       F logit) {
     // doubles take another register for each comparison's result, and are bound by their arithmetic anyway
     if constexpr (D <= UNIFORM && sizeof(A) == sizeof(float)) {
         A logits[U * N];
 #pragma unroll
         for (int i = 0; i < U * N; i++) logits[i] = logit(i / N, i % N);
-        state = merge<T>(p, state, state_of_logits<D, T>(p, logits, [&](int i) { return first + i / N * step + i % N < p.classes; }));
+        state =
+            merge<T>(p, state,
+                     state_of_logits<D, T>(p, logits, [&](int i) { return first + i / N * step + i % N < p.classes; }));
         return;
     }
     State<A, D> part = State<A, D>::empty();
@@ -453,16 +478,16 @@ __device__ __forceinline__ void absorb(State<A, D> &state, const Problem &p, con
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A row's loss and the numbers its gradient is made of
+// A row's loss and the scalars of its gradient
 
 // z lse^2
-template <class A> __device__ __forceinline__ A z_loss_of(const Problem &p, A lse) {
+template <class A> __device__ __forceinline__ A z_loss_of(const Params &p, A lse) {
     return p.z_loss == 0.0 ? A(0) : A(p.z_loss) * lse * lse;
 }
 
 // The loss of a row; `x_t` is its own class's logit after scale and cap.
 template <Detail D, class A>
-__device__ __forceinline__ A loss_of(const Problem &p, const Target<A> &target, A x_t, const State<A, D> &state) {
+__device__ __forceinline__ A loss_of(const Params &p, const Target<A> &target, A x_t, const State<A, D> &state) {
     if (target.kind == Kind::IGNORED) return A(0);
     if (target.kind == Kind::BAD) return quiet_nan<A>();
     const A log_sum = log_sum_of(state.max, state.rest);
@@ -480,14 +505,14 @@ __device__ __forceinline__ A loss_of(const Problem &p, const Target<A> &target, 
 
 template <class A> struct RowScalars {
     Kind kind;
-    int target;      // own class, or -1
+    int target; // own class, or -1
     A own;
     A max;
-    A inverse;       // 1 / sum exp(x - m)
-    A log_sum;       // log sum exp(x - m)
-    A confident;     // rest / (1 + rest): 1 - p of the most probable class
-    A slope, mass;   // the factor of p, and the sum of the row's q
-    A upstream;      // upstream gradient over the denominator, times the logit scale
+    A inverse;     // 1 / sum exp(x - m)
+    A log_sum;     // log sum exp(x - m)
+    A confident;   // rest / (1 + rest): 1 - p of the most probable class
+    A slope, mass; // the factor of p, and the sum of the row's q
+    A upstream;    // upstream gradient over the denominator, times the logit scale
 
     __device__ __forceinline__ static RowScalars of(A max, A rest) {
         RowScalars s;
@@ -505,7 +530,8 @@ template <class A> struct RowScalars {
 
     // `mass` is the sum of q without the own class, `upstream` already over the denominator.
     template <Detail D>
-    __device__ __forceinline__ static RowScalars gradient(const Problem &p, const Target<A> &target, A max, A rest, A mass, A upstream) {
+    __device__ __forceinline__ static RowScalars gradient(const Params &p, const Target<A> &target, A max, A rest,
+                                                          A mass, A upstream) {
         RowScalars s = of(max, rest);
         s.kind = target.kind;
         s.target = target.index;
@@ -523,44 +549,50 @@ template <class A> struct RowScalars {
 };
 
 // upstream (slope p - q)
-template <Detail D, class T, class A> __device__ __forceinline__ A gradient_value(const Problem &problem, const RowScalars<A> &s, A x, A q) {
-    const A p = exp_of<D, T>(problem, x - s.max) * s.inverse;
+template <Detail D, class T, class A>
+__device__ __forceinline__ A gradient_value(const Params &params, const RowScalars<A> &s, A x, A q) {
+    const A p = exp_of<D, T>(params, x - s.max) * s.inverse;
     // at the most probable class, slope p - q = (mass - q) - mass (1 - p) + (slope - mass) p does not cancel
     const A g = x == s.max ? (s.mass - q) - s.mass * s.confident + (s.slope - s.mass) * p : s.slope * p - q;
     return s.upstream * g;
 }
 
-// A rule makes what a pass writes for N neighbouring logits x, the first of them of class `first`, from their row's
-// numbers. `DETAIL` is what it has to know of the row; `OWN` says that it leaves the own class to `own_value`, which one
-// thread calls once a row.
+// A rule computes the values that a pass writes for N neighbouring logits x, the first of which is of class `first`,
+// from the scalars of their row. `DETAIL` says which numbers of the row it needs. With `OWN` it leaves the own class to
+// `own_value`, which one thread calls once a row.
 
 // upstream (p - onehot) w[t]: for a class that is not the own one a subtraction, an exponential and a multiplication
 struct PlainGradient {
     static constexpr Detail DETAIL = PLAIN;
     static constexpr bool OWN = true;
     template <class T, int N, class A>
-    __device__ __forceinline__ static void emit(const Problem &, const Operands<A> &, const RowScalars<A> &s, int, const A (&x)[N], A (&y)[N]) {
+    __device__ __forceinline__ static void emit(const Params &, const Operands<A> &, const RowScalars<A> &s, int,
+                                                const A (&x)[N], A (&y)[N]) {
         const A factor = s.upstream * s.slope * s.inverse;
 #pragma unroll
         for (int k = 0; k < N; k++) y[k] = exp_below<T>(x[k] - s.max) * factor;
     }
-    template <class T, class A> __device__ __forceinline__ static A own_value(const Problem &p, const RowScalars<A> &s, A x) {
+    template <class T, class A>
+    __device__ __forceinline__ static A own_value(const Params &p, const RowScalars<A> &s, A x) {
         return gradient_value<PLAIN, T>(p, s, x, s.own);
     }
 };
 
-// upstream (slope p - q), the own class's with its weight: with one q, a subtraction, an exponential and a multiply-add. Other
-// classes than the own one need no care at the largest logit: their q is small beside their slope p there, if they are many.
+// upstream (slope p - q) with one q, to which the own class adds its weight: a subtraction, an exponential and a
+// multiply-add. At the largest logit, classes other than the own one need no care: among many classes, their q is small
+// beside slope p.
 struct UniformGradient {
     static constexpr Detail DETAIL = UNIFORM;
     static constexpr bool OWN = true;
     template <class T, int N, class A>
-    __device__ __forceinline__ static void emit(const Problem &p, const Operands<A> &, const RowScalars<A> &s, int, const A (&x)[N], A (&y)[N]) {
+    __device__ __forceinline__ static void emit(const Params &p, const Operands<A> &, const RowScalars<A> &s, int,
+                                                const A (&x)[N], A (&y)[N]) {
         const A factor = s.upstream * s.slope * s.inverse, q = s.upstream * A(p.spread);
 #pragma unroll
         for (int k = 0; k < N; k++) y[k] = fma_(exp_of<UNIFORM, T>(p, x[k] - s.max), factor, -q);
     }
-    template <class T, class A> __device__ __forceinline__ static A own_value(const Problem &p, const RowScalars<A> &s, A x) {
+    template <class T, class A>
+    __device__ __forceinline__ static A own_value(const Params &p, const RowScalars<A> &s, A x) {
         return gradient_value<UNIFORM, T>(p, s, x, s.own + A(p.spread));
     }
 };
@@ -570,7 +602,8 @@ struct GeneralGradient {
     static constexpr Detail DETAIL = GENERAL;
     static constexpr bool OWN = false;
     template <class T, int N, class A>
-    __device__ __forceinline__ static void emit(const Problem &p, const Operands<A> &o, const RowScalars<A> &s, int first, const A (&x)[N], A (&y)[N]) {
+    __device__ __forceinline__ static void emit(const Params &p, const Operands<A> &o, const RowScalars<A> &s,
+                                                int first, const A (&x)[N], A (&y)[N]) {
         A q[N];
         load_q<A, N>(p, o, first, q);
 #pragma unroll
@@ -578,7 +611,7 @@ struct GeneralGradient {
             A slope;
             const A v = transform(p, x[k], slope);
             y[k] = gradient_value<GENERAL, T>(p, s, v, first + k == s.target ? s.own + q[k] : q[k]);
-            if (p.softcap != 0.0) y[k] *= slope;
+            if (p.capped) y[k] *= slope;
         }
     }
 };
@@ -588,34 +621,35 @@ struct LogProbs {
     static constexpr Detail DETAIL = PLAIN;
     static constexpr bool OWN = false;
     template <class T, int N, class A>
-    __device__ __forceinline__ static void emit(const Problem &, const Operands<A> &, const RowScalars<A> &s, int, const A (&x)[N], A (&y)[N]) {
+    __device__ __forceinline__ static void emit(const Params &, const Operands<A> &, const RowScalars<A> &s, int,
+                                                const A (&x)[N], A (&y)[N]) {
 #pragma unroll
         for (int k = 0; k < N; k++) y[k] = (x[k] - s.max) - s.log_sum;
     }
 };
 
-// What is written for all classes of a row that doesn't count (whatever its logits are), or whose target is bad.
-template <class A> __device__ __forceinline__ A dead_value(Kind kind) { return kind == Kind::IGNORED ? A(0) : quiet_nan<A>(); }
+// The value for all classes of a row that is ignored, whatever its logits are, or that has a bad target.
+template <class A> __device__ __forceinline__ A dead_value(Kind kind) {
+    return kind == Kind::IGNORED ? A(0) : quiet_nan<A>();
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What a reduction leaves behind, and the scalar loss
-
-// Whether the sum of q without the own class differs between rows.
-__device__ __forceinline__ bool own_mass(const Problem &p) { return p.mass != p.mass; }
+// The statistics that a forward saves of a row
 
 template <Detail D, class A>
-__device__ __forceinline__ void write_statistics(const Problem &p, A *statistics, int64_t row, const State<A, D> &state) {
+__device__ __forceinline__ void write_statistics(const Params &p, A *statistics, int64_t row,
+                                                 const State<A, D> &state) {
     if (!statistics) return;
     statistics[row] = state.max;
     statistics[p.rows + row] = state.rest;
     if constexpr (D >= GENERAL) {
-        if (own_mass(p)) statistics[2 * p.rows + row] = state.mass;
+        if (p.row_mass) statistics[2 * p.rows + row] = state.mass;
     }
 }
 
 // The sum of a row's q without its own class, in the backward.
-template <class A> __device__ __forceinline__ A read_mass(const Problem &p, const A *statistics, int64_t row) {
-    return own_mass(p) ? statistics[2 * p.rows + row] : A(p.mass);
+template <class A> __device__ __forceinline__ A read_mass(const Params &p, const A *statistics, int64_t row) {
+    return p.row_mass ? statistics[2 * p.rows + row] : A(p.mass);
 }
 
 } // namespace softmax

@@ -1,12 +1,13 @@
 // Passes over rows whose classes lie apart: (N, C, d…) with its class axis in the middle, transposed logits.
 //
-// A block is blockDim.x rows wide and blockDim.y deep. Neighbouring threads (x) have neighbouring rows, which lie next to
-// each other in memory where the class axis is in the middle, so that a warp's accesses are coalesced without a copy; the
-// threads of one x share the classes of their row. Bytes: `reduce` reads E, `emit` reads E and writes E, `fused` reads its
-// rows a second time (from the first- or second-level cache, as a block's rows are small) and writes E.
+// A block is blockDim.x rows wide and blockDim.y deep. Neighbouring threads (x) have neighbouring rows, which lie next
+// to each other in memory where the class axis is in the middle, so that a warp's accesses are coalesced without a
+// copy; the threads of one x share the classes of their row. Bytes: `reduce` reads E, `emit` reads E and writes E,
+// `fused` reads its rows a second time (from the first- or second-level cache, as a block's rows are small) and writes
+// E.
 #pragma once
 
-#include "state.cuh"
+#include "rows.cuh"
 
 namespace fused_loss {
 namespace softmax {
@@ -19,14 +20,15 @@ template <Detail D> constexpr int STRIDED_BATCH = D <= UNIFORM ? 4 : 2;
 struct Written {
     int64_t start, stride;
 
-    __device__ __forceinline__ Written(const Problem &p, int64_t row) {
+    __device__ __forceinline__ Written(const Params &p, int64_t row) {
         const int64_t inner = p.x.inner;
         start = p.class_last ? row * p.classes : row / inner * p.classes * inner + row % inner;
         stride = p.class_last ? 1 : inner;
     }
 };
 
-template <int U, class T> __device__ __forceinline__ void load_classes(const Problem &p, const T *row, int first, Acc<T> (&x)[U][1]) {
+template <int U, class T>
+__device__ __forceinline__ void load_classes(const Params &p, const T *row, int first, Acc<T> (&x)[U][1]) {
 #pragma unroll
     for (int u = 0; u < U; u++) {
         const int c = first + u * blockDim.y;
@@ -36,7 +38,7 @@ template <int U, class T> __device__ __forceinline__ void load_classes(const Pro
 
 // This thread's share of a row.
 template <Detail D, class T>
-__device__ __forceinline__ State<Acc<T>, D> reduce_classes(const Problem &p, const Operands<Acc<T>> &o, const T *row) {
+__device__ __forceinline__ State<Acc<T>, D> reduce_classes(const Params &p, const Operands<Acc<T>> &o, const T *row) {
     constexpr int U = STRIDED_BATCH<D>;
     State<Acc<T>, D> state = State<Acc<T>, D>::empty();
     for (int c = threadIdx.y; c < p.classes; c += U * blockDim.y) {
@@ -47,10 +49,10 @@ __device__ __forceinline__ State<Acc<T>, D> reduce_classes(const Problem &p, con
     return state;
 }
 
-// Merges the states of the threads of one x: all threads of the block call it, all get their row's state, and the scratch
-// memory of a state for each thread may be used again.
+// Merges the states of the threads of one x: all threads of the block call it, all get their row's state, and the
+// scratch memory of a state for each thread may be used again.
 template <class T, class A, Detail D>
-__device__ __forceinline__ State<A, D> merge_column(const Problem &p, State<A, D> state, State<A, D> *scratch) {
+__device__ __forceinline__ State<A, D> merge_column(const Params &p, State<A, D> state, State<A, D> *scratch) {
     State<A, D> *column = scratch + threadIdx.x;
     column[threadIdx.y * blockDim.x] = state;
     __syncthreads();
@@ -68,7 +70,8 @@ __device__ __forceinline__ State<A, D> merge_column(const Problem &p, State<A, D
 
 // Writes this thread's share of a row.
 template <class Rule, class T>
-__device__ __forceinline__ void emit_classes(const Problem &p, const Operands<Acc<T>> &o, const RowScalars<Acc<T>> &s, const T *row, T *out, const Written &written) {
+__device__ __forceinline__ void emit_classes(const Params &p, const Operands<Acc<T>> &o, const RowScalars<Acc<T>> &s,
+                                             const T *row, T *out, const Written &written) {
     using A = Acc<T>;
     constexpr int U = STRIDED_BATCH<Rule::DETAIL>;
     const bool live = s.kind == Kind::LIVE;
@@ -90,7 +93,7 @@ __device__ __forceinline__ void emit_classes(const Problem &p, const Operands<Ac
 }
 
 // The rows of a block in turn: f(row, whether it exists), called by all threads alike.
-template <class F> __device__ __forceinline__ void for_strided_rows(const Problem &p, F f) {
+template <class F> __device__ __forceinline__ void for_strided_rows(const Params &p, F f) {
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
     for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x; first < p.rows; first += step) {
         const int64_t row = first + threadIdx.x;
@@ -100,18 +103,19 @@ template <class F> __device__ __forceinline__ void for_strided_rows(const Proble
 
 // Forward. Reads E.
 template <Detail D, class T>
-__device__ __forceinline__ void reduce_strided(const Problem &p, const T *x, const void *t, const Acc<T> *weight, const Outputs<Acc<T>> &out) {
+__device__ __forceinline__ void reduce_strided(const Params &p, const T *x, const Targets<Acc<T>> &targets,
+                                               const Outputs<Acc<T>> &out) {
     using A = Acc<T>;
     __shared__ double scratch[WARP];
     __shared__ State<A, D> states[STRIDED_THREADS];
     double2 total = {0, 0};
     for_strided_rows(p, [&](int64_t row, bool exists) {
         State<A, D> state = State<A, D>::empty();
-        const Target<A> target = read_target(p, t, weight, row);
+        const Target<A> target = read_target(p, targets, row);
         const T *logits = x + p.x.start(row);
         const A x_t = own_logit<D>(p, logits, target);
         if (exists && target.kind == Kind::LIVE) {
-            state = reduce_classes<D>(p, operands_of(p, t, weight, row), logits);
+            state = reduce_classes<D>(p, operands_of(p, targets, row), logits);
         }
         state = merge_column<T>(p, state, states);
         if (exists && threadIdx.y == 0) {
@@ -119,19 +123,21 @@ __device__ __forceinline__ void reduce_strided(const Problem &p, const T *x, con
             total.x += one.x, total.y += one.y;
         }
     });
-    if (out.partials || out.result || out.denominator) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
+    if (out.partials || out.result || out.denominator)
+        finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 template <class T>
-__device__ __forceinline__ void statistics_strided(const Problem &p, const T *x, const void *t, const Acc<T> *weight, const StatisticsOutputs<Acc<T>> &out) {
+__device__ __forceinline__ void statistics_strided(const Params &p, const T *x, const Targets<Acc<T>> &targets,
+                                                   const StatisticsOutputs<Acc<T>> &out) {
     using A = Acc<T>;
     __shared__ State<A, STATISTICS> states[STRIDED_THREADS];
     for_strided_rows(p, [&](int64_t row, bool exists) {
         State<A, STATISTICS> state = State<A, STATISTICS>::empty();
-        const Target<A> target = read_target(p, t, weight, row);
+        const Target<A> target = read_target(p, targets, row);
         const T *logits = x + p.x.start(row);
         const A x_t = own_logit<STATISTICS>(p, logits, target);
-        if (exists) state = reduce_classes<STATISTICS>(p, operands_of(p, t, weight, row), logits);
+        if (exists) state = reduce_classes<STATISTICS>(p, operands_of(p, targets, row), logits);
         state = merge_column<T>(p, state, states);
         if (exists && threadIdx.y == 0) write_row_statistics(p, out, target, x_t, state, row);
     });
@@ -139,35 +145,37 @@ __device__ __forceinline__ void statistics_strided(const Problem &p, const T *x,
 
 // Backward. Reads E, writes E.
 template <class Rule, class T>
-__device__ __forceinline__ void emit_strided(const Problem &p, const T *x, const void *t, const Acc<T> *weight, const Acc<T> *statistics, const Acc<T> *denominator, const Acc<T> *upstream, T *out) {
+__device__ __forceinline__ void emit_strided(const Params &p, const T *x, const Targets<Acc<T>> &targets,
+                                             const GradientInputs<Acc<T>> &in, T *out) {
     if (!x) x = out;
     for_strided_rows(p, [&](int64_t row, bool exists) {
         if (!exists) return;
-        const auto target = read_target(p, t, weight, row);
-        const auto s = saved_scalars<Rule>(p, target, statistics, denominator, upstream, row);
-        emit_classes<Rule>(p, operands_of(p, t, weight, row), s, x + p.x.start(row), out, Written(p, row));
+        const auto target = read_target(p, targets, row);
+        const auto s = saved_scalars<Rule>(p, target, in, row);
+        emit_classes<Rule>(p, operands_of(p, targets, row), s, x + p.x.start(row), out, Written(p, row));
     });
 }
 
-// Loss and gradient; the gradient may replace the logits (x null), as each logit is read again by the thread that then
-// writes its gradient, and all is read once before the barriers of the merge.
+// Loss and gradient. The gradient may replace the logits (x null): all logits are read once before the barriers of the
+// merge, and after them each logit is read only by the thread that overwrites it.
 template <class Rule, class T>
-__device__ __forceinline__ void fused_strided(const Problem &p, const T *x, T *to, const void *t, const Acc<T> *weight, const double *counts, const Outputs<Acc<T>> &out) {
+__device__ __forceinline__ void fused_strided(const Params &p, const T *x, T *to, const Targets<Acc<T>> &targets,
+                                              const double *counts, const Outputs<Acc<T>> &out) {
     using A = Acc<T>;
     constexpr Detail D = Rule::DETAIL;
     __shared__ double scratch[WARP];
     __shared__ State<A, D> states[STRIDED_THREADS];
     if (!x) x = to;
-    const A upstream = A(1) / denominator_of(p, t, weight, counts, scratch);
+    const A upstream = A(1) / denominator_of(p, targets, counts, scratch);
     double2 total = {0, 0};
     for_strided_rows(p, [&](int64_t row, bool exists) {
         State<A, D> state = State<A, D>::empty();
         Target<A> target = {Kind::IGNORED, -1, A(0), A(0)};
         A x_t = A(0);
         const T *logits = x + p.x.start(row);
-        const Operands<A> o = operands_of(p, t, weight, row);
+        const Operands<A> o = operands_of(p, targets, row);
         if (exists) {
-            target = read_target(p, t, weight, row);
+            target = read_target(p, targets, row);
             x_t = own_logit<D>(p, logits, target);
             if (target.kind == Kind::LIVE) state = reduce_classes<D>(p, o, logits);
         }
@@ -177,39 +185,44 @@ __device__ __forceinline__ void fused_strided(const Problem &p, const T *x, T *t
             const double2 one = finish_row<D>(p, out, target, x_t, state, row);
             total.x += one.x, total.y += one.y;
         }
-        const auto s = RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(p, state), upstream);
+        const auto s =
+            RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(p, state), upstream);
         emit_classes<Rule>(p, o, s, logits, to, Written(p, row));
     });
     if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // log-softmax. Reads E (twice where it does not stay in the cache), writes E.
-template <class T> __device__ __forceinline__ void log_softmax_strided(const Problem &p, const T *x, T *to) {
+template <class T> __device__ __forceinline__ void log_softmax_strided(const Params &p, const T *x, T *to) {
     using A = Acc<T>;
     __shared__ State<A, PLAIN> states[STRIDED_THREADS];
-    const Operands<A> none = {nullptr, nullptr, 0};
+    const Operands<A> none = {{nullptr, nullptr}, 0};
     for_strided_rows(p, [&](int64_t row, bool exists) {
         State<A, PLAIN> state = State<A, PLAIN>::empty();
         const T *logits = x + p.x.start(row);
         if (exists) state = reduce_classes<PLAIN>(p, none, logits);
         state = merge_column<T>(p, state, states);
-        if (exists) emit_classes<LogProbs>(p, none, RowScalars<A>::of(state.max, state.rest), logits, to, Written(p, row));
+        if (exists)
+            emit_classes<LogProbs>(p, none, RowScalars<A>::of(state.max, state.rest), logits, to, Written(p, row));
     });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Passes that are rare enough to have one form for all layouts
 
-// log-softmax backward: g - exp(y) sum(g) for log-probabilities y. `p.x` places y, which the gradient is laid out like,
-// and `p.t` the upstream gradient. Reads y once and g twice (the second time from a cache), writes E.
-template <class T> __device__ __forceinline__ void log_softmax_backward(const Problem &p, const T *y, const T *g, T *out) {
+// log-softmax backward: g - exp(y) sum(g) for log-probabilities y. `p.x` are the strides of y and `p.t` those of the
+// upstream gradient; the gradient is laid out like y. Reads y once and g twice (the second time from a cache), writes
+// E.
+template <class T>
+__device__ __forceinline__ void log_softmax_backward(const Params &p, const T *y, const T *g, T *out) {
     using A = Acc<T>;
     __shared__ double sums[STRIDED_THREADS];
     for_strided_rows(p, [&](int64_t row, bool exists) {
         const T *upstream = g + p.t.start(row);
         const T *log_probs = y + p.x.start(row);
         double sum = 0;
-        for (int c = threadIdx.y; exists && c < p.classes; c += blockDim.y) sum += widen<A>(upstream[c * p.t.class_stride]);
+        for (int c = threadIdx.y; exists && c < p.classes; c += blockDim.y)
+            sum += widen<A>(upstream[c * p.t.class_stride]);
         double *column = sums + threadIdx.x;
         column[threadIdx.y * blockDim.x] = sum;
         __syncthreads();
@@ -222,21 +235,23 @@ template <class T> __device__ __forceinline__ void log_softmax_backward(const Pr
         if (!exists) return;
         const Written written(p, row);
         for (int c = threadIdx.y; c < p.classes; c += blockDim.y) {
-            const A v = widen<A>(upstream[c * p.t.class_stride]) - exp_(widen<A>(log_probs[c * p.x.class_stride])) * mass;
+            const A v =
+                widen<A>(upstream[c * p.t.class_stride]) - exp_(widen<A>(log_probs[c * p.x.class_stride])) * mass;
             out[written.start + c * written.stride] = narrow<T>(v);
         }
     });
 }
 
-// The gradient of probability targets, upstream / denominator * keep * w (lse - x), in the arithmetic dtype and in the order
-// of the logits' gradient. Reads E, writes it in the arithmetic dtype.
+// The gradient of probability targets, upstream / denominator * keep * w (lse - x), in the arithmetic dtype and in the
+// order of the logits' gradient. Reads E, writes it in the arithmetic dtype.
 template <class T>
-__device__ __forceinline__ void target_gradient(const Problem &p, const T *x, const Acc<T> *weight, const Acc<T> *statistics, const Acc<T> *denominator, const Acc<T> *upstream, Acc<T> *out) {
+__device__ __forceinline__ void target_gradient(const Params &p, const T *x, const Acc<T> *weight,
+                                                const GradientInputs<Acc<T>> &in, Acc<T> *out) {
     using A = Acc<T>;
     for_strided_rows(p, [&](int64_t row, bool exists) {
         if (!exists) return;
-        const RowScalars<A> s = RowScalars<A>::of(statistics[row], statistics[p.rows + row]);
-        const A factor = upstream[p.upstream_rows ? row : 0] / *denominator;
+        const RowScalars<A> s = RowScalars<A>::of(in.statistics[row], in.statistics[p.rows + row]);
+        const A factor = in.upstream[p.upstream_rows ? row : 0] / *in.denominator;
         const T *logits = x + p.x.start(row);
         const Written written(p, row);
         for (int c = threadIdx.y; c < p.classes; c += blockDim.y) {

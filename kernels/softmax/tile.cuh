@@ -1,8 +1,8 @@
 // Passes over many rows of few adjacent classes, with no gaps between the rows.
 //
-// A block takes a tile of whole rows, which is one piece of memory: it comes to shared memory in aligned windows of 16 bytes
-// wherever the rows begin, 1 to 8 lanes work on each row there, and a gradient goes back the same way. Bytes: `reduce` reads
-// E; `emit` and `fused` read E and write E.
+// A block takes a tile of whole rows, which is one piece of memory: it comes to shared memory in aligned windows of 16
+// bytes wherever the rows begin, 1 to 8 lanes work on each row there, and a gradient goes back the same way. Bytes:
+// `reduce` reads E; `emit` and `fused` read E and write E.
 #pragma once
 
 #include "rows.cuh"
@@ -14,28 +14,31 @@ constexpr int TILE_THREADS = 256;
 // Classes of a lane; rows have at most 8 lanes' classes.
 constexpr int TILE_DEPTH = 8;
 
-// Shared memory for a tile: as many classes as a block's lanes can have, and what the alignment takes.
+// Windows of shared memory for a tile: as many classes as a block's lanes can have, and one window more for the
+// alignment.
 template <class T> constexpr int TILE_WINDOWS = TILE_THREADS * TILE_DEPTH / LANES_16B<T> + 1;
 
 // One tile: rows of `classes` elements side by side, with the alignment that they have in global memory.
 template <class T> struct Tile {
     static constexpr int N = LANES_16B<T>;
 
-    T *data;  // in shared memory: the first row's class 0
+    T *data; // in shared memory: the first row's class 0
     int size;
 
     // Loads a tile; all threads of the block call it, and meet at a barrier before they use it.
     __device__ __forceinline__ void load(uint4 *shared, const T *from) {
         data = reinterpret_cast<T *>(shared) + phase_of<T, N>(from);
         const Windows<T> w(from, size);
-        for (int i = threadIdx.x; i < w.count; i += blockDim.x) Pack<T, N>::load(from + w.first(i)).store(data + w.first(i));
+        for (int i = threadIdx.x; i < w.count; i += blockDim.x)
+            Pack<T, N>::load(from + w.first(i)).store(data + w.first(i));
         for (int i = threadIdx.x; i < w.edges; i += blockDim.x) data[w.edge(i)] = from[w.edge(i)];
     }
 
     // Stores the tile; all threads of the block call it, after a barrier.
     __device__ __forceinline__ void store(T *to) const {
         const Windows<T> w = Windows<T>(data, size).written_to(to);
-        for (int i = threadIdx.x; i < w.count; i += blockDim.x) store_window(to + w.first(i), Pack<T, N>::load(data + w.first(i)));
+        for (int i = threadIdx.x; i < w.count; i += blockDim.x)
+            store_window(to + w.first(i), Pack<T, N>::load(data + w.first(i)));
         for (int i = threadIdx.x; i < w.edges; i += blockDim.x) to[w.edge(i)] = data[w.edge(i)];
     }
 };
@@ -44,15 +47,17 @@ template <class T> struct Tile {
 template <class T> struct Lane {
     int64_t row;
     bool exists;
-    T *logits;        // in shared memory: class 0 of the row
-    int lane, lanes;  // this thread's classes are lane, lane + lanes, …
+    T *logits;       // in shared memory: class 0 of the row
+    int lane, lanes; // this thread's classes are lane, lane + lanes, …
 };
 
-// Applies f(lane) to each tile of a block; a gradient that f leaves in shared memory goes to `out`. All threads call f alike.
+// Applies f(lane) to each tile of a block; a gradient that f leaves in shared memory goes to `out`. All threads call f
+// alike.
 template <class T, class F>
-__device__ __forceinline__ void for_each_tile(const Problem &p, const T *x, T *out, uint4 *shared, F f) {
+__device__ __forceinline__ void for_each_tile(const Params &p, const T *x, T *out, uint4 *shared, F f) {
     const int lanes = p.team, rows = blockDim.x / lanes;
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * rows; first < p.rows; first += static_cast<int64_t>(gridDim.x) * rows) {
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * rows; first < p.rows;
+         first += static_cast<int64_t>(gridDim.x) * rows) {
         const int count = p.rows - first < rows ? static_cast<int>(p.rows - first) : rows;
         Tile<T> tile;
         tile.size = count * p.classes;
@@ -67,9 +72,11 @@ __device__ __forceinline__ void for_each_tile(const Problem &p, const T *x, T *o
     }
 }
 
-// Reduces a row; all lanes of the warp call it, and the row's lanes get its state and its own logit after scale and cap.
+// Reduces a row; all lanes of the warp call it, and the row's lanes get its state and its own logit after scale and
+// cap.
 template <Detail D, class T>
-__device__ __forceinline__ State<Acc<T>, D> reduce_lane(const Problem &p, const Operands<Acc<T>> &o, const Lane<T> &l, const Target<Acc<T>> &target, Acc<T> &x_t) {
+__device__ __forceinline__ State<Acc<T>, D> reduce_lane(const Params &p, const Operands<Acc<T>> &o, const Lane<T> &l,
+                                                        const Target<Acc<T>> &target, Acc<T> &x_t) {
     using A = Acc<T>;
     State<A, D> state = State<A, D>::empty();
     x_t = A(0);
@@ -86,8 +93,10 @@ __device__ __forceinline__ State<Acc<T>, D> reduce_lane(const Problem &p, const 
     return merge_lanes<T>(p, state, l.lanes);
 }
 
-// Replaces a row's logits by what the rule says.
-template <class Rule, class T> __device__ __forceinline__ void emit_lane(const Problem &p, const Operands<Acc<T>> &o, const RowScalars<Acc<T>> &s, const Lane<T> &l) {
+// Replaces a row's logits by the rule's values.
+template <class Rule, class T>
+__device__ __forceinline__ void emit_lane(const Params &p, const Operands<Acc<T>> &o, const RowScalars<Acc<T>> &s,
+                                          const Lane<T> &l) {
     using A = Acc<T>;
 #pragma unroll(Rule::DETAIL <= UNIFORM ? TILE_DEPTH : 1)
     for (int u = 0; u < TILE_DEPTH; u++) {
@@ -107,48 +116,52 @@ template <class Rule, class T> __device__ __forceinline__ void emit_lane(const P
 
 // Forward. Reads E.
 template <Detail D, class T>
-__device__ __forceinline__ void reduce_tiles(const Problem &p, const T *x, const void *t, const Acc<T> *weight, const Outputs<Acc<T>> &out) {
+__device__ __forceinline__ void reduce_tiles(const Params &p, const T *x, const Targets<Acc<T>> &targets,
+                                             const Outputs<Acc<T>> &out) {
     using A = Acc<T>;
     __shared__ uint4 shared[TILE_WINDOWS<T>];
     __shared__ double scratch[WARP];
     double2 total = {0, 0};
     for_each_tile(p, x, static_cast<T *>(nullptr), shared, [&](const Lane<T> &l) {
         const int64_t row = l.exists ? l.row : 0;
-        const Target<A> target = read_target(p, t, weight, row);
+        const Target<A> target = read_target(p, targets, row);
         A x_t;
-        const State<A, D> state = reduce_lane<D>(p, operands_of(p, t, weight, row), l, target, x_t);
+        const State<A, D> state = reduce_lane<D>(p, operands_of(p, targets, row), l, target, x_t);
         if (!l.exists || l.lane != 0) return;
         const double2 one = finish_row<D>(p, out, target, x_t, state, row);
         total.x += one.x, total.y += one.y;
     });
-    if (out.partials || out.result || out.denominator) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
+    if (out.partials || out.result || out.denominator)
+        finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // Backward. Reads E, writes E.
 template <class Rule, class T>
-__device__ __forceinline__ void emit_tiles(const Problem &p, const T *x, const void *t, const Acc<T> *weight, const Acc<T> *statistics, const Acc<T> *denominator, const Acc<T> *upstream, T *out) {
+__device__ __forceinline__ void emit_tiles(const Params &p, const T *x, const Targets<Acc<T>> &targets,
+                                           const GradientInputs<Acc<T>> &in, T *out) {
     __shared__ uint4 shared[TILE_WINDOWS<T>];
     for_each_tile(p, x ? x : out, out, shared, [&](const Lane<T> &l) {
         if (!l.exists) return;
-        const auto target = read_target(p, t, weight, l.row);
-        const auto s = saved_scalars<Rule>(p, target, statistics, denominator, upstream, l.row);
-        emit_lane<Rule>(p, operands_of(p, t, weight, l.row), s, l);
+        const auto target = read_target(p, targets, l.row);
+        const auto s = saved_scalars<Rule>(p, target, in, l.row);
+        emit_lane<Rule>(p, operands_of(p, targets, l.row), s, l);
     });
 }
 
 // Loss and gradient; the gradient may replace the logits (x null). Reads E, writes E.
 template <class Rule, class T>
-__device__ __forceinline__ void fused_tiles(const Problem &p, const T *x, T *to, const void *t, const Acc<T> *weight, const double *counts, const Outputs<Acc<T>> &out) {
+__device__ __forceinline__ void fused_tiles(const Params &p, const T *x, T *to, const Targets<Acc<T>> &targets,
+                                            const double *counts, const Outputs<Acc<T>> &out) {
     using A = Acc<T>;
     constexpr Detail D = Rule::DETAIL;
     __shared__ uint4 shared[TILE_WINDOWS<T>];
     __shared__ double scratch[WARP];
-    const A upstream = A(1) / denominator_of(p, t, weight, counts, scratch);
+    const A upstream = A(1) / denominator_of(p, targets, counts, scratch);
     double2 total = {0, 0};
     for_each_tile(p, x ? x : to, to, shared, [&](const Lane<T> &l) {
         const int64_t row = l.exists ? l.row : 0;
-        const Target<A> target = read_target(p, t, weight, row);
-        const Operands<A> o = operands_of(p, t, weight, row);
+        const Target<A> target = read_target(p, targets, row);
+        const Operands<A> o = operands_of(p, targets, row);
         A x_t;
         const State<A, D> state = reduce_lane<D>(p, o, l, target, x_t);
         if (!l.exists) return;
@@ -156,16 +169,18 @@ __device__ __forceinline__ void fused_tiles(const Problem &p, const T *x, T *to,
             const double2 one = finish_row<D>(p, out, target, x_t, state, row);
             total.x += one.x, total.y += one.y;
         }
-        emit_lane<Rule>(p, o, RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(p, state), upstream), l);
+        emit_lane<Rule>(
+            p, o, RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(p, state), upstream),
+            l);
     });
     if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // log-softmax. Reads E, writes E.
-template <class T> __device__ __forceinline__ void log_softmax_tiles(const Problem &p, const T *x, T *to) {
+template <class T> __device__ __forceinline__ void log_softmax_tiles(const Params &p, const T *x, T *to) {
     using A = Acc<T>;
     __shared__ uint4 shared[TILE_WINDOWS<T>];
-    const Operands<A> none = {nullptr, nullptr, 0};
+    const Operands<A> none = {{nullptr, nullptr}, 0};
     const Target<A> live = {Kind::LIVE, -1, A(0), A(0)};
     for_each_tile(p, x, to, shared, [&](const Lane<T> &l) {
         A x_t;

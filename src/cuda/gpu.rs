@@ -1,4 +1,4 @@
-//! What the process keeps for each GPU: its limits, the modules that it loaded, the tickets of launches.
+//! The state that the process keeps for each GPU: its limits, the modules that were loaded, the tickets of launches.
 
 use super::kernels;
 use crate::cuda::grid::Grid;
@@ -16,11 +16,11 @@ pub(crate) struct Module {
     pub name: &'static str,
     /// The machine code of the build's architecture. A GPU of another one refuses it.
     pub machine_code: &'static [u8],
-    /// What the driver compiles for that architecture or, up to 89, a later one.
+    /// Text that the driver compiles for that architecture or, up to 89, a later one.
     pub ptx: &'static [u8],
 }
 
-/// What a module was loaded from.
+/// The form in which a module was loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Image {
     MachineCode,
@@ -28,7 +28,7 @@ pub(crate) enum Image {
 }
 
 impl Module {
-    /// The bytes that the driver takes; of PTX, the text and a 0.
+    /// The bytes that the driver takes: an ELF file, or text with a 0 at its end.
     pub fn image(&self, image: Image) -> Result<Vec<u8>> {
         let bytes = match image {
             Image::MachineCode => self.machine_code,
@@ -84,16 +84,17 @@ const CLUSTERS: u32 = 90;
 /// Tickets that one allocation holds.
 const TICKETS: usize = 4096;
 
-/// Counters in device memory by which a launch's blocks find out which of them is the last (`is_last_block` of
-/// `kernels/common.cuh`). A launch finds its ticket at 0 and leaves it at 0, so that those that follow each other share one.
-/// Others must not: launches of different streams run at once, and candle's devices give each thread a stream of its own.
+/// Counters in device memory by which the blocks of a launch find out which of them is the last (`is_last_block` of
+/// `kernels/common.cuh`). A launch finds its ticket at 0 and leaves it at 0, so the launches of one stream, which run one after
+/// the other, share a ticket. Launches of different streams run at once and have tickets of their own; candle's devices give
+/// each thread a stream of its own.
 #[derive(Default)]
 struct Tickets {
     memory: Vec<CudaSlice<u32>>,
-    /// Of the last allocation: where it begins, and how many were given out.
+    /// Where the last allocation begins, and how many tickets of it were given out.
     first: u64,
     used: usize,
-    /// By the number that the driver gives each stream, and each thread's own one, once.
+    /// By the number of the stream, which the driver gives no other stream, and no other thread's default stream.
     of_stream: HashMap<u64, u64>,
 }
 
@@ -159,7 +160,7 @@ pub(crate) struct Gpu {
     tickets: Mutex<Tickets>,
 }
 
-/// What a panic of another thread left is whole: nothing panics between two changes that belong together.
+/// A mutex that another thread poisoned still guards consistent data: nothing panics between two changes that belong together.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -238,14 +239,14 @@ impl Gpu {
         Ok(kernel)
     }
 
-    /// What a module was loaded from.
+    /// The form in which a module was loaded.
     #[cfg(test)]
     pub fn image_of(&self, module: &Module) -> Option<Image> {
         Some(self.modules.read().ok()?.get(module.name)?.image)
     }
 
-    /// Whether a launch's cluster finds room on this GPU: a part of one, or one whose multiprocessors others hold, may lack
-    /// neighbours enough for the largest.
+    /// Whether a launch's cluster finds room on this GPU. Where a process has only a part of the GPU, or others hold some of its
+    /// multiprocessors, there may be too few neighbours for a large cluster.
     pub fn has_room(&self, kernel: Kernel, grid: &Grid) -> Result<bool> {
         let key = (kernel.function as usize, grid.cluster, grid.shared_bytes);
         if let Some(&fits) = lock(&self.fits).get(&key) {

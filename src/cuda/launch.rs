@@ -1,4 +1,4 @@
-//! Parameters and launches.
+//! Memory as kernels take it, and launches.
 
 use super::gpu::{Gpu, Kernel, Module};
 use crate::cuda::grid::Grid;
@@ -8,10 +8,43 @@ use candle_core::{DType, Layout, Result, bail};
 use cudarc::driver::{
     CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop, sys,
 };
-use half::{bf16, f16};
 use std::ffi::c_void;
-use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::sync::Arc;
+
+/// Calls a macro with the dtypes that kernels read and write, ahead of its arguments.
+macro_rules! with_dtypes {
+    ($macro:ident!($($args:tt)*)) => { $macro!([U8 U32 I32 I64 F16 BF16 F32 F64] $($args)*) };
+}
+
+/// Applies an expression to the typed memory of a storage: `Some` of its result, or `None` for a dtype of no kernel.
+macro_rules! map_slice {
+    ([$($dtype:ident)*] $slice:expr, |$typed:ident| $result:expr) => {
+        match $slice {
+            $(CudaStorageSlice::$dtype($typed) => Some($result),)*
+            _ => None,
+        }
+    };
+}
+
+/// Allocates memory for numbers of a dtype: `Some` of the result, or `None` for a dtype of no kernel.
+macro_rules! alloc_slice {
+    ([$($dtype:ident)*] $device:expr, $of:expr, $len:expr) => {
+        match $of {
+            $(DType::$dtype => Some($device.alloc($len).map(CudaStorageSlice::$dtype)),)*
+            _ => None,
+        }
+    };
+}
+
+macro_rules! tag_of {
+    ([$($dtype:ident)*] $of:expr) => {
+        match $of {
+            $(DType::$dtype => Some(Tag::$dtype),)*
+            _ => None,
+        }
+    };
+}
 
 /// The dtype of an operand in the kernels' parameters: `DType` of `kernels/common.cuh`.
 #[repr(i32)]
@@ -29,17 +62,10 @@ pub(crate) enum Tag {
 
 impl Tag {
     pub fn of(dtype: DType) -> Result<Self> {
-        Ok(match dtype {
-            DType::U8 => Tag::U8,
-            DType::U32 => Tag::U32,
-            DType::I32 => Tag::I32,
-            DType::I64 => Tag::I64,
-            DType::F16 => Tag::F16,
-            DType::BF16 => Tag::BF16,
-            DType::F32 => Tag::F32,
-            DType::F64 => Tag::F64,
-            other => bail!("no loss kernel reads an operand of dtype {other:?}"),
-        })
+        match with_dtypes!(tag_of!(dtype)) {
+            Some(tag) => Ok(tag),
+            None => bail!("no loss kernel reads an operand of dtype {dtype:?}"),
+        }
     }
 }
 
@@ -55,17 +81,7 @@ pub(crate) struct Input<'a> {
 impl<'a> Input<'a> {
     pub fn new(storage: &'a CudaStorage, layout: &Layout) -> Result<Self> {
         let start = layout.start_offset();
-        let bytes = match &storage.slice {
-            CudaStorageSlice::U8(s) => from(s, start),
-            CudaStorageSlice::U32(s) => from(s, start),
-            CudaStorageSlice::I32(s) => from(s, start),
-            CudaStorageSlice::I64(s) => from(s, start),
-            CudaStorageSlice::F16(s) => from(s, start),
-            CudaStorageSlice::BF16(s) => from(s, start),
-            CudaStorageSlice::F32(s) => from(s, start),
-            CudaStorageSlice::F64(s) => from(s, start),
-            _ => None,
-        };
+        let bytes = with_dtypes!(map_slice!(&storage.slice, |s| from(s, start))).flatten();
         let Some(bytes) = bytes else { bail!("no loss kernel reads {:?} from element {start} on", storage.dtype()) };
         Ok(Input { bytes, tag: Tag::of(storage.dtype())? })
     }
@@ -85,17 +101,7 @@ pub(crate) fn output(slice: &mut CudaStorageSlice) -> Result<CudaViewMut<'_, u8>
         // SAFETY: every byte of a number is a u8, and this is a view of exactly the same memory
         unsafe { slice.transmute_mut(len) }
     }
-    let bytes = match slice {
-        CudaStorageSlice::U8(s) => all(s),
-        CudaStorageSlice::U32(s) => all(s),
-        CudaStorageSlice::I32(s) => all(s),
-        CudaStorageSlice::I64(s) => all(s),
-        CudaStorageSlice::F16(s) => all(s),
-        CudaStorageSlice::BF16(s) => all(s),
-        CudaStorageSlice::F32(s) => all(s),
-        CudaStorageSlice::F64(s) => all(s),
-        _ => None,
-    };
+    let bytes = with_dtypes!(map_slice!(slice, |s| all(s))).flatten();
     match bytes {
         Some(bytes) => Ok(bytes),
         None => bail!("no loss kernel writes an output of this dtype"),
@@ -109,22 +115,13 @@ pub(crate) fn output(slice: &mut CudaStorageSlice) -> Result<CudaViewMut<'_, u8>
 pub(crate) unsafe fn alloc(device: &CudaDevice, dtype: DType, len: usize) -> Result<CudaStorageSlice> {
     tally(|work| work.allocations += 1);
     // SAFETY: by this function's contract
-    unsafe {
-        Ok(match dtype {
-            DType::U8 => CudaStorageSlice::U8(device.alloc(len)?),
-            DType::U32 => CudaStorageSlice::U32(device.alloc(len)?),
-            DType::I32 => CudaStorageSlice::I32(device.alloc(len)?),
-            DType::I64 => CudaStorageSlice::I64(device.alloc(len)?),
-            DType::F16 => CudaStorageSlice::F16(device.alloc::<f16>(len)?),
-            DType::BF16 => CudaStorageSlice::BF16(device.alloc::<bf16>(len)?),
-            DType::F32 => CudaStorageSlice::F32(device.alloc(len)?),
-            DType::F64 => CudaStorageSlice::F64(device.alloc(len)?),
-            other => bail!("no loss kernel writes an output of dtype {other:?}"),
-        })
+    match unsafe { with_dtypes!(alloc_slice!(device, dtype, len)) } {
+        Some(slice) => slice,
+        None => bail!("no loss kernel writes an output of dtype {dtype:?}"),
     }
 }
 
-/// Memory for partial results, which a kernel writes before another one, or its last block, reads them.
+/// Memory for partial results, which a kernel writes before another kernel, or its own last block, reads them.
 ///
 /// # Safety
 /// As for [`alloc`].
@@ -158,46 +155,39 @@ pub(crate) fn read_element(storage: &CudaStorage, layout: &Layout, mut element: 
         Ok(to_host(device, &view)?.first().map_or(f64::NAN, |v| v.to_f64()))
     }
     let device = &storage.device;
-    match &storage.slice {
-        CudaStorageSlice::U8(s) => at(device, s, index),
-        CudaStorageSlice::U32(s) => at(device, s, index),
-        CudaStorageSlice::I32(s) => at(device, s, index),
-        CudaStorageSlice::I64(s) => at(device, s, index),
-        CudaStorageSlice::F16(s) => at(device, s, index),
-        CudaStorageSlice::BF16(s) => at(device, s, index),
-        CudaStorageSlice::F32(s) => at(device, s, index),
-        CudaStorageSlice::F64(s) => at(device, s, index),
-        _ => bail!("no loss kernel reads {:?}", storage.dtype()),
+    match with_dtypes!(map_slice!(&storage.slice, |s| at(device, s, index))) {
+        Some(element) => element,
+        None => bail!("no loss kernel reads {:?}", storage.dtype()),
     }
 }
 
 /// A launch in the making: the kernel's parameters, in their order.
 ///
-/// Where cudarc orders the streams of one context, a stream waits for a parameter's memory as that is added here, and says
-/// that it used it when this is dropped, behind the launch.
+/// Where cudarc orders the streams of a context, the stream waits for the memory of each parameter when the parameter is added,
+/// and marks that memory as used when this is dropped, after the launch.
 pub(crate) struct Launch<'a> {
-    gpu: &'a Gpu,
     stream: &'a Arc<CudaStream>,
     kernel: Kernel,
-    parameters: Vec<Parameter>,
+    parameters: Vec<Parameter<'a>>,
     used: Vec<SyncOnDrop<'a>>,
-    values: PhantomData<&'a ()>,
 }
 
-enum Parameter {
+enum Parameter<'a> {
     Address(u64),
-    /// A value that lives as long as the launch.
-    Value(*const c_void),
+    /// The bytes of a value, padding included.
+    Value(&'a [MaybeUninit<u8>]),
 }
 
 impl<'a> Launch<'a> {
-    pub fn new(gpu: &'a Gpu, stream: &'a Arc<CudaStream>, module: &Module, name: &str) -> Result<Self> {
+    pub fn new(gpu: &Gpu, stream: &'a Arc<CudaStream>, module: &Module, name: &str) -> Result<Self> {
         let kernel = gpu.kernel(module, name)?;
-        Ok(Launch { gpu, stream, kernel, parameters: Vec::with_capacity(16), used: Vec::new(), values: PhantomData })
+        Ok(Launch { stream, kernel, parameters: Vec::with_capacity(16), used: Vec::new() })
     }
 
     pub fn value<T: DeviceRepr>(&mut self, value: &'a T) -> &mut Self {
-        self.parameters.push(Parameter::Value(std::ptr::from_ref(value).cast()));
+        // SAFETY: the bytes of one value, borrowed for as long as it is, whose padding need not be initialised
+        let bytes = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) };
+        self.parameters.push(Parameter::Value(bytes));
         self
     }
 
@@ -205,7 +195,7 @@ impl<'a> Launch<'a> {
         self.address(0)
     }
 
-    /// Of memory that is not a tensor's.
+    /// The address of memory that no tensor or slice owns.
     pub fn address(&mut self, address: u64) -> &mut Self {
         self.parameters.push(Parameter::Address(address));
         self
@@ -223,7 +213,7 @@ impl<'a> Launch<'a> {
         self.address(address)
     }
 
-    /// An operand that may be absent: a null pointer then.
+    /// An operand, or a null pointer where it is absent.
     pub fn read_if<T: DevicePtr<U> + 'a, U>(&mut self, memory: Option<&'a T>) -> &mut Self {
         match memory {
             Some(memory) => self.read(memory),
@@ -231,17 +221,12 @@ impl<'a> Launch<'a> {
         }
     }
 
-    /// An output that may be absent: a null pointer then.
+    /// An output, or a null pointer where it is absent.
     pub fn write_if<T: DevicePtrMut<U> + 'a, U>(&mut self, memory: Option<&'a mut T>) -> &mut Self {
         match memory {
             Some(memory) => self.write(memory),
             None => self.null(),
         }
-    }
-
-    /// Whether the GPU has room for the grid's clusters.
-    pub fn has_room(&self, grid: &Grid) -> Result<bool> {
-        self.gpu.has_room(self.kernel, grid)
     }
 
     /// # Safety
@@ -254,7 +239,7 @@ impl<'a> Launch<'a> {
             .iter()
             .map(|parameter| match parameter {
                 Parameter::Address(address) => std::ptr::from_ref(address).cast_mut().cast(),
-                Parameter::Value(value) => value.cast_mut(),
+                Parameter::Value(bytes) => bytes.as_ptr().cast_mut().cast(),
             })
             .collect();
         let mut attributes = grid.attributes();
@@ -267,7 +252,7 @@ impl<'a> Launch<'a> {
     }
 }
 
-/// What a call made the driver do.
+/// The work that a call gave the driver.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Work {
     pub launches: usize,
@@ -284,7 +269,7 @@ thread_local! {
     static WORK: std::cell::Cell<Work> = const { std::cell::Cell::new(Work { launches: 0, allocations: 0, waits: 0 }) };
 }
 
-/// Counts what is done, in tests.
+/// Counts work, in tests.
 fn tally(count: impl FnOnce(&mut Work)) {
     #[cfg(test)]
     WORK.with(|work| {

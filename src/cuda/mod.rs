@@ -1,16 +1,17 @@
-//! What every CUDA kernel of the crate needs: modules, launches, memory, the shapes of launches.
+//! The base of every CUDA kernel of the crate: modules, launches, memory, the shapes of launches.
 //!
-//! Nothing here copies to the host or waits for the device, except where a loss was asked to check its targets, and where more
-//! counters are made for launches: in a process's first loss, then once in some two thousand new streams or recorded launches.
+//! Nothing here copies to the host or waits for the device, with two exceptions: a loss that was asked to check its targets, and
+//! the allocation of counters for launches, in a process's first loss and once more for every two thousand or so new streams or
+//! recorded launches.
 
 #[cfg(feature = "cuda")]
 pub(crate) mod gpu;
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) mod grid;
 #[cfg(feature = "cuda")]
-pub(crate) mod launch;
+pub(crate) mod indices;
 #[cfg(feature = "cuda")]
-pub(crate) mod operands;
+pub(crate) mod launch;
 #[cfg(feature = "cuda")]
 pub(crate) mod rows;
 

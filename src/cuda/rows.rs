@@ -1,15 +1,14 @@
-//! What every kernel over rows with targets takes: `kernels/targets.cuh`.
+//! The parameters that all kernels over rows with targets share: `kernels/targets.cuh`.
 
-use super::launch::{Tag, to_host};
-use crate::check;
-use crate::custom_op::Arg;
+use super::gpu::Gpu;
+use super::launch::{Tag, output, partials};
 use crate::reduction::Reduction;
 use crate::row_options::RowOptions;
 use crate::rows::Rows;
-use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::{CudaStorage, CudaStorageSlice};
+use candle_core::cuda_backend::{CudaDevice, CudaStorageSlice};
 use candle_core::{DType, Result, bail};
-use cudarc::driver::DeviceRepr;
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
+use std::sync::Arc;
 
 /// `Strides` of the kernels.
 #[repr(C)]
@@ -85,31 +84,63 @@ impl RowParams {
     }
 }
 
-/// Class indices as the kernels read them, checked where the options ask for it: at the price of waiting for the device.
-pub(crate) fn check_indices(
-    name: &str,
-    options: &RowOptions,
-    (target, layout): Arg<CudaStorage>,
-    rows: &Rows,
-) -> Result<()> {
-    let Some((start, end)) = layout.contiguous_offsets() else {
-        bail!("{name}: contiguous class indices were expected, got strides {:?}", layout.stride())
-    };
-    if !options.target_check || rows.count() == 0 {
-        return Ok(());
+/// `Targets` of the kernels: the targets of all rows, and the class weights.
+#[derive(Clone, Copy)]
+pub(crate) struct TargetViews<'a> {
+    pub target: &'a CudaView<'a, u8>,
+    pub weight: Option<&'a CudaView<'a, u8>>,
+}
+
+/// Where a kernel leaves the losses.
+pub(crate) enum LossOutput<'a> {
+    /// One for each row.
+    Rows(CudaViewMut<'a, u8>),
+    /// One number. A grid of several blocks leaves partial sums on the way.
+    Scalar { result: CudaViewMut<'a, u8>, partials: Option<Partials> },
+}
+
+/// The sums (loss, weight) of each block, and the counter by which the last block to arrive knows that it adds them.
+pub(crate) struct Partials {
+    sums: CudaSlice<f64>,
+    ticket: u64,
+}
+
+/// [`LossOutput`] as the kernels' parameters: absent ones are null pointers.
+pub(crate) struct LossPointers<'a, 'b> {
+    pub rows: Option<&'b mut CudaViewMut<'a, u8>>,
+    pub sums: Option<&'b mut CudaSlice<f64>>,
+    pub ticket: u64,
+    pub result: Option<&'b mut CudaViewMut<'a, u8>>,
+}
+
+impl<'a> LossOutput<'a> {
+    /// The loss as `reduction` wants it, made by a launch over `blocks` blocks (a cluster counts as one).
+    pub fn new(
+        loss: &'a mut CudaStorageSlice,
+        reduction: Reduction,
+        blocks: u32,
+        (device, gpu, stream): (&CudaDevice, &Gpu, &Arc<CudaStream>),
+    ) -> Result<Self> {
+        let loss = output(loss)?;
+        if reduction == Reduction::None {
+            return Ok(LossOutput::Rows(loss));
+        }
+        if blocks == 1 {
+            return Ok(LossOutput::Scalar { result: loss, partials: None });
+        }
+        // SAFETY: each block writes its sums before the last one reads any
+        let sums = unsafe { partials::<f64>(device, 2 * blocks as usize)? };
+        Ok(LossOutput::Scalar { result: loss, partials: Some(Partials { sums, ticket: gpu.ticket(stream)? }) })
     }
-    let device = &target.device;
-    let indices: Vec<i64> = match &target.slice {
-        CudaStorageSlice::U8(s) => to_host(device, &s.slice(start..end))?.into_iter().map(i64::from).collect(),
-        CudaStorageSlice::U32(s) => to_host(device, &s.slice(start..end))?.into_iter().map(i64::from).collect(),
-        CudaStorageSlice::I32(s) => to_host(device, &s.slice(start..end))?.into_iter().map(i64::from).collect(),
-        CudaStorageSlice::I64(s) => to_host(device, &s.slice(start..end))?,
-        _ => return Err(check::not_class_indices(name, target.dtype())),
-    };
-    let classes = 0..rows.classes as i64;
-    let bad = |(_, class): &(usize, &i64)| **class != options.ignore_index && !classes.contains(class);
-    match indices.iter().enumerate().find(bad) {
-        Some((row, &class)) => Err(check::class_out_of_range(name, class, row, rows.classes, options.ignore_index)),
-        None => Ok(()),
+
+    pub fn pointers(&mut self) -> LossPointers<'a, '_> {
+        match self {
+            LossOutput::Rows(rows) => LossPointers { rows: Some(rows), sums: None, ticket: 0, result: None },
+            LossOutput::Scalar { result, partials } => {
+                let ticket = partials.as_ref().map_or(0, |partials| partials.ticket);
+                let sums = partials.as_mut().map(|partials| &mut partials.sums);
+                LossPointers { rows: None, sums, ticket, result: Some(result) }
+            }
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! Matrix products by cuBLAS: as candle calls it, but with a result of its own dtype that can be added to.
+//! Matrix products by cuBLAS: called as candle calls it, but the result may have a dtype of its own, and may be added to.
 
 use super::place::{MatrixPlace, NAME};
 use candle_core::cuda_backend::{CudaDType, WrapErr, gemm_reduced_precision_bf16, gemm_reduced_precision_f32};
@@ -16,7 +16,7 @@ static ONE: f32 = 1.0;
 pub(crate) trait BlasElement: CudaDType + DeviceRepr {
     const TYPE: cudaDataType_t;
 
-    /// How sums of products of these are computed: never in less than f32 but where candle was told so.
+    /// The arithmetic of sums of products of these: at least f32, unless candle was told that less is enough.
     fn compute() -> Compute {
         Compute::CUBLAS_COMPUTE_32F
     }
@@ -57,8 +57,8 @@ impl BlasElement for f64 {
 }
 
 impl MatrixPlace {
-    /// The matrix as cuBLAS takes it: its columns are our rows. Whether it has to be transposed, and the distance of
-    /// its columns.
+    /// The matrix as cuBLAS takes it, with our rows as its columns: whether it has to be transposed, and the distance
+    /// between its columns.
     fn leading(&self) -> Result<(Transpose, i32)> {
         // the stride of an axis with one position means nothing
         if self.column_stride == 1 || self.columns == 1 && self.row_stride != 1 {

@@ -4,23 +4,24 @@ use super::problem::{Nll, NllKernels};
 use crate::check::arithmetic;
 use crate::cuda::gpu::Gpu;
 use crate::cuda::grid::Grid;
+use crate::cuda::indices::check_indices;
 use crate::cuda::kernels::NLL;
-use crate::cuda::launch::{Input, Launch, Tag, alloc, output, partials};
-use crate::cuda::rows::{RowParams, Strides, check_indices};
+use crate::cuda::launch::{Input, Launch, Tag, alloc, output};
+use crate::cuda::rows::{LossOutput, RowParams, Strides, TargetViews};
 use crate::custom_op::{Arg, Locked};
 use crate::reduction::Reduction;
 use crate::rows::Rows;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
 use candle_core::{DType, Layout, Result, Tensor, bail};
-use cudarc::driver::DeviceRepr;
+use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DeviceRepr};
 use std::sync::Arc;
 
 /// Threads of a block: `THREADS` of the kernels.
 const THREADS: u32 = 256;
-/// Up to here one block takes all rows, so that there is nothing to add to its sum.
+/// The most rows that one block takes, so that there is nothing to add to its sum.
 const ROWS_OF_ONE_BLOCK: usize = 1024;
-/// Up to so many elements it writes their gradient too: less time than another launch.
+/// The most elements whose gradient that block writes too, in less time than another launch would take.
 const ELEMENTS_OF_ONE_BLOCK: usize = 64 * 1024;
 /// The most blocks of a grid: their threads take several rows, or windows of the gradient, in turn.
 const MOST_BLOCKS: usize = 16 * 1024;
@@ -41,22 +42,61 @@ struct NllParams {
 // SAFETY: plain numbers, laid out as in C on both sides
 unsafe impl DeviceRepr for NllParams {}
 
-/// The kernels for log-probabilities of a dtype.
-struct NllNames {
-    loss: &'static str,
-    gradient: &'static str,
+/// A launch of `nll_loss_*`.
+struct NllLossLaunch<'a> {
+    params: NllParams,
+    x: &'a CudaView<'a, u8>,
+    targets: TargetViews<'a>,
+    loss: LossOutput<'a>,
+    denominator: Option<CudaViewMut<'a, u8>>,
+    /// For few rows, which one block works through.
+    grad: Option<CudaViewMut<'a, u8>>,
 }
 
-impl NllNames {
-    fn of(dtype: DType) -> Self {
-        match dtype {
-            DType::F64 => NllNames { loss: "nll_loss_f64", gradient: "nll_gradient_f64" },
-            _ => NllNames { loss: "nll_loss_f32", gradient: "nll_gradient_f32" },
-        }
+impl NllLossLaunch<'_> {
+    /// # Safety
+    /// The rows that the parameters describe are inside of their tensors, the outputs have room for their numbers, and with `grad`
+    /// there is one block.
+    unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, blocks: u32) -> Result<()> {
+        let name = if self.params.dtype == Tag::F64 { "nll_loss_f64" } else { "nll_loss_f32" };
+        let TargetViews { target, weight } = self.targets;
+        let loss = self.loss.pointers();
+        let mut launch = Launch::new(gpu, stream, &NLL, name)?;
+        // nll_loss_*(p, x, t, weight, loss, partials, ticket, result, denominator, grad)
+        launch.value(&self.params).read(self.x).read(target).read_if(weight).write_if(loss.rows).write_if(loss.sums);
+        launch.address(loss.ticket).write_if(loss.result).write_if(self.denominator.as_mut());
+        launch.write_if(self.grad.as_mut());
+        // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
+        unsafe { launch.run(Grid::flat(blocks, THREADS)) }
     }
 }
 
-/// One call: what its launches share.
+/// A launch of `nll_gradient_*`.
+struct NllGradientLaunch<'a> {
+    params: NllParams,
+    targets: TargetViews<'a>,
+    denominator: &'a CudaView<'a, u8>,
+    /// `None`: ones.
+    upstream: Option<&'a CudaView<'a, u8>>,
+    grad: CudaViewMut<'a, u8>,
+}
+
+impl NllGradientLaunch<'_> {
+    /// # Safety
+    /// The targets and the upstream gradient are inside of their tensors, and `grad` has room for all rows.
+    unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, blocks: u32) -> Result<()> {
+        let name = if self.params.dtype == Tag::F64 { "nll_gradient_f64" } else { "nll_gradient_f32" };
+        let TargetViews { target, weight } = self.targets;
+        let mut launch = Launch::new(gpu, stream, &NLL, name)?;
+        // nll_gradient_*(p, t, weight, denominator, upstream, grad)
+        launch.value(&self.params).read(target).read_if(weight).read(self.denominator).read_if(self.upstream);
+        launch.write(&mut self.grad);
+        // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
+        unsafe { launch.run(Grid::flat(blocks, THREADS)) }
+    }
+}
+
+/// One call: the values that its launches share.
 struct NllCall<'a> {
     problem: &'a Nll,
     device: CudaDevice,
@@ -108,35 +148,36 @@ impl<'a> NllCall<'a> {
         CudaStorage { slice, device: self.device.clone() }
     }
 
-    /// The loss, what its sum was divided by, and with `both` the gradient. One launch.
+    fn targets(&self) -> TargetViews<'_> {
+        TargetViews { target: &self.target.bytes, weight: self.weight.as_ref().map(|weight| &weight.bytes) }
+    }
+
+    /// The loss, the divisor of its sum, and with `both` the gradient in place of the divisor. One launch.
     fn forward(&self, x: &Input, both: bool) -> Result<(CudaStorage, Option<CudaStorage>, Option<CudaStorage>)> {
         let rows = self.rows.count();
         let blocks = match rows {
             ..=ROWS_OF_ONE_BLOCK => 1,
             _ => rows.div_ceil(THREADS as usize).min(MOST_BLOCKS),
-        };
-        let acc = arithmetic(self.dtype);
-        // SAFETY: the launch writes all of them, the partial sums before its last block reads them
-        let (mut loss, mut denominator, mut grad, mut sums) = unsafe {
-            let denominator = (!both).then(|| alloc(&self.device, acc, 1)).transpose()?;
+        } as u32;
+        let (arithmetic, losses) = (arithmetic(self.dtype), if self.per_row() { rows } else { 1 });
+        // SAFETY: the launch writes all of them
+        let (mut loss, mut denominator, mut grad) = unsafe {
+            let denominator = (!both).then(|| alloc(&self.device, arithmetic, 1)).transpose()?;
             let grad = both.then(|| alloc(&self.device, self.dtype, self.elements())).transpose()?;
-            let sums =
-                (!self.per_row() && blocks > 1).then(|| partials::<f64>(&self.device, 2 * blocks)).transpose()?;
-            (alloc(&self.device, acc, if self.per_row() { rows } else { 1 })?, denominator, grad, sums)
+            (alloc(&self.device, arithmetic, losses)?, denominator, grad)
         };
         let stream = self.device.cuda_stream();
-        let ticket = if sums.is_some() { self.gpu.ticket(&stream)? } else { 0 };
-        let mut result = Some(output(&mut loss)?);
-        let mut each = if self.per_row() { result.take() } else { None };
-        let mut to_denominator = denominator.as_mut().map(output).transpose()?;
-        let mut to_grad = grad.as_mut().map(output).transpose()?;
-        let mut launch = Launch::new(&self.gpu, &stream, &NLL, NllNames::of(self.dtype).loss)?;
-        launch.value(&self.params).read(&x.bytes).read(&self.target.bytes);
-        launch.read_if(self.weight.as_ref().map(|weight| &weight.bytes)).write_if(each.as_mut());
-        launch.write_if(sums.as_mut()).address(ticket).write_if(result.as_mut()).write_if(to_denominator.as_mut());
-        launch.write_if(to_grad.as_mut());
-        // SAFETY: the parameters of nll_loss_*; the rows are inside of their tensors, and the gradient has all of them
-        unsafe { launch.run(Grid::flat(blocks as u32, THREADS))? };
+        let reduction = self.problem.options.reduction;
+        let launch = NllLossLaunch {
+            params: self.params,
+            x: &x.bytes,
+            targets: self.targets(),
+            loss: LossOutput::new(&mut loss, reduction, blocks, (&self.device, &self.gpu, &stream))?,
+            denominator: denominator.as_mut().map(output).transpose()?,
+            grad: grad.as_mut().map(output).transpose()?,
+        };
+        // SAFETY: the rows are those of the tensors, the outputs have room for them, and `both` is asked for with few rows
+        unsafe { launch.launch(&self.gpu, &stream, blocks)? };
         let wrap = |slice: Option<CudaStorageSlice>| slice.map(|slice| self.wrap(slice));
         Ok((self.wrap(loss), wrap(denominator), wrap(grad)))
     }
@@ -145,17 +186,17 @@ impl<'a> NllCall<'a> {
     fn gradient(&self, denominator: &Input, upstream: Option<(&Input, bool)>) -> Result<CudaStorage> {
         // SAFETY: the launch writes all of it
         let mut grad = unsafe { alloc(&self.device, self.dtype, self.elements())? };
-        let params = NllParams { upstream_rows: upstream.is_some_and(|(_, each)| each) as i32, ..self.params };
         let windows = self.elements().div_ceil(WINDOW / self.dtype.size_in_bytes());
-        let blocks = windows.div_ceil(THREADS as usize).min(MOST_BLOCKS);
-        let stream = self.device.cuda_stream();
-        let mut to_grad = output(&mut grad)?;
-        let mut launch = Launch::new(&self.gpu, &stream, &NLL, NllNames::of(self.dtype).gradient)?;
-        launch.value(&params).read(&self.target.bytes);
-        launch.read_if(self.weight.as_ref().map(|weight| &weight.bytes)).read(&denominator.bytes);
-        launch.read_if(upstream.map(|(upstream, _)| &upstream.bytes)).write(&mut to_grad);
-        // SAFETY: the parameters of nll_gradient_*, whose output has all rows
-        unsafe { launch.run(Grid::flat(blocks as u32, THREADS))? };
+        let blocks = windows.div_ceil(THREADS as usize).min(MOST_BLOCKS) as u32;
+        let launch = NllGradientLaunch {
+            params: NllParams { upstream_rows: upstream.is_some_and(|(_, each)| each) as i32, ..self.params },
+            targets: self.targets(),
+            denominator: &denominator.bytes,
+            upstream: upstream.map(|(upstream, _)| &upstream.bytes),
+            grad: output(&mut grad)?,
+        };
+        // SAFETY: the targets are those of the rows, and the gradient has an element for each log-probability
+        unsafe { launch.launch(&self.gpu, &self.device.cuda_stream(), blocks)? };
         Ok(self.wrap(grad))
     }
 

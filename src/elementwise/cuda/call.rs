@@ -178,7 +178,7 @@ impl<'a> ElementCall<'a> {
         let params = self.params(operands, Variant::Any, &spans);
         // SAFETY: every block writes its count
         let mut counts = unsafe { partials(&self.device, spans.count as usize) }?;
-        let launch = Launch::new(&self.gpu, &self.stream, &kernels::OPERANDS, "count_mask")?;
+        let launch = Launch::new(&self.gpu, &self.stream, &kernels::MASK, "count_mask")?;
         // SAFETY: the spans cover the mask's elements, and there is a count for each
         unsafe { CountMaskLaunch { mask, counts: &mut counts, params: &params }.launch(launch, spans.grid) }?;
         Ok(counts)

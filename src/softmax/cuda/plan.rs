@@ -7,8 +7,8 @@
 //! | up to `warp_bytes`, light | 8 to 32 lanes a row, the row kept in registers, the next one on its way | the same |
 //! | up to `warp_bytes` | 1 to 32 lanes a row | the same, the row kept in shared memory |
 //! | up to `cluster_bytes` | a block a row | the same, the row kept in shared memory |
-//! | longer | a block a row | light, a cluster of 2 to 16 blocks a row; else a block that keeps what it can |
-//! | long, and few rows | several blocks a row, then a merge | the same, then the gradient as the backward makes it |
+//! | longer | a block a row | light, a cluster of 2 to 16 blocks a row; else a block that keeps a part of it |
+//! | long, and few rows | several blocks a row and a merge | the same, and the backward's pass for the gradient |
 //!
 //! Up to `lone_rows` rows of `lone_classes` classes one block does everything, so that there is no second launch.
 
@@ -16,25 +16,29 @@ use crate::cuda::grid::Grid;
 
 /// Bytes that a thread moves at once, and the unit in which rows are shared out.
 const WINDOW: u64 = 16;
-/// Of the kernels for adjacent classes and for classes apart: the largest block.
+/// The largest block of the kernels for adjacent classes.
 const ROWS_THREADS: u32 = 256;
-/// A block of teams that are parts of warps.
+/// The threads of a block whose teams are parts of warps.
 const WARPS_THREADS: u32 = 128;
+/// The largest block of the kernels for classes apart.
 const STRIDED_THREADS: u32 = 256;
-/// What a thread keeps of a row is all or a multiple of this.
+/// Windows that a thread handles at a time. A thread keeps either all of its windows of a row or a multiple of these.
 const BATCH: u32 = 4;
-/// Of the kernels for tiles: a block, the classes of a lane, and the most classes of a row.
+/// The threads of a block of the kernels for tiles.
 const TILE_THREADS: u32 = 256;
+/// The most classes of a lane of such a block.
 const TILE_DEPTH: u64 = 8;
+/// The most classes of a row in a tile.
 const TILE_CLASSES: u64 = 64;
 
-/// Of the kernels for rows in registers: what a lane can keep of a row, the fewest lanes of a row (so that each has at most
-/// two of its edges), and the threads of a block.
+/// The windows that a lane can keep in registers, each number with kernels of its own.
 const REGISTER_WINDOWS: [u32; 3] = [4, 8, 16];
+/// The fewest lanes of a row in registers, so that each has at most two of the row's edges.
 const REGISTER_LANES: u32 = 8;
+/// The threads of a block of the kernels for rows in registers.
 const REGISTER_THREADS: u32 = 256;
 
-/// The blocks of such a kernel that a multiprocessor has registers for: one that writes something for each class or not.
+/// The blocks of such a kernel that a multiprocessor has registers for; `writes` says whether it writes a value for each class.
 fn register_blocks(windows: u32, writes: bool) -> u32 {
     if windows == 4 && !writes { 3 } else { 2 }
 }
@@ -42,30 +46,30 @@ fn register_blocks(windows: u32, writes: bool) -> u32 {
 /// The cluster sizes; 1 is a block without a cluster.
 const CLUSTERS: [u32; 5] = [1, 2, 4, 8, 16];
 
-/// What a plan depends on.
+/// The rows, as far as plans depend on them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Shape {
+pub(crate) struct RowsShape {
     pub rows: u64,
     pub classes: u64,
     /// Bytes of a logit.
     pub element: u64,
     /// Whether a row's classes are next to each other.
     pub adjacent: bool,
-    /// Whether the rows are too, in their order.
+    /// Whether the rows are also next to each other, in their order.
     pub packed: bool,
-    /// Whether all rows are at one distance from the next, whatever lies between.
+    /// Whether all rows are the same distance from the next one, whatever lies between.
     pub even: bool,
-    /// Whether memory is the limit, so that there are kernels for tiles, registers and clusters: class indices with at most one
-    /// number for all classes beside them, in `f32` arithmetic.
+    /// Whether memory is the limit, so that there are kernels for tiles, registers and clusters: class indices and at most one
+    /// number q for all classes, in `f32` arithmetic.
     pub light: bool,
 }
 
-impl Shape {
+impl RowsShape {
     fn row_bytes(&self) -> u64 {
         self.classes * self.element
     }
 
-    /// The most windows that a row can touch: one more than it fills if it begins inside of one.
+    /// The most windows that a row can touch: if it begins inside of a window, one more than it fills.
     fn windows(&self) -> u64 {
         let per_window = WINDOW / self.element;
         (self.classes + per_window - 1).div_ceil(per_window)
@@ -74,7 +78,7 @@ impl Shape {
 
 /// The device, as far as plans depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Device {
+pub(crate) struct DeviceLimits {
     pub processors: u32,
     /// Dynamic shared memory that a block can have.
     pub shared_bytes: u32,
@@ -82,27 +86,29 @@ pub(crate) struct Device {
     pub cluster: u32,
 }
 
-/// Where the regimes meet. Tests lower them to reach each regime with small rows.
+/// The bounds between the regimes. Tests lower them to reach each regime with small rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Thresholds {
-    /// The most rows, of so many classes, that one block works through alone; a single row may be longer.
+    /// The most rows that one block works through alone.
     pub lone_rows: u64,
+    /// The most classes of these rows.
     pub lone_classes: u64,
+    /// The most classes of a single row that one block works through alone.
     pub lone_row: u64,
     /// The most classes of a row that is worked through in tiles, up to 64.
     pub tile_classes: u64,
-    /// The longest row that part of a warp takes.
+    /// The longest row that a warp, or a part of one, takes.
     pub warp_bytes: u64,
     /// The most windows of a row that a lane keeps in registers; below 4, none.
     pub register_windows: u32,
-    /// What a block of a cluster keeps of a row, at most; a longer row gets a larger cluster. Also what any block keeps of a row
-    /// that is not light.
+    /// The most bytes of a row that a block of a cluster keeps; a longer row gets a larger cluster. Also the most bytes that any
+    /// block keeps of a row that is not light.
     pub cluster_bytes: u64,
-    /// The shortest row that is split over blocks, and the bytes that a block gets of it.
+    /// The length of the shortest row that is split over blocks, and of each block's part of it.
     pub split_bytes: u64,
-    /// The most rows whose count each block takes by itself.
+    /// The most rows that each block counts by itself.
     pub count_rows: u64,
-    /// The most blocks of a grid that leaves a partial sum for each.
+    /// The most blocks of a grid.
     pub blocks: u32,
     /// Less shared memory than the device has.
     pub shared_bytes: Option<u32>,
@@ -132,7 +138,7 @@ pub(crate) enum Form {
     Rows,
     Tile,
     Strided,
-    /// Parts of warps whose lanes keep so many windows in registers.
+    /// Parts of warps, each of whose lanes keeps up to this many windows in registers.
     Registers(u32),
     /// The blocks of a cluster.
     Cluster,
@@ -140,17 +146,17 @@ pub(crate) enum Form {
 
 /// One launch over all rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Pass {
+pub(crate) struct RowPass {
     pub form: Form,
-    /// Threads that share a row, or each block's share of it.
+    /// Threads of a block that share a row, or the block's part of a row.
     pub team: u32,
     /// Windows that a thread keeps in shared memory.
     pub kept: u32,
     pub grid: Grid,
 }
 
-impl Pass {
-    /// Blocks that share a row without being a cluster.
+impl RowPass {
+    /// Blocks that share a row without forming a cluster.
     pub fn splits(&self) -> u32 {
         self.grid.blocks[1]
     }
@@ -165,26 +171,26 @@ impl Pass {
     }
 }
 
-/// Loss and gradient: in one pass, or with the rows split over blocks in a reduction, a merge and an emission.
+/// Loss and gradient: in one pass or, where rows are split over blocks, by a reduction, a merge and a backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Fused {
-    OnePass(Pass),
-    Split { reduce: Pass, emit: Pass },
+pub(crate) enum FusedPlan {
+    OnePass(RowPass),
+    Split { reduce: RowPass, emit: RowPass },
 }
 
 pub(crate) struct Planner {
-    pub device: Device,
+    pub device: DeviceLimits,
     pub thresholds: Thresholds,
 }
 
 impl Planner {
-    fn is_lone(&self, shape: &Shape) -> bool {
+    fn is_lone(&self, shape: &RowsShape) -> bool {
         let longest = if shape.rows == 1 { self.thresholds.lone_row } else { self.thresholds.lone_classes };
         shape.rows <= self.thresholds.lone_rows && shape.classes <= longest
     }
 
-    /// A forward: a loss, and what the backward needs, for each row.
-    pub fn reduce(&self, shape: &Shape) -> Pass {
+    /// A forward: a loss, and the statistics that the backward needs, for each row.
+    pub fn reduce(&self, shape: &RowsShape) -> RowPass {
         self.special(shape).unwrap_or_else(|| match self.splits(shape) {
             _ if self.is_lone(shape) => self.lone(shape, false),
             1 => self.registers(shape, false).unwrap_or_else(|| self.rows(shape)),
@@ -192,13 +198,13 @@ impl Planner {
         })
     }
 
-    /// Row statistics, which are not made of parts of rows.
-    pub fn statistics(&self, shape: &Shape) -> Pass {
+    /// Row statistics, for which rows are never split over blocks.
+    pub fn statistics(&self, shape: &RowsShape) -> RowPass {
         if shape.adjacent { self.rows(shape) } else { self.strided(shape) }
     }
 
-    /// The passes of rows that are not simply rows.
-    fn special(&self, shape: &Shape) -> Option<Pass> {
+    /// The passes over classes that lie apart, and over tiles.
+    fn special(&self, shape: &RowsShape) -> Option<RowPass> {
         if !shape.adjacent {
             return Some(self.strided(shape));
         }
@@ -209,26 +215,26 @@ impl Planner {
         tile.then(|| self.tile(shape))
     }
 
-    /// A backward. Its blocks need nothing of each other.
-    pub fn emit(&self, shape: &Shape) -> Pass {
+    /// A backward, whose blocks are independent of each other.
+    pub fn emit(&self, shape: &RowsShape) -> RowPass {
         self.special(shape).unwrap_or_else(|| match self.splits(shape) {
             1 => self.rows(shape),
             splits => self.block_per_row(shape, splits),
         })
     }
 
-    pub fn fused(&self, shape: &Shape) -> Fused {
+    pub fn fused(&self, shape: &RowsShape) -> FusedPlan {
         if let Some(pass) = self.special(shape) {
-            return Fused::OnePass(pass);
+            return FusedPlan::OnePass(pass);
         }
         if self.splits(shape) > 1 && !self.is_lone(shape) {
-            return Fused::Split { reduce: self.reduce(shape), emit: self.emit(shape) };
+            return FusedPlan::Split { reduce: self.reduce(shape), emit: self.emit(shape) };
         }
-        Fused::OnePass(self.one_pass(shape, true))
+        FusedPlan::OnePass(self.one_pass(shape, true))
     }
 
-    /// A pass that writes what it makes of each row, and that only `fused` runs in clusters.
-    pub fn one_pass(&self, shape: &Shape, may_cluster: bool) -> Pass {
+    /// A pass that reduces a row and then writes a value for each class; only `fused` runs it in clusters.
+    pub fn one_pass(&self, shape: &RowsShape, may_cluster: bool) -> RowPass {
         if let Some(pass) = self.special(shape) {
             return pass;
         }
@@ -255,39 +261,40 @@ impl Planner {
         let threads = pass.grid.threads[0];
         let windows = shape.windows().div_ceil((pass.team * size) as u64);
         let shared = self.thresholds.shared_bytes.unwrap_or(self.device.shared_bytes) as u64;
-        // where memory is not the limit, several blocks a multiprocessor are worth more than reading once
+        // where memory is not the limit, several blocks on a multiprocessor are worth more than reading each row once
         let shared = if shape.light { shared } else { shared.min(self.thresholds.cluster_bytes) };
         let room = shared / (threads as u64 * WINDOW);
         let kept = if windows <= room { windows as u32 } else { room as u32 / BATCH * BATCH };
-        Pass { kept, grid: Grid { shared_bytes: kept * threads * WINDOW as u32, ..pass.grid }, ..pass }
+        RowPass { kept, grid: Grid { shared_bytes: kept * threads * WINDOW as u32, ..pass.grid }, ..pass }
     }
 
     /// Into how many parts a row is cut so that the whole device has work.
-    fn splits(&self, shape: &Shape) -> u32 {
+    fn splits(&self, shape: &RowsShape) -> u32 {
         let parts = shape.row_bytes() / self.thresholds.split_bytes.max(1);
         let wanted = 2 * self.device.processors as u64 / shape.rows.max(1);
         parts.min(wanted).clamp(1, 1024) as u32
     }
 
-    fn block_per_row(&self, shape: &Shape, splits: u32) -> Pass {
+    fn block_per_row(&self, shape: &RowsShape, splits: u32) -> RowPass {
         let windows = shape.windows() / splits as u64;
         let threads = power_of_two(windows / 8, 64, ROWS_THREADS);
         let blocks = shape.rows.min(self.thresholds.blocks as u64) as u32;
         let grid = Grid { blocks: [blocks, splits, 1], threads: [threads, 1, 1], shared_bytes: 0, cluster: 1 };
-        Pass { form: Form::Rows, team: threads, kept: 0, grid }
+        RowPass { form: Form::Rows, team: threads, kept: 0, grid }
     }
 
-    fn rows(&self, shape: &Shape) -> Pass {
+    fn rows(&self, shape: &RowsShape) -> RowPass {
         if shape.row_bytes() > self.thresholds.warp_bytes {
             return self.block_per_row(shape, 1);
         }
         let team = power_of_two(shape.windows() / BATCH as u64, 1, 32);
         let blocks = shape.rows.div_ceil((WARPS_THREADS / team) as u64).min(self.thresholds.blocks as u64) as u32;
-        Pass { form: Form::Rows, team, kept: 0, grid: Grid::flat(blocks, WARPS_THREADS) }
+        RowPass { form: Form::Rows, team, kept: 0, grid: Grid::flat(blocks, WARPS_THREADS) }
     }
 
-    /// As many blocks as the device runs at once, each with rows in turn; `writes` something for each class.
-    fn registers(&self, shape: &Shape, writes: bool) -> Option<Pass> {
+    /// As many blocks as the device runs at once, which take rows in turn; `writes` says whether a value is written for each
+    /// class.
+    fn registers(&self, shape: &RowsShape, writes: bool) -> Option<RowPass> {
         if !(shape.light && shape.even)
             || shape.classes <= TILE_CLASSES
             || shape.row_bytes() > self.thresholds.warp_bytes
@@ -303,39 +310,39 @@ impl Planner {
         let team = power_of_two(lanes(kept), REGISTER_LANES, 32);
         let most = (self.device.processors * register_blocks(kept, writes)).min(self.thresholds.blocks);
         let blocks = shape.rows.div_ceil((REGISTER_THREADS / team) as u64).min(most as u64) as u32;
-        Some(Pass { form: Form::Registers(kept), team, kept: 0, grid: Grid::flat(blocks, REGISTER_THREADS) })
+        Some(RowPass { form: Form::Registers(kept), team, kept: 0, grid: Grid::flat(blocks, REGISTER_THREADS) })
     }
 
     /// All rows in one block.
-    fn lone(&self, shape: &Shape, writes: bool) -> Pass {
-        let Pass { form, team, kept, grid } = self.registers(shape, writes).unwrap_or_else(|| self.rows(shape));
+    fn lone(&self, shape: &RowsShape, writes: bool) -> RowPass {
+        let RowPass { form, team, kept, grid } = self.registers(shape, writes).unwrap_or_else(|| self.rows(shape));
         let threads = match team {
             ..=32 => power_of_two(shape.rows * team as u64, 32, ROWS_THREADS),
             _ => grid.threads[0],
         };
-        Pass { form, team, kept, grid: Grid::flat(1, threads) }
+        RowPass { form, team, kept, grid: Grid::flat(1, threads) }
     }
 
-    /// Lanes enough for the row, and as many rows as a block has lanes for.
-    fn tile(&self, shape: &Shape) -> Pass {
+    /// Enough lanes for a row, and as many rows as a block has lanes for.
+    fn tile(&self, shape: &RowsShape) -> RowPass {
         let lanes = power_of_two(shape.classes.div_ceil(TILE_DEPTH), 1, 8);
         let blocks = shape.rows.div_ceil((TILE_THREADS / lanes) as u64).min(self.thresholds.blocks as u64) as u32;
-        Pass { form: Form::Tile, team: lanes, kept: 0, grid: Grid::flat(blocks, TILE_THREADS) }
+        RowPass { form: Form::Tile, team: lanes, kept: 0, grid: Grid::flat(blocks, TILE_THREADS) }
     }
 
     /// Neighbouring threads on neighbouring rows; several on one row where it is long, or where there are few rows.
-    fn strided(&self, shape: &Shape) -> Pass {
+    fn strided(&self, shape: &RowsShape) -> RowPass {
         let least_width = power_of_two(shape.rows, 1, 32);
         let depth = power_of_two(shape.classes / BATCH as u64, 1, STRIDED_THREADS / least_width);
         // whole warps, but no wider than there are rows
         let width = power_of_two(shape.rows, 32 / depth.min(32), STRIDED_THREADS / depth);
         let blocks = shape.rows.div_ceil(width as u64).min(self.thresholds.blocks as u64) as u32;
         let grid = Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0, cluster: 1 };
-        Pass { form: Form::Strided, team: depth, kept: 0, grid }
+        RowPass { form: Form::Strided, team: depth, kept: 0, grid }
     }
 
-    /// The pass that takes any layout, for adjacent classes too: neighbouring threads on neighbouring classes then.
-    pub fn any_layout(&self, shape: &Shape) -> Pass {
+    /// The pass that takes any layout. Where classes are adjacent, neighbouring threads have neighbouring classes.
+    pub fn any_layout(&self, shape: &RowsShape) -> RowPass {
         if !shape.adjacent {
             return self.strided(shape);
         }
@@ -343,11 +350,11 @@ impl Planner {
         let width = STRIDED_THREADS / depth;
         let blocks = shape.rows.div_ceil(width as u64).min(self.thresholds.blocks as u64) as u32;
         let grid = Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0, cluster: 1 };
-        Pass { form: Form::Strided, team: depth, kept: 0, grid }
+        RowPass { form: Form::Strided, team: depth, kept: 0, grid }
     }
 
-    /// Blocks that count the rows ahead of a pass whose every block needs the count; 0 where each block counts by itself.
-    pub fn counts(&self, rows: u64, pass: &Pass) -> u32 {
+    /// Blocks that count the rows ahead of a pass in which every block needs the count; 0 where each block counts by itself.
+    pub fn counts(&self, rows: u64, pass: &RowPass) -> u32 {
         if rows <= self.thresholds.count_rows || pass.blocks() == 1 {
             return 0;
         }
@@ -364,20 +371,20 @@ fn power_of_two(n: u64, least: u32, most: u32) -> u32 {
 mod tests {
     use super::*;
 
-    const H100: Device = Device { processors: 132, shared_bytes: 225 << 10, cluster: 16 };
-    const A100: Device = Device { processors: 108, shared_bytes: 161 << 10, cluster: 1 };
+    const H100: DeviceLimits = DeviceLimits { processors: 132, shared_bytes: 225 << 10, cluster: 16 };
+    const A100: DeviceLimits = DeviceLimits { processors: 108, shared_bytes: 161 << 10, cluster: 1 };
 
-    fn planner(device: Device) -> Planner {
+    fn planner(device: DeviceLimits) -> Planner {
         Planner { device, thresholds: Thresholds::default() }
     }
 
-    fn rows(rows: u64, classes: u64, element: u64) -> Shape {
-        Shape { rows, classes, element, adjacent: true, packed: true, even: true, light: element < 8 }
+    fn rows(rows: u64, classes: u64, element: u64) -> RowsShape {
+        RowsShape { rows, classes, element, adjacent: true, packed: true, even: true, light: element < 8 }
     }
 
-    fn one_pass(device: Device, shape: Shape) -> Pass {
+    fn one_pass(device: DeviceLimits, shape: RowsShape) -> RowPass {
         match planner(device).fused(&shape) {
-            Fused::OnePass(pass) => pass,
+            FusedPlan::OnePass(pass) => pass,
             split => panic!("{shape:?}: {split:?}"),
         }
     }
@@ -413,13 +420,13 @@ mod tests {
             assert_eq!(got, (form, team, cluster), "{n} x {classes}, {element} bytes");
         }
         assert_eq!(one_pass(A100, rows(8192, 128_256, 2)).form, Form::Rows);
-        let portable = Device { cluster: 8, ..H100 };
+        let portable = DeviceLimits { cluster: 8, ..H100 };
         assert_eq!(one_pass(portable, rows(8192, 262_144, 4)).grid.cluster, 8);
         // no cluster where arithmetic is the limit
         assert_eq!(one_pass(H100, rows(8192, 262_144, 8)).form, Form::Rows);
-        let apart = Shape { adjacent: false, packed: false, even: false, ..rows(1 << 20, 21, 4) };
+        let apart = RowsShape { adjacent: false, packed: false, even: false, ..rows(1 << 20, 21, 4) };
         assert_eq!(one_pass(H100, apart).form, Form::Strided);
-        assert!(matches!(planner(H100).fused(&rows(2, 128_256, 2)), Fused::Split { .. }));
+        assert!(matches!(planner(H100).fused(&rows(2, 128_256, 2)), FusedPlan::Split { .. }));
     }
 
     #[test]
@@ -438,7 +445,7 @@ mod tests {
     /// Bytes of logits that a multiprocessor has on their way with all of its threads at their loads: resident blocks by the
     /// registers that the kernels are limited to (`kernels/softmax/entry.cuh`), by shared memory and by the grid, times the
     /// 16-byte loads that a thread issues before it uses the first.
-    fn bytes_in_flight(pass: &Pass, shape: &Shape, device: &Device, writes: bool) -> u64 {
+    fn bytes_in_flight(pass: &RowPass, shape: &RowsShape, device: &DeviceLimits, writes: bool) -> u64 {
         let threads = pass.grid.threads.iter().product::<u32>() as u64;
         let windows = |threads: u64| (shape.row_bytes() / WINDOW).div_ceil(threads);
         let (by_registers, loads) = match pass.form {
@@ -454,7 +461,7 @@ mod tests {
             }
             Form::Strided => unreachable!("its loads are not of 16 bytes"),
         };
-        // of the 228 KB that the multiprocessors of both devices have, 1 KB a block goes to the system
+        // either device has 228 KB a multiprocessor, of which the system takes 1 KB for each block
         let by_shared = (228 << 10) / (pass.grid.shared_bytes as u64 + (3 << 10));
         let by_grid = (pass.blocks() as u64).div_ceil(device.processors as u64);
         by_registers.min(by_shared).min(by_grid) * threads * loads * WINDOW
@@ -498,19 +505,19 @@ mod tests {
     /// What the kernels rely on, over the whole range of shapes.
     #[test]
     fn launches_are_possible() {
-        for device in [H100, A100, Device { processors: 40, shared_bytes: 62 << 10, cluster: 1 }] {
+        for device in [H100, A100, DeviceLimits { processors: 40, shared_bytes: 62 << 10, cluster: 1 }] {
             for n in [1, 2, 3, 31, 33, 64, 65, 1000, 100_000, 1 << 33] {
                 for classes in [1, 2, 9, 64, 65, 1000, 5000, 32_000, 50_257, 128_256, 1 << 24, (1 << 31) - 1] {
                     for element in [2, 4, 8] {
                         for adjacent in [true, false] {
-                            let shape = Shape { adjacent, packed: adjacent, ..rows(n, classes, element) };
+                            let shape = RowsShape { adjacent, packed: adjacent, ..rows(n, classes, element) };
                             let planner = planner(device);
                             let mut passes =
                                 vec![planner.reduce(&shape), planner.emit(&shape), planner.statistics(&shape)];
                             passes.extend([planner.one_pass(&shape, false), planner.any_layout(&shape)]);
                             match planner.fused(&shape) {
-                                Fused::OnePass(pass) => passes.push(pass),
-                                Fused::Split { reduce, emit } => passes.extend([reduce, emit]),
+                                FusedPlan::OnePass(pass) => passes.push(pass),
+                                FusedPlan::Split { reduce, emit } => passes.extend([reduce, emit]),
                             }
                             for pass in passes {
                                 check(&pass, &shape, &device);
@@ -522,7 +529,7 @@ mod tests {
         }
     }
 
-    fn check(pass: &Pass, shape: &Shape, device: &Device) {
+    fn check(pass: &RowPass, shape: &RowsShape, device: &DeviceLimits) {
         let threads = pass.grid.threads.iter().product::<u32>();
         let what = format!("{shape:?}: {pass:?}");
         assert!(threads.is_power_of_two() && (32..=256).contains(&threads), "{what}");

@@ -1,0 +1,11 @@
+#include "../elementwise/elements.cuh"
+
+namespace fused_loss {
+
+// The elements that a mask leaves: one number for each block.
+extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+    count_mask(const void *mask, long long *counts, const __grid_constant__ ElementParams q) {
+    count_pass(mask, counts, q);
+}
+
+} // namespace fused_loss

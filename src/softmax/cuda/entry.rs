@@ -1,0 +1,206 @@
+//! The entry points of the softmax family on CUDA: the passes that an op asks for.
+
+use super::call::{SoftmaxCall, planner};
+use super::detail::{Detail, SoftmaxPass};
+use super::params::{GradientInputs, LogSoftmaxBackwardLaunch, LogSoftmaxLaunch, SoftmaxParams, StatisticsLaunch};
+use super::plan::Form;
+use crate::cuda::gpu::Gpu;
+use crate::cuda::launch::{Input, alloc, output};
+use crate::cuda::rows::{RowParams, Strides};
+use crate::custom_op::{Arg, Argument, DeviceStorage, Locked};
+use crate::rows::Rows;
+use crate::softmax::problem::{CrossEntropy, RowStatistics, Saved, SoftmaxKernels};
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::CudaStorage;
+use candle_core::{DType, Layout, Result, bail};
+
+/// A layout that begins where the rows do.
+fn from(rows: &Rows) -> Layout {
+    Layout::contiguous_with_offset((), rows.offset)
+}
+
+impl SoftmaxKernels for CudaStorage {
+    fn forward(problem: &CrossEntropy, (storage, layout): Arg<Self>, target: Arg<Self>) -> Result<(Self, Saved)> {
+        let weight = problem.options.rows.weight.as_ref().map(Locked::new);
+        let call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &weight)?;
+        call.check_target(target)?;
+        let reduced = call.reduce(&Input::new(storage, layout)?)?;
+        let saved = Saved {
+            statistics: call.wrap(reduced.statistics).into_tensor((call.statistics_per_row(), call.rows.count())),
+            denominator: call.wrap(reduced.denominator).into_tensor(()),
+        };
+        Ok((call.wrap(reduced.loss), saved))
+    }
+
+    fn backward(
+        problem: &CrossEntropy,
+        saved: &Saved,
+        of: Argument,
+        (storage, layout): Arg<Self>,
+        target: Arg<Self>,
+        upstream: Arg<Self>,
+    ) -> Result<Self> {
+        let weight = problem.options.rows.weight.as_ref().map(Locked::new);
+        // the forward has checked the target
+        let call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &weight)?;
+        let len = layout.shape().elem_count();
+        let dtype = match of {
+            Argument::Input => call.dtype,
+            Argument::Target => call.arithmetic(),
+        };
+        // SAFETY: the launch below writes all of it
+        let mut grad = unsafe { alloc(&call.device, dtype, len.max(1))? };
+        if len == 0 {
+            return Ok(call.wrap(grad));
+        }
+        let x = Input::new(storage, layout)?;
+        let upstream_rows = upstream.1.shape().elem_count() != 1;
+        let upstream = Input::new(upstream.0, upstream.1)?;
+        let (statistics, denominator) = (Locked::new(&saved.statistics), Locked::new(&saved.denominator));
+        let (statistics, denominator) = (statistics.arg::<Self>(problem.name)?, denominator.arg::<Self>(problem.name)?);
+        let (statistics, denominator) =
+            (Input::new(statistics.0, statistics.1)?, Input::new(denominator.0, denominator.1)?);
+        let inputs = GradientInputs {
+            statistics: &statistics.bytes,
+            denominator: &denominator.bytes,
+            upstream: Some(&upstream.bytes),
+        };
+        match of {
+            Argument::Input => call.emit(Some(&x), inputs, upstream_rows, output(&mut grad)?)?,
+            Argument::Target => call.target_gradient(&x, inputs, (&upstream, upstream_rows), output(&mut grad)?)?,
+        }
+        Ok(call.wrap(grad))
+    }
+
+    fn loss_and_grad(problem: &CrossEntropy, (storage, layout): Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
+        let weight = problem.options.rows.weight.as_ref().map(Locked::new);
+        let call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &weight)?;
+        call.check_target(target)?;
+        let len = layout.shape().elem_count();
+        // SAFETY: the launches below write all of it
+        let mut grad = unsafe { alloc(&call.device, call.dtype, len.max(1))? };
+        if len == 0 {
+            return Ok((call.wrap(call.reduced_nothing()?.loss), call.wrap(grad)));
+        }
+        let loss = call.loss_and_grad(Some(&Input::new(storage, layout)?), output(&mut grad)?)?;
+        Ok((loss, call.wrap(grad)))
+    }
+
+    fn loss_and_grad_inplace(
+        problem: &CrossEntropy,
+        logits: &mut Self,
+        layout: &Layout,
+        target: Arg<Self>,
+    ) -> Result<Self> {
+        let weight = problem.options.rows.weight.as_ref().map(Locked::new);
+        let dtype = logits.dtype();
+        let call = SoftmaxCall::new(problem, (&logits.device, dtype, layout), target, &weight)?;
+        call.check_target(target)?;
+        if layout.shape().elem_count() == 0 {
+            return Ok(call.wrap(call.reduced_nothing()?.loss));
+        }
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            bail!(
+                "{}: strides {:?} of shape {:?}, expected contiguous logits",
+                problem.name,
+                layout.stride(),
+                layout.dims()
+            )
+        };
+        let size = dtype.size_in_bytes();
+        call.loss_and_grad(None, output(&mut logits.slice)?.slice_mut(start * size..end * size))
+    }
+
+    fn statistics(
+        problem: &CrossEntropy,
+        (storage, layout): Arg<Self>,
+        target: Arg<Self>,
+    ) -> Result<RowStatistics<Self>> {
+        let weight = problem.options.rows.weight.as_ref().map(Locked::new);
+        let call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &weight)?;
+        call.check_target(target)?;
+        let rows = call.rows.count();
+        // SAFETY: the launch below writes all of these
+        let mut results = unsafe {
+            RowStatistics {
+                loss: call.numbers(rows)?,
+                lse: call.numbers(rows)?,
+                z_loss: call.numbers(rows)?,
+                entropy: call.numbers(rows)?,
+                argmax: alloc(&call.device, DType::U32, rows.max(1))?,
+                correct: alloc(&call.device, DType::U8, rows.max(1))?,
+            }
+        };
+        if rows > 0 {
+            let pass = call.planner().statistics(&call.shape());
+            let kernel = call.kernel(SoftmaxPass::Statistics, Detail::General, pass.form)?;
+            let launch = StatisticsLaunch {
+                params: call.params.for_pass(&pass),
+                x: &Input::new(storage, layout)?.bytes,
+                targets: call.targets(),
+                loss: output(&mut results.loss)?,
+                lse: output(&mut results.lse)?,
+                z_loss: output(&mut results.z_loss)?,
+                entropy: output(&mut results.entropy)?,
+                argmax: output(&mut results.argmax)?,
+                correct: output(&mut results.correct)?,
+            };
+            // SAFETY: the kernel and the grid are the pass's; `new` found the rows inside of their tensors, and the results have
+            // a number for each
+            unsafe { launch.launch(&call.gpu, &call.stream, kernel, pass.grid)? };
+        }
+        let RowStatistics { loss, lse, z_loss, entropy, argmax, correct } = results;
+        let [loss, lse, z_loss, entropy, argmax, correct] =
+            [loss, lse, z_loss, entropy, argmax, correct].map(|slice| call.wrap(slice));
+        Ok(RowStatistics { loss, lse, z_loss, entropy, argmax, correct })
+    }
+
+    fn log_softmax(name: &str, logits: &Self, rows: &Rows) -> Result<Self> {
+        let (device, dtype) = (&logits.device, logits.dtype());
+        let len = rows.count() * rows.classes;
+        // SAFETY: the launch below writes all of it
+        let mut log_probs = unsafe { alloc(device, dtype, len.max(1))? };
+        if len > 0 {
+            let gpu = Gpu::of(device)?;
+            let pass = planner(&gpu).one_pass(&Detail::Plain.shape(rows, dtype), false);
+            let kernel = Detail::Plain.kernel(dtype, SoftmaxPass::LogSoftmax, pass.form)?;
+            let launch = LogSoftmaxLaunch {
+                params: SoftmaxParams::of_rows(RowParams::untargeted(name, rows)?, rows).for_pass(&pass),
+                x: &Input::new(logits, &from(rows))?.bytes,
+                log_probs: output(&mut log_probs)?,
+            };
+            // SAFETY: the kernel and the grid are the pass's; the rows are those of the tensor, whose elements all have room
+            unsafe { launch.launch(&gpu, &device.cuda_stream(), kernel, pass.grid)? };
+        }
+        Ok(CudaStorage { slice: log_probs, device: device.clone() })
+    }
+
+    fn log_softmax_backward(
+        name: &str,
+        (out, rows): (&Self, &Rows),
+        (upstream, upstream_rows): (&Self, &Rows),
+    ) -> Result<Self> {
+        let (device, dtype) = (&out.device, out.dtype());
+        if upstream.dtype() != dtype {
+            bail!("{name}: an upstream gradient of dtype {:?}, expected {dtype:?}", upstream.dtype());
+        }
+        let len = rows.count() * rows.classes;
+        // SAFETY: the launch below writes all of it
+        let mut grad = unsafe { alloc(device, dtype, len.max(1))? };
+        if len > 0 {
+            let gpu = Gpu::of(device)?;
+            let pass = planner(&gpu).any_layout(&Detail::Plain.shape(rows, dtype));
+            let kernel = Detail::Plain.kernel(dtype, SoftmaxPass::LogSoftmaxBackward, Form::Strided)?;
+            let params = SoftmaxParams::of_rows(RowParams::untargeted(name, rows)?, rows).for_pass(&pass);
+            let launch = LogSoftmaxBackwardLaunch {
+                params: SoftmaxParams { t: Strides::of(upstream_rows), ..params },
+                log_probs: &Input::new(out, &from(rows))?.bytes,
+                upstream: &Input::new(upstream, &from(upstream_rows))?.bytes,
+                grad: output(&mut grad)?,
+            };
+            // SAFETY: the grid is the pass's; the rows are those of the tensors, whose elements all have room
+            unsafe { launch.launch(&gpu, &device.cuda_stream(), kernel, pass.grid)? };
+        }
+        Ok(CudaStorage { slice: grad, device: device.clone() })
+    }
+}

@@ -1,0 +1,330 @@
+//! The parameters of the softmax family's kernels. The order in which a kernel takes them is written here, in the `launch` method
+//! of its struct, and in `kernels/softmax/entry.cuh`.
+
+use super::detail::KernelRef;
+use super::plan::{Form, RowPass};
+use crate::cuda::gpu::Gpu;
+use crate::cuda::grid::Grid;
+use crate::cuda::kernels;
+use crate::cuda::launch::Launch;
+use crate::cuda::rows::{LossOutput, RowParams, Strides, TargetViews};
+use crate::rows::Rows;
+use candle_core::{DType, Result};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
+use std::sync::Arc;
+
+type InputView<'a> = &'a CudaView<'a, u8>;
+type OutputView<'a> = CudaViewMut<'a, u8>;
+
+/// `softmax::Params` of `kernels/softmax/state.cuh`, where its fields are explained.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct SoftmaxParams {
+    pub base: RowParams,
+    pub x: Strides,
+    pub t: Strides,
+    pub spread: f64,
+    pub mass: f64,
+    pub scale: f64,
+    pub softcap: f64,
+    pub inverse_cap: f64,
+    pub z_loss: f64,
+    pub row_mass: i32,
+    pub capped: i32,
+    pub team: i32,
+    pub kept: i32,
+    pub upstream_rows: i32,
+    pub class_last: i32,
+}
+
+// SAFETY: plain numbers, laid out as in C on both sides
+unsafe impl DeviceRepr for SoftmaxParams {}
+
+impl SoftmaxParams {
+    /// Of a pass over rows without options.
+    pub fn of_rows(base: RowParams, rows: &Rows) -> Self {
+        SoftmaxParams {
+            base,
+            x: Strides::of(rows),
+            t: Strides::default(),
+            spread: 0.0,
+            mass: 0.0,
+            scale: 1.0,
+            softcap: 0.0,
+            inverse_cap: 0.0,
+            z_loss: 0.0,
+            row_mass: 0,
+            capped: 0,
+            team: 1,
+            kept: 0,
+            upstream_rows: 0,
+            class_last: rows.class_last() as i32,
+        }
+    }
+
+    /// The same for one of the passes.
+    pub fn for_pass(self, pass: &RowPass) -> Self {
+        let mut x = self.x;
+        if let Form::Registers(_) = pass.form {
+            // all rows are at one distance, that of the innermost axis where there is one
+            x.outer_stride = if x.inner > 1 { x.inner_stride } else { x.outer_stride };
+            x.inner = 1;
+        }
+        SoftmaxParams { x, team: pass.team as i32, kept: pass.kept as i32, ..self }
+    }
+}
+
+/// The results of a forward.
+pub(super) struct ForwardOutput<'a> {
+    pub loss: LossOutput<'a>,
+    pub statistics: OutputView<'a>,
+    pub denominator: OutputView<'a>,
+}
+
+/// Where `softmax_reduce_*` leaves the rows.
+pub(super) enum ReduceOutput<'a> {
+    /// Whole rows: their results.
+    Whole(ForwardOutput<'a>),
+    /// Rows that are split over blocks: the state of each part, for `softmax_merge_*`.
+    Parts(OutputView<'a>),
+}
+
+/// A launch of `softmax_reduce_*`.
+pub(super) struct ReduceLaunch<'a> {
+    pub params: SoftmaxParams,
+    pub x: InputView<'a>,
+    pub targets: TargetViews<'a>,
+    pub output: ReduceOutput<'a>,
+}
+
+impl ReduceLaunch<'_> {
+    /// # Safety
+    /// `kernel` is one of `softmax_reduce_*` for the logits' dtype, the rows that the parameters describe are inside of the
+    /// tensors, the outputs have room for their numbers, and `grid` is the one planned for the parameters.
+    pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
+        let TargetViews { target, weight } = self.targets;
+        let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
+        // softmax_reduce_*(p, x, t, weight, splits, loss, statistics, partials, ticket, result, denominator)
+        launch.value(&self.params).read(self.x).read(target).read_if(weight);
+        match &mut self.output {
+            ReduceOutput::Parts(states) => {
+                launch.write(states).null().null().null().null().null().null();
+            }
+            ReduceOutput::Whole(ForwardOutput { loss, statistics, denominator }) => {
+                let loss = loss.pointers();
+                launch.null().write_if(loss.rows).write(statistics).write_if(loss.sums).address(loss.ticket);
+                launch.write_if(loss.result).write(denominator);
+            }
+        }
+        // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
+        unsafe { launch.run(grid) }
+    }
+}
+
+/// A launch of `softmax_merge_*`, which one block makes.
+pub(super) struct MergeLaunch<'a> {
+    pub params: SoftmaxParams,
+    pub x: InputView<'a>,
+    pub targets: TargetViews<'a>,
+    /// The states that `softmax_reduce_*` left.
+    pub states: InputView<'a>,
+    /// How many parts a row has.
+    pub parts: u32,
+    pub output: ForwardOutput<'a>,
+}
+
+impl MergeLaunch<'_> {
+    /// # Safety
+    /// As for [`ReduceLaunch::launch`] with `softmax_merge_*`; there are states for all parts of all rows.
+    pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
+        let TargetViews { target, weight } = self.targets;
+        let count = self.parts as i32;
+        let loss = self.output.loss.pointers();
+        let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
+        // softmax_merge_*(p, x, t, weight, splits, count, loss, statistics, result, denominator)
+        launch.value(&self.params).read(self.x).read(target).read_if(weight).read(self.states).value(&count);
+        launch.write_if(loss.rows).write(&mut self.output.statistics).write_if(loss.result);
+        launch.write(&mut self.output.denominator);
+        // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
+        unsafe { launch.run(grid) }
+    }
+}
+
+/// The operands that a backward reads beside the logits and the targets.
+#[derive(Clone, Copy)]
+pub(super) struct GradientInputs<'a> {
+    pub statistics: InputView<'a>,
+    pub denominator: InputView<'a>,
+    /// `None`: ones.
+    pub upstream: Option<InputView<'a>>,
+}
+
+/// A launch of `softmax_emit_*`.
+pub(super) struct EmitLaunch<'a> {
+    pub params: SoftmaxParams,
+    /// `None`: the logits are in `grad`, and the gradient replaces them.
+    pub x: Option<InputView<'a>>,
+    pub targets: TargetViews<'a>,
+    pub inputs: GradientInputs<'a>,
+    pub grad: OutputView<'a>,
+}
+
+impl EmitLaunch<'_> {
+    /// # Safety
+    /// As for [`ReduceLaunch::launch`] with `softmax_emit_*`; the statistics are those that a forward left of the same rows.
+    pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
+        let TargetViews { target, weight } = self.targets;
+        let GradientInputs { statistics, denominator, upstream } = self.inputs;
+        let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
+        // softmax_emit_*(p, x, t, weight, statistics, denominator, upstream, out)
+        launch.value(&self.params).read_if(self.x).read(target).read_if(weight);
+        launch.read(statistics).read(denominator).read_if(upstream).write(&mut self.grad);
+        // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
+        unsafe { launch.run(grid) }
+    }
+}
+
+/// A launch of `softmax_fused_*`.
+pub(super) struct FusedLaunch<'a> {
+    pub params: SoftmaxParams,
+    /// `None`: the logits are in `grad`, and the gradient replaces them.
+    pub x: Option<InputView<'a>>,
+    pub grad: OutputView<'a>,
+    pub targets: TargetViews<'a>,
+    /// Counts of the rows, where an earlier launch made them.
+    pub counts: Option<&'a CudaSlice<f64>>,
+    pub loss: LossOutput<'a>,
+}
+
+impl FusedLaunch<'_> {
+    /// # Safety
+    /// As for [`ReduceLaunch::launch`] with `softmax_fused_*`; there are as many counts as the parameters say.
+    pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
+        let TargetViews { target, weight } = self.targets;
+        let loss = self.loss.pointers();
+        let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
+        // softmax_fused_*(p, x, out, t, weight, counts, loss, partials, ticket, result)
+        launch.value(&self.params).read_if(self.x).write(&mut self.grad).read(target).read_if(weight);
+        launch.read_if(self.counts).write_if(loss.rows).write_if(loss.sums).address(loss.ticket);
+        launch.write_if(loss.result);
+        // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
+        unsafe { launch.run(grid) }
+    }
+}
+
+/// A launch of `softmax_target_gradient`.
+pub(super) struct TargetGradientLaunch<'a> {
+    pub params: SoftmaxParams,
+    pub x: InputView<'a>,
+    pub weight: Option<InputView<'a>>,
+    pub statistics: InputView<'a>,
+    pub denominator: InputView<'a>,
+    pub upstream: InputView<'a>,
+    pub grad: OutputView<'a>,
+}
+
+impl TargetGradientLaunch<'_> {
+    /// # Safety
+    /// As for [`EmitLaunch::launch`] with `softmax_target_gradient`.
+    pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
+        let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
+        // softmax_target_gradient(p, x, weight, statistics, denominator, upstream, out)
+        launch.value(&self.params).read(self.x).read_if(self.weight).read(self.statistics);
+        launch.read(self.denominator).read(self.upstream).write(&mut self.grad);
+        // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
+        unsafe { launch.run(grid) }
+    }
+}
+
+/// A launch of `softmax_statistics_*`.
+pub(super) struct StatisticsLaunch<'a> {
+    pub params: SoftmaxParams,
+    pub x: InputView<'a>,
+    pub targets: TargetViews<'a>,
+    pub loss: OutputView<'a>,
+    pub lse: OutputView<'a>,
+    pub z_loss: OutputView<'a>,
+    pub entropy: OutputView<'a>,
+    pub argmax: OutputView<'a>,
+    pub correct: OutputView<'a>,
+}
+
+impl StatisticsLaunch<'_> {
+    /// # Safety
+    /// As for [`ReduceLaunch::launch`] with `softmax_statistics_*`.
+    pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
+        let TargetViews { target, weight } = self.targets;
+        let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
+        // softmax_statistics_*(p, x, t, weight, loss, lse, z_loss, entropy, argmax, correct)
+        launch.value(&self.params).read(self.x).read(target).read_if(weight);
+        launch.write(&mut self.loss).write(&mut self.lse).write(&mut self.z_loss).write(&mut self.entropy);
+        launch.write(&mut self.argmax).write(&mut self.correct);
+        // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
+        unsafe { launch.run(grid) }
+    }
+}
+
+/// A launch of one of the other `softmax_log_softmax_*`.
+pub(super) struct LogSoftmaxLaunch<'a> {
+    pub params: SoftmaxParams,
+    pub x: InputView<'a>,
+    pub log_probs: OutputView<'a>,
+}
+
+impl LogSoftmaxLaunch<'_> {
+    /// # Safety
+    /// As for [`ReduceLaunch::launch`] with `softmax_log_softmax_*`, except `softmax_log_softmax_backward`.
+    pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
+        let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
+        // softmax_log_softmax_*(p, x, out)
+        launch.value(&self.params).read(self.x).write(&mut self.log_probs);
+        // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
+        unsafe { launch.run(grid) }
+    }
+}
+
+/// A launch of `softmax_log_softmax_backward`.
+pub(super) struct LogSoftmaxBackwardLaunch<'a> {
+    pub params: SoftmaxParams,
+    pub log_probs: InputView<'a>,
+    pub upstream: InputView<'a>,
+    pub grad: OutputView<'a>,
+}
+
+impl LogSoftmaxBackwardLaunch<'_> {
+    /// # Safety
+    /// As for [`ReduceLaunch::launch`] with `softmax_log_softmax_backward`.
+    pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
+        let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
+        // softmax_log_softmax_backward(p, y, g, out)
+        launch.value(&self.params).read(self.log_probs).read(self.upstream).write(&mut self.grad);
+        // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
+        unsafe { launch.run(grid) }
+    }
+}
+
+/// A launch of `count_rows_*` of `kernels/modules/rows.cu`.
+pub(super) struct CountRowsLaunch<'a> {
+    pub params: RowParams,
+    pub targets: TargetViews<'a>,
+    /// A number for each block.
+    pub counts: &'a mut CudaSlice<f64>,
+}
+
+impl CountRowsLaunch<'_> {
+    /// For class weights of the arithmetic dtype.
+    ///
+    /// # Safety
+    /// The targets and weights are inside of their tensors.
+    pub unsafe fn launch(self, gpu: &Gpu, stream: &Arc<CudaStream>, arithmetic: DType) -> Result<()> {
+        let name = if arithmetic == DType::F64 { "count_rows_f64" } else { "count_rows_f32" };
+        let TargetViews { target, weight } = self.targets;
+        let grid = Grid::flat(self.counts.len() as u32, 1024);
+        let mut launch = Launch::new(gpu, stream, &kernels::ROWS, name)?;
+        // count_rows_*(p, t, weight, counts)
+        launch.value(&self.params).read(target).read_if(weight).write(self.counts);
+        // SAFETY: the parameters in the order of the kernel's signature, a count for each block, and memory by this
+        // function's contract
+        unsafe { launch.run(grid) }
+    }
+}
