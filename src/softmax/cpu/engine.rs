@@ -331,9 +331,9 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                 if self.q.is_none() {
                     q[..classes.len()].as_flattened_mut().fill(T::Acc::ZERO);
                 }
-                for lane in 0..place.lanes {
-                    let (own, weight) = (targets.class[lane], targets.weight[lane]);
-                    if classes.contains(&own) {
+                let own = targets.class.iter().zip(&targets.weight).enumerate().take(place.lanes);
+                for (lane, (own, &weight)) in own {
+                    if classes.contains(own) {
                         q[own - classes.start][lane] += weight;
                     }
                 }
