@@ -1,5 +1,5 @@
-//! Compiles `kernels/modules/*.cu` for the `cuda` feature: to PTX, and that to the machine code of the architecture that the build is
-//! for. Does nothing without the feature.
+//! Compiles `kernels/modules/*.cu` for the `cuda` feature: to PTX, and that to the machine code of the architecture
+//! that the build is for. Does nothing without the feature.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -18,8 +18,8 @@ mod cuda {
 
     /// The oldest architecture that the kernels and today's CUDA toolkits support: Turing.
     const OLDEST: usize = 75;
-    /// Set to 1, it adds line numbers, by which profilers and sanitizers name the source. They cost nothing at run time, and
-    /// double the PTX.
+    /// Set to 1, it adds line numbers, by which profilers and sanitizers name the source. They cost nothing at run
+    /// time, and double the PTX.
     const LINEINFO: &str = "CANDLE_FUSED_LOSS_LINEINFO";
 
     pub fn compile_kernels() {

@@ -1,7 +1,8 @@
 //! Checks of shapes, dtypes and devices, and the error messages that several places have in common.
 //!
-//! What passes the families' checks becomes a problem that their ops take; nothing further down fails for a reason that could have
-//! been seen there. Only the values of targets and probabilities are checked later, by the kernels that read them anyway.
+//! What passes the families' checks becomes a problem that their ops take; nothing further down fails for a reason that
+//! could have been seen there. Only the values of targets and probabilities are checked later, by the kernels that read
+//! them anyway.
 
 use candle_core::{DType, Error, Result, Tensor, bail};
 
@@ -115,7 +116,8 @@ pub(crate) fn not_class_indices(name: &str, dtype: DType) -> Error {
 
 pub(crate) fn class_out_of_range(name: &str, class: i64, row: usize, classes: usize, ignore_index: i64) -> Error {
     Error::Msg(format!(
-        "{name}: target {class} at row {row} is out of range, expected a class in 0..{classes} or the ignore_index {ignore_index}"
+        "{name}: target {class} at row {row} is out of range, expected a class in 0..{classes} or the \
+         ignore_index {ignore_index}"
     ))
     .bt()
 }

@@ -1,7 +1,7 @@
 //! What the losses that are composed of candle's tensor ops share.
 
 use crate::reduction::Reduction;
-use crate::row_options::RowOptions;
+use crate::rows::options::RowOptions;
 use candle_core::{Result, Shape, Tensor};
 
 /// `factor * value`, 0 where the factor is 0.

@@ -1,7 +1,8 @@
 //! What the families' custom ops share: their kernels' arguments and results, and the two devices behind one trait.
 //!
-//! candle calls `cpu_fwd` or `cuda_fwd` by the device of the first argument. Both call one method that is generic over the storage,
-//! `S: DeviceStorage`, and the family's trait of kernels, which [`CpuStorage`] and `CudaStorage` implement, does the rest.
+//! candle calls `cpu_fwd` or `cuda_fwd` by the device of the first argument. Both call one method that is generic over
+//! the storage, `S: DeviceStorage`, and the family's trait of kernels, which [`CpuStorage`] and `CudaStorage`
+//! implement, does the rest.
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;

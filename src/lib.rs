@@ -13,7 +13,6 @@ mod linear;
 mod losses;
 mod nll;
 mod reduction;
-mod row_options;
 mod rows;
 mod softmax;
 pub mod unfused;

@@ -251,7 +251,8 @@ fn lines_fit() {
     let mut long = vec![];
     for path in paths {
         for (i, line) in fs::read_to_string(&path).unwrap().lines().enumerate() {
-            if line.chars().count() > LONGEST_LINE {
+            // an address can't be broken
+            if line.chars().count() > LONGEST_LINE && !line.contains("](https://") {
                 long.push(format!("{}:{}: {} columns", path.display(), i + 1, line.chars().count()));
             }
         }

@@ -62,8 +62,7 @@ struct ElementParams {
 
 __device__ __forceinline__ int64_t divide(int64_t n, const Divisor &d, int small) {
     const uint64_t wide = static_cast<uint64_t>(n);
-    if (!small)
-        return static_cast<int64_t>((__umul64hi(wide, d.wide_magic) + wide) >> d.shift);
+    if (!small) return static_cast<int64_t>((__umul64hi(wide, d.wide_magic) + wide) >> d.shift);
     const uint32_t v = static_cast<uint32_t>(n);
     return (__umulhi(v, d.magic) + v) >> d.shift;
 }
@@ -93,19 +92,16 @@ template <class Term, class A> struct TermAt {
     __device__ __forceinline__ explicit TermAt(const ElementParams &q)
         : scale(static_cast<A>(q.smooth_scale)), shift(static_cast<A>(q.smooth_shift)) {
 #pragma unroll
-        for (int i = 0; i < TERM_PARAMETERS; i++)
-            parameters.p[i] = static_cast<A>(q.parameters[i]);
+        for (int i = 0; i < TERM_PARAMETERS; i++) parameters.p[i] = static_cast<A>(q.parameters[i]);
     }
 
     __device__ __forceinline__ Value<A> at(A x, A t, A p) const {
-        if (Term::CHECKED && !Term::valid(x, t))
-            return {quiet_nan<A>(), quiet_nan<A>()};
+        if (Term::CHECKED && !Term::valid(x, t)) return {quiet_nan<A>(), quiet_nan<A>()};
         return Term::at(x, fma_(scale, t, shift), p, parameters);
     }
 
     __device__ __forceinline__ A by_target(A x, A t, A p) const {
-        if (Term::CHECKED && !Term::valid(x, t))
-            return quiet_nan<A>();
+        if (Term::CHECKED && !Term::valid(x, t)) return quiet_nan<A>();
         return scale * Term::by_target(x, fma_(scale, t, shift), p, parameters);
     }
 };
@@ -129,11 +125,9 @@ struct Span {
 template <int N, int IN_FLIGHT, class Windows, class Single>
 __device__ __forceinline__ void walk_dense(const Span &span, int phase, Windows windows, Single single) {
     const int team = blockDim.x;
-    if (span.first >= span.last)
-        return;
+    if (span.first >= span.last) return;
     int64_t body = span.first + (N - (span.first + phase) % N) % N;
-    if (body > span.last)
-        body = span.last;
+    if (body > span.last) body = span.last;
     const int64_t count = (span.last - body) / N;
 #pragma unroll 1
     for (int64_t w = threadIdx.x; w < count; w += static_cast<int64_t>(team) * IN_FLIGHT) {
@@ -160,8 +154,7 @@ struct Offsets {
 
     __device__ __forceinline__ Offsets(const ElementParams &q, int64_t element) {
 #pragma unroll
-        for (int o = 0; o < OPERANDS; o++)
-            of[o] = q.contiguous >> o & 1 ? element : 0;
+        for (int o = 0; o < OPERANDS; o++) of[o] = q.contiguous >> o & 1 ? element : 0;
         int64_t rest = element;
 #pragma unroll 1
         for (int axis = q.axes - 1; axis >= 0; axis--) {
@@ -171,8 +164,7 @@ struct Offsets {
             rest = outer;
 #pragma unroll
             for (int o = 0; o < OPERANDS; o++) {
-                if (!(q.contiguous >> o & 1))
-                    of[o] += at * q.stride[o][axis];
+                if (!(q.contiguous >> o & 1)) of[o] += at * q.stride[o][axis];
             }
         }
     }
@@ -198,36 +190,30 @@ template <class In, int U> struct Elements {
             w[k] = p[k] = A(1);
             t[k] = A(0);
             target[k] = mask[k] = 0;
-            if (!in[k])
-                continue;
+            if (!in[k]) continue;
             const Offsets offsets(q, i);
             input[k] = a.input[offsets.of[INPUT]];
-            if (opaque(a.weight))
-                w[k] = a.weight[offsets.of[WEIGHT]];
-            if (opaque(a.pos_weight))
-                p[k] = a.pos_weight[offsets.of[POS_WEIGHT]];
+            if (opaque(a.weight)) w[k] = a.weight[offsets.of[WEIGHT]];
+            if (opaque(a.pos_weight)) p[k] = a.pos_weight[offsets.of[POS_WEIGHT]];
             target[k] = offsets.of[TARGET];
             mask[k] = offsets.of[MASK];
         }
         with_dtype(q.target_dtype, [&](auto *type) {
 #pragma unroll
             for (int k = 0; k < U; k++) {
-                if (in[k])
-                    t[k] = widen<A>(static_cast<decltype(type)>(a.target)[target[k]]);
+                if (in[k]) t[k] = widen<A>(static_cast<decltype(type)>(a.target)[target[k]]);
             }
         });
         if (a.mask) {
             with_dtype(q.mask_dtype, [&](auto *type) {
 #pragma unroll
                 for (int k = 0; k < U; k++) {
-                    if (in[k])
-                        on[k] = widen<float>(static_cast<decltype(type)>(a.mask)[mask[k]]) != 0.0f;
+                    if (in[k]) on[k] = widen<float>(static_cast<decltype(type)>(a.mask)[mask[k]]) != 0.0f;
                 }
             });
         }
 #pragma unroll
-        for (int k = 0; k < U; k++)
-            x[k] = widen<A>(input[k]);
+        for (int k = 0; k < U; k++) x[k] = widen<A>(input[k]);
     }
 };
 
@@ -250,8 +236,7 @@ __device__ __forceinline__ long long sum_counts(const long long *parts, int n, l
     long long count = 0;
     const int threads = blockDim.x * blockDim.y;
 #pragma unroll 1
-    for (int i = threadIdx.x + blockDim.x * threadIdx.y; i < n; i += threads)
-        count += parts[i];
+    for (int i = threadIdx.x + blockDim.x * threadIdx.y; i < n; i += threads) count += parts[i];
     return block_reduce<Sum>(count, scratch);
 }
 
@@ -273,8 +258,7 @@ __device__ __forceinline__ long long count_elements(const void *mask, const Elem
         with_dtype(q.mask_dtype, [&](auto *type) {
 #pragma unroll
             for (int k = 0; k < U; k++) {
-                if (in[k])
-                    count += widen<float>(static_cast<decltype(type)>(mask)[offset[k]]) != 0.0f;
+                if (in[k]) count += widen<float>(static_cast<decltype(type)>(mask)[offset[k]]) != 0.0f;
             }
         });
     }
@@ -319,10 +303,8 @@ __device__ __forceinline__ void write_losses(const Sums<A> &sums, bool masked, c
     __shared__ long long count_scratch[WARP];
     const bool leader = threadIdx.x == 0;
     if (to.each || to.rows) {
-        if (to.denominator && leader && span.index == 0)
-            *to.denominator = A(1);
-        if (to.each)
-            return;
+        if (to.denominator && leader && span.index == 0) *to.denominator = A(1);
+        if (to.each) return;
     }
     double total = team_reduce<Sum>(static_cast<double>(sums.loss), blockDim.x, scratch);
     if (to.rows) {
@@ -337,29 +319,23 @@ __device__ __forceinline__ void write_losses(const Sums<A> &sums, bool masked, c
     if (to.sums) {
         if (leader) {
             to.sums[span.index] = total;
-            if (masked)
-                to.sums[gridDim.x + span.index] = counted;
+            if (masked) to.sums[gridDim.x + span.index] = counted;
         }
-        if (!is_last_block(to.ticket, gridDim.x))
-            return;
+        if (!is_last_block(to.ticket, gridDim.x)) return;
         total = counted = 0;
 #pragma unroll 4
         for (int i = threadIdx.x; i < gridDim.x; i += blockDim.x) {
             total += __ldcg(to.sums + i);
-            if (masked)
-                counted += __ldcg(to.sums + gridDim.x + i);
+            if (masked) counted += __ldcg(to.sums + gridDim.x + i);
         }
         total = block_reduce<Sum>(total, scratch);
-        if (masked)
-            counted = block_reduce<Sum>(counted, scratch);
+        if (masked) counted = block_reduce<Sum>(counted, scratch);
     }
-    if (!leader)
-        return;
+    if (!leader) return;
     const double divisor =
         q.reduction == Reduction::Mean ? mean_divisor(masked, static_cast<long long>(counted), q) : 1.0;
     *to.loss = static_cast<A>(total / static_cast<double>(q.group.value) / divisor);
-    if (to.denominator)
-        *to.denominator = static_cast<A>(divisor);
+    if (to.denominator) *to.denominator = static_cast<A>(divisor);
 }
 
 // `grad`, with GRAD: the gradient for an upstream gradient of ones.
@@ -379,15 +355,12 @@ __device__ __forceinline__ void dense_loss_pass(const In *input, const In *targe
             Pack<In, N> x[2], t[2];
 #pragma unroll
             for (int k = 0; k < 2; k++) {
-                if (in[k])
-                    x[k] = Pack<In, N>::load_const(input + start[k]);
-                if (in[k])
-                    t[k] = Pack<In, N>::load_const(target + start[k]);
+                if (in[k]) x[k] = Pack<In, N>::load_const(input + start[k]);
+                if (in[k]) t[k] = Pack<In, N>::load_const(target + start[k]);
             }
 #pragma unroll
             for (int k = 0; k < 2; k++) {
-                if (!in[k])
-                    continue;
+                if (!in[k]) continue;
                 Pack<In, N> grads;
 #pragma unroll
                 for (int first = 0; first < N; first += LANES_16B<A>) {
@@ -400,23 +373,18 @@ __device__ __forceinline__ void dense_loss_pass(const In *input, const In *targe
                         const Value<A> v = term.at(widen<A>(x[k].at[i]), widen<A>(t[k].at[i]), A(1));
                         losses.at[l] = v.loss;
                         sums.loss += v.loss;
-                        if (GRAD)
-                            grads.at[i] = narrow<In>(v.grad * grad_scale);
+                        if (GRAD) grads.at[i] = narrow<In>(v.grad * grad_scale);
                     }
-                    if (opaque(to.each))
-                        losses.store(to.each + start[k] + first);
+                    if (opaque(to.each)) losses.store(to.each + start[k] + first);
                 }
-                if (GRAD)
-                    grads.store(grad + start[k]);
+                if (GRAD) grads.store(grad + start[k]);
             }
         },
         [&](int64_t i) {
             const Value<A> v = term.at(widen<A>(input[i]), widen<A>(target[i]), A(1));
             sums.loss += v.loss;
-            if (opaque(to.each))
-                to.each[i] = v.loss;
-            if (GRAD)
-                grad[i] = narrow<In>(v.grad * grad_scale);
+            if (opaque(to.each)) to.each[i] = v.loss;
+            if (GRAD) grad[i] = narrow<In>(v.grad * grad_scale);
         });
     write_losses(sums, false, to, span, q);
 }
@@ -428,8 +396,7 @@ __device__ __forceinline__ void any_loss_pass(const Arrays<In> &a, const long lo
     using A = Acc<In>;
     constexpr int U = 4;
     A grad_scale = A(1);
-    if (grad)
-        grad_scale = ones_scale<A>(a.mask, counts, count_parts, q);
+    if (grad) grad_scale = ones_scale<A>(a.mask, counts, count_parts, q);
     const Span span(q);
     const int team = blockDim.x;
     Sums<A> sums;
@@ -440,17 +407,14 @@ __device__ __forceinline__ void any_loss_pass(const Arrays<In> &a, const long lo
             const Elements<In, U> e(a, q, at, span.last, team);
 #pragma unroll
             for (int k = 0; k < U; k++) {
-                if (!e.in[k])
-                    continue;
+                if (!e.in[k]) continue;
                 const int64_t i = at + static_cast<int64_t>(k) * team;
                 const Value<A> v = term.at(e.x[k], e.t[k], e.p[k]);
                 const A loss = e.on[k] ? v.loss * e.w[k] : A(0);
                 sums.loss += loss;
                 sums.count += e.on[k];
-                if (opaque(to.each))
-                    to.each[i] = loss;
-                if (opaque(grad))
-                    grad[i] = narrow<In>(e.on[k] ? v.grad * e.w[k] * grad_scale : A(0));
+                if (opaque(to.each)) to.each[i] = loss;
+                if (opaque(grad)) grad[i] = narrow<In>(e.on[k] ? v.grad * e.w[k] * grad_scale : A(0));
             }
         }
     });
@@ -462,8 +426,7 @@ __device__ __forceinline__ void count_pass(const void *mask, long long *counts, 
     __shared__ long long scratch[WARP];
     const Span span(q);
     const long long count = count_elements(mask, q, span.first, span.last, threadIdx.x, blockDim.x, scratch);
-    if (threadIdx.x == 0)
-        counts[blockIdx.x] = count;
+    if (threadIdx.x == 0) counts[blockIdx.x] = count;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -489,19 +452,15 @@ __device__ __forceinline__ void dense_grad_pass(const In *input, const In *targe
             Pack<In, N> x[2], t[2];
 #pragma unroll
             for (int k = 0; k < 2; k++) {
-                if (in[k])
-                    x[k] = Pack<In, N>::load_const(input + start[k]);
-                if (in[k])
-                    t[k] = Pack<In, N>::load_const(target + start[k]);
+                if (in[k]) x[k] = Pack<In, N>::load_const(input + start[k]);
+                if (in[k]) t[k] = Pack<In, N>::load_const(target + start[k]);
             }
 #pragma unroll
             for (int k = 0; k < 2; k++) {
-                if (!in[k])
-                    continue;
+                if (!in[k]) continue;
                 Pack<A, N> g;
                 Pack<In, N> grads;
-                if (q.upstream_each)
-                    g = Pack<A, N>::load_const(upstream + start[k]);
+                if (q.upstream_each) g = Pack<A, N>::load_const(upstream + start[k]);
 #pragma unroll
                 for (int i = 0; i < N; i++) {
                     const A v = term.at(widen<A>(x[k].at[i]), widen<A>(t[k].at[i]), A(1)).grad;
@@ -532,8 +491,7 @@ __device__ __forceinline__ void any_grad_pass(const Arrays<In> &a, const Acc<In>
             const Elements<In, U> e(a, q, at, span.last, team);
 #pragma unroll
             for (int k = 0; k < U; k++) {
-                if (!e.in[k])
-                    continue;
+                if (!e.in[k]) continue;
                 const int64_t i = at + static_cast<int64_t>(k) * team;
                 const A g = q.upstream_each ? upstream[divide(i, q.group, q.small)] * scale : scale;
                 const A v = BY_TARGET ? term.by_target(e.x[k], e.t[k], e.p[k]) : term.at(e.x[k], e.t[k], e.p[k]).grad;
@@ -554,8 +512,7 @@ __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long lo
 #pragma unroll 1
         for (int64_t i = span.first + threadIdx.x; i < span.last; i += blockDim.x) {
             const Elements<In, 1> e(a, q, i, span.last, 1);
-            if (decltype(type)::valid(e.x[0], e.t[0]))
-                continue;
+            if (decltype(type)::valid(e.x[0], e.t[0])) continue;
             // an integer's minimum does not depend on the order
             atomicMin(bad, static_cast<unsigned long long>(i));
             return;
@@ -576,50 +533,50 @@ __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long lo
 #else
 #define ELEMENT_FUSED_BLOCKS 2
 #endif
-#define ELEMENT_DENSE(FUSED)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS, sizeof(In) == 4 ? 4                          \
-                                                                          : (FUSED)       ? ELEMENT_FUSED_BLOCKS       \
+#define ELEMENT_DENSE(FUSED)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS, sizeof(In) == 4 ? 4                    \
+                                                                          : (FUSED)       ? ELEMENT_FUSED_BLOCKS \
                                                                                           : 3)
 #define ELEMENT_ANY extern "C" __global__ void __launch_bounds__(fused_loss::MAX_THREADS, sizeof(A) == 8 ? 2 : 3)
 
 // The parameters that kernels have in common. src/elementwise/cuda/params.rs passes them in this order.
 #define ELEMENT_OPERANDS const In *input, const void *target, const A *weight, const A *pos_weight, const void *mask
-#define ELEMENT_LOSSES                                                                                                 \
+#define ELEMENT_LOSSES \
     const long long *counts, int count_parts, A *each, A *rows, double *sums, unsigned *ticket, A *loss, A *denominator
 #define ELEMENT_PARAMS const __grid_constant__ fused_loss::ElementParams q
 
-#define ELEMENT_DENSE_LOSS(NAME, Term, GRAD)                                                                           \
-    ELEMENT_DENSE(GRAD) NAME(ELEMENT_OPERANDS, ELEMENT_LOSSES, In *grad, ELEMENT_PARAMS) {                             \
-        fused_loss::dense_loss_pass<fused_loss::Term, In, GRAD>(                                                       \
-            input, static_cast<const In *>(target), {each, rows, sums, ticket, loss, denominator}, grad, q);           \
+#define ELEMENT_DENSE_LOSS(NAME, Term, GRAD)                                                                 \
+    ELEMENT_DENSE(GRAD) NAME(ELEMENT_OPERANDS, ELEMENT_LOSSES, In *grad, ELEMENT_PARAMS) {                   \
+        fused_loss::dense_loss_pass<fused_loss::Term, In, GRAD>(                                             \
+            input, static_cast<const In *>(target), {each, rows, sums, ticket, loss, denominator}, grad, q); \
     }
 
-#define ELEMENT_DENSE_KERNELS(Term, LOSS, FUSED, GRAD)                                                                 \
-    ELEMENT_DENSE_LOSS(LOSS, Term, false)                                                                              \
-    ELEMENT_DENSE_LOSS(FUSED, Term, true)                                                                              \
-    ELEMENT_DENSE(false) GRAD(ELEMENT_OPERANDS, const A *upstream, const A *denominator, In *grad, ELEMENT_PARAMS) {   \
-        fused_loss::dense_grad_pass<fused_loss::Term, In>(input, static_cast<const In *>(target), upstream,            \
-                                                          denominator, grad, q);                                       \
+#define ELEMENT_DENSE_KERNELS(Term, LOSS, FUSED, GRAD)                                                               \
+    ELEMENT_DENSE_LOSS(LOSS, Term, false)                                                                            \
+    ELEMENT_DENSE_LOSS(FUSED, Term, true)                                                                            \
+    ELEMENT_DENSE(false) GRAD(ELEMENT_OPERANDS, const A *upstream, const A *denominator, In *grad, ELEMENT_PARAMS) { \
+        fused_loss::dense_grad_pass<fused_loss::Term, In>(input, static_cast<const In *>(target), upstream,          \
+                                                          denominator, grad, q);                                     \
     }
 
-#define ELEMENT_ANY_GRAD(NAME, BY_TARGET, Out)                                                                         \
-    ELEMENT_ANY NAME(ELEMENT_OPERANDS, const A *upstream, const A *denominator, Out *grad, ELEMENT_PARAMS) {           \
-        fused_loss::any_grad_pass<In, BY_TARGET, Out>({input, target, weight, pos_weight, mask}, upstream,             \
-                                                      denominator, grad, q);                                           \
+#define ELEMENT_ANY_GRAD(NAME, BY_TARGET, Out)                                                               \
+    ELEMENT_ANY NAME(ELEMENT_OPERANDS, const A *upstream, const A *denominator, Out *grad, ELEMENT_PARAMS) { \
+        fused_loss::any_grad_pass<In, BY_TARGET, Out>({input, target, weight, pos_weight, mask}, upstream,   \
+                                                      denominator, grad, q);                                 \
     }
 
 // The kernels of a dtype `In`, which the including file has defined: those of all dtypes, and those of all but f64.
-#define ELEMENT_ANY_KERNELS                                                                                            \
-    using A = fused_loss::Acc<In>;                                                                                     \
-    ELEMENT_ANY loss_any(ELEMENT_OPERANDS, ELEMENT_LOSSES, In *grad, ELEMENT_PARAMS) {                                 \
-        fused_loss::any_loss_pass<In>({input, target, weight, pos_weight, mask}, counts, count_parts,                  \
-                                      {each, rows, sums, ticket, loss, denominator}, grad, q);                         \
-    }                                                                                                                  \
-    ELEMENT_ANY_GRAD(grad_any, false, In)                                                                              \
-    ELEMENT_ANY_GRAD(target_grad_any, true, A)                                                                         \
-    ELEMENT_ANY check_any(ELEMENT_OPERANDS, unsigned long long *bad, ELEMENT_PARAMS) {                                 \
-        fused_loss::check_pass<In>({input, target, weight, pos_weight, mask}, bad, q);                                 \
+#define ELEMENT_ANY_KERNELS                                                                           \
+    using A = fused_loss::Acc<In>;                                                                    \
+    ELEMENT_ANY loss_any(ELEMENT_OPERANDS, ELEMENT_LOSSES, In *grad, ELEMENT_PARAMS) {                \
+        fused_loss::any_loss_pass<In>({input, target, weight, pos_weight, mask}, counts, count_parts, \
+                                      {each, rows, sums, ticket, loss, denominator}, grad, q);        \
+    }                                                                                                 \
+    ELEMENT_ANY_GRAD(grad_any, false, In)                                                             \
+    ELEMENT_ANY_GRAD(target_grad_any, true, A)                                                        \
+    ELEMENT_ANY check_any(ELEMENT_OPERANDS, unsigned long long *bad, ELEMENT_PARAMS) {                \
+        fused_loss::check_pass<In>({input, target, weight, pos_weight, mask}, bad, q);                \
     }
-#define ELEMENT_KERNELS                                                                                                \
-    ELEMENT_ANY_KERNELS                                                                                                \
+#define ELEMENT_KERNELS \
+    ELEMENT_ANY_KERNELS \
     FOR_EACH_DENSE_TERM(ELEMENT_DENSE_KERNELS)

@@ -144,10 +144,8 @@ struct Focal {
 
     // u^gamma; 1 for gamma = 0, also of u = 0
     template <class A> __device__ __forceinline__ static A power(const Logit<A> &l, A t, A u, A gamma) {
-        if (gamma == A(2))
-            return u * u;
-        if (gamma == A(0))
-            return A(1);
+        if (gamma == A(2)) return u * u;
+        if (gamma == A(0)) return A(1);
         // ln u for the labels 0 and 1 without the rounding of u
         const A ln = t == A(0) ? -l.softplus_neg : t == A(1) ? -l.softplus : log_(u);
         return exp_(gamma * ln);
@@ -209,9 +207,9 @@ struct L1 {
 
 // The terms that have dense kernels: DENSE(type, kernel of the loss, of the loss with its gradient, of the gradient).
 // The names are those of src/elementwise/problem.rs.
-#define FOR_EACH_DENSE_TERM(DENSE)                                                                                     \
-    DENSE(Bce, loss_bce_dense, fused_bce_dense, grad_bce_dense)                                                        \
-    DENSE(BceWithLogits, loss_bce_with_logits_dense, fused_bce_with_logits_dense, grad_bce_with_logits_dense)          \
+#define FOR_EACH_DENSE_TERM(DENSE)                                                                            \
+    DENSE(Bce, loss_bce_dense, fused_bce_dense, grad_bce_dense)                                               \
+    DENSE(BceWithLogits, loss_bce_with_logits_dense, fused_bce_with_logits_dense, grad_bce_with_logits_dense) \
     DENSE(Focal, loss_focal_dense, fused_focal_dense, grad_focal_dense)
 
 // A term that is not a template parameter.
@@ -221,9 +219,8 @@ enum class TermNumber : int { FOR_EACH_TERM(TERM_NUMBER) };
 
 // Calls f with a value of the type that `number` names, so that a generic lambda is compiled once for each term. The
 // branch is the same in all threads of a launch.
-#define TERM_CASE(Term)                                                                                                \
-    case TermNumber::Term:                                                                                             \
-        return f(Term{});
+#define TERM_CASE(Term) \
+    case TermNumber::Term: return f(Term{});
 template <class F> __device__ __forceinline__ void with_term(TermNumber number, F f) {
     switch (number) { FOR_EACH_TERM(TERM_CASE) }
 }

@@ -85,9 +85,9 @@ const CLUSTERS: u32 = 90;
 const TICKETS: usize = 4096;
 
 /// Counters in device memory by which the blocks of a launch find out which of them is the last (`is_last_block` of
-/// `kernels/common.cuh`). A launch finds its ticket at 0 and leaves it at 0, so the launches of one stream, which run one after
-/// the other, share a ticket. Launches of different streams run at once and have tickets of their own; candle's devices give
-/// each thread a stream of its own.
+/// `kernels/common.cuh`). A launch finds its ticket at 0 and leaves it at 0, so the launches of one stream, which run
+/// one after the other, share a ticket. Launches of different streams run at once and have tickets of their own;
+/// candle's devices give each thread a stream of its own.
 #[derive(Default)]
 struct Tickets {
     memory: Vec<CudaSlice<u32>>,
@@ -160,7 +160,8 @@ pub(crate) struct Gpu {
     tickets: Mutex<Tickets>,
 }
 
-/// A mutex that another thread poisoned still guards consistent data: nothing panics between two changes that belong together.
+/// A mutex that another thread poisoned still guards consistent data: nothing panics between two changes that belong
+/// together.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -197,7 +198,7 @@ impl Gpu {
     /// The kernel of that name, allowed all the shared memory that a block can have, and clusters of any size.
     pub fn kernel(&self, module: &Module, name: &str) -> Result<Kernel> {
         #[cfg(test)]
-        super::launch::note_use(module.name, name);
+        super::work::note_use(module.name, name);
         let known = |modules: &HashMap<&str, Loaded>| modules.get(module.name)?.kernels.get(name).copied();
         if let Some(kernel) = known(&self.modules.read().unwrap_or_else(PoisonError::into_inner)) {
             return Ok(kernel);
@@ -245,8 +246,8 @@ impl Gpu {
         Some(self.modules.read().ok()?.get(module.name)?.image)
     }
 
-    /// Whether a launch's cluster finds room on this GPU. Where a process has only a part of the GPU, or others hold some of its
-    /// multiprocessors, there may be too few neighbours for a large cluster.
+    /// Whether a launch's cluster finds room on this GPU. Where a process has only a part of the GPU, or others hold
+    /// some of its multiprocessors, there may be too few neighbours for a large cluster.
     pub fn has_room(&self, kernel: Kernel, grid: &Grid) -> Result<bool> {
         let key = (kernel.function as usize, grid.cluster, grid.shared_bytes);
         if let Some(&fits) = lock(&self.fits).get(&key) {
@@ -298,5 +299,21 @@ impl Grid {
             attrs: attributes.as_mut_ptr(),
             numAttrs: attributes.len() as u32,
         }
+    }
+}
+
+#[cfg(test)]
+impl Module {
+    /// Its kernels' names.
+    pub fn kernels(&self) -> Result<Vec<String>> {
+        let ptx = String::from_utf8(self.image(Image::Ptx)?).map_err(candle_core::Error::wrap)?;
+        let entries = ptx.lines().filter_map(|line| line.strip_prefix(".visible .entry ")?.split('(').next());
+        Ok(entries.map(str::to_string).collect())
+    }
+
+    /// The kernels that this thread has not asked for.
+    pub fn unused(&self) -> Result<Vec<String>> {
+        let kernels = self.kernels()?.into_iter();
+        Ok(kernels.filter(|name| !super::work::is_used(self.name, name)).collect())
     }
 }

@@ -1,5 +1,5 @@
-//! The shape of a launch. The families choose them in their `cuda/plan.rs`, by pure functions of sizes, strides and device
-//! limits, so that they are tested where there is no GPU.
+//! The shape of a launch. The families choose them in their `cuda/plan.rs`, by pure functions of sizes, strides and
+//! device limits, so that they are tested where there is no GPU.
 
 /// The shape of a launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

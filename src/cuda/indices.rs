@@ -4,13 +4,9 @@
 use super::gpu::Gpu;
 use super::grid::Grid;
 use super::kernels::INDICES;
-use super::launch::{Input, Launch, Tag, alloc, output, to_host};
-use crate::check;
-use crate::custom_op::Arg;
-use crate::row_options::RowOptions;
-use crate::rows::Rows;
+use super::launch::{InputView, Launch, Tag, alloc, output};
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::{CudaStorage, CudaStorageSlice};
+use candle_core::cuda_backend::CudaStorage;
 use candle_core::{Layout, Result, bail};
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DeviceRepr};
 use std::ops::Range;
@@ -75,7 +71,7 @@ pub(crate) fn contiguous(target: &CudaStorage, layout: &Layout) -> Result<CudaSt
     // SAFETY: the launch below writes all of it
     let mut copy = unsafe { alloc(device, dtype, rows.max(1))? };
     if rows > 0 {
-        let input = Input::new(target, layout)?;
+        let input = InputView::new(target, layout)?;
         let to = output(&mut copy)?;
         let copying =
             CopyIndicesLaunch { from: &input.bytes, to, rows, dtype: input.tag, axes: IndexAxes::of(layout)? };
@@ -90,32 +86,5 @@ pub(crate) fn index_range(name: &str, layout: &Layout) -> Result<Range<usize>> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(start..end),
         None => bail!("{name}: contiguous class indices were expected, got strides {:?}", layout.stride()),
-    }
-}
-
-/// Looks for class indices out of range, where the options ask for it: at the price of waiting for the device.
-pub(crate) fn check_indices(
-    name: &str,
-    options: &RowOptions,
-    (target, layout): Arg<CudaStorage>,
-    rows: &Rows,
-) -> Result<()> {
-    let range = index_range(name, layout)?;
-    if !options.target_check || rows.count() == 0 {
-        return Ok(());
-    }
-    let device = &target.device;
-    let indices: Vec<i64> = match &target.slice {
-        CudaStorageSlice::U8(s) => to_host(device, &s.slice(range))?.into_iter().map(i64::from).collect(),
-        CudaStorageSlice::U32(s) => to_host(device, &s.slice(range))?.into_iter().map(i64::from).collect(),
-        CudaStorageSlice::I32(s) => to_host(device, &s.slice(range))?.into_iter().map(i64::from).collect(),
-        CudaStorageSlice::I64(s) => to_host(device, &s.slice(range))?,
-        _ => return Err(check::not_class_indices(name, target.dtype())),
-    };
-    let classes = 0..rows.classes as i64;
-    let bad = |(_, class): &(usize, &i64)| **class != options.ignore_index && !classes.contains(class);
-    match indices.iter().enumerate().find(bad) {
-        Some((row, &class)) => Err(check::class_out_of_range(name, class, row, rows.classes, options.ignore_index)),
-        None => Ok(()),
     }
 }

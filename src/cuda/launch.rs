@@ -1,6 +1,7 @@
 //! Memory as kernels take it, and launches.
 
 use super::gpu::{Gpu, Kernel, Module};
+use super::work::tally;
 use crate::cuda::grid::Grid;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice, WrapErr};
@@ -73,17 +74,17 @@ impl Tag {
 unsafe impl DeviceRepr for Tag {}
 
 /// The memory of a tensor from its first element on, whatever its dtype. Pass it with [`Launch::read`].
-pub(crate) struct Input<'a> {
+pub(crate) struct InputView<'a> {
     pub bytes: CudaView<'a, u8>,
     pub tag: Tag,
 }
 
-impl<'a> Input<'a> {
+impl<'a> InputView<'a> {
     pub fn new(storage: &'a CudaStorage, layout: &Layout) -> Result<Self> {
         let start = layout.start_offset();
         let bytes = with_dtypes!(map_slice!(&storage.slice, |s| from(s, start))).flatten();
         let Some(bytes) = bytes else { bail!("no loss kernel reads {:?} from element {start} on", storage.dtype()) };
-        Ok(Input { bytes, tag: Tag::of(storage.dtype())? })
+        Ok(InputView { bytes, tag: Tag::of(storage.dtype())? })
     }
 }
 
@@ -163,8 +164,8 @@ pub(crate) fn read_element(storage: &CudaStorage, layout: &Layout, mut element: 
 
 /// A launch in the making: the kernel's parameters, in their order.
 ///
-/// Where cudarc orders the streams of a context, the stream waits for the memory of each parameter when the parameter is added,
-/// and marks that memory as used when this is dropped, after the launch.
+/// Where cudarc orders the streams of a context, the stream waits for the memory of each parameter when the parameter
+/// is added, and marks that memory as used when this is dropped, after the launch.
 pub(crate) struct Launch<'a> {
     stream: &'a Arc<CudaStream>,
     kernel: Kernel,
@@ -244,73 +245,11 @@ impl<'a> Launch<'a> {
             .collect();
         let mut attributes = grid.attributes();
         let config = grid.config(&mut attributes, self.stream.cu_stream());
-        // SAFETY: by this function's contract; the driver copies the parameters, which live until here, and the configuration
+        // SAFETY: by this function's contract; the driver copies the parameters, which live until here, and the
+        // configuration
         unsafe {
             sys::cuLaunchKernelEx(&config, self.kernel.function, parameters.as_mut_ptr(), std::ptr::null_mut()).result()
         }
         .w()
     }
-}
-
-/// The work that a call gave the driver.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Work {
-    pub launches: usize,
-    pub allocations: usize,
-    /// Times that the host waited for the device.
-    pub waits: usize,
-}
-
-#[cfg(test)]
-thread_local! {
-    /// The kernels that this thread has asked for.
-    static USED: std::cell::RefCell<std::collections::BTreeSet<(&'static str, String)>> = Default::default();
-    /// All work of this thread so far.
-    static WORK: std::cell::Cell<Work> = const { std::cell::Cell::new(Work { launches: 0, allocations: 0, waits: 0 }) };
-}
-
-/// Counts work, in tests.
-fn tally(count: impl FnOnce(&mut Work)) {
-    #[cfg(test)]
-    WORK.with(|work| {
-        let mut now = work.get();
-        count(&mut now);
-        work.set(now);
-    });
-    #[cfg(not(test))]
-    let _ = count;
-}
-
-#[cfg(test)]
-pub(super) fn note_use(module: &'static str, kernel: &str) {
-    USED.with_borrow_mut(|used| used.insert((module, kernel.to_string())));
-}
-
-#[cfg(test)]
-impl Module {
-    /// Its kernels' names.
-    pub fn kernels(&self) -> Result<Vec<String>> {
-        let ptx = String::from_utf8(self.image(super::gpu::Image::Ptx)?).map_err(candle_core::Error::wrap)?;
-        let entries = ptx.lines().filter_map(|line| line.strip_prefix(".visible .entry ")?.split('(').next());
-        Ok(entries.map(str::to_string).collect())
-    }
-
-    /// The kernels that this thread has not asked for.
-    pub fn unused(&self) -> Result<Vec<String>> {
-        let kernels = self.kernels()?.into_iter();
-        Ok(USED.with_borrow(|used| kernels.filter(|name| !used.contains(&(self.name, name.clone()))).collect()))
-    }
-}
-
-/// The work of a call.
-#[cfg(test)]
-pub(crate) fn work_of<R>(call: impl FnOnce() -> Result<R>) -> Result<Work> {
-    let before = WORK.get();
-    call()?;
-    let now = WORK.get();
-    Ok(Work {
-        launches: now.launches - before.launches,
-        allocations: now.allocations - before.allocations,
-        waits: now.waits - before.waits,
-    })
 }

@@ -32,8 +32,9 @@ fn instructions_are_exact() -> bool {
     in_software() && !std::env::var("SOFTGPU_ULP").is_ok_and(|ulps| ulps != "0")
 }
 
-/// The largest deviation that rounding to `dtype` and sums in another order explain. Where exponentials and quotients are off by
-/// two units themselves, a soft cap multiplies that of its tanh, and a difference such as slope p - q loses a digit of it.
+/// The largest deviation that rounding to `dtype` and sums in another order explain. Where exponentials and quotients
+/// are off by two units themselves, a soft cap multiplies that of its tanh, and a difference such as slope p - q loses
+/// a digit of it.
 pub(crate) fn tolerance(dtype: DType) -> f64 {
     match dtype {
         DType::F64 => 1e-12,

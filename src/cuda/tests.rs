@@ -21,9 +21,10 @@ pub(crate) fn in_software() -> bool {
     })
 }
 
-/// Every module loads, and those of candle that a training step asks for. With `--nocapture` it says how long each took:
-/// PTX is compiled by a GPU's driver, which keeps the result in its cache for whatever runs next. `MODULES=2/8` leaves the
-/// third of eight parts, for several processes at once: within one the driver may compile one module after the other.
+/// Every module loads, and those of candle that a training step asks for. With `--nocapture` it says how long each
+/// took: PTX is compiled by a GPU's driver, which keeps the result in its cache for whatever runs next. `MODULES=2/8`
+/// leaves the third of eight parts, for several processes at once: within one the driver may compile one module after
+/// the other.
 #[test]
 fn every_module_loads() -> Result<()> {
     let candles = [
@@ -59,7 +60,8 @@ fn every_module_loads() -> Result<()> {
     Ok(())
 }
 
-/// A GPU of the build's architecture takes the machine code; one that refuses it, as the software GPU does, gets the PTX.
+/// A GPU of the build's architecture takes the machine code; one that refuses it, as the software GPU does, gets the
+/// PTX.
 #[test]
 fn machine_code_comes_first() -> Result<()> {
     let asked = |refusal: Option<CUresult>| {
@@ -114,8 +116,9 @@ fn modules_are_for_the_architecture() -> Result<()> {
     Ok(())
 }
 
-/// A stream keeps its ticket, as its launches follow each other; each thread has a stream; a launch in a capture shares its ticket
-/// with none. Where captures have used up what was allocated, that is an error until a loss outside of them allocates more.
+/// A stream keeps its ticket, as its launches follow each other; each thread has a stream; a launch in a capture shares
+/// its ticket with none. Where captures have used up what was allocated, that is an error until a loss outside of them
+/// allocates more.
 #[test]
 fn tickets_are_not_shared() -> Result<()> {
     let device = gpu();

@@ -1,5 +1,5 @@
-//! The element-wise family in candle's tensor ops: its specification, the tests' oracle, the baseline of the benches, and the path
-//! where there are no kernels.
+//! The element-wise family in candle's tensor ops: its specification, the tests' oracle, the baseline of the benches,
+//! and the path where there are no kernels.
 
 use super::problem::{Elements, Term};
 use crate::check::arithmetic;

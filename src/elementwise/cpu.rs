@@ -1,8 +1,8 @@
 //! The element-wise family on the CPU: one loop over blocks of elements for every loss, pass, dtype and layout.
 //!
 //! A unit of work is a whole number of groups (elements that are averaged into one loss; single elements but for
-//! multi-label soft margin), about [`BLOCK`] elements. Its operands are read in blocks of the arithmetic type, the term's
-//! [`Formula`] is mapped over them, and the results are summed or written.
+//! multi-label soft margin), about [`BLOCK`] elements. Its operands are read in blocks of the arithmetic type, the
+//! term's [`Formula`] is mapped over them, and the results are summed or written.
 
 use super::problem::{ElementKernels, Elements, LockedOptions};
 use super::terms::{Formula, WithFormula};
@@ -157,8 +157,8 @@ enum FormulaFunction {
     Gradient(Argument),
 }
 
-/// A function of a formula over a block, and where its values go. It returns `false` if the formula is one of probabilities and
-/// an input or a target isn't one.
+/// A function of a formula over a block, and where its values go. It returns `false` if the formula is one of
+/// probabilities and an input or a target isn't one.
 struct FormulaOverBlock<'k, A> {
     function: FormulaFunction,
     block: ElementBlock<'k, A>,
@@ -241,7 +241,8 @@ impl<A: Real> Vectorized for BlockSum<'_, A> {
     }
 }
 
-/// The gradient of an operand: the upstream gradient of all groups or of each, the loss's denominator, and where it goes.
+/// The gradient of an operand: the upstream gradient of all groups or of each, the loss's denominator, and where it
+/// goes.
 struct ElementGradient<'p, A, O> {
     of: Argument,
     upstream: &'p [A],

@@ -1,4 +1,5 @@
-//! The element-wise family as its kernels are asked for it: terms with the ranges of their parameters, options and their checks.
+//! The element-wise family as its kernels are asked for it: terms with the ranges of their parameters, options and
+//! their checks.
 
 use crate::check;
 use crate::custom_op::{Arg, Argument, DeviceStorage, Locked};
@@ -7,8 +8,8 @@ use candle_core::{Layout, Result, Shape, Tensor, bail};
 
 /// The formula of one element, of an input x, a target t and a positive weight p.
 ///
-/// A term is declared here; its formula is in `terms.rs` for the CPU, in `kernels/elementwise/terms.cuh` for CUDA and in
-/// `composed.rs` in tensor ops.
+/// A term is declared here; its formula is in `terms.rs` for the CPU, in `kernels/elementwise/terms.cuh` for CUDA and
+/// in `composed.rs` in tensor ops.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Term {
     /// `-(t max(ln x, -100) + (1 - t) max(ln(1 - x), -100))` for a probability x
@@ -35,7 +36,8 @@ pub(crate) struct TermDeclaration {
     /// The parameters as its struct in `kernels/elementwise/terms.cuh` names them; 0 behind the last one.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub parameters: [f64; TERM_PARAMETERS],
-    /// The kernels that only this term has, if any: its line in `FOR_EACH_DENSE_TERM` of `kernels/elementwise/terms.cuh`.
+    /// The kernels that only this term has, if any: its line in `FOR_EACH_DENSE_TERM` of
+    /// `kernels/elementwise/terms.cuh`.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub dense: Option<DenseKernels>,
 }
@@ -101,8 +103,8 @@ impl Term {
 
 /// The options of the losses on elements.
 ///
-/// In a problem, weights and mask are views of the input's shape (stride 0 where they were broadcast), detached; the weights in the
-/// arithmetic dtype.
+/// In a problem, weights and mask are views of the input's shape (stride 0 where they were broadcast), detached; the
+/// weights in the arithmetic dtype.
 #[derive(Clone, Debug)]
 pub(crate) struct ElementOptions {
     /// Factors of the loss and of its positive part.

@@ -1,6 +1,7 @@
 //! The formulas of the element-wise family on the CPU, over one element.
 //!
-//! A formula is all that a term needs on the CPU. It is written without branches, so that the loops of [`super::cpu`] vectorise it.
+//! A formula is all that a term needs on the CPU. It is written without branches, so that the loops of [`super::cpu`]
+//! vectorise it.
 
 use super::problem::Term;
 use crate::cpu::math::{Isa, Real};
@@ -86,8 +87,8 @@ impl<A: Real> Formula<A> for Bce {
     }
 }
 
-/// The parts of every loss on logits: softplus(x), softplus(-x), sigmoid(x) and sigmoid(-x), each with its full relative
-/// accuracy at both ends.
+/// The parts of every loss on logits: softplus(x), softplus(-x), sigmoid(x) and sigmoid(-x), each with its full
+/// relative accuracy at both ends.
 struct Logit<A> {
     softplus: A,
     softplus_neg: A,
@@ -112,8 +113,8 @@ impl<A: Real> Logit<A> {
     }
 }
 
-/// Binary cross-entropy of a logit, from the parts that the focal loss needs as well; the CUDA kernels, which are short of
-/// instructions, compute the same from the class that x speaks against and the one that it speaks for.
+/// Binary cross-entropy of a logit, from the parts that the focal loss needs as well; the CUDA kernels, which are short
+/// of instructions, compute the same from the class that x speaks against and the one that it speaks for.
 #[derive(Clone, Copy)]
 struct BceWithLogits;
 
@@ -150,7 +151,8 @@ struct Focal<A, const SQUARE: bool> {
     gamma: A,
 }
 
-/// The parts that the focal loss and its gradients share: `u = t sigmoid(-x) + (1 - t) sigmoid(x)` is how wrong the prediction is.
+/// The parts that the focal loss and its gradients share: `u = t sigmoid(-x) + (1 - t) sigmoid(x)` is how wrong the
+/// prediction is.
 struct FocalParts<A> {
     logit: Logit<A>,
     alpha: A,

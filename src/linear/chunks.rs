@@ -4,7 +4,7 @@ use super::inputs::{Counted, Inputs, Selection, ones};
 use super::matmul::product;
 use super::problem::Linear;
 use crate::reduction::Reduction;
-use crate::row_options::RowOptions;
+use crate::rows::options::RowOptions;
 use crate::softmax::problem::{CrossEntropy, SoftmaxOptions};
 use candle_core::{Result, Tensor};
 
@@ -115,8 +115,8 @@ impl<'a> Chunks<'a> {
         Ok(())
     }
 
-    /// Adds a chunk to the sums. The gradient of its logits is in their place; an upstream gradient of each row is folded into
-    /// what is summed over rows.
+    /// Adds a chunk to the sums. The gradient of its logits is in their place; an upstream gradient of each row is
+    /// folded into what is summed over rows.
     fn add_to(&self, sums: &Sums, chunk: &Chunk, upstream: Option<&Tensor>) -> Result<()> {
         let (gradient, first) = (&chunk.logits, chunk.start == 0);
         let working = self.inputs.policy.working;
@@ -160,7 +160,8 @@ impl Linear {
         rows.div_ceil(rows.div_ceil(most).max(1)).min(rows)
     }
 
-    /// The losses of the selected rows or of the chunks, and the wanted sums; `upstream` is a gradient `(N)` of each row.
+    /// The losses of the selected rows or of the chunks, and the wanted sums; `upstream` is a gradient `(N)` of each
+    /// row.
     pub(super) fn run(
         &self,
         inputs: &Inputs,

@@ -1,4 +1,5 @@
-//! Matrix products by cuBLAS: called as candle calls it, but the result may have a dtype of its own, and may be added to.
+//! Matrix products by cuBLAS: called as candle calls it, but the result may have a dtype of its own, and may be added
+//! to.
 
 use super::place::{MatrixPlace, NAME};
 use candle_core::cuda_backend::{CudaDType, WrapErr, gemm_reduced_precision_bf16, gemm_reduced_precision_f32};

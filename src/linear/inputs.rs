@@ -4,8 +4,8 @@ use super::problem::Linear;
 use crate::check::arithmetic;
 use crate::nll::problem::Nll;
 use crate::reduction::Reduction;
-use crate::row_options::RowOptions;
-use crate::rows::contiguous_indices;
+use crate::rows::layout::contiguous_indices;
+use crate::rows::options::RowOptions;
 use candle_core::{DType, Device, Result, Shape, Tensor};
 
 /// Bytes of a 16-bit weight that are widened at a time, on the CPU.
@@ -15,11 +15,11 @@ const LEAST_CLASSES: usize = 64;
 
 /// What the work depends on the device for.
 pub(super) struct Policy {
-    /// The dtype of the logits and of their gradient. On the CPU it is that of the sums, because 16-bit products run in f32 there
-    /// anyway; on CUDA the inputs', for the tensor cores.
+    /// The dtype of the logits and of their gradient. On the CPU it is that of the sums, because 16-bit products run in
+    /// f32 there anyway; on CUDA the inputs', for the tensor cores.
     pub working: DType,
-    /// Bytes of logits at a time where nothing else is asked for. On the CPU they stay near the last-level cache, and are rows
-    /// enough for the products; on CUDA the products need more rows than that.
+    /// Bytes of logits at a time where nothing else is asked for. On the CPU they stay near the last-level cache, and
+    /// are rows enough for the products; on CUDA the products need more rows than that.
     pub chunk_bytes: usize,
     /// Whether the host knows which rows count. On CUDA it would have to wait for the device.
     pub host_knows: bool,
@@ -191,8 +191,8 @@ impl Counted {
     }
 }
 
-/// The weight of each row with class weights, else 1; 0 where it is ignored. On the CPU this is where a class out of range is
-/// found; on CUDA it is NaN, or found if that was asked for.
+/// The weight of each row with class weights, else 1; 0 where it is ignored. On the CPU this is where a class out of
+/// range is found; on CUDA it is NaN, or found if that was asked for.
 ///
 /// It is the NLL of log-probabilities that are all -1, and these take no memory.
 fn row_weights(linear: &Linear, inputs: &Inputs, weight: Option<Tensor>) -> Result<Tensor> {

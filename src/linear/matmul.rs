@@ -1,8 +1,8 @@
 //! A matrix product into memory that exists already, replacing what is there or added to it.
 //!
 //! candle's `matmul` allocates its result in the dtype of its operands. Work on chunks wants more: one buffer for all
-//! chunks, and gradients that are summed over the chunks in f32, also where the operands are 16-bit. On the CPU this is the
-//! `gemm` crate and on CUDA cuBLAS, both as in candle itself.
+//! chunks, and gradients that are summed over the chunks in f32, also where the operands are 16-bit. On the CPU this is
+//! the `gemm` crate and on CUDA cuBLAS, both as in candle itself.
 
 use super::place::{MatrixPlace, NAME};
 use candle_core::{CpuStorage, InplaceOp3, Layout, Result, Tensor, WithDType, bail};

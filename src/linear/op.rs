@@ -1,10 +1,11 @@
 //! Cross-entropy of the logits `hidden weightᵀ + bias`, of which one chunk of rows exists at a time.
 //!
-//! A chunk's logits are a product in one buffer, the kernel turns them into their gradient in place, and two more products
-//! bring that gradient to the inputs: 6NDV operations, the same as with all logits at once. So the gradients are made in
-//! the forward, as sums that know neither the upstream gradient nor the mean's denominator; both are one factor of the sums
-//! in the end, which is also why 16-bit gradients of a mean over many rows don't vanish. With [`Reduction::None`] the
-//! upstream gradient is different in each row, and the backward computes the logits once more (8NDV).
+//! A chunk's logits are a product in one buffer, the kernel turns them into their gradient in place, and two more
+//! products bring that gradient to the inputs: 6NDV operations, the same as with all logits at once. So the gradients
+//! are made in the forward, as sums that know neither the upstream gradient nor the mean's denominator; both are one
+//! factor of the sums in the end, which is also why 16-bit gradients of a mean over many rows don't vanish. With
+//! [`Reduction::None`] the upstream gradient is different in each row, and the backward computes the logits once more
+//! (8NDV).
 //!
 //! Sums are kept in the arithmetic dtype and rounded once.
 
@@ -214,8 +215,8 @@ struct Attached {
     wanted: Wanted,
     has_bias: bool,
     loss: OnceLock<Tensor>,
-    /// The sums from the forward, for the first backward. A second one computes them again: keeping them would cost as much
-    /// memory as the weight's gradient itself.
+    /// The sums from the forward, for the first backward. A second one computes them again: keeping them would cost as
+    /// much memory as the weight's gradient itself.
     saved: Mutex<Option<Sums>>,
 }
 

@@ -14,22 +14,24 @@ const NAME: &str = "l1";
 /// loss = w |x - t|
 /// ```
 ///
-/// `Mean` divides the sum by the number of elements whose mask is not 0, also with weights. The gradient is `w sign(x - t)`.
+/// `Mean` divides the sum by the number of elements whose mask is not 0, also with weights. The gradient is `w sign(x -
+/// t)`.
 ///
-/// Definition: [`torch.nn.L1Loss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.L1Loss.html); weights and mask are this
-/// crate's.
+/// Definition: [`torch.nn.L1Loss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.L1Loss.html); weights and
+/// mask are this crate's.
 ///
 /// # Shapes
-/// Input of any shape and layout, and a target of the same shape. Weight and mask broadcast to it. The loss is a scalar, or with
-/// [`Reduction::None`] has that shape.
+/// Input of any shape and layout, and a target of the same shape. Weight and mask broadcast to it. The loss is a
+/// scalar, or with [`Reduction::None`] has that shape.
 ///
 /// # Dtypes
-/// Input f16, bf16, f32 or f64; targets of these or u8, u32, i32 or i64, of any values. Arithmetic and loss are f32 (f64 for
-/// f64); the gradient has the input's dtype.
+/// Input f16, bf16, f32 or f64; targets of these or u8, u32, i32 or i64, of any values. Arithmetic and loss are f32
+/// (f64 for f64); the gradient has the input's dtype.
 ///
 /// # Numerics
-/// A target is rounded to the arithmetic dtype, and the difference once more. The gradient is 0 where the two are equal. A NaN, and
-/// an infinity with itself as its target, makes both loss and gradient NaN, where PyTorch's gradient is 0.
+/// A target is rounded to the arithmetic dtype, and the difference once more. The gradient is 0 where the two are
+/// equal. A NaN, and an infinity with itself as its target, makes both loss and gradient NaN, where PyTorch's gradient
+/// is 0.
 ///
 /// # Errors
 /// Shapes, dtypes or devices that don't fit.
@@ -63,8 +65,8 @@ impl L1Loss {
         Self::default()
     }
 
-    /// A factor of each element's loss, of any float dtype and any shape that broadcasts to the target's. It is a constant:
-    /// no gradient flows into it.
+    /// A factor of each element's loss, of any float dtype and any shape that broadcasts to the target's. It is a
+    /// constant: no gradient flows into it.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
@@ -79,8 +81,8 @@ impl L1Loss {
         self
     }
 
-    /// Elements where this is 0 have loss 0, gradient 0 and no part in the mean's denominator, whatever they hold. Any dtype,
-    /// and any shape that broadcasts to the target's.
+    /// Elements where this is 0 have loss 0, gradient 0 and no part in the mean's denominator, whatever they hold. Any
+    /// dtype, and any shape that broadcasts to the target's.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};

@@ -3,7 +3,7 @@
 use crate::check::arithmetic_dtype;
 use crate::nll::problem::Nll;
 use crate::reduction::Reduction;
-use crate::row_options::RowOptions;
+use crate::rows::options::RowOptions;
 use crate::softmax;
 use candle_core::shape::Dim;
 use candle_core::{Result, Tensor};

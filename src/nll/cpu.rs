@@ -8,7 +8,7 @@ use crate::cpu::parallel::for_each_task;
 use crate::cpu::{own_slice, sum_in_order, with_floats};
 use crate::custom_op::{Arg, Locked};
 use crate::reduction::Reduction;
-use crate::rows::Rows;
+use crate::rows::layout::Rows;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Result, Tensor, WithDType, bail};
 use std::mem::MaybeUninit;

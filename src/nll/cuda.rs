@@ -4,13 +4,12 @@ use super::problem::{Nll, NllKernels};
 use crate::check::arithmetic;
 use crate::cuda::gpu::Gpu;
 use crate::cuda::grid::Grid;
-use crate::cuda::indices::check_indices;
 use crate::cuda::kernels::NLL;
-use crate::cuda::launch::{Input, Launch, Tag, alloc, output};
-use crate::cuda::rows::{LossOutput, RowParams, Strides, TargetViews};
+use crate::cuda::launch::{InputView, Launch, Tag, alloc, output};
 use crate::custom_op::{Arg, Locked};
 use crate::reduction::Reduction;
-use crate::rows::Rows;
+use crate::rows::cuda::{LossOutput, RowParams, Strides, TargetViews, check_indices};
+use crate::rows::layout::Rows;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
 use candle_core::{DType, Layout, Result, Tensor, bail};
@@ -55,8 +54,8 @@ struct NllLossLaunch<'a> {
 
 impl NllLossLaunch<'_> {
     /// # Safety
-    /// The rows that the parameters describe are inside of their tensors, the outputs have room for their numbers, and with `grad`
-    /// there is one block.
+    /// The rows that the parameters describe are inside of their tensors, the outputs have room for their numbers, and
+    /// with `grad` there is one block.
     unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, blocks: u32) -> Result<()> {
         let name = if self.params.dtype == Tag::F64 { "nll_loss_f64" } else { "nll_loss_f32" };
         let TargetViews { target, weight } = self.targets;
@@ -104,8 +103,8 @@ struct NllCall<'a> {
     dtype: DType,
     rows: Rows,
     params: NllParams,
-    target: Input<'a>,
-    weight: Option<Input<'a>>,
+    target: InputView<'a>,
+    weight: Option<InputView<'a>>,
 }
 
 impl<'a> NllCall<'a> {
@@ -131,8 +130,8 @@ impl<'a> NllCall<'a> {
                 class_last: rows.class_last() as i32,
             },
             rows,
-            target: Input::new(target.0, target.1)?,
-            weight: weight.map(|(storage, layout)| Input::new(storage, layout)).transpose()?,
+            target: InputView::new(target.0, target.1)?,
+            weight: weight.map(|(storage, layout)| InputView::new(storage, layout)).transpose()?,
         })
     }
 
@@ -153,7 +152,7 @@ impl<'a> NllCall<'a> {
     }
 
     /// The loss, the divisor of its sum, and with `both` the gradient in place of the divisor. One launch.
-    fn forward(&self, x: &Input, both: bool) -> Result<(CudaStorage, Option<CudaStorage>, Option<CudaStorage>)> {
+    fn forward(&self, x: &InputView, both: bool) -> Result<(CudaStorage, Option<CudaStorage>, Option<CudaStorage>)> {
         let rows = self.rows.count();
         let blocks = match rows {
             ..=ROWS_OF_ONE_BLOCK => 1,
@@ -176,14 +175,15 @@ impl<'a> NllCall<'a> {
             denominator: denominator.as_mut().map(output).transpose()?,
             grad: grad.as_mut().map(output).transpose()?,
         };
-        // SAFETY: the rows are those of the tensors, the outputs have room for them, and `both` is asked for with few rows
+        // SAFETY: the rows are those of the tensors, the outputs have room for them, and `both` is asked for with few
+        // rows
         unsafe { launch.launch(&self.gpu, &stream, blocks)? };
         let wrap = |slice: Option<CudaStorageSlice>| slice.map(|slice| self.wrap(slice));
         Ok((self.wrap(loss), wrap(denominator), wrap(grad)))
     }
 
     /// The gradient for an upstream gradient of each row, of all rows, or of ones. One launch.
-    fn gradient(&self, denominator: &Input, upstream: Option<(&Input, bool)>) -> Result<CudaStorage> {
+    fn gradient(&self, denominator: &InputView, upstream: Option<(&InputView, bool)>) -> Result<CudaStorage> {
         // SAFETY: the launch writes all of it
         let mut grad = unsafe { alloc(&self.device, self.dtype, self.elements())? };
         let windows = self.elements().div_ceil(WINDOW / self.dtype.size_in_bytes());
@@ -224,7 +224,7 @@ impl NllKernels for CudaStorage {
             let [loss, denominator, _] = call.nothing()?;
             return Ok((loss, denominator));
         }
-        match call.forward(&Input::new(log_probs.0, log_probs.1)?, false)? {
+        match call.forward(&InputView::new(log_probs.0, log_probs.1)?, false)? {
             (loss, Some(denominator), _) => Ok((loss, denominator)),
             _ => bail!("{}: no denominator", problem.name),
         }
@@ -246,8 +246,8 @@ impl NllKernels for CudaStorage {
         let denominator = Locked::new(denominator);
         let denominator = denominator.arg::<Self>(problem.name)?;
         let each = upstream.1.shape().elem_count() != 1;
-        let upstream = Input::new(upstream.0, upstream.1)?;
-        call.gradient(&Input::new(denominator.0, denominator.1)?, Some((&upstream, each)))
+        let upstream = InputView::new(upstream.0, upstream.1)?;
+        call.gradient(&InputView::new(denominator.0, denominator.1)?, Some((&upstream, each)))
     }
 
     fn loss_and_grad(problem: &Nll, log_probs: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
@@ -258,12 +258,12 @@ impl NllKernels for CudaStorage {
             let [loss, _, grad] = call.nothing()?;
             return Ok((loss, grad));
         }
-        let x = Input::new(log_probs.0, log_probs.1)?;
+        let x = InputView::new(log_probs.0, log_probs.1)?;
         let few = call.rows.count() <= ROWS_OF_ONE_BLOCK && call.elements() <= ELEMENTS_OF_ONE_BLOCK;
         match call.forward(&x, few)? {
             (loss, _, Some(grad)) => Ok((loss, grad)),
             (loss, Some(denominator), None) => {
-                let denominator = Input::new(&denominator, &Layout::contiguous(()))?;
+                let denominator = InputView::new(&denominator, &Layout::contiguous(()))?;
                 Ok((loss, call.gradient(&denominator, None)?))
             }
             (_, None, None) => bail!("{}: neither a gradient nor a denominator", problem.name),

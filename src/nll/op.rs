@@ -3,7 +3,7 @@
 use super::composed;
 use super::problem::{Nll, NllKernels};
 use crate::custom_op::{Arg, has_kernels, put, taken, through_autograd};
-use crate::rows::{Rows, contiguous_indices, view_as_logits, written_shape};
+use crate::rows::layout::{Rows, contiguous_indices, view_as_logits, written_shape};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};

@@ -3,8 +3,8 @@
 use crate::check;
 use crate::custom_op::{Arg, DeviceStorage};
 use crate::reduction::Reduction;
-use crate::row_options::RowOptions;
-use crate::rows::{Rows, rows_of};
+use crate::rows::layout::{Rows, rows_of};
+use crate::rows::options::RowOptions;
 use candle_core::{Layout, Result, Shape, Tensor, bail};
 
 /// An NLL whose options and tensors go together.

@@ -1,5 +1,5 @@
-//! The softmax family in candle's tensor ops: its specification, the tests' oracle, the baseline of the benches, and the path where
-//! there are no kernels.
+//! The softmax family in candle's tensor ops: its specification, the tests' oracle, the baseline of the benches, and
+//! the path where there are no kernels.
 
 use super::problem::{CrossEntropy, RowStatistics};
 use crate::check::arithmetic;

@@ -1,12 +1,14 @@
 //! The softmax family's custom ops, written once for all devices.
 //!
-//! The ops receive the caller's own tensors, never reshaped copies of them, because each op in candle's graph costs its backward
-//! a zero fill and an addition.
+//! The ops receive the caller's own tensors, never reshaped copies of them, because each op in candle's graph costs its
+//! backward a zero fill and an addition.
 
 use super::composed;
 use super::problem::{CrossEntropy, RowStatistics, Saved, SoftmaxKernels};
 use crate::custom_op::{Arg, Argument, has_kernels, put, taken, through_autograd};
-use crate::rows::{Rows, as_rows, as_rows_like, contiguous_indices, rows_like, rows_of, view_as_logits, written_shape};
+use crate::rows::layout::{
+    Rows, as_rows, as_rows_like, contiguous_indices, rows_like, rows_of, view_as_logits, written_shape,
+};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor, bail};

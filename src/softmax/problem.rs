@@ -4,8 +4,8 @@
 use crate::check;
 use crate::custom_op::{Arg, Argument, DeviceStorage};
 use crate::reduction::Reduction;
-use crate::row_options::RowOptions;
-use crate::rows::{Rows, rows_like, rows_of};
+use crate::rows::layout::{Rows, rows_like, rows_of};
+use crate::rows::options::RowOptions;
 use candle_core::{Layout, Result, Shape, Tensor, bail};
 
 /// The options of cross-entropy.
@@ -167,8 +167,8 @@ pub struct RowStatistics<T = Tensor> {
     pub correct: T,
 }
 
-/// The softmax family's kernels of a device. Logits and probabilities are as [`as_rows`](crate::rows::as_rows) leaves
-/// them, class indices contiguous.
+/// The softmax family's kernels of a device. Logits and probabilities are as [`as_rows`](crate::rows::layout::as_rows)
+/// leaves them, class indices contiguous.
 pub(crate) trait SoftmaxKernels: DeviceStorage {
     /// The loss, and what the backward needs.
     fn forward(problem: &CrossEntropy, logits: Arg<Self>, target: Arg<Self>) -> Result<(Self, Saved)>;

@@ -2,13 +2,13 @@
 
 use super::divisor::Divisor;
 use super::params::{
-    CheckLaunch, CountMaskLaunch, ElementParams, GradLaunch, LossLaunch, LossOutput, OperandInputs, SpanSums,
+    CheckLaunch, CountMaskLaunch, ElementLossOutput, ElementParams, GradLaunch, LossLaunch, OperandInputs, SpanSums,
 };
 use super::plan::{Alignment, MAX_AXES, OPERANDS, OperandAxes, OperandView, Spans, Variant};
 use crate::check::{self, arithmetic};
 use crate::cuda::gpu::{Gpu, Module};
 use crate::cuda::kernels;
-use crate::cuda::launch::{Input, Launch, alloc, output, partials, read_element, to_host};
+use crate::cuda::launch::{InputView, Launch, alloc, output, partials, read_element, to_host};
 use crate::custom_op::{Arg, Argument, Locked};
 use crate::elementwise::problem::{DenseKernels, ElementKernels, ElementOptions, Elements, LockedOptions};
 use crate::reduction::Reduction;
@@ -30,7 +30,7 @@ pub(super) fn module(name: &str, dtype: DType) -> Result<&'static Module> {
 
 /// The operands of a call: their memory and how they lie.
 struct ElementOperands<'a> {
-    /// Input and target, for a message about one of their elements.
+    /// InputView and target, for a message about one of their elements.
     checked: [Arg<'a, CudaStorage>; 2],
     inputs: OperandInputs<'a>,
     axes: OperandAxes,
@@ -51,11 +51,12 @@ impl<'a> ElementOperands<'a> {
             // candle's own kernels stop at this rank as well
             bail!("{name}: shape {:?} with strides that leave more than {MAX_AXES} axes", input.1.dims())
         };
-        let optional =
-            |arg: Option<Arg<'a, CudaStorage>>| arg.map(|(storage, layout)| Input::new(storage, layout)).transpose();
+        let optional = |arg: Option<Arg<'a, CudaStorage>>| {
+            arg.map(|(storage, layout)| InputView::new(storage, layout)).transpose()
+        };
         let inputs = OperandInputs {
-            input: Input::new(input.0, input.1)?,
-            target: Input::new(target.0, target.1)?,
+            input: InputView::new(input.0, input.1)?,
+            target: InputView::new(target.0, target.1)?,
             weight: optional(weight)?,
             pos_weight: optional(pos_weight)?,
             mask: optional(mask)?,
@@ -151,8 +152,8 @@ impl<'a> ElementCall<'a> {
         .walking(&operands.axes)
     }
 
-    fn variant(&self, operands: &ElementOperands, writes: bool, upstream: Option<&Input>) -> Variant {
-        let address = |input: &Input| input.bytes.device_ptr(&self.stream).0;
+    fn variant(&self, operands: &ElementOperands, writes: bool, upstream: Option<&InputView>) -> Variant {
+        let address = |input: &InputView| input.bytes.device_ptr(&self.stream).0;
         Variant::choose(&Alignment {
             plain: self.dense.is_some() && operands.are_plain(),
             input_address: address(&operands.inputs.input),
@@ -173,7 +174,7 @@ impl<'a> ElementCall<'a> {
     }
 
     /// Counts the elements that the mask leaves: partial counts.
-    fn count_mask(&self, operands: &ElementOperands, mask: &Input) -> Result<CudaSlice<i64>> {
+    fn count_mask(&self, operands: &ElementOperands, mask: &InputView) -> Result<CudaSlice<i64>> {
         let spans = Spans::count(self.elements as u64);
         let params = self.params(operands, Variant::Any, &spans);
         // SAFETY: every block writes its count
@@ -214,9 +215,9 @@ impl<'a> ElementCall<'a> {
         };
         let to = output(&mut loss)?;
         let to = match (rows, each) {
-            (true, _) => LossOutput::Rows(to),
-            (_, true) => LossOutput::Each(to),
-            _ => LossOutput::Reduced { to, spans: self.span_sums(&spans, mask.is_some())? },
+            (true, _) => ElementLossOutput::Rows(to),
+            (_, true) => ElementLossOutput::Each(to),
+            _ => ElementLossOutput::Reduced { to, spans: self.span_sums(&spans, mask.is_some())? },
         };
         let launch = self.launch(variant, if with_grad { |own| own.fused } else { |own| own.loss }, "loss_any")?;
         let parameters = LossLaunch {
@@ -351,7 +352,7 @@ impl ElementKernels for CudaStorage {
         let locked = call.options.lock();
         let operands = ElementOperands::new(problem.name, input, target, &locked)?;
         let upstream_each = upstream.1.shape().elem_count() > 1;
-        let upstream = Input::new(upstream.0, upstream.1)?;
+        let upstream = InputView::new(upstream.0, upstream.1)?;
         let variant = match of {
             Argument::Input if !(upstream_each && call.group > 1) => {
                 call.variant(&operands, true, upstream_each.then_some(&upstream))
@@ -369,12 +370,12 @@ impl ElementKernels for CudaStorage {
         let parameters = GradLaunch {
             operands: &operands.inputs,
             upstream: &upstream,
-            denominator: &Input::new(denominator.0, denominator.1)?,
+            denominator: &InputView::new(denominator.0, denominator.1)?,
             grad: output(&mut grad)?,
             params: &params,
         };
-        // SAFETY: a kernel of gradients; the spans cover the elements, which all operands have, and the upstream gradient has one
-        // value or one for each group
+        // SAFETY: a kernel of gradients; the spans cover the elements, which all operands have, and the upstream
+        // gradient has one value or one for each group
         unsafe { parameters.launch(launch, spans.grid) }?;
         Ok(call.storage(grad))
     }

@@ -1,6 +1,7 @@
 //! How the kernels divide an index without dividing.
 
-/// A divisor of indices, and the multiplication that replaces the division: `Divisor` of `kernels/elementwise/elements.cuh`.
+/// A divisor of indices, and the multiplication that replaces the division: `Divisor` of
+/// `kernels/elementwise/elements.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Divisor {
@@ -12,8 +13,8 @@ pub(crate) struct Divisor {
 
 impl Divisor {
     /// `n / value = (mulhi(n, magic) + n) >> shift` in b bits for a dividend n below 2^(b-1), with
-    /// `magic = 2^b (2^shift - value) / value + 1` and `2^shift` the power of two from `value` on (Granlund and Montgomery,
-    /// 1994). A divisor from 2^31 on is not needed in 32 bits.
+    /// `magic = 2^b (2^shift - value) / value + 1` and `2^shift` the power of two from `value` on (Granlund and
+    /// Montgomery, 1994). A divisor from 2^31 on is not needed in 32 bits.
     pub fn new(value: usize) -> Self {
         let value = value.max(1) as u64;
         let shift = value.next_power_of_two().trailing_zeros();

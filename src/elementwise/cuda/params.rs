@@ -3,7 +3,7 @@
 use super::divisor::Divisor;
 use super::plan::{MAX_AXES, OPERANDS, OperandAxes};
 use crate::cuda::grid::Grid;
-use crate::cuda::launch::{Input, Launch};
+use crate::cuda::launch::{InputView, Launch};
 use crate::elementwise::problem::TERM_PARAMETERS;
 use crate::reduction::Reduction;
 use candle_core::Result;
@@ -70,11 +70,11 @@ impl From<Reduction> for ReductionCode {
 
 /// The operands' memory: `ELEMENT_OPERANDS`, the first parameters of every kernel but count_mask.
 pub(super) struct OperandInputs<'a> {
-    pub input: Input<'a>,
-    pub target: Input<'a>,
-    pub weight: Option<Input<'a>>,
-    pub pos_weight: Option<Input<'a>>,
-    pub mask: Option<Input<'a>>,
+    pub input: InputView<'a>,
+    pub target: InputView<'a>,
+    pub weight: Option<InputView<'a>>,
+    pub pos_weight: Option<InputView<'a>>,
+    pub mask: Option<InputView<'a>>,
 }
 
 impl OperandInputs<'_> {
@@ -87,7 +87,7 @@ impl OperandInputs<'_> {
 }
 
 /// Where the losses go.
-pub(super) enum LossOutput<'a> {
+pub(super) enum ElementLossOutput<'a> {
     /// Every element's loss.
     Each(CudaViewMut<'a, u8>),
     /// The mean of every row.
@@ -113,7 +113,7 @@ pub(super) struct LossLaunch<'a> {
     pub operands: &'a OperandInputs<'a>,
     /// Partial counts of the elements that the mask leaves.
     pub counts: Option<&'a CudaSlice<i64>>,
-    pub loss: LossOutput<'a>,
+    pub loss: ElementLossOutput<'a>,
     pub denominator: CudaViewMut<'a, u8>,
     pub grad: Option<CudaViewMut<'a, u8>>,
     pub params: &'a ElementParams,
@@ -121,15 +121,15 @@ pub(super) struct LossLaunch<'a> {
 
 impl LossLaunch<'_> {
     /// # Safety
-    /// `launch` is of one of these kernels; operands and outputs hold the elements that `params` says; the grid has a team for each
-    /// span.
+    /// `launch` is of one of these kernels; operands and outputs hold the elements that `params` says; the grid has a
+    /// team for each span.
     pub unsafe fn launch(mut self, launch: Launch, grid: Grid) -> Result<()> {
         let count_parts = self.counts.map_or(0, |counts| counts.len() as i32);
         let (mut each, mut rows, mut reduced, mut sums, mut ticket) = (None, None, None, None, 0);
         match &mut self.loss {
-            LossOutput::Each(to) => each = Some(to),
-            LossOutput::Rows(to) => rows = Some(to),
-            LossOutput::Reduced { to, spans } => {
+            ElementLossOutput::Each(to) => each = Some(to),
+            ElementLossOutput::Rows(to) => rows = Some(to),
+            ElementLossOutput::Reduced { to, spans } => {
                 reduced = Some(to);
                 if let Some(spans) = spans {
                     ticket = spans.ticket;
@@ -152,8 +152,8 @@ impl LossLaunch<'_> {
 pub(super) struct GradLaunch<'a> {
     pub operands: &'a OperandInputs<'a>,
     /// One value, or one for each group.
-    pub upstream: &'a Input<'a>,
-    pub denominator: &'a Input<'a>,
+    pub upstream: &'a InputView<'a>,
+    pub denominator: &'a InputView<'a>,
     pub grad: CudaViewMut<'a, u8>,
     pub params: &'a ElementParams,
 }
@@ -194,7 +194,7 @@ impl CheckLaunch<'_> {
 
 /// Parameters of count_mask, which is in `kernels/modules/operands.cu`.
 pub(super) struct CountMaskLaunch<'a> {
-    pub mask: &'a Input<'a>,
+    pub mask: &'a InputView<'a>,
     /// One partial count for each block.
     pub counts: &'a mut CudaSlice<i64>,
     pub params: &'a ElementParams,

@@ -1,5 +1,6 @@
-//! Launch plans of the element-wise family: which variant of a kernel runs, how its operands are walked, and how the elements are
-//! cut into spans (`kernels/elementwise/elements.cuh`). Pure functions; `params.rs` passes the results to the kernels.
+//! Launch plans of the element-wise family: which variant of a kernel runs, how its operands are walked, and how the
+//! elements are cut into spans (`kernels/elementwise/elements.cuh`). Pure functions; `params.rs` passes the results to
+//! the kernels.
 
 use crate::cuda::grid::Grid;
 
@@ -12,8 +13,8 @@ pub(crate) const OPERANDS: usize = 5;
 /// Spans of a pass that sums, at most about: enough to fill any device several times over, few enough for one block to
 /// add their sums.
 const SPANS: u64 = 4096;
-/// Up to here each block of a gradient that needs it counts a mask's elements, from the second-level cache: less time than
-/// a launch.
+/// Up to here each block of a gradient that needs it counts a mask's elements, from the second-level cache: less time
+/// than a launch.
 const ELEMENTS_COUNTED_BY_EACH_BLOCK: u64 = 1 << 16;
 /// Up to this many rounds of a block's loop, one block is faster than many that meet at the end.
 const ROUNDS_OF_ONE_BLOCK: u64 = 4;
@@ -88,7 +89,8 @@ impl OperandAxes {
 /// The facts that the choice between the variants of a kernel depends on.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Alignment {
-    /// Whether the term has dense kernels, input and target are contiguous and of the same dtype, and there is no other operand.
+    /// Whether the term has dense kernels, input and target are contiguous and of the same dtype, and there is no other
+    /// operand.
     pub plain: bool,
     pub input_address: u64,
     pub target_address: u64,
@@ -180,7 +182,8 @@ impl Spans {
         self.count == 1 || elements <= ELEMENTS_COUNTED_BY_EACH_BLOCK
     }
 
-    /// For counting a mask's elements before a pass that needs the number: every block of that pass adds all counts again.
+    /// For counting a mask's elements before a pass that needs the number: every block of that pass adds all counts
+    /// again.
     pub fn count(elements: u64) -> Self {
         let round = THREADS * 4;
         let rounds = elements.div_ceil(round).div_ceil(THREADS).max(1);

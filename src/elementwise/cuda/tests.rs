@@ -1,6 +1,6 @@
 //! The kernels against the CPU's loops, through the ops: every pass, variant and dtype.
 
-use crate::cuda::launch::{Work, work_of};
+use crate::cuda::work::{Work, work_of};
 use crate::elementwise::problem::{ElementOptions, Elements, Term};
 use crate::reduction::Reduction;
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -63,9 +63,9 @@ fn values(t: &Tensor) -> Result<Vec<f64>> {
     t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
 }
 
-/// Rounding of the dtype, times the deviation of a few differently rounded functions and of sums in another order. A gradient
-/// may cancel, where a target between the labels meets its own probability: there, the rounding of its parts counts. An
-/// exponential that is not a normal number is 0 on the CPU, and may have a weight.
+/// Rounding of the dtype, times the deviation of a few differently rounded functions and of sums in another order. A
+/// gradient may cancel, where a target between the labels meets its own probability: there, the rounding of its parts
+/// counts. An exponential that is not a normal number is 0 on the CPU, and may have a weight.
 fn close(case: &str, what: &str, arithmetic: DType, got: &Tensor, want: &Tensor) -> Result<()> {
     assert_eq!(got.dtype(), want.dtype(), "{case}: dtype of {what}");
     assert_eq!(got.dims(), want.dims(), "{case}: shape of {what}");
@@ -482,7 +482,8 @@ fn every_kernel_is_reached() -> Result<()> {
     Ok(())
 }
 
-/// Launches and waits of a call: one launch, mean included; a count of the mask goes ahead of a gradient where it is long.
+/// Launches and waits of a call: one launch, mean included; a count of the mask goes ahead of a gradient where it is
+/// long.
 #[test]
 fn work_of_a_call() -> Result<()> {
     let device = gpu();

@@ -1,11 +1,11 @@
 //! The kernels against the CPU, through the ops.
 
 use crate::cuda::kernels::NLL;
-use crate::cuda::launch::{Work, work_of};
 use crate::cuda::testing::{FLOATS, assert_close, indices, random, tolerance};
+use crate::cuda::work::{Work, work_of};
 use crate::nll::problem::Nll;
 use crate::reduction::Reduction;
-use crate::row_options::RowOptions;
+use crate::rows::options::RowOptions;
 use candle_core::{DType, Device, Result, Tensor, Var};
 
 fn nll(options: RowOptions) -> Nll {

@@ -1,5 +1,5 @@
-//! The softmax family's calls: memory and launches of each pass. The kernels are in `kernels/softmax/`, the launch shapes come from
-//! [`plan`](super::plan).
+//! The softmax family's calls: memory and launches of each pass. The kernels are in `kernels/softmax/`, the launch
+//! shapes come from [`plan`](super::plan).
 
 use super::detail::{Detail, KernelRef, SoftmaxPass};
 use super::params::{
@@ -10,12 +10,12 @@ use super::plan::{DeviceLimits, Form, FusedPlan, Planner, RowPass, RowsShape, Th
 use crate::check::{arithmetic, is_index};
 use crate::cuda::gpu::Gpu;
 use crate::cuda::grid::Grid;
-use crate::cuda::indices::{check_indices, index_range};
-use crate::cuda::launch::{Input, Tag, alloc, output, partials};
-use crate::cuda::rows::{LossOutput, RowParams, Strides, TargetViews};
+use crate::cuda::indices::index_range;
+use crate::cuda::launch::{InputView, Tag, alloc, output, partials};
 use crate::custom_op::{Arg, Locked};
 use crate::reduction::Reduction;
-use crate::rows::Rows;
+use crate::rows::cuda::{LossOutput, RowParams, Strides, TargetViews, check_indices};
+use crate::rows::layout::Rows;
 use crate::softmax::problem::{CrossEntropy, SoftmaxOptions};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
@@ -70,8 +70,8 @@ pub(super) struct SoftmaxCall<'a> {
     pub dtype: DType,
     pub rows: Rows,
     detail: Detail,
-    target: Input<'a>,
-    weight: Option<Input<'a>>,
+    target: InputView<'a>,
+    weight: Option<InputView<'a>>,
     pub params: SoftmaxParams,
 }
 
@@ -134,8 +134,8 @@ impl<'a> SoftmaxCall<'a> {
             dtype,
             rows,
             detail: Detail::of(options, dtype, class_indices),
-            target: Input::new(target.0, target.1)?,
-            weight: weight.map(|(storage, layout)| Input::new(storage, layout)).transpose()?,
+            target: InputView::new(target.0, target.1)?,
+            weight: weight.map(|(storage, layout)| InputView::new(storage, layout)).transpose()?,
             params,
         })
     }
@@ -213,9 +213,9 @@ impl<'a> SoftmaxCall<'a> {
         })
     }
 
-    /// The forward: a loss for each row or a scalar one, the denominator, and the statistics of each row. One launch, and a
-    /// second one where rows are split over blocks.
-    pub fn reduce(&self, x: &Input) -> Result<Reduced> {
+    /// The forward: a loss for each row or a scalar one, the denominator, and the statistics of each row. One launch,
+    /// and a second one where rows are split over blocks.
+    pub fn reduce(&self, x: &InputView) -> Result<Reduced> {
         let rows = self.rows.count();
         if rows == 0 {
             return self.reduced_nothing();
@@ -242,7 +242,7 @@ impl<'a> SoftmaxCall<'a> {
         Ok(reduced)
     }
 
-    fn launch_reduce(&self, x: &Input, pass: &RowPass, output: ReduceOutput) -> Result<()> {
+    fn launch_reduce(&self, x: &InputView, pass: &RowPass, output: ReduceOutput) -> Result<()> {
         let detail = self.detail.unless_served(pass.splits() > 1 || pass.form == Form::Strided);
         let kernel = self.kernel(SoftmaxPass::Reduce, detail, pass.form)?;
         let launch = ReduceLaunch { params: self.params.for_pass(pass), x: &x.bytes, targets: self.targets(), output };
@@ -251,7 +251,7 @@ impl<'a> SoftmaxCall<'a> {
         unsafe { launch.launch(&self.gpu, &self.stream, kernel, pass.grid) }
     }
 
-    fn launch_merge(&self, x: &Input, pass: &RowPass, states: &CudaView<u8>, output: ForwardOutput) -> Result<()> {
+    fn launch_merge(&self, x: &InputView, pass: &RowPass, states: &CudaView<u8>, output: ForwardOutput) -> Result<()> {
         let kernel = self.kernel(SoftmaxPass::Merge, self.detail.unless_served(true), Form::Rows)?;
         let launch = MergeLaunch {
             params: self.params.for_pass(pass),
@@ -261,12 +261,13 @@ impl<'a> SoftmaxCall<'a> {
             parts: pass.splits(),
             output,
         };
-        // SAFETY: the reduction left a state for each of the parts; `new` found the rows inside of their tensors, and `reduce`
-        // allocated the output for all of them
+        // SAFETY: the reduction left a state for each of the parts; `new` found the rows inside of their tensors, and
+        // `reduce` allocated the output for all of them
         unsafe { launch.launch(&self.gpu, &self.stream, kernel, Grid::flat(1, MERGE_THREADS)) }
     }
 
-    /// The number (or the weights) of the rows that count, in parts, ahead of a pass that needs it. One launch, or none.
+    /// The number (or the weights) of the rows that count, in parts, ahead of a pass that needs it. One launch, or
+    /// none.
     fn count(&self, pass: &RowPass) -> Result<Option<CudaSlice<f64>>> {
         let blocks = self.planner().counts(self.params.base.rows as u64, pass);
         if self.params.base.counted == 0 || blocks == 0 {
@@ -275,7 +276,8 @@ impl<'a> SoftmaxCall<'a> {
         // SAFETY: each block writes its element
         let mut counts = unsafe { partials::<f64>(&self.device, blocks as usize)? };
         let launch = CountRowsLaunch { params: self.params.base, targets: self.targets(), counts: &mut counts };
-        // SAFETY: the targets are contiguous, as `new` found, and the weights are of the arithmetic dtype, one for each class
+        // SAFETY: the targets are contiguous, as `new` found, and the weights are of the arithmetic dtype, one for each
+        // class
         unsafe { launch.launch(&self.gpu, &self.stream, self.arithmetic())? };
         Ok(Some(counts))
     }
@@ -283,7 +285,7 @@ impl<'a> SoftmaxCall<'a> {
     /// Writes the gradient of the logits from the statistics of a forward; in place without `x`. One launch.
     pub fn emit(
         &self,
-        x: Option<&Input>,
+        x: Option<&InputView>,
         inputs: GradientInputs,
         upstream_rows: bool,
         grad: CudaViewMut<u8>,
@@ -297,17 +299,17 @@ impl<'a> SoftmaxCall<'a> {
             inputs,
             grad,
         };
-        // SAFETY: the kernel and the grid are the pass's; `new` found the rows inside of their tensors, and the gradient has as
-        // many elements as the logits
+        // SAFETY: the kernel and the grid are the pass's; `new` found the rows inside of their tensors, and the
+        // gradient has as many elements as the logits
         unsafe { launch.launch(&self.gpu, &self.stream, kernel, pass.grid) }
     }
 
     /// Writes the gradient of probability targets. One launch.
     pub fn target_gradient(
         &self,
-        x: &Input,
+        x: &InputView,
         inputs: GradientInputs,
-        (upstream, upstream_rows): (&Input, bool),
+        (upstream, upstream_rows): (&InputView, bool),
         grad: CudaViewMut<u8>,
     ) -> Result<()> {
         let pass = self.planner().any_layout(&self.shape());
@@ -321,8 +323,8 @@ impl<'a> SoftmaxCall<'a> {
             upstream: &upstream.bytes,
             grad,
         };
-        // SAFETY: the grid is the pass's; `new` found the rows inside of their tensors, and the gradient has as many elements as
-        // the logits
+        // SAFETY: the grid is the pass's; `new` found the rows inside of their tensors, and the gradient has as many
+        // elements as the logits
         unsafe { launch.launch(&self.gpu, &self.stream, kernel, pass.grid) }
     }
 
@@ -343,9 +345,9 @@ impl<'a> SoftmaxCall<'a> {
         }
     }
 
-    /// Loss and gradient. Without `x` the gradient replaces the logits in `grad`. One launch, and one ahead of it where there
-    /// are many rows to count; three where rows are split over blocks.
-    pub fn loss_and_grad(&self, x: Option<&Input>, grad: CudaViewMut<u8>) -> Result<CudaStorage> {
+    /// Loss and gradient. Without `x` the gradient replaces the logits in `grad`. One launch, and one ahead of it where
+    /// there are many rows to count; three where rows are split over blocks.
+    pub fn loss_and_grad(&self, x: Option<&InputView>, grad: CudaViewMut<u8>) -> Result<CudaStorage> {
         let pass = match self.plan_fused()? {
             FusedPlan::OnePass(pass) => pass,
             FusedPlan::Split { .. } => return self.loss_and_grad_split(x, grad),
@@ -365,22 +367,22 @@ impl<'a> SoftmaxCall<'a> {
             counts: counts.as_ref(),
             loss: self.loss_output(&mut loss, pass.partials())?,
         };
-        // SAFETY: the kernel and the grid are the pass's; `new` found the rows inside of their tensors, and the gradient has as
-        // many elements as the logits
+        // SAFETY: the kernel and the grid are the pass's; `new` found the rows inside of their tensors, and the
+        // gradient has as many elements as the logits
         unsafe { launch.launch(&self.gpu, &self.stream, kernel, pass.grid)? };
         Ok(self.wrap(loss))
     }
 
     /// Few long rows, each over many blocks: the forward's two launches and the backward's one.
-    fn loss_and_grad_split(&self, x: Option<&Input>, grad: CudaViewMut<u8>) -> Result<CudaStorage> {
+    fn loss_and_grad_split(&self, x: Option<&InputView>, grad: CudaViewMut<u8>) -> Result<CudaStorage> {
         let reduced = match x {
             Some(x) => self.reduce(x)?,
-            None => self.reduce(&Input { bytes: grad.as_view(), tag: Tag::of(self.dtype)? })?,
+            None => self.reduce(&InputView { bytes: grad.as_view(), tag: Tag::of(self.dtype)? })?,
         };
         let (statistics, denominator) = (self.wrap(reduced.statistics), self.wrap(reduced.denominator));
         let inputs = GradientInputs {
-            statistics: &Input::new(&statistics, &Layout::contiguous(()))?.bytes,
-            denominator: &Input::new(&denominator, &Layout::contiguous(()))?.bytes,
+            statistics: &InputView::new(&statistics, &Layout::contiguous(()))?.bytes,
+            denominator: &InputView::new(&denominator, &Layout::contiguous(()))?.bytes,
             upstream: None,
         };
         self.emit(x, inputs, false, grad)?;

@@ -1,10 +1,10 @@
-//! The choice of a kernel: its module, by how much it has to know of the classes, and its name. `kernels/softmax/entry.cuh` has the
-//! same names.
+//! The choice of a kernel: its module, by how much it has to know of the classes, and its name.
+//! `kernels/softmax/entry.cuh` has the same names.
 
 use super::plan::{Form, RowsShape};
 use crate::cuda::gpu::Module;
 use crate::cuda::kernels;
-use crate::rows::Rows;
+use crate::rows::layout::Rows;
 use crate::softmax::problem::SoftmaxOptions;
 use candle_core::{DType, Result, bail};
 
@@ -51,7 +51,8 @@ impl Detail {
         })
     }
 
-    /// The uniform kernels serve plain class indices too: there are plain ones only for passes that these would slow down.
+    /// The uniform kernels serve plain class indices too: there are plain ones only for passes that these would slow
+    /// down.
     pub fn unless_served(self, by_uniform: bool) -> Self {
         if self == Detail::Plain && by_uniform { Detail::Uniform } else { self }
     }

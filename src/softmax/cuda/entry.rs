@@ -5,10 +5,10 @@ use super::detail::{Detail, SoftmaxPass};
 use super::params::{GradientInputs, LogSoftmaxBackwardLaunch, LogSoftmaxLaunch, SoftmaxParams, StatisticsLaunch};
 use super::plan::Form;
 use crate::cuda::gpu::Gpu;
-use crate::cuda::launch::{Input, alloc, output};
-use crate::cuda::rows::{RowParams, Strides};
+use crate::cuda::launch::{InputView, alloc, output};
 use crate::custom_op::{Arg, Argument, DeviceStorage, Locked};
-use crate::rows::Rows;
+use crate::rows::cuda::{RowParams, Strides};
+use crate::rows::layout::Rows;
 use crate::softmax::problem::{CrossEntropy, RowStatistics, Saved, SoftmaxKernels};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaStorage;
@@ -24,7 +24,7 @@ impl SoftmaxKernels for CudaStorage {
         let weight = problem.options.rows.weight.as_ref().map(Locked::new);
         let call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &weight)?;
         call.check_target(target)?;
-        let reduced = call.reduce(&Input::new(storage, layout)?)?;
+        let reduced = call.reduce(&InputView::new(storage, layout)?)?;
         let saved = Saved {
             statistics: call.wrap(reduced.statistics).into_tensor((call.statistics_per_row(), call.rows.count())),
             denominator: call.wrap(reduced.denominator).into_tensor(()),
@@ -53,13 +53,13 @@ impl SoftmaxKernels for CudaStorage {
         if len == 0 {
             return Ok(call.wrap(grad));
         }
-        let x = Input::new(storage, layout)?;
+        let x = InputView::new(storage, layout)?;
         let upstream_rows = upstream.1.shape().elem_count() != 1;
-        let upstream = Input::new(upstream.0, upstream.1)?;
+        let upstream = InputView::new(upstream.0, upstream.1)?;
         let (statistics, denominator) = (Locked::new(&saved.statistics), Locked::new(&saved.denominator));
         let (statistics, denominator) = (statistics.arg::<Self>(problem.name)?, denominator.arg::<Self>(problem.name)?);
         let (statistics, denominator) =
-            (Input::new(statistics.0, statistics.1)?, Input::new(denominator.0, denominator.1)?);
+            (InputView::new(statistics.0, statistics.1)?, InputView::new(denominator.0, denominator.1)?);
         let inputs = GradientInputs {
             statistics: &statistics.bytes,
             denominator: &denominator.bytes,
@@ -82,7 +82,7 @@ impl SoftmaxKernels for CudaStorage {
         if len == 0 {
             return Ok((call.wrap(call.reduced_nothing()?.loss), call.wrap(grad)));
         }
-        let loss = call.loss_and_grad(Some(&Input::new(storage, layout)?), output(&mut grad)?)?;
+        let loss = call.loss_and_grad(Some(&InputView::new(storage, layout)?), output(&mut grad)?)?;
         Ok((loss, call.wrap(grad)))
     }
 
@@ -136,7 +136,7 @@ impl SoftmaxKernels for CudaStorage {
             let kernel = call.kernel(SoftmaxPass::Statistics, Detail::General, pass.form)?;
             let launch = StatisticsLaunch {
                 params: call.params.for_pass(&pass),
-                x: &Input::new(storage, layout)?.bytes,
+                x: &InputView::new(storage, layout)?.bytes,
                 targets: call.targets(),
                 loss: output(&mut results.loss)?,
                 lse: output(&mut results.lse)?,
@@ -145,8 +145,8 @@ impl SoftmaxKernels for CudaStorage {
                 argmax: output(&mut results.argmax)?,
                 correct: output(&mut results.correct)?,
             };
-            // SAFETY: the kernel and the grid are the pass's; `new` found the rows inside of their tensors, and the results have
-            // a number for each
+            // SAFETY: the kernel and the grid are the pass's; `new` found the rows inside of their tensors, and the
+            // results have a number for each
             unsafe { launch.launch(&call.gpu, &call.stream, kernel, pass.grid)? };
         }
         let RowStatistics { loss, lse, z_loss, entropy, argmax, correct } = results;
@@ -166,10 +166,11 @@ impl SoftmaxKernels for CudaStorage {
             let kernel = Detail::Plain.kernel(dtype, SoftmaxPass::LogSoftmax, pass.form)?;
             let launch = LogSoftmaxLaunch {
                 params: SoftmaxParams::of_rows(RowParams::untargeted(name, rows)?, rows).for_pass(&pass),
-                x: &Input::new(logits, &from(rows))?.bytes,
+                x: &InputView::new(logits, &from(rows))?.bytes,
                 log_probs: output(&mut log_probs)?,
             };
-            // SAFETY: the kernel and the grid are the pass's; the rows are those of the tensor, whose elements all have room
+            // SAFETY: the kernel and the grid are the pass's; the rows are those of the tensor, whose elements all have
+            // room
             unsafe { launch.launch(&gpu, &device.cuda_stream(), kernel, pass.grid)? };
         }
         Ok(CudaStorage { slice: log_probs, device: device.clone() })
@@ -194,8 +195,8 @@ impl SoftmaxKernels for CudaStorage {
             let params = SoftmaxParams::of_rows(RowParams::untargeted(name, rows)?, rows).for_pass(&pass);
             let launch = LogSoftmaxBackwardLaunch {
                 params: SoftmaxParams { t: Strides::of(upstream_rows), ..params },
-                log_probs: &Input::new(out, &from(rows))?.bytes,
-                upstream: &Input::new(upstream, &from(upstream_rows))?.bytes,
+                log_probs: &InputView::new(out, &from(rows))?.bytes,
+                upstream: &InputView::new(upstream, &from(upstream_rows))?.bytes,
                 grad: output(&mut grad)?,
             };
             // SAFETY: the grid is the pass's; the rows are those of the tensors, whose elements all have room

@@ -1,5 +1,5 @@
-//! The parameters of the softmax family's kernels. The order in which a kernel takes them is written here, in the `launch` method
-//! of its struct, and in `kernels/softmax/entry.cuh`.
+//! The parameters of the softmax family's kernels. The order in which a kernel takes them is written here, in the
+//! `launch` method of its struct, and in `kernels/softmax/entry.cuh`.
 
 use super::detail::KernelRef;
 use super::plan::{Form, RowPass};
@@ -7,8 +7,8 @@ use crate::cuda::gpu::Gpu;
 use crate::cuda::grid::Grid;
 use crate::cuda::kernels;
 use crate::cuda::launch::Launch;
-use crate::cuda::rows::{LossOutput, RowParams, Strides, TargetViews};
-use crate::rows::Rows;
+use crate::rows::cuda::{LossOutput, RowParams, Strides, TargetViews};
+use crate::rows::layout::Rows;
 use candle_core::{DType, Result};
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
 use std::sync::Arc;
@@ -99,8 +99,8 @@ pub(super) struct ReduceLaunch<'a> {
 
 impl ReduceLaunch<'_> {
     /// # Safety
-    /// `kernel` is one of `softmax_reduce_*` for the logits' dtype, the rows that the parameters describe are inside of the
-    /// tensors, the outputs have room for their numbers, and `grid` is the one planned for the parameters.
+    /// `kernel` is one of `softmax_reduce_*` for the logits' dtype, the rows that the parameters describe are inside of
+    /// the tensors, the outputs have room for their numbers, and `grid` is the one planned for the parameters.
     pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
         let TargetViews { target, weight } = self.targets;
         let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
@@ -171,7 +171,8 @@ pub(super) struct EmitLaunch<'a> {
 
 impl EmitLaunch<'_> {
     /// # Safety
-    /// As for [`ReduceLaunch::launch`] with `softmax_emit_*`; the statistics are those that a forward left of the same rows.
+    /// As for [`ReduceLaunch::launch`] with `softmax_emit_*`; the statistics are those that a forward left of the same
+    /// rows.
     pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
         let TargetViews { target, weight } = self.targets;
         let GradientInputs { statistics, denominator, upstream } = self.inputs;

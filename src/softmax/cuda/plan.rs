@@ -38,7 +38,8 @@ const REGISTER_LANES: u32 = 8;
 /// The threads of a block of the kernels for rows in registers.
 const REGISTER_THREADS: u32 = 256;
 
-/// The blocks of such a kernel that a multiprocessor has registers for; `writes` says whether it writes a value for each class.
+/// The blocks of such a kernel that a multiprocessor has registers for; `writes` says whether it writes a value for
+/// each class.
 fn register_blocks(windows: u32, writes: bool) -> u32 {
     if windows == 4 && !writes { 3 } else { 2 }
 }
@@ -59,8 +60,8 @@ pub(crate) struct RowsShape {
     pub packed: bool,
     /// Whether all rows are the same distance from the next one, whatever lies between.
     pub even: bool,
-    /// Whether memory is the limit, so that there are kernels for tiles, registers and clusters: class indices and at most one
-    /// number q for all classes, in `f32` arithmetic.
+    /// Whether memory is the limit, so that there are kernels for tiles, registers and clusters: class indices and at
+    /// most one number q for all classes, in `f32` arithmetic.
     pub light: bool,
 }
 
@@ -101,8 +102,8 @@ pub(crate) struct Thresholds {
     pub warp_bytes: u64,
     /// The most windows of a row that a lane keeps in registers; below 4, none.
     pub register_windows: u32,
-    /// The most bytes of a row that a block of a cluster keeps; a longer row gets a larger cluster. Also the most bytes that any
-    /// block keeps of a row that is not light.
+    /// The most bytes of a row that a block of a cluster keeps; a longer row gets a larger cluster. Also the most bytes
+    /// that any block keeps of a row that is not light.
     pub cluster_bytes: u64,
     /// The length of the shortest row that is split over blocks, and of each block's part of it.
     pub split_bytes: u64,
@@ -292,8 +293,8 @@ impl Planner {
         RowPass { form: Form::Rows, team, kept: 0, grid: Grid::flat(blocks, WARPS_THREADS) }
     }
 
-    /// As many blocks as the device runs at once, which take rows in turn; `writes` says whether a value is written for each
-    /// class.
+    /// As many blocks as the device runs at once, which take rows in turn; `writes` says whether a value is written for
+    /// each class.
     fn registers(&self, shape: &RowsShape, writes: bool) -> Option<RowPass> {
         if !(shape.light && shape.even)
             || shape.classes <= TILE_CLASSES
@@ -353,7 +354,8 @@ impl Planner {
         RowPass { form: Form::Strided, team: depth, kept: 0, grid }
     }
 
-    /// Blocks that count the rows ahead of a pass in which every block needs the count; 0 where each block counts by itself.
+    /// Blocks that count the rows ahead of a pass in which every block needs the count; 0 where each block counts by
+    /// itself.
     pub fn counts(&self, rows: u64, pass: &RowPass) -> u32 {
         if rows <= self.thresholds.count_rows || pass.blocks() == 1 {
             return 0;
@@ -442,9 +444,9 @@ mod tests {
         }
     }
 
-    /// Bytes of logits that a multiprocessor has on their way with all of its threads at their loads: resident blocks by the
-    /// registers that the kernels are limited to (`kernels/softmax/entry.cuh`), by shared memory and by the grid, times the
-    /// 16-byte loads that a thread issues before it uses the first.
+    /// Bytes of logits that a multiprocessor has on their way with all of its threads at their loads: resident blocks
+    /// by the registers that the kernels are limited to (`kernels/softmax/entry.cuh`), by shared memory and by the
+    /// grid, times the 16-byte loads that a thread issues before it uses the first.
     fn bytes_in_flight(pass: &RowPass, shape: &RowsShape, device: &DeviceLimits, writes: bool) -> u64 {
         let threads = pass.grid.threads.iter().product::<u32>() as u64;
         let windows = |threads: u64| (shape.row_bytes() / WINDOW).div_ceil(threads);
@@ -467,8 +469,8 @@ mod tests {
         by_registers.min(by_shared).min(by_grid) * threads * loads * WINDOW
     }
 
-    /// An H100 needs 32 KB on their way in each multiprocessor to read at its memory's speed and an H200 48 KB; a pass that
-    /// writes as much as it reads needs half of that.
+    /// An H100 needs 32 KB on their way in each multiprocessor to read at its memory's speed and an H200 48 KB; a pass
+    /// that writes as much as it reads needs half of that.
     #[test]
     fn enough_bytes_are_in_flight() {
         const H200_READING: u64 = 48 << 10;

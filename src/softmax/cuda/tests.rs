@@ -2,8 +2,8 @@
 
 use super::detail::{Detail, KERNELS};
 use super::plan::Thresholds;
-use crate::cuda::launch::{Work, work_of};
 use crate::cuda::testing::{FLOATS, assert_close, indices, numbers, random, tolerance};
+use crate::cuda::work::{Work, work_of};
 use crate::reduction::Reduction;
 use crate::softmax::problem::{CrossEntropy, RowStatistics, SoftmaxOptions};
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -435,8 +435,8 @@ fn every_kernel_is_reached() -> Result<()> {
     Ok(())
 }
 
-/// Launches, allocations and waits of a call, in every regime: the loss, what the backward needs of it and the gradient are
-/// memory of their own; partial results are one allocation each where there are several blocks. Nothing waits.
+/// Launches, allocations and waits of a call, in every regime: the loss, what the backward needs of it and the gradient
+/// are memory of their own; partial results are one allocation each where there are several blocks. Nothing waits.
 #[test]
 fn work_of_each_regime() -> Result<()> {
     let gpu = Device::new_cuda(0)?;
@@ -473,7 +473,8 @@ fn work_of_each_regime() -> Result<()> {
     Ok(())
 }
 
-/// Up to 64 rows of 1000 classes: one launch forward, one backward and one for both, mean included, whatever the options.
+/// Up to 64 rows of 1000 classes: one launch forward, one backward and one for both, mean included, whatever the
+/// options.
 #[test]
 fn small_problems_take_one_launch() -> Result<()> {
     let gpu = Device::new_cuda(0)?;
@@ -554,7 +555,8 @@ fn tiles_match_the_cpu() -> Result<()> {
     Ok(())
 }
 
-/// Rows in registers at the edges of what 8, 16 and 32 lanes with 4, 8 and 16 windows keep; several rows for each of the lanes.
+/// Rows in registers at the edges of what 8, 16 and 32 lanes with 4, 8 and 16 windows keep; several rows for each of
+/// the lanes.
 #[test]
 fn rows_in_registers_match_the_cpu() -> Result<()> {
     let few = Thresholds { lone_rows: 0, blocks: 1, ..Thresholds::default() };

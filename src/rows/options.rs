@@ -4,7 +4,8 @@ use crate::check;
 use crate::reduction::Reduction;
 use candle_core::{DType, Result, Tensor, bail};
 
-/// As the caller gave them, or checked for a pair of tensors: then the weights are as [`check::class_weights`] returns them.
+/// As the caller gave them, or checked for a pair of tensors: then the weights are as [`check::class_weights`] returns
+/// them.
 #[derive(Clone, Debug)]
 pub(crate) struct RowOptions {
     /// A factor of the rows of each class.

@@ -116,7 +116,8 @@ pub(crate) fn as_rows(tensor: &Tensor, axis: usize) -> Result<Tensor> {
     }
 }
 
-/// A second tensor of the logits' shape, grouped into rows as they are; a contiguous copy where its strides don't merge.
+/// A second tensor of the logits' shape, grouped into rows as they are; a contiguous copy where its strides don't
+/// merge.
 pub(crate) fn as_rows_like(tensor: &Tensor, axis: usize, split: usize) -> Result<Tensor> {
     match Rows::with_split(tensor.layout(), axis, split) {
         Some(_) => Ok(tensor.clone()),

@@ -1,11 +1,15 @@
 //! The parameters that all kernels over rows with targets share: `kernels/targets.cuh`.
 
-use super::gpu::Gpu;
-use super::launch::{Tag, output, partials};
+use crate::check;
+use crate::cuda::gpu::Gpu;
+use crate::cuda::indices::index_range;
+use crate::cuda::launch::{Tag, output, partials, to_host};
+use crate::custom_op::Arg;
 use crate::reduction::Reduction;
-use crate::row_options::RowOptions;
-use crate::rows::Rows;
-use candle_core::cuda_backend::{CudaDevice, CudaStorageSlice};
+use crate::rows::layout::Rows;
+use crate::rows::options::RowOptions;
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
 use candle_core::{DType, Result, bail};
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
 use std::sync::Arc;
@@ -142,5 +146,32 @@ impl<'a> LossOutput<'a> {
                 LossPointers { rows: None, sums, ticket, result: Some(result) }
             }
         }
+    }
+}
+
+/// Looks for class indices out of range, where the options ask for it: at the price of waiting for the device.
+pub(crate) fn check_indices(
+    name: &str,
+    options: &RowOptions,
+    (target, layout): Arg<CudaStorage>,
+    rows: &Rows,
+) -> Result<()> {
+    let range = index_range(name, layout)?;
+    if !options.target_check || rows.count() == 0 {
+        return Ok(());
+    }
+    let device = &target.device;
+    let indices: Vec<i64> = match &target.slice {
+        CudaStorageSlice::U8(s) => to_host(device, &s.slice(range))?.into_iter().map(i64::from).collect(),
+        CudaStorageSlice::U32(s) => to_host(device, &s.slice(range))?.into_iter().map(i64::from).collect(),
+        CudaStorageSlice::I32(s) => to_host(device, &s.slice(range))?.into_iter().map(i64::from).collect(),
+        CudaStorageSlice::I64(s) => to_host(device, &s.slice(range))?,
+        _ => return Err(check::not_class_indices(name, target.dtype())),
+    };
+    let classes = 0..rows.classes as i64;
+    let bad = |(_, class): &(usize, &i64)| **class != options.ignore_index && !classes.contains(class);
+    match indices.iter().enumerate().find(bad) {
+        Some((row, &class)) => Err(check::class_out_of_range(name, class, row, rows.classes, options.ignore_index)),
+        None => Ok(()),
     }
 }
