@@ -331,8 +331,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                 if self.q.is_none() {
                     q[..classes.len()].as_flattened_mut().fill(T::Acc::ZERO);
                 }
-                let own = targets.class.iter().zip(&targets.weight).enumerate().take(place.lanes);
-                for (lane, (own, &weight)) in own {
+                for (lane, (own, &weight)) in targets.class.iter().zip(&targets.weight).take(place.lanes).enumerate() {
                     if classes.contains(own) {
                         q[own - classes.start][lane] += weight;
                     }

@@ -414,10 +414,16 @@ impl<A: Real, S: Element<Acc = A>, T> Vectorized for ReduceStrip<'_, A, S, T> {
                 part.moment = sum_lanes(sums.moment);
             }
             if let Some(q) = q {
+                // not by `LaneSums::add_q`, with which this loop takes almost twice as long
+                let (mut linear, mut mass) = ([A::ZERO; LANES], [A::ZERO; LANES]);
                 for (xs, q) in vectors(xs, &end).zip(vectors(q[row], &end_of(q[row], A::ZERO))) {
-                    sums.add_q(&S::ordered(xs), q, reference);
+                    for lane in 0..LANES {
+                        let v = q[lane] * (xs[lane].to_acc() - reference);
+                        linear[lane] += if q[lane] == A::ZERO { A::ZERO } else { v };
+                        mass[lane] += q[lane];
+                    }
                 }
-                (part.linear, part.mass) = (sum_lanes(sums.linear), sum_lanes(sums.mass));
+                (part.linear, part.mass) = (sum_lanes(linear), sum_lanes(mass));
             }
             if block.start == of.start {
                 states.start(row, part);
