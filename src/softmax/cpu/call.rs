@@ -11,7 +11,7 @@ use crate::cpu::math::{LANES, Real};
 use crate::cpu::{own_slice, sum_in_order, with_floats};
 use crate::custom_op::{Arg, Argument, DeviceStorage, Locked};
 use crate::reduction::Reduction;
-use crate::rows::Rows;
+use crate::rows::layout::Rows;
 use crate::softmax::problem::{CrossEntropy, RowStatistics, Saved, SoftmaxKernels};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Result, WithDType, bail};

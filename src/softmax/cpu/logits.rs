@@ -3,7 +3,7 @@
 use super::kernels::Transform;
 use crate::cpu::element::{Element, Input, Output, Source};
 use crate::cpu::math::{Ahead, LANES, Real, dispatch};
-use crate::rows::Rows;
+use crate::rows::layout::Rows;
 use std::ops::Range;
 
 /// Classes in a tile.

@@ -7,7 +7,7 @@ use crate::cpu::indices::Indices;
 use crate::cpu::math::{LANES, Real, dispatch};
 use crate::cpu::{own_slice, sum_in_order};
 use crate::custom_op::{Arg, Locked};
-use crate::rows::Rows;
+use crate::rows::layout::Rows;
 use crate::softmax::problem::{CrossEntropy, SoftmaxOptions};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Result, WithDType};
