@@ -1,6 +1,5 @@
-//! That the kernels are still a multiple faster than candle's own losses, and keep up with memory. Only ratios of one run are
-//! compared, so the machine matters little; each bound is about a third of
-//! the lowest ratio of several runs.
+//! That the kernels are still a multiple faster than candle's own losses, and keep up with memory. Only ratios of one
+//! run are compared, so the machine matters little; each bound is about a third of the lowest ratio of several runs.
 
 use candle_core::{CpuStorage, Device, Result, Storage, Tensor, Var, bail};
 use candle_fused_loss as fused;

@@ -7,6 +7,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::cell::Cell;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 /// A floating-point storage type and the type its arithmetic is done in.
 pub(crate) trait Element: WithDType {
@@ -146,8 +147,8 @@ impl Element for f16 {
     }
 }
 
-/// Read access to a buffer. The gradient may replace the logits in place: then other tasks write other parts of the buffer, and
-/// this task writes what it has read.
+/// Read access to a buffer. The gradient may replace the logits in place: then other tasks write other parts of the
+/// buffer, and this task writes what it has read.
 #[derive(Clone, Copy)]
 pub(crate) enum Input<'a, T> {
     Shared(&'a [T]),
@@ -155,10 +156,11 @@ pub(crate) enum Input<'a, T> {
     Replaced(&'a [Cell<T>]),
 }
 
-// SAFETY: the cells are only read by the functions below, whose contracts exclude that they are written at the same time
+// SAFETY: the cells are only read by the functions below, whose contracts exclude that they are written at the same
+// time
 unsafe impl<T: Sync> Sync for Input<'_, T> {}
-// SAFETY: sending it lends the elements to another thread, which `T: Sync` allows for slices and the contracts of the functions
-// below for cells
+// SAFETY: sending it lends the elements to another thread, which `T: Sync` allows for slices and the contracts of the
+// functions below for cells
 unsafe impl<T: Sync> Send for Input<'_, T> {}
 
 impl<T: Copy> Input<'_, T> {
@@ -187,20 +189,21 @@ impl<T: Copy> Input<'_, T> {
     /// While the slice is alive, nobody writes any of its elements through an [`Output`] of the same buffer.
     #[inline(always)]
     pub unsafe fn slice(&self, start: usize, len: usize) -> &[T] {
-        // SAFETY: `pointer` checks the bounds, the buffer is borrowed for as long as `self`, and by this function's contract
-        // nobody writes to the elements
+        // SAFETY: `pointer` checks the bounds, the buffer is borrowed for as long as `self`, and by this function's
+        // contract nobody writes to the elements
         unsafe { std::slice::from_raw_parts(self.pointer(start, len), len) }
     }
 
-    /// `len` elements that are `stride` apart. They are not taken from a slice: the elements between them may be written by
-    /// other tasks.
+    /// `len` elements that are `stride` apart. They are not taken from a slice: the elements between them may be
+    /// written by other tasks.
     ///
     /// # Safety
     /// While the iterator is alive, nobody writes any of its elements through an [`Output`] of the same buffer.
     #[inline(always)]
     pub unsafe fn strided(&self, start: usize, stride: usize, len: usize) -> impl Iterator<Item = T> {
         let first = self.pointer(start, if len == 0 { 0 } else { (len - 1) * stride + 1 });
-        // SAFETY: `pointer` checks the last element's position, and by this function's contract nobody writes to the elements
+        // SAFETY: `pointer` checks the last element's position, and by this function's contract nobody writes to the
+        // elements
         (0..len).map(move |i| unsafe { *first.add(i * stride) })
     }
 }
@@ -208,7 +211,8 @@ impl<T: Copy> Input<'_, T> {
 /// Write access to a buffer whose parts are written by several tasks.
 pub(crate) struct Output<'a, T>(&'a [Cell<MaybeUninit<T>>]);
 
-// SAFETY: the cells are only written through `slice`, whose contract makes the parts that several threads write disjoint
+// SAFETY: the cells are only written through `slice`, whose contract makes the parts that several threads write
+// disjoint
 unsafe impl<T: Send> Sync for Output<'_, T> {}
 // SAFETY: sending it lends the cells to another thread, where `slice` has the same contract
 unsafe impl<T: Send> Send for Output<'_, T> {}
@@ -222,23 +226,45 @@ impl<'a, T> Output<'a, T> {
     /// Reads and writes of one buffer.
     pub fn in_place(data: &'a mut [T]) -> (Input<'a, T>, Self) {
         let cells = Cell::from_mut(data).as_slice_of_cells();
-        // SAFETY: `Cell<MaybeUninit<T>>` has the layout of `Cell<T>`; `slice` leaves no element uninitialised by its contract
+        // SAFETY: `Cell<MaybeUninit<T>>` has the layout of `Cell<T>`; `slice` leaves no element uninitialised by its
+        // contract
         let uninit = unsafe { std::slice::from_raw_parts(cells.as_ptr().cast(), cells.len()) };
         (Input::Replaced(cells), Output(uninit))
     }
 
     /// # Safety
-    /// While the slice is alive, no other slice of this buffer that overlaps it is, here or from an [`Input`]. Only initialised
-    /// values are written.
+    /// While the slice is alive, no other slice of this buffer that overlaps it is, here or from an [`Input`]. Only
+    /// initialised values are written.
     #[inline(always)]
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn slice(&self, start: usize, len: usize) -> &mut [MaybeUninit<T>] {
         let all = self.0.len();
         assert!(start <= all && len <= all - start, "write past the end of the output");
         let data = self.0.as_ptr().cast::<MaybeUninit<T>>().cast_mut();
-        // SAFETY: in bounds by the assertion, exclusive by this function's contract, and cells may be written through a shared
-        // reference
+        // SAFETY: in bounds by the assertion, exclusive by this function's contract, and cells may be written through a
+        // shared reference
         unsafe { std::slice::from_raw_parts_mut(data.add(start), len) }
+    }
+}
+
+/// One value for each row, written by the tasks that own the rows.
+pub(crate) struct PerRow<'a, A>(Output<'a, A>);
+
+impl<'a, A: Copy> PerRow<'a, A> {
+    pub fn new(values: &'a mut [A]) -> Self {
+        PerRow(Output::in_place(values).1)
+    }
+
+    /// Sets the values of some rows to the first of `values`.
+    ///
+    /// # Safety
+    /// No other thread sets values of the same rows at the same time.
+    pub unsafe fn set(&self, rows: Range<usize>, values: &[A]) {
+        // SAFETY: the slice ends with this function, during which nobody else has one of these rows by its contract
+        let to = unsafe { self.0.slice(rows.start, rows.len()) };
+        for (to, &value) in to.iter_mut().zip(values) {
+            to.write(value);
+        }
     }
 }
 

@@ -2,14 +2,15 @@
 //! lets it use the widest vectors the machine has.
 //!
 //! Everything here is plain scalar code over [`Real`] without branches or calls into libm. [`dispatch`] instantiates a
-//! [`Vectorized`] computation once for each instruction set that `pulp` knows (AVX-512, AVX2 with FMA, NEON, baseline) and picks one at
-//! run time; because every function is `#[inline(always)]`, the loops of the kernel are vectorised with those features. A
-//! closure that the compiler doesn't inline is compiled without them, a fused multiply-add in it being a call into libm: the
-//! kernels are written with loops.
+//! [`Vectorized`] computation once for each instruction set that `pulp` knows (AVX-512, AVX2 with FMA, NEON, baseline)
+//! and picks one at run time; because every function is `#[inline(always)]`, the loops of the kernel are vectorised
+//! with those features. A closure that the compiler doesn't inline is compiled without them, a fused multiply-add in it
+//! being a call into libm: the kernels are written with loops.
 //!
-//! Why `pulp`: the same loops (the maximum of 32768 `f32` and the sum of their exponentials) take 0.20 ns an element through
-//! pulp 0.22, multiversion 0.9 and fearless_simd 1.2, and 0.95 ns without any of them, on one core of an AMD EPYC (family 26,
-//! model 2). They differ in what they bring along, and candle's matrix multiplication brings pulp already.
+//! Why `pulp`: the same loops (the maximum of 32768 `f32` and the sum of their exponentials) take 0.20 ns an element
+//! through pulp 0.22, multiversion 0.9 and fearless_simd 1.2, and 0.95 ns without any of them, on one core of an AMD
+//! EPYC (family 26, model 2). They differ in what they bring along, and candle's matrix multiplication brings pulp
+//! already.
 
 use std::hint::black_box;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub, SubAssign};
@@ -79,8 +80,8 @@ pub(crate) trait Real:
 
     /// `e^x` for `x <= 88` within 1 ulp, 0 where that is below the normal numbers; NaN for NaN.
     ///
-    /// Every exponential of a stable loss is of a number that is not positive. A product that is not a normal number takes
-    /// some processors a hundred cycles, and masked logits of -inf would all have one.
+    /// Every exponential of a stable loss is of a number that is not positive. A product that is not a normal number
+    /// takes some processors a hundred cycles, and masked logits of -inf would all have one.
     fn vexp<I: Isa>(self) -> Self;
     /// `ln x` within 1 ulp; -inf at 0, NaN below.
     fn vln<I: Isa>(self) -> Self;
@@ -137,7 +138,8 @@ impl<T> Ahead<T> {
         for line in (0..LANES * size_of::<T>()).step_by(64) {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
             let at = self.0.wrapping_add(i).cast::<i8>().wrapping_add(line);
-            // SAFETY: a prefetch is a hint that accesses nothing a program can see, whatever the address; SSE is part of x86_64
+            // SAFETY: a prefetch is a hint that accesses nothing a program can see, whatever the address; SSE is part
+            // of x86_64
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at) };
         }
         #[cfg(not(all(target_arch = "x86_64", not(miri))))]
@@ -160,6 +162,33 @@ pub(crate) fn sum_of<A: Real>(xs: &[A]) -> A {
     sum_lanes(lanes)
 }
 
+/// A number for each lane, or one for all of them.
+pub(crate) trait PerLane<A>: Copy {
+    fn at(&self, lane: usize) -> A;
+}
+
+impl<A: Real> PerLane<A> for A {
+    #[inline(always)]
+    fn at(&self, _: usize) -> A {
+        *self
+    }
+}
+
+impl<A: Real> PerLane<A> for [A; LANES] {
+    #[inline(always)]
+    fn at(&self, lane: usize) -> A {
+        self[lane]
+    }
+}
+
+/// Raises each lane to the larger of two numbers.
+#[inline(always)]
+pub(crate) fn raise<A: Real>(lanes: &mut [A; LANES], xs: &[A; LANES]) {
+    for (max, &x) in lanes.iter_mut().zip(xs) {
+        *max = max.max_or_self(x);
+    }
+}
+
 /// The largest of all lanes, NaN left out.
 #[inline(always)]
 pub(crate) fn max_lanes<A: Real>(lanes: [A; LANES]) -> A {
@@ -174,8 +203,8 @@ pub(crate) fn sum_lanes<A: Real>(lanes: [A; LANES]) -> A {
 
 /// All lanes in a fixed order.
 ///
-/// The steps in between are kept in memory: LLVM makes vectors of a step that ends in stores, but takes one that ends in a
-/// single number apart into scalars, some hundred instructions of them.
+/// The steps in between are kept in memory: LLVM makes vectors of a step that ends in stores, but takes one that ends
+/// in a single number apart into scalars, some hundred instructions of them.
 #[inline(always)]
 fn fold_lanes<A: Real>(lanes: [A; LANES], f: impl Fn(A, A) -> A) -> A {
     const HALF: usize = LANES / 2;
@@ -186,7 +215,8 @@ fn fold_lanes<A: Real>(lanes: [A; LANES], f: impl Fn(A, A) -> A) -> A {
     f(f(four[0], four[2]), f(four[1], four[3]))
 }
 
-/// The last [`LANES`] elements of a slice, with `fill` for those that are in its whole [`LANES`] already or don't exist.
+/// The last [`LANES`] elements of a slice, with `fill` for those that are in its whole [`LANES`] already or don't
+/// exist.
 #[inline(always)]
 pub(crate) fn end_of<A: Copy>(xs: &[A], fill: A) -> [A; LANES] {
     let end = xs.len() % LANES;
@@ -219,7 +249,45 @@ pub(crate) fn vectors<'x, A>(xs: &'x [A], end: &'x [A; LANES]) -> impl Iterator<
     (0..count + 1).map(move |i| if i < count { xs[i * LANES..].first_chunk().unwrap_or(end) } else { end })
 }
 
-/// Coefficients of tanh(x)/x in powers of x^2, the highest first: 2^(2n) (2^(2n) - 1) B_2n / (2n)!, enough for f64 at 1/4.
+/// `x <- cap tanh(scale x / cap)`, or `scale x` without a cap; `slope` gets the cap's derivative.
+pub(crate) struct ScaleAndCap<'k, A> {
+    pub scale: A,
+    pub cap: Option<A>,
+    pub xs: &'k mut [A],
+    pub slope: Option<&'k mut [A]>,
+}
+
+impl<A: Real> Vectorized for ScaleAndCap<'_, A> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let ScaleAndCap { scale, cap, xs, slope } = self;
+        if scale != A::ONE {
+            for x in &mut *xs {
+                *x *= scale;
+            }
+        }
+        let Some(cap) = cap else { return };
+        let inverse = A::ONE / cap;
+        match slope {
+            Some(slope) => {
+                for (x, s) in xs.iter_mut().zip(slope) {
+                    let (t, d) = (*x * inverse).tanh_and_slope::<I>();
+                    (*x, *s) = (cap * t, d);
+                }
+            }
+            None => {
+                for x in xs {
+                    *x = cap * (*x * inverse).tanh_and_slope::<I>().0;
+                }
+            }
+        }
+    }
+}
+
+/// Coefficients of tanh(x)/x in powers of x^2, the highest first: 2^(2n) (2^(2n) - 1) B_2n / (2n)!, enough for f64 at
+/// 1/4.
 const TANH_SERIES: [f64; 11] = [
     18_888_466_084.0 / 194_896_477_400_625.0,
     -443_861_162.0 / 1_856_156_927_625.0,

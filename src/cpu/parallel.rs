@@ -1,8 +1,8 @@
 //! Work that the threads of rayon's pool share with the thread that has it.
 //!
-//! A parallel iterator of rayon hands the work to the pool, waits for a worker to wake up and then for the result: next to a
-//! loss of a few thousand elements that takes longer than the loss. Here the caller starts at once and works until nothing is
-//! left; the workers that wake up in time take tasks off it, and nobody waits for those that don't.
+//! A parallel iterator of rayon hands the work to the pool, waits for a worker to wake up and then for the result: next
+//! to a loss of a few thousand elements that takes longer than the loss. Here the caller starts at once and works until
+//! nothing is left; the workers that wake up in time take tasks off it, and nobody waits for those that don't.
 
 use std::any::Any;
 use std::ops::Range;
@@ -10,8 +10,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// The work of a task, in logits of a softmax, of which a thread reduces four in a nanosecond: 256 KB of f32, which outlive the
-/// cost of a task many times and leave enough of them.
+/// The work of a task, in logits of a softmax, of which a thread reduces four in a nanosecond: 256 KB of f32, which
+/// outlive the cost of a task many times and leave enough of them.
 const TASK_WORK: usize = 64 * 1024;
 /// Of less work than this, waking a thread costs more than it brings.
 const SERIAL_WORK: usize = TASK_WORK;
@@ -42,7 +42,8 @@ struct Job {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-// SAFETY: `task` points to something `Sync`, and is used only while the caller keeps it alive; the rest is `Send` and `Sync`
+// SAFETY: `task` points to something `Sync`, and is used only while the caller keeps it alive; the rest is `Send` and
+// `Sync`
 unsafe impl Send for Job {}
 // SAFETY: the task is `Sync` and used only while the caller keeps it alive; all other fields are `Sync`
 unsafe impl Sync for Job {}
@@ -97,8 +98,8 @@ impl Drop for Close<'_> {
 /// Runs `task` for each of `0..tasks` on the calling thread and on whichever workers of the pool come in time.
 fn share(tasks: usize, task: &(dyn Fn(usize) + Sync)) {
     let helpers = rayon::current_num_threads().min(tasks) - 1;
-    // SAFETY: only the lifetime changes. `Job::visit` dereferences the pointer between entering and leaving only, and `Close`
-    // ends this borrow after the last thread has left and none can enter
+    // SAFETY: only the lifetime changes. `Job::visit` dereferences the pointer between entering and leaving only, and
+    // `Close` ends this borrow after the last thread has left and none can enter
     let erased =
         unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync)>(task) };
     let job = Arc::new(Job {

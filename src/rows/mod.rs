@@ -1,5 +1,7 @@
-//! What all losses of rows of classes share: where the rows lie, their options, and what CUDA kernels over rows take.
+//! What all losses of rows of classes share: where the rows lie, their options, and what kernels over rows have in
+//! common.
 
+pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 pub(crate) mod layout;

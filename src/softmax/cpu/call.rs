@@ -1,12 +1,12 @@
 //! The entry points: the passes of which each call is made.
 
-use super::engine::{Engine, PerRow, RowGroup};
+use super::engine::{Engine, RowGroup};
 use super::kernels::{
     LogProbs, LogProbsGradient, LogitsGradient, RowDetail, RowScalars, RowTargets, States, TargetGradient, log_sum,
 };
 use super::logits::{Logits, TargetDistribution};
 use super::targets::RowProblem;
-use crate::cpu::element::{Element, Input, Output, Source, Strided, build, source, with_room};
+use crate::cpu::element::{Element, Input, Output, PerRow, Source, Strided, source, with_room};
 use crate::cpu::math::{LANES, Real};
 use crate::cpu::{own_slice, sum_in_order, with_floats};
 use crate::custom_op::{Arg, Argument, DeviceStorage, Locked};
@@ -17,15 +17,25 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Result, WithDType, bail};
 use std::ops::Range;
 
+/// Calls `body` with the rows of a problem on its tensors.
+macro_rules! with_rows {
+    ($problem:expr, $logits:expr, $target:expr, $rows:ident => $body:expr) => {{
+        let weight = $problem.options.rows.weight.as_ref().map(Locked::new);
+        with_floats!($problem.name, $logits.0, data => {
+            let (x, layout) = (Input::Shared(data), $problem.rows($logits.1)?);
+            let $rows = RowProblem::new($problem, x, layout, $target, &weight)?;
+            $body
+        })
+    }};
+}
+
 impl SoftmaxKernels for CpuStorage {
     fn forward(problem: &CrossEntropy, logits: Arg<Self>, target: Arg<Self>) -> Result<(Self, Saved)> {
-        let weight = problem.options.rows.weight.as_ref().map(Locked::new);
-        with_floats!(problem.name, logits.0, data => {
-            let rows = RowProblem::new(problem, Input::Shared(data), problem.rows(logits.1)?, target, &weight)?;
-            let denominator = rows.denominator()?;
-            let mut results = RowResults::new(&rows);
-            rows.engine().reduce(RowDetail::Loss, results.writer(&rows));
-            Ok((rows.reduced(results.loss, denominator), rows.saved(results.statistics, denominator)))
+        with_rows!(problem, logits, target, rows => {
+            let (denominator, count) = (rows.denominator()?, rows.rows().count());
+            let (mut loss, mut statistics) = (vec![Real::ZERO; count], vec![Real::ZERO; count * rows.kinds()]);
+            rows.engine().reduce(RowDetail::Loss, rows.writer(&mut loss, &mut statistics));
+            Ok((rows.reduced(loss, denominator), rows.saved(statistics, denominator)))
         })
     }
 
@@ -37,9 +47,7 @@ impl SoftmaxKernels for CpuStorage {
         target: Arg<Self>,
         upstream: Arg<Self>,
     ) -> Result<Self> {
-        let weight = problem.options.rows.weight.as_ref().map(Locked::new);
-        with_floats!(problem.name, logits.0, data => {
-            let rows = RowProblem::new(problem, Input::Shared(data), problem.rows(logits.1)?, target, &weight)?;
+        with_rows!(problem, logits, target, rows => {
             // a target that was overwritten since the forward must not lead outside of its row
             rows.check()?;
             let forward = ForwardResults::new(saved, upstream, rows.rows().count())?;
@@ -51,9 +59,7 @@ impl SoftmaxKernels for CpuStorage {
     }
 
     fn loss_and_grad(problem: &CrossEntropy, logits: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
-        let weight = problem.options.rows.weight.as_ref().map(Locked::new);
-        with_floats!(problem.name, logits.0, data => {
-            let rows = RowProblem::new(problem, Input::Shared(data), problem.rows(logits.1)?, target, &weight)?;
+        with_rows!(problem, logits, target, rows => {
             let len = logits.1.shape().elem_count();
             let mut grad = with_room(len);
             // SAFETY: the output is a buffer of its own, with an element for each logit
@@ -72,26 +78,20 @@ impl SoftmaxKernels for CpuStorage {
     ) -> Result<Self> {
         let weight = problem.options.rows.weight.as_ref().map(Locked::new);
         let Some((start, end)) = layout.contiguous_offsets() else {
-            bail!(
-                "{}: strides {:?} of shape {:?}, expected contiguous logits",
-                problem.name,
-                layout.stride(),
-                layout.dims()
-            )
+            bail!("{}: logits with strides {:?}, expected contiguous ones", problem.name, layout.stride())
         };
         let rows = Rows { offset: 0, ..problem.rows(layout)? };
         with_floats!(problem.name, logits, data => {
             let (input, output) = Output::in_place(&mut data[start..end]);
             let rows = RowProblem::new(problem, input, rows, target, &weight)?;
-            // SAFETY: input and output are the only ones of the logits, which are contiguous: an element for each of them
+            // SAFETY: input and output are the only ones of the logits, which are contiguous: an element for each of
+            // them
             unsafe { rows.loss_and_grad(&output) }
         })
     }
 
     fn statistics(problem: &CrossEntropy, logits: Arg<Self>, target: Arg<Self>) -> Result<RowStatistics<Self>> {
-        let weight = problem.options.rows.weight.as_ref().map(Locked::new);
-        with_floats!(problem.name, logits.0, data => {
-            let rows = RowProblem::new(problem, Input::Shared(data), problem.rows(logits.1)?, target, &weight)?;
+        with_rows!(problem, logits, target, rows => {
             rows.check()?;
             Ok(rows.statistics())
         })
@@ -108,41 +108,6 @@ impl SoftmaxKernels for CpuStorage {
     ) -> Result<Self> {
         let order = Strided::new(upstream_rows.offset, upstream_rows.axes(rows.class_last()));
         Ok(with_floats!(name, out, data => log_softmax_backward(data, rows, source(upstream, order)?)))
-    }
-}
-
-/// Each row's loss, and what the backward needs of it.
-struct RowResults<A> {
-    loss: Vec<A>,
-    /// max, rest and, with probability targets, mass of all rows: see [`States`]
-    statistics: Vec<A>,
-}
-
-impl<A: Real + Element<Acc = A>> RowResults<A> {
-    fn new<T: Element<Acc = A>>(problem: &RowProblem<T>) -> Self {
-        let rows = problem.rows().count();
-        RowResults { loss: vec![A::ZERO; rows], statistics: vec![A::ZERO; rows * problem.kinds()] }
-    }
-
-    /// Writes the results of rows that are reduced.
-    fn writer<'p, T: Element<Acc = A>>(
-        &'p mut self,
-        problem: &'p RowProblem<'_, T>,
-    ) -> impl Fn(Range<usize>, &States<A>) + Sync {
-        let (loss, statistics) = (PerRow::new(&mut self.loss), PerRow::new(&mut self.statistics));
-        move |rows: Range<usize>, states: &States<A>| {
-            let count = problem.rows().count();
-            let targets = problem.targets.rows(rows.clone());
-            // SAFETY: nobody writes to the logits in a forward
-            let losses = unsafe { problem.losses(rows.clone(), &targets, states) };
-            // SAFETY: a row is finished once
-            unsafe { loss.set(rows.clone(), &losses) };
-            let kinds = [&states.max, &states.rest, &states.mass];
-            for (kind, values) in kinds[..problem.kinds()].iter().enumerate() {
-                // SAFETY: a row is finished once
-                unsafe { statistics.set(kind * count + rows.start..kind * count + rows.end, values.as_slice()) };
-            }
-        }
     }
 }
 
@@ -181,12 +146,33 @@ impl<'a, A: Real> ForwardResults<'a, A> {
 
 impl<'a, T: Element> RowProblem<'a, T> {
     fn engine(&self) -> Engine<'_, 'a, T> {
-        Engine::new(&self.logits, &self.targets.q)
+        Engine::new(&self.logits, &self.q)
     }
 
     /// How many numbers of a row the backward needs.
     fn kinds(&self) -> usize {
-        if self.targets.indices.is_some() { 2 } else { 3 }
+        if self.indices.is_some() { 2 } else { 3 }
+    }
+
+    /// Writes each row's loss, and what the backward needs of it: max, rest and, with probability targets, mass of all
+    /// rows.
+    fn writer<'p>(
+        &'p self,
+        loss: &'p mut [T::Acc],
+        statistics: &'p mut [T::Acc],
+    ) -> impl Fn(Range<usize>, &States<T::Acc>) + Sync {
+        let (loss, statistics, count) = (PerRow::new(loss), PerRow::new(statistics), self.rows().count());
+        move |rows, states| {
+            // SAFETY: nobody writes to the logits in a forward
+            let losses = unsafe { self.losses(rows.clone(), &self.targets(rows.clone()), states) };
+            // SAFETY: a row is finished once
+            unsafe { loss.set(rows.clone(), &losses) };
+            let kinds = [&states.max, &states.rest, &states.mass];
+            for (kind, values) in kinds[..self.kinds()].iter().enumerate() {
+                // SAFETY: a row is finished once
+                unsafe { statistics.set(kind * count + rows.start..kind * count + rows.end, values.as_slice()) };
+            }
+        }
     }
 
     fn saved(&self, statistics: Vec<T::Acc>, denominator: f64) -> Saved {
@@ -208,24 +194,19 @@ impl<'a, T: Element> RowProblem<'a, T> {
     fn logits_gradient(&self, forward: &ForwardResults<T::Acc>) -> CpuStorage {
         let uniform_mass = [self.uniform_mass(); LANES];
         let group = |rows: Range<usize>, _: &States<T::Acc>| {
-            let targets = self.targets.rows(rows.clone());
+            let targets = self.targets(rows.clone());
             let mass = if self.kinds() == 3 { forward.kind(2, &rows) } else { &uniform_mass };
             let (max, rest) = (forward.kind(0, &rows), forward.kind(1, &rows));
             let scalars = self.gradient_scalars(&targets, max, rest, mass, forward.upstream(&rows));
             RowGroup { scalars, targets }
         };
-        let engine = self.engine();
-        // SAFETY: the output is a buffer of its own, with an element for each logit, which `emit` initialises
-        let grad = unsafe {
-            build(self.rows().count() * self.rows().classes, |out| engine.emit(None, &LogitsGradient, group, out))
-        };
-        T::to_cpu_storage_owned(grad)
+        self.engine().emit::<T, _>(None, &LogitsGradient, group)
     }
 
     fn target_gradient(&self, forward: &ForwardResults<T::Acc>) -> CpuStorage {
-        let keep = self.targets.keep;
+        let keep = self.keep;
         // the derivative of q in the target
-        let q = match self.targets.weight {
+        let q = match self.weight {
             None => TargetDistribution::Constant(keep),
             Some(weight) => TargetDistribution::Weights { factor: keep, weight },
         };
@@ -238,26 +219,21 @@ impl<'a, T: Element> RowProblem<'a, T> {
             scalars.upstream = forward.upstream(&rows);
             RowGroup { scalars, targets: RowTargets::NONE }
         };
-        let engine = Engine::new(&self.logits, &q);
-        // SAFETY: the output is a buffer of its own, with an element for each logit, which `emit` initialises
-        let grad: Vec<T::Acc> = unsafe {
-            build(self.rows().count() * self.rows().classes, |out| engine.emit(None, &TargetGradient, group, out))
-        };
-        T::Acc::to_cpu_storage_owned(grad)
+        Engine::new(&self.logits, &q).emit::<T::Acc, _>(None, &TargetGradient, group)
     }
 
     /// Loss and gradient; the gradient goes to `out`, which may be the logits themselves.
     ///
     /// # Safety
-    /// Nobody else reads or writes the output, or the logits where it replaces them, and it has an element for each logit. All
-    /// are initialised then, unless there is an error.
+    /// Nobody else reads or writes the output, or the logits where it replaces them, and it has an element for each
+    /// logit. All are initialised then, unless there is an error.
     unsafe fn loss_and_grad(&self, out: &Output<T>) -> Result<CpuStorage> {
         let denominator = self.denominator()?;
         let upstream = [T::Acc::ONE / T::Acc::of(denominator); LANES];
         let mut loss = vec![T::Acc::ZERO; self.rows().count()];
         let losses = PerRow::new(&mut loss);
         let group = |rows: Range<usize>, states: &States<T::Acc>| {
-            let targets = self.targets.rows(rows.clone());
+            let targets = self.targets(rows.clone());
             // SAFETY: the values of the rows are emitted later
             let values = unsafe { self.losses(rows.clone(), &targets, states) };
             // SAFETY: a row's group is made once
@@ -267,7 +243,7 @@ impl<'a, T: Element> RowProblem<'a, T> {
             RowGroup { scalars: self.gradient_scalars(&targets, max, rest, mass, upstream), targets }
         };
         // SAFETY: this function has the same contract
-        unsafe { self.engine().reduce_and_emit(RowDetail::Loss, &LogitsGradient, group, out) };
+        unsafe { self.engine().emit_to(Some(RowDetail::Loss), &LogitsGradient, group, out) };
         Ok(self.reduced(loss, denominator))
     }
 
@@ -275,59 +251,39 @@ impl<'a, T: Element> RowProblem<'a, T> {
         let zeros = || vec![T::Acc::ZERO; self.rows().count()];
         let (mut loss, mut lse, mut z_loss, mut entropy) = (zeros(), zeros(), zeros(), zeros());
         let (mut argmax, mut correct) = (vec![0u32; loss.len()], vec![0u8; loss.len()]);
-        let written = RowStatisticsWriter {
-            floats: [&mut loss, &mut lse, &mut z_loss, &mut entropy].map(|values| PerRow::new(values)),
-            argmax: PerRow::new(&mut argmax),
-            correct: PerRow::new(&mut correct),
-        };
-        self.engine().reduce(RowDetail::Statistics, |rows, states| written.finish(self, rows, states));
-        let storage = T::Acc::to_cpu_storage_owned;
-        RowStatistics {
-            loss: storage(loss),
-            lse: storage(lse),
-            z_loss: storage(z_loss),
-            entropy: storage(entropy),
-            argmax: CpuStorage::U32(argmax),
-            correct: CpuStorage::U8(correct),
-        }
+        let to_floats = [&mut loss, &mut lse, &mut z_loss, &mut entropy].map(|values| PerRow::new(values));
+        let (to_argmax, to_correct) = (PerRow::new(&mut argmax), PerRow::new(&mut correct));
+        self.engine().reduce(RowDetail::Statistics, |rows, states| {
+            let (floats, correct) = self.row_statistics(rows.clone(), states);
+            // SAFETY: a row is finished once
+            to_floats.iter().zip(&floats).for_each(|(to, values)| unsafe { to.set(rows.clone(), values) });
+            // SAFETY: a row is finished once
+            unsafe { to_argmax.set(rows.clone(), &states.argmax) };
+            // SAFETY: a row is finished once
+            unsafe { to_correct.set(rows, &correct) };
+        });
+        let [loss, lse, z_loss, entropy] = [loss, lse, z_loss, entropy].map(T::Acc::to_cpu_storage_owned);
+        let (argmax, correct) = (CpuStorage::U32(argmax), CpuStorage::U8(correct));
+        RowStatistics { loss, lse, z_loss, entropy, argmax, correct }
     }
-}
 
-struct RowStatisticsWriter<'p, A> {
-    /// Loss, lse, z-loss and entropy.
-    floats: [PerRow<'p, A>; 4],
-    argmax: PerRow<'p, u32>,
-    correct: PerRow<'p, u8>,
-}
-
-impl<A: Real + Element<Acc = A>> RowStatisticsWriter<'_, A> {
-    fn finish<T: Element<Acc = A>>(&self, problem: &RowProblem<T>, rows: Range<usize>, states: &States<A>) {
-        let targets = problem.targets.rows(rows.clone());
+    /// Loss, lse, z-loss and entropy of some rows, and whether they are correct. An ignored row's are 0.
+    fn row_statistics(&self, rows: Range<usize>, states: &States<T::Acc>) -> ([[T::Acc; LANES]; 4], [u8; LANES]) {
+        let targets = self.targets(rows.clone());
         // SAFETY: nobody writes to the logits
-        let loss = unsafe { problem.losses(rows.clone(), &targets, states) };
-        // an ignored row's are 0
-        let (mut lse, mut z_loss, mut entropy) = ([A::ZERO; LANES], [A::ZERO; LANES], [A::ZERO; LANES]);
+        let loss = unsafe { self.losses(rows.clone(), &targets, states) };
+        let [mut lse, mut z_loss, mut entropy] = [[T::Acc::ZERO; LANES]; 3];
         let mut correct = [0u8; LANES];
-        for (lane, row) in rows.clone().enumerate().filter(|(lane, _)| targets.live[*lane]) {
+        for (lane, row) in rows.enumerate().filter(|(lane, _)| targets.live[*lane]) {
             lse[lane] = states.max[lane] + states.log_sum[lane];
-            if problem.options.z_loss != 0.0 {
-                z_loss[lane] = A::of(problem.options.z_loss) * lse[lane] * lse[lane];
+            if self.options.z_loss != 0.0 {
+                z_loss[lane] = T::Acc::of(self.options.z_loss) * lse[lane] * lse[lane];
             }
-            entropy[lane] = states.log_sum[lane] - states.moment[lane] / (A::ONE + states.rest[lane]);
-            let class = match &problem.targets.indices {
-                Some(_) => targets.class[lane],
-                None => problem.most_probable(row),
-            };
+            entropy[lane] = states.log_sum[lane] - states.moment[lane] / (T::Acc::ONE + states.rest[lane]);
+            let class = self.indices.as_ref().map_or_else(|| self.most_probable(row), |_| targets.class[lane]);
             correct[lane] = (class == states.argmax[lane] as usize) as u8;
         }
-        for (to, values) in self.floats.iter().zip([&loss, &lse, &z_loss, &entropy]) {
-            // SAFETY: a row is finished once
-            unsafe { to.set(rows.clone(), values) };
-        }
-        // SAFETY: a row is finished once
-        unsafe { self.argmax.set(rows.clone(), &states.argmax) };
-        // SAFETY: a row is finished once
-        unsafe { self.correct.set(rows, &correct) };
+        ([loss, lse, z_loss, entropy], correct)
     }
 }
 
@@ -340,11 +296,7 @@ fn log_softmax<T: Element>(data: &[T], rows: &Rows) -> CpuStorage {
         scalars.log_sum = states.log_sum;
         RowGroup { scalars, targets: RowTargets::NONE }
     };
-    // SAFETY: the output is a buffer of its own, with an element for each logit, which `reduce_and_emit` initialises
-    let log_probs: Vec<T> = unsafe {
-        build(rows.count() * rows.classes, |out| engine.reduce_and_emit(RowDetail::Loss, &LogProbs, group, out))
-    };
-    T::to_cpu_storage_owned(log_probs)
+    engine.emit::<T, _>(Some(RowDetail::Loss), &LogProbs, group)
 }
 
 /// `g - exp(y) sum(g)` of each row, in the order of the log-probabilities y.
@@ -357,9 +309,5 @@ fn log_softmax_backward<T: Element>(data: &[T], rows: &Rows, source: Box<dyn Sou
         let scalars = RowScalars { mass: states.mass, ..RowScalars::ZERO };
         RowGroup { scalars, targets: RowTargets::NONE }
     };
-    // SAFETY: the output is a buffer of its own, with an element for each logit, which `reduce_and_emit` initialises
-    let grad: Vec<T> = unsafe {
-        build(rows.count() * rows.classes, |out| engine.reduce_and_emit(RowDetail::Mass, &LogProbsGradient, group, out))
-    };
-    T::to_cpu_storage_owned(grad)
+    engine.emit::<T, _>(Some(RowDetail::Mass), &LogProbsGradient, group)
 }

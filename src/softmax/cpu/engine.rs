@@ -1,52 +1,23 @@
-//! Passes over all rows, cut into units of work that run in parallel: segments of rows and tiles of rows, read in pieces that
-//! fit into the scratch memory, handed to the vectorised loops, and written.
+//! Passes over all rows, cut into units of work that run in parallel: segments of rows and tiles of rows, read in
+//! pieces that fit into the scratch memory, handed to the vectorised loops, and written.
 
 use super::kernels::{
     Emit, EmitBlock, EmitTile, ReduceStrip, ReduceTile, RowDetail, RowScalars, RowTargets, States, StripBlocks,
 };
-use super::logits::{BLOCK, DEPTH, Division, Logits, Strip, TargetDistribution, TilePlace, TileScratch};
-use crate::cpu::element::{Element, Output, as_uninit};
+use super::logits::{Logits, TargetDistribution, TileScratch};
+use crate::cpu::element::{Element, Output, PerRow, as_uninit, build};
 use crate::cpu::math::{Baseline, LANES, Real, dispatch};
 use crate::cpu::parallel::for_each_task;
+use crate::rows::cpu::{BLOCK, DEPTH, Division, Strip, TilePlace};
+use candle_core::CpuStorage;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-
-/// One value for each row, written by the tasks that own the rows.
-pub(super) struct PerRow<'a, A>(Output<'a, A>);
-
-impl<'a, A: Copy> PerRow<'a, A> {
-    pub(super) fn new(values: &'a mut [A]) -> Self {
-        PerRow(Output::in_place(values).1)
-    }
-
-    /// Sets the values of some rows to the first of `values`.
-    ///
-    /// # Safety
-    /// No other thread sets values of the same rows at the same time.
-    pub(super) unsafe fn set(&self, rows: Range<usize>, values: &[A]) {
-        // SAFETY: the slice ends with this function, during which nobody else has one of these rows by its contract
-        let to = unsafe { self.0.slice(rows.start, rows.len()) };
-        for (to, &value) in to.iter_mut().zip(values) {
-            to.write(value);
-        }
-    }
-}
 
 /// The numbers and the targets of up to [`LANES`] adjacent rows, from which a pass emits their values.
 #[derive(Clone, Copy)]
 pub(super) struct RowGroup<A> {
     pub(super) scalars: RowScalars<[A; LANES]>,
     pub(super) targets: RowTargets<A>,
-}
-
-/// Some classes of one row, and what their values are made of.
-struct RowSegment<A> {
-    row: usize,
-    classes: Range<usize>,
-    scalars: RowScalars<A>,
-    /// The own class and its weight, if it is among the classes.
-    own: Option<(usize, A)>,
-    live: bool,
 }
 
 /// The operands of passes, and how their work is divided.
@@ -63,7 +34,7 @@ const EMIT_WORK: usize = 2;
 
 impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
     pub(super) fn new(logits: &'k Logits<'a, T>, q: &'k TargetDistribution<'a, T::Acc>) -> Self {
-        Engine { logits, q, division: logits.division() }
+        Engine { logits, q, division: Division::of(&logits.rows) }
     }
 
     /// Units of work, and the logits in each.
@@ -73,8 +44,8 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         (units, (rows.count() * rows.classes / units.max(1)).max(1))
     }
 
-    /// Reduces every row, and calls `finish` with the states of up to [`LANES`] adjacent rows: once for each row, and only for
-    /// different rows at the same time.
+    /// Reduces every row, and calls `finish` with the states of up to [`LANES`] adjacent rows: once for each row, and
+    /// only for different rows at the same time.
     pub(super) fn reduce(&self, detail: RowDetail, finish: impl Fn(Range<usize>, &States<T::Acc>) + Sync) {
         let (units, logits) = self.units();
         let segments = self.division.segments();
@@ -109,22 +80,37 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         }
     }
 
-    /// Emits a value for every logit from its row's states: reduces the rows, makes a group of their states, and emits, unit by
-    /// unit, so that a row is in the cache when its values are emitted. `group` is called as `finish` of [`Self::reduce`] is.
+    /// The values of all logits, in the order that [`Rows::class_last`](crate::rows::layout::Rows::class_last) says:
+    /// see [`Self::emit_to`].
+    pub(super) fn emit<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
+        &self,
+        reduce: Option<RowDetail>,
+        emit: &E,
+        group: impl Fn(Range<usize>, &States<T::Acc>) -> RowGroup<T::Acc> + Sync,
+    ) -> CpuStorage {
+        let len = self.logits.rows.count() * self.logits.rows.classes;
+        // SAFETY: the output is a buffer of its own, with an element for each logit, and `emit_to` initialises them
+        let values: Vec<O> = unsafe { build(len, |out| self.emit_to(reduce, emit, group, out)) };
+        O::to_cpu_storage_owned(values)
+    }
+
+    /// Emits a value for every logit from the group of its row. With `reduce`, the rows are reduced first, unit by
+    /// unit, so that a row is in the cache when its values are emitted; without it the states are empty. `group` is
+    /// called as `finish` of [`Self::reduce`] is.
     ///
     /// # Safety
-    /// As for [`Self::emit`].
-    pub(super) unsafe fn reduce_and_emit<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
+    /// As for [`Self::emit_units`].
+    pub(super) unsafe fn emit_to<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
         &self,
-        detail: RowDetail,
+        reduce: Option<RowDetail>,
         emit: &E,
         group: impl Fn(Range<usize>, &States<T::Acc>) -> RowGroup<T::Acc> + Sync,
         out: &Output<O>,
     ) {
-        if self.division.segments() == 1 {
+        let Some(detail) = reduce.filter(|_| self.division.segments() > 1) else {
             // SAFETY: this function has the same contract
-            return unsafe { self.emit(Some(detail), emit, group, out) };
-        }
+            return unsafe { self.emit_units(reduce, emit, group, out) };
+        };
         // several tasks emit a row: it is reduced ahead of them
         let empty = RowGroup { scalars: RowScalars::ZERO, targets: RowTargets::NONE };
         let mut groups = vec![empty; self.logits.rows.count()];
@@ -134,16 +120,15 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
             unsafe { written_groups.set(rows.start..rows.start + 1, &[group(rows, states)]) }
         });
         // SAFETY: this function has the same contract
-        unsafe { self.emit(None, emit, |rows, _| groups[rows.start], out) }
+        unsafe { self.emit_units(None, emit, |rows, _| groups[rows.start], out) }
     }
 
-    /// Emits a value for every logit from the group of its row. With `reduce`, the rows' states are reduced first, where no row
-    /// is divided into segments; without it they are empty.
+    /// As [`Self::emit_to`], where no row that is reduced is divided into segments.
     ///
     /// # Safety
-    /// Nobody else reads or writes the output, or the logits where it replaces them, and the output has an element for each
-    /// logit. All are initialised then.
-    pub(super) unsafe fn emit<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
+    /// Nobody else reads or writes the output, or the logits where it replaces them, and the output has an element for
+    /// each logit. All are initialised then.
+    unsafe fn emit_units<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
         &self,
         reduce: Option<RowDetail>,
         emit: &E,
@@ -160,7 +145,9 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                         let states =
                             reduce.map_or(States::EMPTY, |detail| self.reduce_strip(detail, &strip, &mut scratch));
                         let group = group(strip.rows.clone(), &states);
-                        self.emit_strip(emit, &group, &strip, out, &mut scratch);
+                        for (lane, row) in strip.rows.enumerate() {
+                            self.emit_row(emit, (&group, lane), (row, &strip.classes), out, &mut scratch);
+                        }
                     }
                     Division::Tiles => {
                         let place = TilePlace::new(&self.logits.rows, unit);
@@ -221,49 +208,32 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
             let classes = class..(class + DEPTH).min(of);
             // SAFETY: the values of the tile's rows are emitted by this task after they are reduced, or in a later pass
             let xs = unsafe { self.logits.tile(place, &classes, x, None) };
-            let q = place.load_q(self.q, &classes, q);
+            let q = self.q.load_tile(place, &classes, q);
             dispatch(ReduceTile { states: &mut states, classes, of, xs, q, detail });
         }
         states
     }
 
-    fn emit_strip<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
+    /// Emits the values of a strip's classes in the row of a lane.
+    fn emit_row<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
         &self,
         emit: &E,
-        group: &RowGroup<T::Acc>,
-        strip: &Strip,
+        (group, lane): (&RowGroup<T::Acc>, usize),
+        (row, classes): (usize, &Range<usize>),
         out: &Output<O>,
         scratch: &mut TileScratch<T::Acc>,
     ) {
-        for (lane, row) in strip.rows.clone().enumerate() {
-            let segment = RowSegment {
-                row,
-                classes: strip.classes.clone(),
-                scalars: group.scalars.lane(lane),
-                own: group.targets.own(lane).filter(|(class, _)| strip.classes.contains(class)),
-                live: group.targets.live[lane],
-            };
-            self.emit_segment(emit, &segment, out, scratch);
-        }
-    }
-
-    fn emit_segment<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
-        &self,
-        emit: &E,
-        segment: &RowSegment<T::Acc>,
-        out: &Output<O>,
-        scratch: &mut TileScratch<T::Acc>,
-    ) {
-        let RowSegment { row, classes, scalars, own, live } = segment;
         let start = row * self.logits.rows.classes;
-        if !live {
+        if !group.targets.live[lane] {
             // SAFETY: each segment of each row is emitted by one unit, which has no slice of it here
             let out = unsafe { out.slice(start + classes.start, classes.len()) };
             return out.fill(MaybeUninit::new(O::from_acc(T::Acc::ZERO)));
         }
+        let scalars = group.scalars.lane(lane);
+        let own = group.targets.own(lane).filter(|(class, _)| classes.contains(class));
         let capped = E::IN_LOGITS && self.logits.softcap.is_some();
         // in place, the own logit is gone once the segment is written
-        let own = own.map(|(class, weight)| (class, self.own_value(emit, segment, class, weight)));
+        let own = own.map(|(class, weight)| (class, self.own_value(emit, &scalars, row, class, weight)));
         let TileScratch { x, e, q, slope } = scratch;
         let (x, e, q, slope) =
             (x.as_flattened_mut(), e.as_flattened_mut(), q.as_flattened_mut(), slope.as_flattened_mut());
@@ -273,17 +243,17 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
             let (e, q) = (&mut e[..len], self.q.load_block(at, class, &mut q[..len]));
             if self.logits.is_read_directly() && !self.logits.x.is_replaced() {
                 // SAFETY: the output is another buffer
-                let xs = unsafe { self.logits.stored(*row, &(class..class + len)) };
+                let xs = unsafe { self.logits.stored(row, &(class..class + len)) };
                 // SAFETY: each segment of each row is emitted by one unit, and the logits are another buffer
                 let out = unsafe { out.slice(at, len) };
-                emit_block(EmitBlock { emit, row: *scalars, xs, q, slope: None, out }, e);
+                emit_block(EmitBlock { emit, row: scalars, xs, q, slope: None, out }, e);
             } else {
                 let (xs, slope) = (&mut x[..len], &mut slope[..len]);
                 // SAFETY: this unit alone writes to the segment, and has no slice of it here
-                unsafe { self.logits.load(*row, class, xs, Some(slope)) };
+                unsafe { self.logits.load(row, class, xs, Some(slope)) };
                 // SAFETY: each segment of each row is emitted by one unit, and the slice of its logits is gone
                 let out = unsafe { out.slice(at, len) };
-                emit_block(EmitBlock { emit, row: *scalars, xs, q, slope: capped.then_some(&*slope), out }, e);
+                emit_block(EmitBlock { emit, row: scalars, xs, q, slope: capped.then_some(&*slope), out }, e);
             }
         }
         if let Some((class, value)) = own {
@@ -296,13 +266,15 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
     fn own_value<E: Emit<T::Acc>>(
         &self,
         emit: &E,
-        segment: &RowSegment<T::Acc>,
+        scalars: &RowScalars<T::Acc>,
+        row: usize,
         class: usize,
         weight: T::Acc,
     ) -> T::Acc {
-        // SAFETY: the class is in the segment, which this unit alone writes, later
-        let (x, slope) = unsafe { self.logits.get(segment.row, class) };
-        emit.value::<Baseline, T::Acc>(&segment.scalars, 0, x, weight + self.q.at(class)) * slope
+        let (mut x, mut slope) = ([T::Acc::ZERO], [T::Acc::ONE]);
+        // SAFETY: the class is in a segment that this unit alone writes, later
+        unsafe { self.logits.load(row, class, &mut x, Some(&mut slope)) };
+        emit.value::<Baseline, T::Acc>(scalars, 0, x[0], weight + self.q.at(class)) * slope[0]
     }
 
     /// The place of the tile comes with whether the scratch memory is as [`Self::reduce_tile`] of it left it.
@@ -325,7 +297,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
             if !loaded {
                 // SAFETY: this unit alone writes to the tile, and has no slice of it here
                 unsafe { self.logits.tile(place, &classes, x, Some(slope)) };
-                place.load_q(self.q, &classes, q);
+                self.q.load_tile(place, &classes, q);
             }
             if has_own {
                 if self.q.is_none() {

@@ -1,28 +1,11 @@
 //! The vectorised loops on blocks of rows and on tiles of rows: all that depends on the instruction set.
 
 use crate::cpu::element::Element;
-use crate::cpu::math::{Ahead, Baseline, Isa, LANES, Real, Vectorized, end_of, max_lanes, sum_lanes, vectors};
+use crate::cpu::math::{
+    Ahead, Baseline, Isa, LANES, PerLane, Real, Vectorized, end_of, max_lanes, raise, sum_lanes, vectors,
+};
 use std::mem::MaybeUninit;
 use std::ops::Range;
-
-/// A number for each lane, or one for all of them.
-pub(super) trait PerLane<A>: Copy {
-    fn at(&self, lane: usize) -> A;
-}
-
-impl<A: Real> PerLane<A> for A {
-    #[inline(always)]
-    fn at(&self, _: usize) -> A {
-        *self
-    }
-}
-
-impl<A: Real> PerLane<A> for [A; LANES] {
-    #[inline(always)]
-    fn at(&self, lane: usize) -> A {
-        self[lane]
-    }
-}
 
 /// What a reduction computes.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -327,14 +310,6 @@ impl<A: Real> LaneSums<A> {
             self.linear[lane] += if q[lane] == A::ZERO { A::ZERO } else { v };
             self.mass[lane] += q[lane];
         }
-    }
-}
-
-/// Raises each lane to the larger of two numbers.
-#[inline(always)]
-fn raise<A: Real>(lanes: &mut [A; LANES], xs: &[A; LANES]) {
-    for (max, &x) in lanes.iter_mut().zip(xs) {
-        *max = max.max_or_self(x);
     }
 }
 
@@ -643,43 +618,6 @@ impl<A: Real, E: Emit<A>> Vectorized for EmitTile<'_, A, E> {
             for lane in 0..LANES {
                 let v = chain[lane] * emit.value::<I, _>(&rows, lane, xs[lane], q[lane]);
                 out[lane] = if live[lane] != A::ZERO { v } else { A::ZERO };
-            }
-        }
-    }
-}
-
-/// Scale, then soft cap; `slope` gets the soft cap's derivative.
-pub(super) struct Transform<'k, A> {
-    pub(super) scale: A,
-    pub(super) softcap: Option<A>,
-    pub(super) xs: &'k mut [A],
-    pub(super) slope: Option<&'k mut [A]>,
-}
-
-impl<A: Real> Vectorized for Transform<'_, A> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<I: Isa>(self) {
-        let Transform { scale, softcap, xs, slope } = self;
-        if scale != A::ONE {
-            for x in &mut *xs {
-                *x *= scale;
-            }
-        }
-        let Some(cap) = softcap else { return };
-        let inverse = A::ONE / cap;
-        match slope {
-            Some(slope) => {
-                for (x, s) in xs.iter_mut().zip(slope) {
-                    let (t, d) = (*x * inverse).tanh_and_slope::<I>();
-                    (*x, *s) = (cap * t, d);
-                }
-            }
-            None => {
-                for x in xs {
-                    *x = cap * (*x * inverse).tanh_and_slope::<I>().0;
-                }
             }
         }
     }

@@ -13,50 +13,17 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Result, WithDType};
 use std::ops::Range;
 
-/// The targets of a cross-entropy: what each row's own class adds to the distribution q of all classes.
-pub(super) struct Targets<'a, A> {
-    pub(super) indices: Option<Indices<'a>>,
-    /// What goes into the loss for every class: smoothing, or the probabilities.
-    pub(super) q: TargetDistribution<'a, A>,
-    pub(super) ignore_index: i64,
-    /// 1 - label smoothing
-    pub(super) keep: A,
-    pub(super) weight: Option<&'a [A]>,
-    pub(super) classes: usize,
-}
-
-impl<'a, A: Real> Targets<'a, A> {
-    /// Of up to [`LANES`] adjacent rows. A class is inside its row by [`Self::check`].
-    #[inline(always)]
-    pub(super) fn rows(&self, rows: Range<usize>) -> RowTargets<A> {
-        let mut targets = RowTargets::NONE;
-        let Some(indices) = &self.indices else { return targets };
-        for (lane, class) in indices.load(rows.clone()).into_iter().take(rows.len()).enumerate() {
-            let live = class != self.ignore_index;
-            let class = if live { class as usize } else { 0 };
-            let weight = self.keep * self.weight.map_or(A::ONE, |weight| weight[class]);
-            targets.class[lane] = class;
-            targets.weight[lane] = if live { weight } else { A::ZERO };
-            targets.live[lane] = live;
-        }
-        targets
-    }
-
-    /// Checks every class index, and sums the weights of the rows that count.
-    pub(super) fn check(&self, name: &str, rows: usize) -> Result<f64> {
-        match &self.indices {
-            Some(indices) => indices.total(name, self.ignore_index, self.classes, self.weight),
-            None => Ok(rows as f64),
-        }
-    }
-}
-
 /// One cross-entropy on one pair of tensors.
 pub(super) struct RowProblem<'a, T: Element> {
     pub(super) name: &'static str,
     pub(super) options: &'a SoftmaxOptions,
     pub(super) logits: Logits<'a, T>,
-    pub(super) targets: Targets<'a, T::Acc>,
+    /// What goes into the loss for every class: smoothing, or the probabilities.
+    pub(super) q: TargetDistribution<'a, T::Acc>,
+    /// The rows' own classes, which add `keep` times their weight to q; `keep` is 1 - label smoothing.
+    pub(super) indices: Option<Indices<'a>>,
+    pub(super) keep: T::Acc,
+    pub(super) weight: Option<&'a [T::Acc]>,
 }
 
 impl<'a, T: Element> RowProblem<'a, T> {
@@ -84,10 +51,8 @@ impl<'a, T: Element> RowProblem<'a, T> {
             let order = Strided::new(order.offset, order.axes(rows.class_last()));
             (None, TargetDistribution::Dense { source: source(target.0, order)?, keep, spread, weight })
         };
-        let ignore_index = options.rows.ignore_index;
-        let targets = Targets { indices, q, ignore_index, keep, weight, classes: rows.classes };
         let logits = Logits { x, rows, scale: of(options.logit_scale), softcap: options.softcap.map(of) };
-        Ok(RowProblem { name, options, logits, targets })
+        Ok(RowProblem { name, options, logits, q, indices, keep, weight })
     }
 
     pub(super) fn rows(&self) -> &Rows {
@@ -96,7 +61,26 @@ impl<'a, T: Element> RowProblem<'a, T> {
 
     /// Checks every class index, and sums the weights of the rows that count.
     pub(super) fn check(&self) -> Result<f64> {
-        self.targets.check(self.name, self.rows().count())
+        match &self.indices {
+            Some(indices) => indices.total(self.name, self.options.rows.ignore_index, self.rows().classes, self.weight),
+            None => Ok(self.rows().count() as f64),
+        }
+    }
+
+    /// The targets of up to [`LANES`] adjacent rows. A class is inside its row by [`Self::check`].
+    #[inline(always)]
+    pub(super) fn targets(&self, rows: Range<usize>) -> RowTargets<T::Acc> {
+        let mut targets = RowTargets::NONE;
+        let Some(indices) = &self.indices else { return targets };
+        for (lane, class) in indices.load(rows.clone()).into_iter().take(rows.len()).enumerate() {
+            let live = class != self.options.rows.ignore_index;
+            let class = if live { class as usize } else { 0 };
+            let weight = self.keep * self.weight.map_or(T::Acc::ONE, |weight| weight[class]);
+            targets.class[lane] = class;
+            targets.weight[lane] = if live { weight } else { T::Acc::ZERO };
+            targets.live[lane] = live;
+        }
+        targets
     }
 
     /// What the sum of the rows' losses is divided by, after a check of every class index.
@@ -117,11 +101,11 @@ impl<'a, T: Element> RowProblem<'a, T> {
         // SAFETY: this function has the same contract
         let own = unsafe { self.logits.pick(rows, &targets.class) };
         let z_loss = T::Acc::of(self.options.z_loss);
-        dispatch(RowLosses { states, targets, own: &own, has_q: !self.targets.q.is_none(), z_loss })
+        dispatch(RowLosses { states, targets, own: &own, has_q: !self.q.is_none(), z_loss })
     }
 
-    /// The numbers of which the gradient of up to [`LANES`] adjacent rows is made, from what the rows were reduced to. The
-    /// upstream gradient is over the denominator already.
+    /// The numbers of which the gradient of up to [`LANES`] adjacent rows is made, from what the rows were reduced to.
+    /// The upstream gradient is over the denominator already.
     pub(super) fn gradient_scalars(
         &self,
         targets: &RowTargets<T::Acc>,
@@ -145,7 +129,7 @@ impl<'a, T: Element> RowProblem<'a, T> {
 
     /// The sum of a row's q where it is the same in all rows.
     pub(super) fn uniform_mass(&self) -> T::Acc {
-        match &self.targets.q {
+        match &self.q {
             TargetDistribution::Constant(_) => T::Acc::of(self.options.label_smoothing),
             TargetDistribution::Weights { factor, weight } => T::Acc::of(factor.to_f64() * sum_in_order(weight)),
             TargetDistribution::None | TargetDistribution::Dense { .. } => T::Acc::ZERO,
@@ -154,7 +138,7 @@ impl<'a, T: Element> RowProblem<'a, T> {
 
     /// The first class of the largest probability in a target row.
     pub(super) fn most_probable(&self, row: usize) -> usize {
-        let TargetDistribution::Dense { source, .. } = &self.targets.q else { return 0 };
+        let TargetDistribution::Dense { source, .. } = &self.q else { return 0 };
         let rows = self.rows();
         let (start, stride) = (rows.written_start(row), rows.written_stride());
         let mut best = (T::Acc::NEG_INFINITY, 0);
