@@ -461,3 +461,31 @@ impl ElementKernels for CpuStorage {
         with_floats!(problem.name, input.0, x => call.loss_and_grad(x))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::elementwise::problem::{ElementOptions, Term};
+    use crate::reduction::Reduction;
+    use candle_core::{DType, Device, Result, Tensor, Var};
+
+    /// For Miri: every term, with and without a loss of each element, of elements that lie apart too.
+    #[test]
+    fn small_elements_keep_to_their_memory() -> Result<()> {
+        let focal = Term::Focal { alpha: Some(0.25), gamma: 1.5 };
+        for term in [Term::Bce, Term::BceWithLogits, focal, Term::L1] {
+            for (reduction, dtype) in [(Reduction::None, DType::BF16), (Reduction::Mean, DType::F32)] {
+                let x = Tensor::rand(0f32, 1., (70, 31), &Device::Cpu)?.to_dtype(dtype)?;
+                let x = Var::from_tensor(&x)?;
+                let x_apart = x.t()?;
+                let target = Tensor::rand(0f32, 1., (31, 70), &Device::Cpu)?;
+                let options = ElementOptions { reduction, ..ElementOptions::default() };
+                let loss = options.problem("test", term, &x_apart, &target)?.forward(&x_apart, &target)?;
+                let loss = loss.mean_all()?;
+                loss.backward()?;
+                let (again, _) = options.problem("test", term, &x_apart, &target)?.loss_and_grad(&x_apart, &target)?;
+                assert_eq!(loss.to_scalar::<f32>()?, again.mean_all()?.to_scalar::<f32>()?);
+            }
+        }
+        Ok(())
+    }
+}

@@ -127,3 +127,25 @@ impl<'a, T: Element> NllRows<'a, T> {
         T::to_cpu_storage_owned(grad)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::nll::problem::Nll;
+    use crate::rows::options::RowOptions;
+    use candle_core::{Device, Result, Tensor, Var};
+
+    /// For Miri.
+    #[test]
+    fn small_rows_keep_to_their_memory() -> Result<()> {
+        for dims in [vec![40, 3], vec![2, 3, 4]] {
+            let x = Var::from_tensor(&Tensor::rand(-2f32, -1., dims.clone(), &Device::Cpu)?)?;
+            let target = Tensor::ones([&dims[..1], &dims[2..]].concat(), candle_core::DType::U8, &Device::Cpu)?;
+            let problem = Nll { name: "test", axis: 1, options: RowOptions::default() };
+            let loss = problem.clone().forward(&x, &target)?;
+            loss.backward()?;
+            let (again, _) = problem.loss_and_grad(&x, &target)?;
+            assert_eq!(loss.to_scalar::<f32>()?, again.to_scalar::<f32>()?);
+        }
+        Ok(())
+    }
+}

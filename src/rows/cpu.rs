@@ -6,14 +6,14 @@ use crate::cpu::element::{Element, Output};
 use crate::cpu::math::{LANES, Real};
 use std::ops::Range;
 
-/// Classes in a tile.
-pub(crate) const DEPTH: usize = 64;
+/// Classes in a tile; fewer under Miri, which takes a thousand times as long.
+pub(crate) const DEPTH: usize = if cfg!(miri) { 4 } else { 64 };
 /// Classes in a block.
 pub(crate) const BLOCK: usize = LANES * DEPTH;
 /// Rows of more classes than this are worked through in blocks.
 const TILE_MAX_CLASSES: usize = 64;
 /// Classes a task takes where there are fewer rows than would keep all threads busy.
-const SEGMENT: usize = 8 * BLOCK;
+pub(crate) const SEGMENT: usize = if cfg!(miri) { BLOCK } else { 8 * BLOCK };
 /// Fewer rows than this are split into segments if they are long.
 const FEW_ROWS: usize = 16;
 

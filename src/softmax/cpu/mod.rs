@@ -16,3 +16,5 @@ mod engine;
 mod kernels;
 mod logits;
 mod targets;
+#[cfg(test)]
+mod tests;

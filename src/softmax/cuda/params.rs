@@ -13,7 +13,7 @@ use candle_core::{DType, Result};
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
 use std::sync::Arc;
 
-type InputView<'a> = &'a CudaView<'a, u8>;
+type BytesView<'a> = &'a CudaView<'a, u8>;
 type OutputView<'a> = CudaViewMut<'a, u8>;
 
 /// `softmax::Params` of `kernels/softmax/state.cuh`, where its fields are explained.
@@ -92,7 +92,7 @@ pub(super) enum ReduceOutput<'a> {
 /// A launch of `softmax_reduce_*`.
 pub(super) struct ReduceLaunch<'a> {
     pub params: SoftmaxParams,
-    pub x: InputView<'a>,
+    pub x: BytesView<'a>,
     pub targets: TargetViews<'a>,
     pub output: ReduceOutput<'a>,
 }
@@ -124,10 +124,10 @@ impl ReduceLaunch<'_> {
 /// A launch of `softmax_merge_*`, which one block makes.
 pub(super) struct MergeLaunch<'a> {
     pub params: SoftmaxParams,
-    pub x: InputView<'a>,
+    pub x: BytesView<'a>,
     pub targets: TargetViews<'a>,
     /// The states that `softmax_reduce_*` left.
-    pub states: InputView<'a>,
+    pub states: BytesView<'a>,
     /// How many parts a row has.
     pub parts: u32,
     pub output: ForwardOutput<'a>,
@@ -153,17 +153,17 @@ impl MergeLaunch<'_> {
 /// The operands that a backward reads beside the logits and the targets.
 #[derive(Clone, Copy)]
 pub(super) struct GradientInputs<'a> {
-    pub statistics: InputView<'a>,
-    pub denominator: InputView<'a>,
+    pub statistics: BytesView<'a>,
+    pub denominator: BytesView<'a>,
     /// `None`: ones.
-    pub upstream: Option<InputView<'a>>,
+    pub upstream: Option<BytesView<'a>>,
 }
 
 /// A launch of `softmax_emit_*`.
 pub(super) struct EmitLaunch<'a> {
     pub params: SoftmaxParams,
     /// `None`: the logits are in `grad`, and the gradient replaces them.
-    pub x: Option<InputView<'a>>,
+    pub x: Option<BytesView<'a>>,
     pub targets: TargetViews<'a>,
     pub inputs: GradientInputs<'a>,
     pub grad: OutputView<'a>,
@@ -189,7 +189,7 @@ impl EmitLaunch<'_> {
 pub(super) struct FusedLaunch<'a> {
     pub params: SoftmaxParams,
     /// `None`: the logits are in `grad`, and the gradient replaces them.
-    pub x: Option<InputView<'a>>,
+    pub x: Option<BytesView<'a>>,
     pub grad: OutputView<'a>,
     pub targets: TargetViews<'a>,
     /// Counts of the rows, where an earlier launch made them.
@@ -216,11 +216,11 @@ impl FusedLaunch<'_> {
 /// A launch of `softmax_target_gradient`.
 pub(super) struct TargetGradientLaunch<'a> {
     pub params: SoftmaxParams,
-    pub x: InputView<'a>,
-    pub weight: Option<InputView<'a>>,
-    pub statistics: InputView<'a>,
-    pub denominator: InputView<'a>,
-    pub upstream: InputView<'a>,
+    pub x: BytesView<'a>,
+    pub weight: Option<BytesView<'a>>,
+    pub statistics: BytesView<'a>,
+    pub denominator: BytesView<'a>,
+    pub upstream: BytesView<'a>,
     pub grad: OutputView<'a>,
 }
 
@@ -240,7 +240,7 @@ impl TargetGradientLaunch<'_> {
 /// A launch of `softmax_statistics_*`.
 pub(super) struct StatisticsLaunch<'a> {
     pub params: SoftmaxParams,
-    pub x: InputView<'a>,
+    pub x: BytesView<'a>,
     pub targets: TargetViews<'a>,
     pub loss: OutputView<'a>,
     pub lse: OutputView<'a>,
@@ -268,7 +268,7 @@ impl StatisticsLaunch<'_> {
 /// A launch of one of the other `softmax_log_softmax_*`.
 pub(super) struct LogSoftmaxLaunch<'a> {
     pub params: SoftmaxParams,
-    pub x: InputView<'a>,
+    pub x: BytesView<'a>,
     pub log_probs: OutputView<'a>,
 }
 
@@ -287,8 +287,8 @@ impl LogSoftmaxLaunch<'_> {
 /// A launch of `softmax_log_softmax_backward`.
 pub(super) struct LogSoftmaxBackwardLaunch<'a> {
     pub params: SoftmaxParams,
-    pub log_probs: InputView<'a>,
-    pub upstream: InputView<'a>,
+    pub log_probs: BytesView<'a>,
+    pub upstream: BytesView<'a>,
     pub grad: OutputView<'a>,
 }
 
