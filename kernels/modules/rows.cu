@@ -4,10 +4,10 @@
 namespace fused_loss {
 
 // The number of rows that are not ignored, or the sum of their class weights: one number for each block.
-#define COUNT_ROWS(NAME, A)                                                       \
-    extern "C" __global__ void __launch_bounds__(1024)                            \
-        NAME(const RowParams p, const void *t, const A *weight, double *counts) { \
-        count(p, Targets<A>{t, weight}, counts);                                  \
+#define COUNT_ROWS(NAME, A)                                                 \
+    extern "C" __global__ void __launch_bounds__(1024)                      \
+        NAME(const RowParams p, const Targets<A> targets, double *counts) { \
+        count(p, targets, counts);                                          \
     }
 
 COUNT_ROWS(count_rows_f32, float)

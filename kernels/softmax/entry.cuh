@@ -73,58 +73,58 @@ constexpr int FUSED_TILE_BLOCKS = 0, STRIDED_BLOCKS = 0;
 #endif
 
 // Forwards.
-#define REDUCE_KERNEL(NAME, BOUNDS, BODY)                                                              \
-    extern "C" __global__ void __launch_bounds__ BOUNDS NAME(                                          \
-        const Params p, const X *x, const void *t, const A *weight, A *splits, A *loss, A *statistics, \
-        double2 *partials, unsigned *ticket, A *result, A *denominator) {                              \
-        const Outputs<A> out = {loss, statistics, partials, ticket, result, denominator};              \
-        BODY;                                                                                          \
+#define REDUCE_KERNEL(NAME, BOUNDS, BODY)                                                                          \
+    extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const Params p, const X *x, const Targets<A> targets, \
+                                                             A *splits, A *loss, A *statistics, double2 *partials, \
+                                                             unsigned *ticket, A *result, A *denominator) {        \
+        const Outputs<A> out = {loss, statistics, partials, ticket, result, denominator};                          \
+        BODY;                                                                                                      \
     }
 #define REDUCE_ROWS(NAME, D) \
-    REDUCE_KERNEL(NAME, (ROWS_THREADS, BLOCKS_OF[D]), (reduce_rows<D>(p, x, {t, weight}, splits, out)))
+    REDUCE_KERNEL(NAME, (ROWS_THREADS, BLOCKS_OF[D]), (reduce_rows<D>(p, x, targets, splits, out)))
 #define REDUCE_STRIDED(NAME, D) \
-    REDUCE_KERNEL(NAME, (STRIDED_THREADS, STRIDED_BLOCKS), (reduce_strided<D>(p, x, {t, weight}, out)))
+    REDUCE_KERNEL(NAME, (STRIDED_THREADS, STRIDED_BLOCKS), (reduce_strided<D>(p, x, targets, out)))
 #define REDUCE_TILE(NAME, D) \
-    REDUCE_KERNEL(NAME, (TILE_THREADS, TILE_BLOCKS_OF[D]), (reduce_tiles<D>(p, x, {t, weight}, out)))
-#define MERGE(NAME, D)                                                                                                \
-    extern "C" __global__ void __launch_bounds__(ROWS_THREADS)                                                        \
-        NAME(const Params p, const X *x, const void *t, const A *weight, const A *splits, int count, A *loss,         \
-             A *statistics, A *result, A *denominator) {                                                              \
-        merge_splits<D>(p, x, {t, weight}, splits, count, {loss, statistics, nullptr, nullptr, result, denominator}); \
+    REDUCE_KERNEL(NAME, (TILE_THREADS, TILE_BLOCKS_OF[D]), (reduce_tiles<D>(p, x, targets, out)))
+#define MERGE(NAME, D)                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(ROWS_THREADS)                                                         \
+        NAME(const Params p, const X *x, const Targets<A> targets, const A *splits, int count, A *loss, A *statistics, \
+             A *result, A *denominator) {                                                                              \
+        merge_splits<D>(p, x, targets, splits, count, {loss, statistics, nullptr, nullptr, result, denominator});      \
     }
 
 // Backwards: see `emit_rows` and `UniformGradient`.
-#define EMIT_KERNEL(NAME, BOUNDS, BODY)                                                                         \
-    extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const Params p, const X *x, const void *t,         \
-                                                             const A *weight, const A *statistics,              \
-                                                             const A *denominator, const A *upstream, X *out) { \
-        BODY(p, x, {t, weight}, {statistics, denominator, upstream}, out);                                      \
+#define EMIT_KERNEL(NAME, BOUNDS, BODY)                                                                            \
+    extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const Params p, const X *x, const Targets<A> targets, \
+                                                             const A *statistics, const A *denominator,            \
+                                                             const A *upstream, X *out) {                          \
+        BODY(p, x, targets, {statistics, denominator, upstream}, out);                                             \
     }
 #define EMIT_ROWS(NAME, RULE) EMIT_KERNEL(NAME, (ROWS_THREADS, BLOCKS_OF[RULE::DETAIL]), emit_rows<RULE>)
 #define EMIT_STRIDED(NAME, RULE) EMIT_KERNEL(NAME, (STRIDED_THREADS, STRIDED_BLOCKS), emit_strided<RULE>)
 #define EMIT_TILE(NAME, RULE) EMIT_KERNEL(NAME, (TILE_THREADS), emit_tiles<RULE>)
 
 // Loss and gradient in one pass.
-#define FUSED_KERNEL(NAME, BOUNDS, BODY)                                                                        \
-    extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const Params p, const X *x, X *out, const void *t, \
-                                                             const A *weight, const double *counts, A *loss,    \
-                                                             double2 *partials, unsigned *ticket, A *result) {  \
-        const Outputs<A> left = {loss, nullptr, partials, ticket, result, nullptr};                             \
-        BODY;                                                                                                   \
+#define FUSED_KERNEL(NAME, BOUNDS, BODY)                                                                              \
+    extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const Params p, const X *x, X *out,                      \
+                                                             const Targets<A> targets, const double *counts, A *loss, \
+                                                             double2 *partials, unsigned *ticket, A *result) {        \
+        const Outputs<A> left = {loss, nullptr, partials, ticket, result, nullptr};                                   \
+        BODY;                                                                                                         \
     }
 #define FUSED_ROWS(NAME, RULE)                                  \
     FUSED_KERNEL(NAME, (ROWS_THREADS, BLOCKS_OF[RULE::DETAIL]), \
-                 (fused_rows<RULE, false>(p, x, out, {t, weight}, counts, left)))
+                 (fused_rows<RULE, false>(p, x, out, targets, counts, left)))
 #define FUSED_STRIDED(NAME, RULE) \
-    FUSED_KERNEL(NAME, (STRIDED_THREADS, STRIDED_BLOCKS), (fused_strided<RULE>(p, x, out, {t, weight}, counts, left)))
+    FUSED_KERNEL(NAME, (STRIDED_THREADS, STRIDED_BLOCKS), (fused_strided<RULE>(p, x, out, targets, counts, left)))
 #define FUSED_TILE(NAME, RULE) \
-    FUSED_KERNEL(NAME, (TILE_THREADS, FUSED_TILE_BLOCKS), (fused_tiles<RULE>(p, x, out, {t, weight}, counts, left)))
+    FUSED_KERNEL(NAME, (TILE_THREADS, FUSED_TILE_BLOCKS), (fused_tiles<RULE>(p, x, out, targets, counts, left)))
 
 // A row over the blocks of a cluster, whose size the launch says.
 #if __CUDA_ARCH__ >= 900
 #define FUSED_CLUSTER(NAME, RULE)                               \
     FUSED_KERNEL(NAME, (ROWS_THREADS, BLOCKS_OF[RULE::DETAIL]), \
-                 (fused_rows<RULE, true>(p, x, out, {t, weight}, counts, left)))
+                 (fused_rows<RULE, true>(p, x, out, targets, counts, left)))
 #else
 #define FUSED_CLUSTER(NAME, RULE)
 #endif
@@ -139,10 +139,9 @@ constexpr int registers_reading(Detail detail, int w) {
 }
 
 #define REDUCE_REGISTERS(NAME, D, W) \
-    REDUCE_KERNEL(NAME, (ROWS_THREADS, registers_reading(D, W)), (reduce_registers<D, W>(p, x, {t, weight}, out)))
-#define FUSED_REGISTERS(NAME, RULE, W)                    \
-    FUSED_KERNEL(NAME, (ROWS_THREADS, REGISTERS_WRITING), \
-                 (fused_registers<RULE, W>(p, x, out, {t, weight}, counts, left)))
+    REDUCE_KERNEL(NAME, (ROWS_THREADS, registers_reading(D, W)), (reduce_registers<D, W>(p, x, targets, out)))
+#define FUSED_REGISTERS(NAME, RULE, W) \
+    FUSED_KERNEL(NAME, (ROWS_THREADS, REGISTERS_WRITING), (fused_registers<RULE, W>(p, x, out, targets, counts, left)))
 
 #define LOG_SOFTMAX_KERNEL(NAME, BOUNDS, BODY) \
     extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const Params p, const X *x, X *out) { BODY(p, x, out); }
@@ -150,11 +149,11 @@ constexpr int registers_reading(Detail detail, int w) {
     LOG_SOFTMAX_KERNEL(NAME, (ROWS_THREADS, REGISTERS_WRITING), log_softmax_registers<W>)
 
 // The losses and statistics of rows.
-#define STATISTICS_KERNEL(NAME, BOUNDS, BODY)                                                                         \
-    extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const Params p, const X *x, const void *t,               \
-                                                             const A *weight, A *loss, A *lse, A *z_loss, A *entropy, \
-                                                             uint32_t *argmax, uint8_t *correct) {                    \
-        BODY(p, x, {t, weight}, {loss, lse, z_loss, entropy, argmax, correct});                                       \
+#define STATISTICS_KERNEL(NAME, BOUNDS, BODY)                                                                          \
+    extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const Params p, const X *x, const Targets<A> targets,     \
+                                                             A *loss, A *lse, A *z_loss, A *entropy, uint32_t *argmax, \
+                                                             uint8_t *correct) {                                       \
+        BODY(p, x, targets, {loss, lse, z_loss, entropy, argmax, correct});                                            \
     }
 
 #if defined(DETAIL_GENERAL)

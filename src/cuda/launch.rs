@@ -175,6 +175,8 @@ pub(crate) struct Launch<'a> {
 
 enum Parameter<'a> {
     Address(u64),
+    /// A struct of pointers.
+    Addresses(Vec<u64>),
     /// The bytes of a value, padding included.
     Value(&'a [MaybeUninit<u8>]),
 }
@@ -214,6 +216,18 @@ impl<'a> Launch<'a> {
         self.address(address)
     }
 
+    /// Operands that the kernel takes as one struct of pointers, null where they are absent.
+    pub fn read_all<T: DevicePtr<U> + 'a, U>(&mut self, memories: &[Option<&'a T>]) -> &mut Self {
+        let mut address = |memory: &'a T| {
+            let (address, used) = memory.device_ptr(self.stream);
+            self.used.push(used);
+            address
+        };
+        let addresses = memories.iter().map(|memory| memory.map_or(0, &mut address)).collect();
+        self.parameters.push(Parameter::Addresses(addresses));
+        self
+    }
+
     /// An operand, or a null pointer where it is absent.
     pub fn read_if<T: DevicePtr<U> + 'a, U>(&mut self, memory: Option<&'a T>) -> &mut Self {
         match memory {
@@ -240,6 +254,7 @@ impl<'a> Launch<'a> {
             .iter()
             .map(|parameter| match parameter {
                 Parameter::Address(address) => std::ptr::from_ref(address).cast_mut().cast(),
+                Parameter::Addresses(addresses) => addresses.as_ptr().cast_mut().cast(),
                 Parameter::Value(bytes) => bytes.as_ptr().cast_mut().cast(),
             })
             .collect();

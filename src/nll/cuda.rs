@@ -58,11 +58,12 @@ impl NllLossLaunch<'_> {
     /// with `grad` there is one block.
     unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, blocks: u32) -> Result<()> {
         let name = if self.params.dtype == Tag::F64 { "nll_loss_f64" } else { "nll_loss_f32" };
-        let TargetViews { target, weight } = self.targets;
         let loss = self.loss.pointers();
         let mut launch = Launch::new(gpu, stream, &NLL, name)?;
-        // nll_loss_*(p, x, t, weight, loss, partials, ticket, result, denominator, grad)
-        launch.value(&self.params).read(self.x).read(target).read_if(weight).write_if(loss.rows).write_if(loss.sums);
+        // nll_loss_*(p, x, targets, loss, partials, ticket, result, denominator, grad)
+        launch.value(&self.params).read(self.x);
+        self.targets.push(&mut launch);
+        launch.write_if(loss.rows).write_if(loss.sums);
         launch.address(loss.ticket).write_if(loss.result).write_if(self.denominator.as_mut());
         launch.write_if(self.grad.as_mut());
         // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
@@ -85,10 +86,11 @@ impl NllGradientLaunch<'_> {
     /// The targets and the upstream gradient are inside of their tensors, and `grad` has room for all rows.
     unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, blocks: u32) -> Result<()> {
         let name = if self.params.dtype == Tag::F64 { "nll_gradient_f64" } else { "nll_gradient_f32" };
-        let TargetViews { target, weight } = self.targets;
         let mut launch = Launch::new(gpu, stream, &NLL, name)?;
-        // nll_gradient_*(p, t, weight, denominator, upstream, grad)
-        launch.value(&self.params).read(target).read_if(weight).read(self.denominator).read_if(self.upstream);
+        // nll_gradient_*(p, targets, denominator, upstream, grad)
+        launch.value(&self.params);
+        self.targets.push(&mut launch);
+        launch.read(self.denominator).read_if(self.upstream);
         launch.write(&mut self.grad);
         // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
         unsafe { launch.run(Grid::flat(blocks, THREADS)) }

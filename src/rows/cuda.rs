@@ -3,7 +3,7 @@
 use crate::check;
 use crate::cuda::gpu::Gpu;
 use crate::cuda::indices::index_range;
-use crate::cuda::launch::{Tag, output, partials, to_host};
+use crate::cuda::launch::{Launch, Tag, output, partials, to_host};
 use crate::custom_op::Arg;
 use crate::reduction::Reduction;
 use crate::rows::layout::Rows;
@@ -93,6 +93,13 @@ impl RowParams {
 pub(crate) struct TargetViews<'a> {
     pub target: &'a CudaView<'a, u8>,
     pub weight: Option<&'a CudaView<'a, u8>>,
+}
+
+impl<'a> TargetViews<'a> {
+    /// Adds them to a launch as the kernels' `Targets`, whose order this is.
+    pub fn push(self, launch: &mut Launch<'a>) {
+        launch.read_all(&[Some(self.target), self.weight]);
+    }
 }
 
 /// Where a kernel leaves the losses.

@@ -102,10 +102,10 @@ impl ReduceLaunch<'_> {
     /// `kernel` is one of `softmax_reduce_*` for the logits' dtype, the rows that the parameters describe are inside of
     /// the tensors, the outputs have room for their numbers, and `grid` is the one planned for the parameters.
     pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
-        let TargetViews { target, weight } = self.targets;
         let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
-        // softmax_reduce_*(p, x, t, weight, splits, loss, statistics, partials, ticket, result, denominator)
-        launch.value(&self.params).read(self.x).read(target).read_if(weight);
+        // softmax_reduce_*(p, x, targets, splits, loss, statistics, partials, ticket, result, denominator)
+        launch.value(&self.params).read(self.x);
+        self.targets.push(&mut launch);
         match &mut self.output {
             ReduceOutput::Parts(states) => {
                 launch.write(states).null().null().null().null().null().null();
@@ -137,12 +137,13 @@ impl MergeLaunch<'_> {
     /// # Safety
     /// As for [`ReduceLaunch::launch`] with `softmax_merge_*`; there are states for all parts of all rows.
     pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
-        let TargetViews { target, weight } = self.targets;
         let count = self.parts as i32;
         let loss = self.output.loss.pointers();
         let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
-        // softmax_merge_*(p, x, t, weight, splits, count, loss, statistics, result, denominator)
-        launch.value(&self.params).read(self.x).read(target).read_if(weight).read(self.states).value(&count);
+        // softmax_merge_*(p, x, targets, splits, count, loss, statistics, result, denominator)
+        launch.value(&self.params).read(self.x);
+        self.targets.push(&mut launch);
+        launch.read(self.states).value(&count);
         launch.write_if(loss.rows).write(&mut self.output.statistics).write_if(loss.result);
         launch.write(&mut self.output.denominator);
         // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
@@ -174,11 +175,11 @@ impl EmitLaunch<'_> {
     /// As for [`ReduceLaunch::launch`] with `softmax_emit_*`; the statistics are those that a forward left of the same
     /// rows.
     pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
-        let TargetViews { target, weight } = self.targets;
         let GradientInputs { statistics, denominator, upstream } = self.inputs;
         let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
-        // softmax_emit_*(p, x, t, weight, statistics, denominator, upstream, out)
-        launch.value(&self.params).read_if(self.x).read(target).read_if(weight);
+        // softmax_emit_*(p, x, targets, statistics, denominator, upstream, out)
+        launch.value(&self.params).read_if(self.x);
+        self.targets.push(&mut launch);
         launch.read(statistics).read(denominator).read_if(upstream).write(&mut self.grad);
         // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
         unsafe { launch.run(grid) }
@@ -201,11 +202,11 @@ impl FusedLaunch<'_> {
     /// # Safety
     /// As for [`ReduceLaunch::launch`] with `softmax_fused_*`; there are as many counts as the parameters say.
     pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
-        let TargetViews { target, weight } = self.targets;
         let loss = self.loss.pointers();
         let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
-        // softmax_fused_*(p, x, out, t, weight, counts, loss, partials, ticket, result)
-        launch.value(&self.params).read_if(self.x).write(&mut self.grad).read(target).read_if(weight);
+        // softmax_fused_*(p, x, out, targets, counts, loss, partials, ticket, result)
+        launch.value(&self.params).read_if(self.x).write(&mut self.grad);
+        self.targets.push(&mut launch);
         launch.read_if(self.counts).write_if(loss.rows).write_if(loss.sums).address(loss.ticket);
         launch.write_if(loss.result);
         // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
@@ -254,10 +255,10 @@ impl StatisticsLaunch<'_> {
     /// # Safety
     /// As for [`ReduceLaunch::launch`] with `softmax_statistics_*`.
     pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
-        let TargetViews { target, weight } = self.targets;
         let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
-        // softmax_statistics_*(p, x, t, weight, loss, lse, z_loss, entropy, argmax, correct)
-        launch.value(&self.params).read(self.x).read(target).read_if(weight);
+        // softmax_statistics_*(p, x, targets, loss, lse, z_loss, entropy, argmax, correct)
+        launch.value(&self.params).read(self.x);
+        self.targets.push(&mut launch);
         launch.write(&mut self.loss).write(&mut self.lse).write(&mut self.z_loss).write(&mut self.entropy);
         launch.write(&mut self.argmax).write(&mut self.correct);
         // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
@@ -319,11 +320,12 @@ impl CountRowsLaunch<'_> {
     /// The targets and weights are inside of their tensors.
     pub unsafe fn launch(self, gpu: &Gpu, stream: &Arc<CudaStream>, arithmetic: DType) -> Result<()> {
         let name = if arithmetic == DType::F64 { "count_rows_f64" } else { "count_rows_f32" };
-        let TargetViews { target, weight } = self.targets;
         let grid = Grid::flat(self.counts.len() as u32, 1024);
         let mut launch = Launch::new(gpu, stream, &kernels::ROWS, name)?;
-        // count_rows_*(p, t, weight, counts)
-        launch.value(&self.params).read(target).read_if(weight).write(self.counts);
+        // count_rows_*(p, targets, counts)
+        launch.value(&self.params);
+        self.targets.push(&mut launch);
+        launch.write(self.counts);
         // SAFETY: the parameters in the order of the kernel's signature, a count for each block, and memory by this
         // function's contract
         unsafe { launch.run(grid) }
