@@ -14,8 +14,8 @@ const NAME: &str = "l1";
 /// loss = w |x - t|
 /// ```
 ///
-/// `Mean` divides the sum by the number of elements whose mask is not 0, also with weights. The gradient is `w sign(x -
-/// t)`.
+/// `Mean` divides the sum by the number of elements whose mask is not 0, also with weights. The gradient is
+/// `w sign(x - t)`.
 ///
 /// Definition: [`torch.nn.L1Loss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.L1Loss.html); weights and
 /// mask are this crate's.
