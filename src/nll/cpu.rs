@@ -115,9 +115,9 @@ impl<'a, T: Element> NllRows<'a, T> {
     /// Zeros, and a number at each row's own class.
     fn gradient(&self, denominator: T::Acc, upstream: &[T::Acc]) -> CpuStorage {
         let len = self.rows.count() * self.rows.classes;
-        let zero = MaybeUninit::new(T::from_acc(T::Acc::ZERO));
-        // SAFETY: all of it is filled, through the only slice of it
-        let mut grad: Vec<T> = unsafe { build(len, |out| out.slice(0, len).fill(zero)) };
+        // SAFETY: all of it is filled, through the only slice of it; with a constant, which makes it a call of memset
+        let mut grad: Vec<T> =
+            unsafe { build(len, |out| out.slice(0, len).fill(MaybeUninit::new(T::from_acc(T::Acc::ZERO)))) };
         for row in 0..self.rows.count() {
             let Some((class, weight)) = self.own(row) else { continue };
             let upstream = upstream[if upstream.len() == 1 { 0 } else { row }] / denominator;
