@@ -97,12 +97,23 @@ impl<'a, T: Element> NllRows<'a, T> {
             let range = tiles.start * LANES..(tiles.end * LANES).min(count);
             // SAFETY: these rows are this task's alone
             let losses = unsafe { out.slice(range.start, range.len()) };
-            for (loss, row) in losses.iter_mut().zip(range) {
-                if let Some((class, weight)) = self.own(row)
-                    && weight != T::Acc::ZERO
-                {
-                    let at = self.rows.start(row) + class * self.rows.class_stride;
-                    loss.write(-weight * self.x[at].to_acc());
+            let ignored = self.problem.options.ignore_index;
+            for (losses, first) in losses.chunks_mut(LANES).zip(range.step_by(LANES)) {
+                let rows = first..first + losses.len();
+                let classes = self.indices.load(rows.clone());
+                // all reads of a tile before the first use of one: a row's number is rarely in the cache
+                let mut xs = [T::Acc::ZERO; LANES];
+                for ((x, row), class) in xs.iter_mut().zip(rows).zip(classes) {
+                    let class = if class == ignored { 0 } else { class as usize };
+                    *x = self.x[self.rows.start(row) + class * self.rows.class_stride].to_acc();
+                }
+                for ((loss, x), class) in losses.iter_mut().zip(xs).zip(classes) {
+                    let weight = match self.weight {
+                        _ if class == ignored => T::Acc::ZERO,
+                        Some(weight) => weight[class as usize],
+                        None => T::Acc::ONE,
+                    };
+                    loss.write(if weight == T::Acc::ZERO { T::Acc::ZERO } else { -weight * x });
                 }
             }
         });
