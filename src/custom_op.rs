@@ -68,6 +68,11 @@ pub(crate) fn has_kernels(device: &Device) -> bool {
     !device.is_metal()
 }
 
+/// Whether a loss of this input is composed of tensor ops: where that was asked for, or there are no kernels.
+pub(crate) fn is_composed(fused: bool, input: &Tensor) -> bool {
+    !fused || !has_kernels(input.device())
+}
+
 /// An operand that is not an argument of the custom op, locked for the time of a call.
 pub(crate) struct Locked<'a> {
     storage: StorageRef<'a>,

@@ -2,20 +2,16 @@
 
 use super::composed;
 use super::problem::{ElementKernels, Elements};
-use crate::custom_op::{Arg, Argument, has_kernels, put, taken, through_autograd};
+use crate::custom_op::{Arg, Argument, is_composed, put, taken, through_autograd};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use std::sync::{Arc, OnceLock};
 
 impl Elements {
-    fn is_composed(&self, input: &Tensor) -> bool {
-        !self.options.fused || !has_kernels(input.device())
-    }
-
     /// The loss, with autograd.
     pub fn forward(self, input: &Tensor, target: &Tensor) -> Result<Tensor> {
-        if self.is_composed(input) {
+        if is_composed(self.options.fused, input) {
             return composed::loss(&self, input, target);
         }
         input.apply_op2(target, ElementForward { problem: Arc::new(self), denominator: OnceLock::new() })
@@ -23,7 +19,7 @@ impl Elements {
 
     /// The loss and the gradient of the input in one pass, without a graph.
     pub fn loss_and_grad(self, input: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
-        if self.is_composed(input) {
+        if is_composed(self.options.fused, input) {
             return through_autograd(input, |input| composed::loss(&self, input, target));
         }
         let op = ElementLossAndGrad { problem: self, loss: OnceLock::new() };

@@ -13,7 +13,7 @@ use super::chunks::{Sums, Wanted};
 use super::composed;
 use super::inputs::{Counted, Inputs, scalar};
 use super::problem::{Linear, LinearGradients};
-use crate::custom_op::has_kernels;
+use crate::custom_op::is_composed;
 use crate::reduction::Reduction;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -77,13 +77,9 @@ fn scaled(sum: &Tensor, factor: &Tensor) -> Result<Tensor> {
 }
 
 impl Linear {
-    fn is_composed(&self, hidden: &Tensor) -> bool {
-        !self.problem.options.rows.fused || !has_kernels(hidden.device())
-    }
-
     /// The loss, with autograd.
     pub fn forward(self, hidden: &Tensor, weight: &Tensor, bias: Option<&Tensor>, target: &Tensor) -> Result<Tensor> {
-        if self.is_composed(hidden) {
+        if is_composed(self.problem.options.rows.fused, hidden) {
             return composed::loss(&self, hidden, weight, bias, target);
         }
         let inputs = Inputs::new(hidden, weight, bias, target)?;
@@ -127,7 +123,7 @@ impl Linear {
         bias: Option<&Tensor>,
         target: &Tensor,
     ) -> Result<(Tensor, LinearGradients)> {
-        if self.is_composed(hidden) {
+        if is_composed(self.problem.options.rows.fused, hidden) {
             return composed::loss_and_grad(&self, hidden, weight, bias, target);
         }
         let inputs = Inputs::new(hidden, weight, bias, target)?;

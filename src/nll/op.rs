@@ -2,7 +2,7 @@
 
 use super::composed;
 use super::problem::{Nll, NllKernels};
-use crate::custom_op::{Arg, has_kernels, put, taken, through_autograd};
+use crate::custom_op::{Arg, is_composed, put, taken, through_autograd};
 use crate::rows::layout::{Rows, contiguous_indices, view_as_logits, written_shape};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -10,13 +10,9 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tenso
 use std::sync::{Arc, OnceLock};
 
 impl Nll {
-    fn is_composed(&self, log_probs: &Tensor) -> bool {
-        !self.options.fused || !has_kernels(log_probs.device())
-    }
-
     /// The loss, with autograd.
     pub fn forward(self, log_probs: &Tensor, target: &Tensor) -> Result<Tensor> {
-        if self.is_composed(log_probs) {
+        if is_composed(self.options.fused, log_probs) {
             return composed::loss(&self, log_probs, target);
         }
         let (log_probs, target) = self.operands(log_probs, target)?;
@@ -25,7 +21,7 @@ impl Nll {
 
     /// The loss and the gradient of the log-probabilities, without a graph.
     pub fn loss_and_grad(self, log_probs: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
-        if self.is_composed(log_probs) {
+        if is_composed(self.options.fused, log_probs) {
             return through_autograd(log_probs, |log_probs| composed::loss(&self, log_probs, target));
         }
         let (log_probs, target) = self.operands(&log_probs.detach(), &target.detach())?;

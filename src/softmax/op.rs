@@ -5,7 +5,7 @@
 
 use super::composed;
 use super::problem::{CrossEntropy, RowStatistics, Saved, SoftmaxKernels};
-use crate::custom_op::{Arg, Argument, has_kernels, put, taken, through_autograd};
+use crate::custom_op::{Arg, Argument, has_kernels, is_composed, put, taken, through_autograd};
 use crate::rows::layout::{
     Rows, as_rows, as_rows_like, contiguous_indices, rows_like, rows_of, view_as_logits, written_shape,
 };
@@ -15,13 +15,9 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp2, Layou
 use std::sync::{Arc, OnceLock};
 
 impl CrossEntropy {
-    fn is_composed(&self, logits: &Tensor) -> bool {
-        !self.options.rows.fused || !has_kernels(logits.device())
-    }
-
     /// The loss, with autograd.
     pub fn forward(self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
-        if self.is_composed(logits) {
+        if is_composed(self.options.rows.fused, logits) {
             return composed::loss(&self, logits, target);
         }
         let (logits, target) = self.operands(logits, target)?;
@@ -30,7 +26,7 @@ impl CrossEntropy {
 
     /// The loss and the gradient of the logits in one pass, without a graph.
     pub fn loss_and_grad(self, logits: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
-        if self.is_composed(logits) {
+        if is_composed(self.options.rows.fused, logits) {
             return through_autograd(logits, |logits| composed::loss(&self, logits, target));
         }
         let (logits, target) = self.operands(&logits.detach(), &target.detach())?;
@@ -47,7 +43,7 @@ impl CrossEntropy {
             // candle takes the strides of an empty tensor for a broadcast
             return Ok(self.loss_and_grad(logits, target)?.0);
         }
-        if self.is_composed(logits) {
+        if is_composed(self.options.rows.fused, logits) {
             let (loss, grad) = self.loss_and_grad(logits, target)?;
             logits.slice_set(&grad.contiguous()?, 0, 0)?;
             return Ok(loss);
@@ -63,7 +59,7 @@ impl CrossEntropy {
 
     /// The loss and more of each row.
     pub fn statistics(self, logits: &Tensor, target: &Tensor) -> Result<RowStatistics> {
-        if self.is_composed(logits) {
+        if is_composed(self.options.rows.fused, logits) {
             return composed::statistics(&self, logits, target);
         }
         let (logits, target) = self.operands(&logits.detach(), &target.detach())?;
