@@ -20,7 +20,7 @@ struct Strides {
     }
 };
 
-// The parameters of every pass over rows: mirrored by `RowParams` in src/cuda/rows.rs.
+// The parameters of every pass over rows: mirrored by `RowParams` in src/rows/cuda.rs.
 struct RowParams {
     int64_t rows;
     int64_t ignore_index;

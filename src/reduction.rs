@@ -1,5 +1,7 @@
 //! How the losses of rows or elements become the value that is returned.
 
+use candle_core::Shape;
+
 /// What a loss does with the losses of its rows (the softmax family) or elements (the element-wise family).
 ///
 /// # Example
@@ -26,4 +28,14 @@ pub enum Reduction {
     Mean,
     /// Return the sum.
     Sum,
+}
+
+impl Reduction {
+    /// The shape of the loss where the losses of the rows or elements have the shape `each`.
+    pub(crate) fn shape(self, each: Shape) -> Shape {
+        match self {
+            Reduction::None => each,
+            Reduction::Mean | Reduction::Sum => Shape::from(()),
+        }
+    }
 }

@@ -1,5 +1,5 @@
 //! The shape of the source: arrows between files point down and form no circle, a name names one type, functions fit on
-//! a screen.
+//! a screen, and a file that is mentioned exists.
 //!
 //! The files are read as text that rustfmt has formatted, without comments and tests.
 
@@ -258,4 +258,29 @@ fn lines_fit() {
         }
     }
     assert!(long.is_empty(), "{} lines: {long:#?}", long.len());
+}
+
+#[test]
+fn mentioned_files_exist() {
+    let mut mentioning = vec![root().join("README.md"), root().join("CONTRIBUTING.md"), root().join("build.rs")];
+    for folder in ["src", "kernels", "tests", "benches", "examples", "scripts"] {
+        files(&root().join(folder), &["rs", "cuh", "cu", "md", "py"], &mut mentioning).unwrap();
+    }
+    let is_of_path = |c: char| c.is_ascii_alphanumeric() || "_-./".contains(c);
+    let mut missing = vec![];
+    for path in mentioning {
+        let text = fs::read_to_string(&path).unwrap();
+        for folder in ["src/", "kernels/", "tests/", "benches/", "scripts/"] {
+            for (at, _) in text.match_indices(folder) {
+                // not the end of a longer path, and no pattern: `src/losses/<name>.rs`, `kernels/modules/FILE.cu`
+                let name = text[at..].split(|c| !is_of_path(c)).next().unwrap_or("").trim_end_matches('.');
+                let is_pattern = text[at + name.len()..].starts_with(['<', '*', '{', '$']) || name.contains("FILE");
+                if text[..at].ends_with(is_of_path) || is_pattern || root().join(name).exists() {
+                    continue;
+                }
+                missing.push(format!("{} mentions {name}", path.display()));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "{missing:#?}");
 }

@@ -79,7 +79,7 @@ impl Measured {
         result
     }
 
-    /// The median without the first, which warms up.
+    /// The median of all but the first, which warms up.
     fn milliseconds(&self) -> f64 {
         let mut seconds = self.seconds[1..].to_vec();
         seconds.sort_by(f64::total_cmp);

@@ -20,14 +20,14 @@ pub struct Corpus {
     pub bytes: usize,
 }
 
-/// Passages `(B, T)` and what comes next at each place of them.
+/// Passages `(B, T)`, and the next piece at each of their places.
 pub struct Batch {
     pub input: Tensor,
     pub next: Tensor,
 }
 
 impl Corpus {
-    /// Reads the book; what is a piece is learned from the training chapters alone.
+    /// Reads the book; the pieces are learned from the training chapters alone.
     pub fn load(vocabulary: usize) -> Result<Self> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/data/king_james.txt");
         let text = fs::read_to_string(&path).with_context(|| format!("{} (the repository has it)", path.display()))?;
@@ -53,7 +53,7 @@ impl Corpus {
         (self.train.len() - 1) / context / batch
     }
 
-    /// The training text once, in passages of random order that begin at a random place.
+    /// The training text once: passages in random order, cut from a random place on.
     pub fn epoch(&self, batch: usize, context: usize, rng: &mut Rng, device: &Device) -> Result<Vec<Batch>> {
         let count = self.batches(batch, context);
         ensure!(count > 0, "{} pieces of text, expected {} for one step", self.train.len(), batch * context + 1);
@@ -64,13 +64,13 @@ impl Corpus {
         starts.chunks(batch).map(|starts| passages(&self.train, starts, context, device)).collect()
     }
 
-    /// The held-out text in its order, all but what is left of a batch.
+    /// The held-out text in order, without the rest that does not fill a passage.
     pub fn held_out(&self, batch: usize, context: usize, device: &Device) -> Result<Vec<Batch>> {
         let starts: Vec<usize> = (0..(self.held_out.len() - 1) / context).map(|place| place * context).collect();
         starts.chunks(batch).map(|starts| passages(&self.held_out, starts, context, device)).collect()
     }
 
-    /// Bytes that a held-out piece spells on average.
+    /// How many bytes a held-out piece spells on average.
     pub fn bytes_per_piece(&self) -> f64 {
         self.bytes as f64 / self.held_out.len() as f64
     }

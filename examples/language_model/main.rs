@@ -42,7 +42,7 @@ static ALLOCATOR: memory::Counting = memory::Counting;
 fn main() -> Result<ExitCode> {
     let options = Options::parse();
     let device = options.device()?;
-    // each step's tensors take the place of those of the step before
+    // so that each step reuses the memory of the step before
     candle_fused_loss::keep_memory(&device)?;
     let corpus = Corpus::load(options.vocabulary())?;
     println!("{}", corpus.sentence());

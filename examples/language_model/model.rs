@@ -1,8 +1,8 @@
 //! A decoder-only transformer: causal attention, gated feed-forward layers, RMS norm before each, and one matrix for
 //! the embedding and the head.
 //!
-//! Of candle's ops only those with a gradient can be used. Its fused softmax has none, so this crate's log-softmax
-//! stands in.
+//! Only those of candle's ops that have a gradient can be used. Its fused softmax has none, so this crate's log-softmax
+//! takes its place.
 
 use candle_core::{D, Device, Result, Tensor, Var};
 use candle_fused_loss::log_softmax;
@@ -21,7 +21,7 @@ pub struct Model {
     /// `(T, WIDTH)`
     places: Var,
     layers: Vec<Layer>,
-    /// `(T, T)`: 0, and -inf where a place is later than the one that looks.
+    /// `(T, T)`: 0, or -inf where the key comes after the query.
     mask: Tensor,
 }
 
@@ -56,7 +56,7 @@ fn linear(x: &Tensor, weight: &Var) -> Result<Tensor> {
 impl Layer {
     fn new(rng: &mut Rng, device: &Device) -> Result<Self> {
         let scale = (WIDTH as f64).powf(-0.5);
-        // the sum of all layers keeps its size
+        // so that the sum over all layers keeps its scale
         let out = |inner: usize| (inner as f64 * 2.0 * LAYERS as f64).powf(-0.5);
         Ok(Layer {
             attention_in: normal(WIDTH, 3 * WIDTH, scale, rng, device)?,
@@ -102,7 +102,7 @@ impl Model {
         })
     }
 
-    /// What the head multiplies, `(B, T, WIDTH)`, for pieces `(B, T)`.
+    /// The head's input `(B, T, WIDTH)` for pieces `(B, T)`.
     pub fn hidden(&self, input: &Tensor) -> Result<Tensor> {
         let (batch, places) = input.dims2()?;
         let pieces = self.pieces.index_select(&input.flatten_all()?, 0)?.reshape((batch, places, WIDTH))?;

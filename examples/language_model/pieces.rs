@@ -1,6 +1,6 @@
-//! Byte-pair encoding (Sennrich, Haddow and Birch, 2016): words as few pieces, learned from a text.
+//! Byte-pair encoding (Sennrich, Haddow and Birch, 2016): words as a few pieces each, learned from a text.
 //!
-//! The first 256 pieces are the bytes. Each further one joins the two pieces that are next to each other most often. A
+//! The first 256 pieces are the bytes. Each further one joins the two that stand next to each other most often. A
 //! piece never reaches beyond a word and the space before it.
 
 use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet};

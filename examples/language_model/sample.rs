@@ -11,7 +11,7 @@ use crate::rng::Rng;
 
 const TEMPERATURE: f64 = 0.7;
 
-/// What may follow a beginning, piece by piece.
+/// Continues a text, piece by piece.
 pub fn text(corpus: &Corpus, model: &Model, beginning: &str, options: &Options) -> Result<String> {
     let mut rng = Rng::new(options.seed);
     let mut pieces = corpus.pieces.encode(beginning);
@@ -26,7 +26,7 @@ pub fn text(corpus: &Corpus, model: &Model, beginning: &str, options: &Options) 
             left -= chance;
             left <= 0.0
         });
-        // rounding may leave a little behind the last piece
+        // rounding may leave a little probability beyond the last piece
         let most = || chances.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(piece, _)| piece);
         pieces.push(next.or_else(most).context("no pieces")? as u32);
     }

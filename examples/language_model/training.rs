@@ -1,4 +1,4 @@
-//! Training, and what it reaches on text that was held out.
+//! Training, and evaluation on held-out text.
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -57,7 +57,7 @@ impl Outcome {
     }
 }
 
-/// One step of the optimizer; the loss before it.
+/// One step of the optimizer. Returns the loss before it.
 pub fn step(model: &Model, optimizer: &mut AdamW, loss: Implementation, batch: &Batch) -> Result<f32> {
     let loss = loss.loss(&model.hidden(&batch.input)?, model.head(), &batch.next)?;
     optimizer.backward_step(&loss)?;
@@ -98,7 +98,7 @@ pub fn train(corpus: &Corpus, options: &Options, device: &Device) -> Result<Outc
     Ok(Outcome { model, losses, held_out, time, peak })
 }
 
-/// Warm-up, then half a cosine to a tenth.
+/// Linear warm-up, then half a cosine down to a tenth.
 fn schedule(step: usize, steps: usize) -> f64 {
     let warm = (step + 1) as f64 / WARM_UP as f64;
     let cosine = (std::f64::consts::PI * step as f64 / steps as f64).cos();
@@ -124,7 +124,7 @@ fn progress_bar(steps: usize) -> ProgressBar {
     ProgressBar::new(steps as u64).with_style(style)
 }
 
-/// Moves the bar; where nobody sees one, in a log, writes a line now and then instead.
+/// Moves the progress bar or, where there is no terminal to show it, prints a line now and then.
 fn show(bar: &ProgressBar, losses: &[f32], steps: usize) {
     let recent = &losses[losses.len().saturating_sub(20)..];
     let message = format!("loss {:.3}", recent.iter().sum::<f32>() / recent.len() as f32);

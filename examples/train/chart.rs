@@ -15,7 +15,7 @@ pub struct Panel {
 
 pub struct Line {
     pub label: String,
-    /// Only what a logarithmic axis can show.
+    /// Finite and above 0: a logarithmic axis shows nothing else.
     points: Vec<(f64, f64)>,
 }
 

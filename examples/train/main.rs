@@ -1,10 +1,10 @@
-//! Trains small networks on real data with the fused losses, and shows what it gains.
+//! Trains small networks on real data with the fused losses, and shows what that gains.
 //!
 //! ```text
 //! cargo run --release --example train                                    # every task, best device
 //! cargo run --release --example train -- --loss candle                   # the same with candle_nn::loss
 //! cargo run --release --example train -- --loss unfused --task digits    # the losses as chains of tensor ops
-//! cargo run --release --example train -- --task nan-demo                 # where candle's loss turns to NaN
+//! cargo run --release --example train -- --task nan-demo                 # where candle's loss turns into NaN
 //! cargo run --release --example train --features cuda -- --device cuda
 //! cargo run --release --example train -- --quick                         # a few epochs, as a smoke test
 //! ```
@@ -12,7 +12,7 @@
 //! The tasks are handwritten digits (cross-entropy), breast cancer (binary cross-entropy with logits), attributes of
 //! digits (multi-label soft margin), and `nan-demo`, which trains the breast cancer network at a larger learning rate
 //! with candle's binary cross-entropy and with this crate's. At the ordinary learning rate, and on the attributes,
-//! candle's loss turns to NaN too, only later: `--loss candle` shows it, and fails.
+//! candle's loss turns into NaN too, only later: `--loss candle` shows it, and fails.
 //!
 //! The data ships with the repository; `examples/data/README.md` names its sources and licences.
 //!
@@ -39,7 +39,7 @@ use training::Outcome;
 fn main() -> Result<ExitCode> {
     let options = Options::parse();
     let device = options.device()?;
-    // each step's tensors take the place of those of the step before
+    // so that each step reuses the memory of the step before
     candle_fused_loss::keep_memory(&device)?;
     println!("{}", report::heading(&options, &device));
 

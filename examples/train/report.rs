@@ -1,4 +1,4 @@
-//! What a run says: sentences, the table, the picture's panels, and what went wrong.
+//! What a run prints: sentences, the table, the picture's panels, and what went wrong.
 
 use std::time::Duration;
 
@@ -75,7 +75,7 @@ pub fn panel(task: &Task, outcome: &Outcome) -> Panel {
     }
 }
 
-/// A loss that is not finite or does not fall always fails; a low accuracy does unless the run was a quick one.
+/// A loss that is not finite or does not fall is always a failure; a low accuracy is one unless the run is a quick one.
 pub fn failures(outcome: &Outcome, threshold: f32, options: &Options) -> Vec<String> {
     let who = format!("{} ({})", outcome.task, outcome.implementation.name());
     let mut failures = Vec::new();

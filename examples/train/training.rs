@@ -131,7 +131,7 @@ fn time_loss(loss: Loss, logits: &Tensor, target: &Tensor) -> Result<Duration> {
     stop(device, started)
 }
 
-/// A CUDA device works on after a call returns, so both ends of a measurement wait for it.
+/// A CUDA device goes on working after a call has returned, so a measurement waits for it at both ends.
 fn start(device: &Device) -> Result<Instant> {
     device.synchronize()?;
     Ok(Instant::now())
@@ -170,7 +170,7 @@ fn progress_bar(prefix: &str, epochs: usize) -> ProgressBar {
     ProgressBar::new(epochs as u64).with_style(style).with_prefix(prefix.to_string())
 }
 
-/// Moves the bar; where nobody sees one, in a log, writes a line now and then instead.
+/// Moves the progress bar or, where there is no terminal to show it, prints a line now and then.
 fn show(bar: &ProgressBar, epoch: usize, epochs: usize, outcome: &Outcome) {
     let loss = outcome.train_losses.last().copied().unwrap_or(f32::NAN);
     let message = format!("loss {loss:.4}, held-out accuracy {:.1} %", 100. * outcome.accuracy);

@@ -221,11 +221,11 @@ impl Elements {
     }
 
     pub fn loss_shape(&self, input: &Layout) -> Shape {
-        match (self.options.reduction, input.dims()) {
-            (Reduction::None, [rows @ .., _]) if self.average_rows => Shape::from(rows),
-            (Reduction::None, _) => input.shape().clone(),
-            (Reduction::Mean | Reduction::Sum, _) => Shape::from(()),
-        }
+        let each = match input.dims() {
+            [rows @ .., _] if self.average_rows => Shape::from(rows),
+            _ => input.shape().clone(),
+        };
+        self.options.reduction.shape(each)
     }
 }
 

@@ -140,10 +140,7 @@ impl Linear {
     }
 
     fn loss_shape(&self, target: &Tensor) -> Shape {
-        match self.problem.options.rows.reduction {
-            Reduction::None => target.shape().clone(),
-            Reduction::Mean | Reduction::Sum => Shape::from(()),
-        }
+        self.problem.options.rows.reduction.shape(target.shape().clone())
     }
 
     /// The loss as it is returned, but flat.

@@ -2,8 +2,7 @@
 
 use crate::check;
 use crate::custom_op::{Arg, DeviceStorage};
-use crate::reduction::Reduction;
-use crate::rows::layout::{Rows, rows_of};
+use crate::rows::layout::{Rows, row_shape, rows_of};
 use crate::rows::options::RowOptions;
 use candle_core::{Layout, Result, Shape, Tensor, bail};
 
@@ -38,14 +37,7 @@ impl Nll {
     }
 
     pub fn loss_shape(&self, log_probs: &Layout) -> Shape {
-        match self.options.reduction {
-            Reduction::None => {
-                let mut dims = log_probs.dims().to_vec();
-                dims.remove(self.axis);
-                Shape::from(dims)
-            }
-            Reduction::Mean | Reduction::Sum => Shape::from(()),
-        }
+        self.options.reduction.shape(row_shape(log_probs, self.axis))
     }
 }
 

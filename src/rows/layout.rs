@@ -93,6 +93,13 @@ impl Rows {
     }
 }
 
+/// The shape of the rows along `axis`: the tensor's without it.
+pub(crate) fn row_shape(layout: &Layout, axis: usize) -> Shape {
+    let mut dims = layout.dims().to_vec();
+    dims.remove(axis);
+    Shape::from(dims)
+}
+
 /// One size and stride for several axes, if they have one.
 fn merge(axes: &[(usize, usize)]) -> Option<(usize, usize)> {
     let mut merged = (1, 0);

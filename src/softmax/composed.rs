@@ -4,6 +4,7 @@
 use super::problem::{CrossEntropy, RowStatistics};
 use crate::check::arithmetic;
 use crate::composed::{as_matrix, reduced, scaled};
+use crate::rows::layout::row_shape;
 use candle_core::{DType, Result, Tensor};
 
 /// `x - log sum exp(x)` along an axis.
@@ -100,7 +101,7 @@ pub(crate) fn loss(problem: &CrossEntropy, logits: &Tensor, target: &Tensor) -> 
     if problem.options.z_loss != 0.0 {
         loss = (loss + rows.z_loss(problem.options.z_loss)?)?;
     }
-    reduced(&problem.options.rows, loss, &weights, problem.row_shape(logits.layout()))
+    reduced(&problem.options.rows, loss, &weights, row_shape(logits.layout(), problem.axis))
 }
 
 /// The rows' losses and more.
@@ -120,7 +121,7 @@ pub(crate) fn statistics(problem: &CrossEntropy, logits: &Tensor, target: &Tenso
     };
     let hit = argmax.to_dtype(DType::I64)?.eq(&own)?;
     let correct = (hit * rows.counted.to_dtype(DType::U8)?)?;
-    let shape = &problem.row_shape(logits.layout());
+    let shape = &row_shape(logits.layout(), problem.axis);
     Ok(RowStatistics {
         loss: (loss + &z_loss)?.reshape(shape)?,
         lse: (&rows.lse * &rows.counted)?.reshape(shape)?,

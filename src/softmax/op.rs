@@ -7,7 +7,7 @@ use super::composed;
 use super::problem::{CrossEntropy, RowStatistics, Saved, SoftmaxKernels};
 use crate::custom_op::{Arg, Argument, has_kernels, is_composed, put, taken, through_autograd};
 use crate::rows::layout::{
-    Rows, as_rows, as_rows_like, contiguous_indices, rows_like, rows_of, view_as_logits, written_shape,
+    Rows, as_rows, as_rows_like, contiguous_indices, row_shape, rows_like, rows_of, view_as_logits, written_shape,
 };
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -235,7 +235,7 @@ struct CrossEntropyStatistics {
 
 impl CrossEntropyStatistics {
     fn run<S: SoftmaxKernels>(&self, logits: Arg<S>, target: Arg<S>) -> Result<(S, Shape)> {
-        let shape = self.problem.row_shape(logits.1);
+        let shape = row_shape(logits.1, self.problem.axis);
         let RowStatistics { loss, lse, z_loss, entropy, argmax, correct } =
             S::statistics(&self.problem, logits, target)?;
         let beside = [lse, z_loss, entropy, argmax, correct];

@@ -3,8 +3,7 @@
 
 use crate::check;
 use crate::custom_op::{Arg, Argument, DeviceStorage};
-use crate::reduction::Reduction;
-use crate::rows::layout::{Rows, rows_like, rows_of};
+use crate::rows::layout::{Rows, row_shape, rows_like, rows_of};
 use crate::rows::options::RowOptions;
 use candle_core::{Layout, Result, Shape, Tensor, bail};
 
@@ -103,18 +102,8 @@ impl CrossEntropy {
         rows_like(self.name, target, self.axis, logits)
     }
 
-    /// The shape of the rows: the logits' without the class axis.
-    pub fn row_shape(&self, logits: &Layout) -> Shape {
-        let mut dims = logits.dims().to_vec();
-        dims.remove(self.axis);
-        Shape::from(dims)
-    }
-
     pub fn loss_shape(&self, logits: &Layout) -> Shape {
-        match self.options.rows.reduction {
-            Reduction::None => self.row_shape(logits),
-            Reduction::Mean | Reduction::Sum => Shape::from(()),
-        }
+        self.options.rows.reduction.shape(row_shape(logits, self.axis))
     }
 }
 

@@ -1,14 +1,12 @@
 //! Binary cross-entropy of probabilities and of logits against the f64 reference: options, dtypes, shapes and layouts.
 
 use crate::common::{
-    Check, ELEMENT_COUNTS, FLOATS, Memory, Operand, REDUCTIONS, Random, devices, element_layouts, tensor, values,
+    Check, ELEMENT_COUNTS, FLOATS, Memory, NUMBERS, Operand, REDUCTIONS, Random, broadcastable, devices,
+    element_layouts, tensor, values,
 };
 use crate::reference::{Elements, Term};
 use candle_core::{DType, Device, Result, Tensor};
 use candle_fused_loss::{BceLoss, BceWithLogitsLoss, Reduction};
-
-const TARGETS: [DType; 8] =
-    [DType::F16, DType::BF16, DType::F32, DType::F64, DType::U8, DType::U32, DType::I32, DType::I64];
 
 /// One row of the option matrix.
 #[derive(Clone, Copy, Debug, Default)]
@@ -46,12 +44,6 @@ struct Case<'a> {
     target: DType,
     target_memory: Memory,
     options: Options,
-}
-
-/// A shape that broadcasts to `dims`, as the random numbers have it: fewer axes, or axes of size 1.
-fn broadcastable(dims: &[usize], random: &mut Random) -> Vec<usize> {
-    let skipped = random.below(dims.len() + 1);
-    dims[skipped..].iter().map(|&d| if random.below(3) == 0 { 1 } else { d }).collect()
 }
 
 /// Random operand that broadcasts to the input, in any float dtype, sometimes a strided view; and its values as
@@ -111,7 +103,7 @@ impl Case<'_> {
         if options.ignore_mask {
             let (mask, _) = operand(self, device, random, |r| (r.below(3) > 0) as u8 as f64)?;
             // of any dtype; converted on the CPU, because candle has no such kernel for every pair
-            let mask = mask.detach().to_device(&Device::Cpu)?.to_dtype(random.pick(&TARGETS))?.to_device(device)?;
+            let mask = mask.detach().to_device(&Device::Cpu)?.to_dtype(random.pick(&NUMBERS))?.to_device(device)?;
             reference.mask = Some(values(&mask.broadcast_as(dims)?)?);
             logits = logits.with_ignore_mask(mask);
         }
@@ -148,7 +140,7 @@ const CONTIGUOUS: Case = Case {
 fn options_and_dtypes(term: Term, options: &[Options]) -> Result<()> {
     for device in devices() {
         let mut random = Random::new(11);
-        for (dtype, target) in FLOATS.iter().flat_map(|&d| TARGETS.map(|t| (d, t))) {
+        for (dtype, target) in FLOATS.iter().flat_map(|&d| NUMBERS.map(|t| (d, t))) {
             for &options in options {
                 Case { term, dims: &[3, 4, 5], dtype, target, options, ..CONTIGUOUS }.check(&device, &mut random)?;
             }
@@ -161,7 +153,7 @@ fn layouts(term: Term, options: &[Options]) -> Result<()> {
     for device in devices() {
         let mut random = Random::new(12);
         for (dims, memory, target_memory) in element_layouts() {
-            let (dtype, target) = (random.pick(&FLOATS), random.pick(&TARGETS));
+            let (dtype, target) = (random.pick(&FLOATS), random.pick(&NUMBERS));
             let options = random.pick(options);
             Case { term, dims, dtype, memory, target, target_memory, options }.check(&device, &mut random)?;
         }

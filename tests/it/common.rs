@@ -32,6 +32,9 @@ pub fn is_slow(device: &Device) -> bool {
 
 pub const FLOATS: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
 pub const INDICES: [DType; 4] = [DType::U8, DType::U32, DType::I32, DType::I64];
+/// What targets and masks of the element-wise family may be.
+pub const NUMBERS: [DType; 8] =
+    [DType::F16, DType::BF16, DType::F32, DType::F64, DType::U8, DType::U32, DType::I32, DType::I64];
 pub const REDUCTIONS: [Reduction; 3] = [Reduction::None, Reduction::Mean, Reduction::Sum];
 
 /// The dtype of the loss for an input's dtype.
@@ -322,6 +325,12 @@ impl Check<'_> {
         compare(&format!("{what} loss_and_grad's loss"), &loss, &expected.loss, arithmetic)?;
         compare(&format!("{what} loss_and_grad's gradient"), &grad, &expected.grad, arithmetic)
     }
+}
+
+/// A shape that broadcasts to `dims`, as the random numbers have it: fewer axes, or axes of size 1.
+pub fn broadcastable(dims: &[usize], random: &mut Random) -> Vec<usize> {
+    let skipped = random.below(dims.len() + 1);
+    dims[skipped..].iter().map(|&d| if random.below(3) == 0 { 1 } else { d }).collect()
 }
 
 /// Shapes and layouts of input and target for losses of elements: each layout of the one with each of the other.

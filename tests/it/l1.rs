@@ -1,14 +1,12 @@
 //! The L1 loss against the f64 reference: options, dtypes, shapes and layouts, and what it does at its corner.
 
 use crate::common::{
-    Check, ELEMENT_COUNTS, FLOATS, Memory, Operand, REDUCTIONS, Random, devices, element_layouts, tensor, values,
+    Check, ELEMENT_COUNTS, FLOATS, Memory, NUMBERS, Operand, REDUCTIONS, Random, broadcastable, devices,
+    element_layouts, tensor, values,
 };
 use crate::reference::{Elements, Term};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_fused_loss::{L1Loss, Reduction, l1, unfused};
-
-const TARGETS: [DType; 8] =
-    [DType::F16, DType::BF16, DType::F32, DType::F64, DType::U8, DType::U32, DType::I32, DType::I64];
 
 #[derive(Clone, Copy, Debug)]
 struct Case<'a> {
@@ -45,12 +43,6 @@ fn targets(n: usize, dtype: DType, random: &mut Random) -> Vec<f64> {
     eighths(n, random).into_iter().map(|v| value(if signed { v } else { v.abs() })).collect()
 }
 
-/// Some of the last axes, some of them of size 1: a shape that broadcasts.
-fn broadcastable(dims: &[usize], random: &mut Random) -> Vec<usize> {
-    let skipped = random.below(dims.len() + 1);
-    dims[skipped..].iter().map(|&d| if random.below(3) == 0 { 1 } else { d }).collect()
-}
-
 impl Case<'_> {
     fn check(&self, device: &Device, random: &mut Random) -> Result<()> {
         let Case { dims, dtype, .. } = *self;
@@ -70,7 +62,7 @@ impl Case<'_> {
         if self.mask {
             let dims = broadcastable(dims, random);
             let mask: Vec<_> = (0..dims.iter().product()).map(|_| (random.below(3) > 0) as u8 as f64).collect();
-            let mask = tensor(&mask, &dims, random.pick(&TARGETS), device)?;
+            let mask = tensor(&mask, &dims, random.pick(&NUMBERS), device)?;
             reference.mask = Some(values(&mask.broadcast_as(self.dims)?)?);
             loss = loss.with_mask(mask);
         }
@@ -97,7 +89,7 @@ impl Case<'_> {
 fn options_and_dtypes() -> Result<()> {
     for device in devices() {
         let mut random = Random::new(41);
-        for (dtype, target) in FLOATS.iter().flat_map(|&d| TARGETS.map(|t| (d, t))) {
+        for (dtype, target) in FLOATS.iter().flat_map(|&d| NUMBERS.map(|t| (d, t))) {
             for (weight, mask) in OPTIONS {
                 Case { dims: &[3, 4, 5], dtype, target, weight, mask, ..CONTIGUOUS }.check(&device, &mut random)?;
             }
@@ -111,7 +103,7 @@ fn layouts() -> Result<()> {
     for device in devices() {
         let mut random = Random::new(42);
         for (dims, memory, target_memory) in element_layouts() {
-            let (dtype, target) = (random.pick(&FLOATS), random.pick(&TARGETS));
+            let (dtype, target) = (random.pick(&FLOATS), random.pick(&NUMBERS));
             let (weight, mask) = random.pick(&OPTIONS);
             Case { dims, dtype, memory, target, target_memory, weight, mask }.check(&device, &mut random)?;
         }

@@ -192,7 +192,7 @@ impl CheckLaunch<'_> {
     }
 }
 
-/// Parameters of count_mask, which is in `kernels/modules/operands.cu`.
+/// Parameters of `count_mask`, which is in `kernels/modules/mask.cu`.
 pub(super) struct CountMaskLaunch<'a> {
     pub mask: &'a InputView<'a>,
     /// One partial count for each block.
