@@ -234,8 +234,8 @@ fn losses_do_not_wait_for_the_device() -> Result<()> {
     Ok(())
 }
 
-/// A device whose work is all in one stream, which can be recorded: the default stream can't, nor can it be waited in a
-/// recording for what came before.
+/// A device whose work is all in one stream of its own. That can be recorded, which the default stream can't; and
+/// within a recording nothing can wait for work from before it, so that events are not tracked.
 fn device_with_stream() -> Result<(Device, Arc<CudaStream>)> {
     cuda();
     let device = Device::new_cuda_with_stream(0)?;
@@ -246,7 +246,7 @@ fn device_with_stream() -> Result<(Device, Arc<CudaStream>)> {
 }
 
 fn begin(stream: &CudaStream) -> Result<()> {
-    // this mode forbids what a graph doesn't see
+    // this mode refuses calls that a graph can't hold
     stream.begin_capture(Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()
 }
 
@@ -259,8 +259,8 @@ fn record(stream: &Arc<CudaStream>, work: impl FnOnce() -> Result<()>) -> Result
     Ok(graph.w()?.expect("the driver gave no graph"))
 }
 
-/// Forward and backward recorded as a graph: nothing runs then, and each replay computes from what the logits are by
-/// then.
+/// Forward and backward recorded as a graph: nothing runs meanwhile, and each replay computes from the logits of its
+/// own time.
 #[test]
 fn losses_are_replayed_from_a_graph() -> Result<()> {
     let _turn = turn();
@@ -447,7 +447,7 @@ fn the_memory_pool_has_attributes() -> Result<()> {
     let numbers = Tensor::zeros(1 << 18, DType::F32, &device)?;
     assert!(get(used)? >= start + (1 << 20));
     drop(numbers);
-    // it is free once the stream has come to that
+    // it is freed once the stream gets there
     device.synchronize()?;
     assert_eq!(get(used)?, start);
     Ok(())

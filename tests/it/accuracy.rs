@@ -1,13 +1,13 @@
 //! How far the losses are from f64, in units of the last place: the table in the README.
 //!
-//! Measured where nothing cancels by the definition, so that a unit in the last place of the result is what it should
-//! be: hard targets and no smoothing; for log-softmax's gradient the unit is that of the larger of its two terms. The
-//! loss is every row's and the mean; its unit is f32's (f64's for f64). The unit of the gradient is the input's
-//! dtype's: half a unit is the rounding to it. In f64 the reference's own rounding is in the numbers.
+//! Measured where the definition cancels nothing, so that units in the last place of the result are a fair measure:
+//! hard targets and no smoothing; for log-softmax's gradient the unit is that of the larger of its two terms. Losses
+//! are those of all rows, and the mean; their unit is f32's (f64's for f64). The unit of a gradient is that of the
+//! input's dtype, rounding to which costs half a unit. For f64 the numbers include the reference's own rounding.
 //!
-//! What f32 logits have more than 16-bit ones is the rounding of their difference to the row's maximum, which is exact
-//! for so few bits: at a difference of 40, half a unit is 2e-6, by which the exponential is off relatively, and with it
-//! a loss or gradient of 1e-17.
+//! f32 logits do worse than 16-bit ones, because their differences to the row's maximum are rounded, which those of
+//! 16-bit numbers are not: at a difference of 40 half a unit is 2e-6, and that is the relative error of the
+//! exponential, and of a loss or gradient of 1e-17.
 
 use crate::common::{FLOATS, Random, arithmetic, devices, half_ulp, indices, is_slow, tensor, values};
 use crate::reference::{self, CrossEntropy, Elements, Expected, Near, Targets, Term};
