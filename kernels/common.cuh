@@ -2,11 +2,11 @@
 //
 // Conventions
 // - `In` is a storage type (f16, bf16, f32, f64), `Acc<In>` the type of its arithmetic, of sums and of losses: float
-// for the
-//   first three, double for the last.
+// for
+//   the first three, double for the last.
 // - Offsets into tensors are 64-bit. Indices inside a block are int.
 // - The order of every sum depends only on the launch's shape. There are no float atomics: the same call gives the same
-// bits.
+//   bits.
 // - Comments at a function say which threads must call it and in which of them its result is valid.
 #pragma once
 
@@ -190,7 +190,7 @@ template <class Op, class A> __device__ __forceinline__ A team_reduce(A v, int t
     return v;
 }
 
-// Over a one-dimensional block of whole warps, a power of two of them: as `team_reduce` with one team.
+// Over the whole block, which is a power of two of warps: as `team_reduce` with one team.
 template <class Op, class A> __device__ __forceinline__ A block_reduce(A v, A *scratch) {
     return team_reduce<Op>(v, blockDim.x * blockDim.y, scratch);
 }
@@ -214,8 +214,7 @@ __device__ __forceinline__ bool is_last_block(unsigned *ticket, unsigned count) 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Elementary functions. Accuracies are of the float versions, in units in the last place; the double ones are CUDA's
-// own.
+// Elementary functions by one name for float and double.
 
 __device__ __forceinline__ float exp_(float x) { return expf(x); }
 __device__ __forceinline__ double exp_(double x) { return exp(x); }

@@ -4,7 +4,7 @@
 //! could have been seen there. Only the values of targets and probabilities are checked later, by the kernels that read
 //! them anyway.
 
-use candle_core::{DType, Error, Result, Tensor, bail};
+use candle_core::{DType, Error, Layout, Result, Tensor, bail};
 
 /// The dtype of the arithmetic, the sums and the returned loss for an input of `dtype`, which the kernels take.
 pub(crate) fn arithmetic(dtype: DType) -> DType {
@@ -15,8 +15,21 @@ pub(crate) fn arithmetic(dtype: DType) -> DType {
 pub(crate) fn arithmetic_dtype(name: &str, what: &str, tensor: &Tensor) -> Result<DType> {
     match tensor.dtype() {
         dtype if is_float(dtype) => Ok(arithmetic(dtype)),
-        other => bail!("{name}: {what} of dtype {other:?}, expected f16, bf16, f32 or f64"),
+        other => Err(not_float(name, what, other)),
     }
+}
+
+pub(crate) fn not_float(name: &str, what: &str, dtype: DType) -> Error {
+    Error::Msg(format!("{name}: {what} of dtype {dtype:?}, expected f16, bf16, f32 or f64")).bt()
+}
+
+/// Of logits that a gradient is to replace.
+pub(crate) fn not_contiguous(name: &str, layout: &Layout) -> Error {
+    let (dims, strides) = (layout.dims(), layout.stride());
+    Error::Msg(format!(
+        "{name}: logits of shape {dims:?} with strides {strides:?}, expected contiguous ones to replace in place"
+    ))
+    .bt()
 }
 
 pub(crate) fn is_index(dtype: DType) -> bool {
@@ -112,6 +125,11 @@ pub(crate) fn class_indices(name: &str, target: &Tensor) -> Result<()> {
 
 pub(crate) fn not_class_indices(name: &str, dtype: DType) -> Error {
     Error::Msg(format!("{name}: class indices of dtype {dtype:?}, expected u8, u32, i32 or i64")).bt()
+}
+
+/// Of class indices that a problem was not checked with.
+pub(crate) fn wrong_count(name: &str, indices: usize, rows: usize) -> Error {
+    Error::Msg(format!("{name}: {indices} class indices, expected one for each of {rows} rows")).bt()
 }
 
 pub(crate) fn class_out_of_range(name: &str, class: i64, row: usize, classes: usize, ignore_index: i64) -> Error {

@@ -89,10 +89,10 @@ template <class Term, class A> struct TermAt {
     TermParameters<A> parameters;
     A scale, shift;
 
-    __device__ __forceinline__ explicit TermAt(const ElementParams &q)
-        : scale(static_cast<A>(q.smooth_scale)), shift(static_cast<A>(q.smooth_shift)) {
+    __device__ __forceinline__ explicit TermAt(const ElementParams &params)
+        : scale(static_cast<A>(params.smooth_scale)), shift(static_cast<A>(params.smooth_shift)) {
 #pragma unroll
-        for (int i = 0; i < TERM_PARAMETERS; i++) parameters.p[i] = static_cast<A>(q.parameters[i]);
+        for (int i = 0; i < TERM_PARAMETERS; i++) parameters.p[i] = static_cast<A>(params.parameters[i]);
     }
 
     __device__ __forceinline__ Value<A> at(A x, A t, A p) const {
@@ -110,10 +110,10 @@ template <class Term, class A> struct TermAt {
 struct Span {
     int64_t index, first, last;
 
-    __device__ __forceinline__ explicit Span(const ElementParams &q) {
+    __device__ __forceinline__ explicit Span(const ElementParams &params) {
         index = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-        first = index * q.span;
-        last = first + q.span < q.elements ? first + q.span : q.elements;
+        first = index * params.span;
+        last = first + params.span < params.elements ? first + params.span : params.elements;
     }
 };
 
@@ -152,34 +152,34 @@ __device__ __forceinline__ void walk_dense(const Span &span, int phase, Windows 
 struct Offsets {
     int64_t of[OPERANDS];
 
-    __device__ __forceinline__ Offsets(const ElementParams &q, int64_t element) {
+    __device__ __forceinline__ Offsets(const ElementParams &params, int64_t element) {
 #pragma unroll
-        for (int o = 0; o < OPERANDS; o++) of[o] = q.contiguous >> o & 1 ? element : 0;
+        for (int o = 0; o < OPERANDS; o++) of[o] = params.contiguous >> o & 1 ? element : 0;
         int64_t rest = element;
 #pragma unroll 1
-        for (int axis = q.axes - 1; axis >= 0; axis--) {
+        for (int axis = params.axes - 1; axis >= 0; axis--) {
             // the outermost axis takes the rest
-            const int64_t outer = axis == 0 ? 0 : divide(rest, q.size[axis], q.small);
-            const int64_t at = rest - outer * q.size[axis].value;
+            const int64_t outer = axis == 0 ? 0 : divide(rest, params.size[axis], params.small);
+            const int64_t at = rest - outer * params.size[axis].value;
             rest = outer;
 #pragma unroll
             for (int o = 0; o < OPERANDS; o++) {
-                if (!(q.contiguous >> o & 1)) of[o] += at * q.stride[o][axis];
+                if (!(params.contiguous >> o & 1)) of[o] += at * params.stride[o][axis];
             }
         }
     }
 };
 
 // Up to U elements of a thread, in the arithmetic type.
-template <class In, int U> struct Elements {
+template <class In, int U> struct Loaded {
     using A = Acc<In>;
     A x[U], t[U], w[U], p[U];
     bool in[U]; // the element is in the span
     bool on[U]; // ... and its mask is not 0
 
     // The elements first, first + step, ... before `last`.
-    __device__ __forceinline__ Elements(const Arrays<In> &a, const ElementParams &q, int64_t first, int64_t last,
-                                        int step) {
+    __device__ __forceinline__ Loaded(const Arrays<In> &a, const ElementParams &params, int64_t first, int64_t last,
+                                      int step) {
         In input[U];
         int64_t target[U], mask[U];
 #pragma unroll
@@ -191,21 +191,21 @@ template <class In, int U> struct Elements {
             t[k] = A(0);
             target[k] = mask[k] = 0;
             if (!in[k]) continue;
-            const Offsets offsets(q, i);
+            const Offsets offsets(params, i);
             input[k] = a.input[offsets.of[INPUT]];
             if (opaque(a.weight)) w[k] = a.weight[offsets.of[WEIGHT]];
             if (opaque(a.pos_weight)) p[k] = a.pos_weight[offsets.of[POS_WEIGHT]];
             target[k] = offsets.of[TARGET];
             mask[k] = offsets.of[MASK];
         }
-        with_dtype(q.target_dtype, [&](auto *type) {
+        with_dtype(params.target_dtype, [&](auto *type) {
 #pragma unroll
             for (int k = 0; k < U; k++) {
                 if (in[k]) t[k] = widen<A>(static_cast<decltype(type)>(a.target)[target[k]]);
             }
         });
         if (a.mask) {
-            with_dtype(q.mask_dtype, [&](auto *type) {
+            with_dtype(params.mask_dtype, [&](auto *type) {
 #pragma unroll
                 for (int k = 0; k < U; k++) {
                     if (in[k]) on[k] = widen<float>(static_cast<decltype(type)>(a.mask)[mask[k]]) != 0.0f;
@@ -241,7 +241,7 @@ __device__ __forceinline__ long long sum_counts(const long long *parts, int n, l
 }
 
 // The number of elements from `first` on whose mask is not 0, in all threads of the one-dimensional block.
-__device__ __forceinline__ long long count_elements(const void *mask, const ElementParams &q, int64_t first,
+__device__ __forceinline__ long long count_elements(const void *mask, const ElementParams &params, int64_t first,
                                                     int64_t last, int thread, int threads, long long *scratch) {
     constexpr int U = 4;
     long long count = 0;
@@ -253,9 +253,9 @@ __device__ __forceinline__ long long count_elements(const void *mask, const Elem
         for (int k = 0; k < U; k++) {
             const int64_t i = at + static_cast<int64_t>(k) * threads;
             in[k] = i < last;
-            offset[k] = in[k] ? Offsets(q, i).of[MASK] : 0;
+            offset[k] = in[k] ? Offsets(params, i).of[MASK] : 0;
         }
-        with_dtype(q.mask_dtype, [&](auto *type) {
+        with_dtype(params.mask_dtype, [&](auto *type) {
 #pragma unroll
             for (int k = 0; k < U; k++) {
                 if (in[k]) count += widen<float>(static_cast<decltype(type)>(mask)[offset[k]]) != 0.0f;
@@ -266,8 +266,8 @@ __device__ __forceinline__ long long count_elements(const void *mask, const Elem
 }
 
 // The number that the sum of the losses is divided by for the mean: elements that the mask leaves, or groups.
-__device__ __forceinline__ double mean_divisor(bool masked, long long count, const ElementParams &q) {
-    return masked ? static_cast<double>(count) : static_cast<double>(q.elements / q.group.value);
+__device__ __forceinline__ double mean_divisor(bool masked, long long count, const ElementParams &params) {
+    return masked ? static_cast<double>(count) : static_cast<double>(params.elements / params.group.value);
 }
 
 // The factor of the gradient for an upstream gradient of ones. All threads of the block call it. `counts`: the partial
@@ -275,30 +275,30 @@ __device__ __forceinline__ double mean_divisor(bool masked, long long count, con
 // itself.
 template <class A>
 __device__ __forceinline__ A ones_scale(const void *mask, const long long *counts, int count_parts,
-                                        const ElementParams &q) {
+                                        const ElementParams &params) {
     __shared__ long long scratch[WARP];
     double divisor = 1.0;
-    if (q.reduction == Reduction::Mean) {
+    if (params.reduction == Reduction::Mean) {
         long long left = 0;
         if (counts)
             left = sum_counts(counts, count_parts, scratch);
         else if (mask)
-            left = count_elements(mask, q, 0, q.elements, threadIdx.x, blockDim.x, scratch);
-        divisor = mean_divisor(mask, left, q);
+            left = count_elements(mask, params, 0, params.elements, threadIdx.x, blockDim.x, scratch);
+        divisor = mean_divisor(mask, left, params);
     }
-    return static_cast<A>(1.0 / (divisor * static_cast<double>(q.group.value)));
+    return static_cast<A>(1.0 / (divisor * static_cast<double>(params.group.value)));
 }
 
 // The sums of a thread.
-template <class A> struct Sums {
+template <class A> struct LossSums {
     A loss = A(0);
     int count = 0; // of elements that the mask leaves
 };
 
-// Sums of losses become the result. All threads of the block call it.
+// LossSums of losses become the result. All threads of the block call it.
 template <class A>
-__device__ __forceinline__ void write_losses(const Sums<A> &sums, bool masked, const Losses<A> &to, const Span &span,
-                                             const ElementParams &q) {
+__device__ __forceinline__ void write_losses(const LossSums<A> &sums, bool masked, const Losses<A> &to,
+                                             const Span &span, const ElementParams &params) {
     __shared__ double scratch[WARP];
     __shared__ long long count_scratch[WARP];
     const bool leader = threadIdx.x == 0;
@@ -308,8 +308,8 @@ __device__ __forceinline__ void write_losses(const Sums<A> &sums, bool masked, c
     }
     double total = team_reduce<Sum>(static_cast<double>(sums.loss), blockDim.x, scratch);
     if (to.rows) {
-        if (leader && span.first < q.elements)
-            to.rows[span.index] = static_cast<A>(total / static_cast<double>(q.group.value));
+        if (leader && span.first < params.elements)
+            to.rows[span.index] = static_cast<A>(total / static_cast<double>(params.group.value));
         return;
     }
     // exact in a double as long as there are fewer than 2^53 elements
@@ -333,24 +333,24 @@ __device__ __forceinline__ void write_losses(const Sums<A> &sums, bool masked, c
     }
     if (!leader) return;
     const double divisor =
-        q.reduction == Reduction::Mean ? mean_divisor(masked, static_cast<long long>(counted), q) : 1.0;
-    *to.loss = static_cast<A>(total / static_cast<double>(q.group.value) / divisor);
+        params.reduction == Reduction::Mean ? mean_divisor(masked, static_cast<long long>(counted), params) : 1.0;
+    *to.loss = static_cast<A>(total / static_cast<double>(params.group.value) / divisor);
     if (to.denominator) *to.denominator = static_cast<A>(divisor);
 }
 
 // `grad`, with GRAD: the gradient for an upstream gradient of ones.
 template <class Term, class In, bool GRAD>
 __device__ __forceinline__ void dense_loss_pass(const In *input, const In *target, const Losses<Acc<In>> &to, In *grad,
-                                                const ElementParams &q) {
+                                                const ElementParams &params) {
     using A = Acc<In>;
     constexpr int N = LANES_16B<In>;
     // ahead of all else, as a division of doubles is a subroutine
-    const A grad_scale = GRAD ? ones_scale<A>(nullptr, nullptr, 0, q) : A(1);
-    const TermAt<Term, A> term(q);
-    const Span span(q);
-    Sums<A> sums;
+    const A grad_scale = GRAD ? ones_scale<A>(nullptr, nullptr, 0, params) : A(1);
+    const TermAt<Term, A> term(params);
+    const Span span(params);
+    LossSums<A> sums;
     walk_dense<N, 2>(
-        span, q.phase,
+        span, params.phase,
         [&](const int64_t (&start)[2], const bool (&in)[2]) {
             Pack<In, N> x[2], t[2];
 #pragma unroll
@@ -386,25 +386,25 @@ __device__ __forceinline__ void dense_loss_pass(const In *input, const In *targe
             if (opaque(to.each)) to.each[i] = v.loss;
             if (GRAD) grad[i] = narrow<In>(v.grad * grad_scale);
         });
-    write_losses(sums, false, to, span, q);
+    write_losses(sums, false, to, span, params);
 }
 
 // `grad`, where it is not null: as above. `counts`: as for `ones_scale`.
 template <class In>
 __device__ __forceinline__ void any_loss_pass(const Arrays<In> &a, const long long *counts, int count_parts,
-                                              const Losses<Acc<In>> &to, In *grad, const ElementParams &q) {
+                                              const Losses<Acc<In>> &to, In *grad, const ElementParams &params) {
     using A = Acc<In>;
     constexpr int U = 4;
     A grad_scale = A(1);
-    if (grad) grad_scale = ones_scale<A>(a.mask, counts, count_parts, q);
-    const Span span(q);
+    if (grad) grad_scale = ones_scale<A>(a.mask, counts, count_parts, params);
+    const Span span(params);
     const int team = blockDim.x;
-    Sums<A> sums;
-    with_term(q.term, [&](auto type) {
-        const TermAt<decltype(type), A> term(q);
+    LossSums<A> sums;
+    with_term(params.term, [&](auto type) {
+        const TermAt<decltype(type), A> term(params);
 #pragma unroll 1
         for (int64_t at = span.first + threadIdx.x; at < span.last; at += static_cast<int64_t>(team) * U) {
-            const Elements<In, U> e(a, q, at, span.last, team);
+            const Loaded<In, U> e(a, params, at, span.last, team);
 #pragma unroll
             for (int k = 0; k < U; k++) {
                 if (!e.in[k]) continue;
@@ -418,14 +418,14 @@ __device__ __forceinline__ void any_loss_pass(const Arrays<In> &a, const long lo
             }
         }
     });
-    write_losses(sums, a.mask, to, span, q);
+    write_losses(sums, a.mask, to, span, params);
 }
 
 // The number of the span's elements whose mask is not 0, one number for each block.
-__device__ __forceinline__ void count_pass(const void *mask, long long *counts, const ElementParams &q) {
+__device__ __forceinline__ void count_pass(const void *mask, long long *counts, const ElementParams &params) {
     __shared__ long long scratch[WARP];
-    const Span span(q);
-    const long long count = count_elements(mask, q, span.first, span.last, threadIdx.x, blockDim.x, scratch);
+    const Span span(params);
+    const long long count = count_elements(mask, params, span.first, span.last, threadIdx.x, blockDim.x, scratch);
     if (threadIdx.x == 0) counts[blockIdx.x] = count;
 }
 
@@ -433,21 +433,21 @@ __device__ __forceinline__ void count_pass(const void *mask, long long *counts, 
 // The gradient, from the upstream gradient and the denominator that the loss's pass wrote
 
 template <class A>
-__device__ __forceinline__ A upstream_scale(const A *upstream, const A *denominator, const ElementParams &q) {
-    const A scale = A(1) / (*denominator * static_cast<A>(q.group.value));
-    return q.upstream_each ? scale : scale * *upstream;
+__device__ __forceinline__ A upstream_scale(const A *upstream, const A *denominator, const ElementParams &params) {
+    const A scale = A(1) / (*denominator * static_cast<A>(params.group.value));
+    return params.upstream_each ? scale : scale * *upstream;
 }
 
 // Of the input.
 template <class Term, class In>
 __device__ __forceinline__ void dense_grad_pass(const In *input, const In *target, const Acc<In> *upstream,
-                                                const Acc<In> *denominator, In *grad, const ElementParams &q) {
+                                                const Acc<In> *denominator, In *grad, const ElementParams &params) {
     using A = Acc<In>;
     constexpr int N = LANES_16B<In>;
-    const TermAt<Term, A> term(q);
-    const A scale = upstream_scale(upstream, denominator, q);
+    const TermAt<Term, A> term(params);
+    const A scale = upstream_scale(upstream, denominator, params);
     walk_dense<N, 2>(
-        Span(q), q.phase,
+        Span(params), params.phase,
         [&](const int64_t (&start)[2], const bool (&in)[2]) {
             Pack<In, N> x[2], t[2];
 #pragma unroll
@@ -460,40 +460,40 @@ __device__ __forceinline__ void dense_grad_pass(const In *input, const In *targe
                 if (!in[k]) continue;
                 Pack<A, N> g;
                 Pack<In, N> grads;
-                if (q.upstream_each) g = Pack<A, N>::load_const(upstream + start[k]);
+                if (params.upstream_each) g = Pack<A, N>::load_const(upstream + start[k]);
 #pragma unroll
                 for (int i = 0; i < N; i++) {
                     const A v = term.at(widen<A>(x[k].at[i]), widen<A>(t[k].at[i]), A(1)).grad;
-                    grads.at[i] = narrow<In>(v * (q.upstream_each ? g.at[i] * scale : scale));
+                    grads.at[i] = narrow<In>(v * (params.upstream_each ? g.at[i] * scale : scale));
                 }
                 grads.store(grad + start[k]);
             }
         },
         [&](int64_t i) {
             const A v = term.at(widen<A>(input[i]), widen<A>(target[i]), A(1)).grad;
-            grad[i] = narrow<In>(v * (q.upstream_each ? upstream[i] * scale : scale));
+            grad[i] = narrow<In>(v * (params.upstream_each ? upstream[i] * scale : scale));
         });
 }
 
 // Of the input in its dtype, or BY_TARGET of the target in the arithmetic type.
 template <class In, bool BY_TARGET, class Out>
 __device__ __forceinline__ void any_grad_pass(const Arrays<In> &a, const Acc<In> *upstream, const Acc<In> *denominator,
-                                              Out *grad, const ElementParams &q) {
+                                              Out *grad, const ElementParams &params) {
     using A = Acc<In>;
     constexpr int U = 4;
-    const Span span(q);
-    const A scale = upstream_scale(upstream, denominator, q);
+    const Span span(params);
+    const A scale = upstream_scale(upstream, denominator, params);
     const int team = blockDim.x;
-    with_term(q.term, [&](auto type) {
-        const TermAt<decltype(type), A> term(q);
+    with_term(params.term, [&](auto type) {
+        const TermAt<decltype(type), A> term(params);
 #pragma unroll 1
         for (int64_t at = span.first + threadIdx.x; at < span.last; at += static_cast<int64_t>(team) * U) {
-            const Elements<In, U> e(a, q, at, span.last, team);
+            const Loaded<In, U> e(a, params, at, span.last, team);
 #pragma unroll
             for (int k = 0; k < U; k++) {
                 if (!e.in[k]) continue;
                 const int64_t i = at + static_cast<int64_t>(k) * team;
-                const A g = q.upstream_each ? upstream[divide(i, q.group, q.small)] * scale : scale;
+                const A g = params.upstream_each ? upstream[divide(i, params.group, params.small)] * scale : scale;
                 const A v = BY_TARGET ? term.by_target(e.x[k], e.t[k], e.p[k]) : term.at(e.x[k], e.t[k], e.p[k]).grad;
                 grad[i] = narrow<Out>(e.on[k] ? v * e.w[k] * g : A(0));
             }
@@ -506,12 +506,12 @@ __device__ __forceinline__ void any_grad_pass(const Arrays<In> &a, const Acc<In>
 
 // The lowest index of an element whose input or target is out of range; `bad` stays as it is where there is none.
 template <class In>
-__device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long long *bad, const ElementParams &q) {
-    const Span span(q);
-    with_term(q.term, [&](auto type) {
+__device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long long *bad, const ElementParams &params) {
+    const Span span(params);
+    with_term(params.term, [&](auto type) {
 #pragma unroll 1
         for (int64_t i = span.first + threadIdx.x; i < span.last; i += blockDim.x) {
-            const Elements<In, 1> e(a, q, i, span.last, 1);
+            const Loaded<In, 1> e(a, params, i, span.last, 1);
             if (decltype(type)::valid(e.x[0], e.t[0])) continue;
             // an integer's minimum does not depend on the order
             atomicMin(bad, static_cast<unsigned long long>(i));
@@ -543,12 +543,12 @@ __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long lo
 #define ELEMENT_OPERANDS const In *input, const void *target, const A *weight, const A *pos_weight, const void *mask
 #define ELEMENT_LOSSES \
     const long long *counts, int count_parts, A *each, A *rows, double *sums, unsigned *ticket, A *loss, A *denominator
-#define ELEMENT_PARAMS const __grid_constant__ fused_loss::ElementParams q
+#define ELEMENT_PARAMS const __grid_constant__ fused_loss::ElementParams params
 
-#define ELEMENT_DENSE_LOSS(NAME, Term, GRAD)                                                                 \
-    ELEMENT_DENSE(GRAD) NAME(ELEMENT_OPERANDS, ELEMENT_LOSSES, In *grad, ELEMENT_PARAMS) {                   \
-        fused_loss::dense_loss_pass<fused_loss::Term, In, GRAD>(                                             \
-            input, static_cast<const In *>(target), {each, rows, sums, ticket, loss, denominator}, grad, q); \
+#define ELEMENT_DENSE_LOSS(NAME, Term, GRAD)                                                                      \
+    ELEMENT_DENSE(GRAD) NAME(ELEMENT_OPERANDS, ELEMENT_LOSSES, In *grad, ELEMENT_PARAMS) {                        \
+        fused_loss::dense_loss_pass<fused_loss::Term, In, GRAD>(                                                  \
+            input, static_cast<const In *>(target), {each, rows, sums, ticket, loss, denominator}, grad, params); \
     }
 
 #define ELEMENT_DENSE_KERNELS(Term, LOSS, FUSED, GRAD)                                                               \
@@ -556,13 +556,13 @@ __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long lo
     ELEMENT_DENSE_LOSS(FUSED, Term, true)                                                                            \
     ELEMENT_DENSE(false) GRAD(ELEMENT_OPERANDS, const A *upstream, const A *denominator, In *grad, ELEMENT_PARAMS) { \
         fused_loss::dense_grad_pass<fused_loss::Term, In>(input, static_cast<const In *>(target), upstream,          \
-                                                          denominator, grad, q);                                     \
+                                                          denominator, grad, params);                                \
     }
 
 #define ELEMENT_ANY_GRAD(NAME, BY_TARGET, Out)                                                               \
     ELEMENT_ANY NAME(ELEMENT_OPERANDS, const A *upstream, const A *denominator, Out *grad, ELEMENT_PARAMS) { \
         fused_loss::any_grad_pass<In, BY_TARGET, Out>({input, target, weight, pos_weight, mask}, upstream,   \
-                                                      denominator, grad, q);                                 \
+                                                      denominator, grad, params);                            \
     }
 
 // The kernels of a dtype `In`, which the including file has defined: those of all dtypes, and those of all but f64.
@@ -570,12 +570,12 @@ __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long lo
     using A = fused_loss::Acc<In>;                                                                    \
     ELEMENT_ANY loss_any(ELEMENT_OPERANDS, ELEMENT_LOSSES, In *grad, ELEMENT_PARAMS) {                \
         fused_loss::any_loss_pass<In>({input, target, weight, pos_weight, mask}, counts, count_parts, \
-                                      {each, rows, sums, ticket, loss, denominator}, grad, q);        \
+                                      {each, rows, sums, ticket, loss, denominator}, grad, params);   \
     }                                                                                                 \
     ELEMENT_ANY_GRAD(grad_any, false, In)                                                             \
     ELEMENT_ANY_GRAD(target_grad_any, true, A)                                                        \
     ELEMENT_ANY check_any(ELEMENT_OPERANDS, unsigned long long *bad, ELEMENT_PARAMS) {                \
-        fused_loss::check_pass<In>({input, target, weight, pos_weight, mask}, bad, q);                \
+        fused_loss::check_pass<In>({input, target, weight, pos_weight, mask}, bad, params);           \
     }
 #define ELEMENT_KERNELS \
     ELEMENT_ANY_KERNELS \

@@ -18,8 +18,8 @@ namespace fused_loss {
 // How many parameters a term has at most: the same number in src/elementwise/problem.rs.
 constexpr int TERM_PARAMETERS = 3;
 
-// The parameters of a term, in the order of its `parameters` in src/elementwise/problem.rs. A term that has some names
-// their places in an enum.
+// The parameters of a term, in the order of its `parameters` in src/elementwise/problem.rs. A term with parameters
+// names their places in an enum.
 template <class A> struct TermParameters {
     A p[TERM_PARAMETERS];
 };
@@ -29,25 +29,25 @@ template <class A> struct Value {
     A grad;
 };
 
-// c * v, where 0 * inf counts as 0: 0 for c = 0 and an infinite v. NaN only from NaN. Without a branch in the loops.
+// c * v, but 0 where c is 0 and v infinite; NaN only from NaN. Without a branch.
 template <class A> __device__ __forceinline__ A times(A c, A v) {
     const bool zero_times_infinity = (c == A(0)) & (abs_(v) == infinity<A>());
     const A product = c * v;
     return zero_times_infinity ? A(0) : product;
 }
 
-// ln(1 + z) for z in [0, 1] within 2 ulp: z + z^2 q(z), without the rounding of 1 + z, without a division and in one
-// piece. q has the least relative error that a polynomial of its degree can give the result, 2^-24.8.
+// ln(1 + z) for z in [0, 1] within 2 ulp: z + z^2 f(z), without the rounding of 1 + z, without a division and in one
+// piece. f has the least relative error that a polynomial of its degree can give the result, 2^-24.8.
 __device__ __forceinline__ float log1p_unit(float z) {
-    float q = 5.3648185e-3f;
-    q = fmaf(q, z, -3.0065769e-2f);
-    q = fmaf(q, z, 7.9204500e-2f);
-    q = fmaf(q, z, -1.3753799e-1f);
-    q = fmaf(q, z, 1.9153653e-1f);
-    q = fmaf(q, z, -2.4857163e-1f);
-    q = fmaf(q, z, 3.3321324e-1f);
-    q = fmaf(q, z, -4.9999648e-1f);
-    return fmaf(z * z, q, z);
+    float f = 5.3648185e-3f;
+    f = fmaf(f, z, -3.0065769e-2f);
+    f = fmaf(f, z, 7.9204500e-2f);
+    f = fmaf(f, z, -1.3753799e-1f);
+    f = fmaf(f, z, 1.9153653e-1f);
+    f = fmaf(f, z, -2.4857163e-1f);
+    f = fmaf(f, z, 3.3321324e-1f);
+    f = fmaf(f, z, -4.9999648e-1f);
+    return fmaf(z * z, f, z);
 }
 __device__ __forceinline__ double log1p_unit(double z) { return log1p(z); }
 

@@ -5,8 +5,9 @@
 // go one to a thread. Where logits and gradient are not aligned alike, all classes of the gradient are edges.
 // `Params::team` threads share a row: a part of a warp, so that a block has several rows, or a block.
 //
-// Bytes, with E those of the logits: `reduce` reads E; `emit` (the backward) reads E and writes E; `fused` reads E
-// once, keeps it in shared memory and writes E. No pass could move less.
+// Bytes, with E those of the logits: `reduce` reads E; `emit` (the backward) reads E and writes E; `fused` and
+// `log_softmax` read E, keep it in shared memory and write E, the least that is possible. What of a row shared memory
+// does not hold is read a second time.
 #pragma once
 
 #include "state.cuh"
@@ -474,7 +475,7 @@ __device__ __forceinline__ RowScalars<A> saved_scalars(const Params &p, const Ta
     return RowScalars<A>::template gradient<Rule::DETAIL>(p, target, max, rest, mass, g);
 }
 
-// Cross-entropy backward: upstream / denominator * (softmax - onehot) * weight. Reads E, writes E, one launch. A team
+// The backward: upstream / denominator * (slope p - q). Reads E, writes E, one launch. A team
 // has a row; with gridDim.y > 1 a part of it. The gradient may replace the logits (x null).
 template <class Rule, class T>
 __device__ __forceinline__ void emit_rows(const Params &p, const T *x, const Targets<Acc<T>> &targets,
@@ -571,8 +572,7 @@ __device__ __forceinline__ void merge_cluster(const Params &p, State<A, D> &stat
 
 // Loss and gradient in one pass. A team (or, with CLUSTER, a cluster of blocks) reads its row once, keeps
 // `Params::kept` windows a thread in shared memory, merges the states, and writes the gradient from the kept windows.
-// The other windows are read a second time, the most recent first, which the second-level cache serves. Reads E, writes
-// E.
+// The other windows are read a second time, the most recent first, which the second-level cache serves.
 //
 // The gradient may replace the logits (x null): a window is read, and written, by one thread alone, and the own logits
 // are read before the barriers (or the shuffles) of the merge.
@@ -630,7 +630,7 @@ __device__ __forceinline__ void fused_rows(const Params &p, const T *x, T *to, c
     if (rank == 0 && (out.partials || out.result)) finish_block(p, out, total.x, total.y, scratch, block, blocks);
 }
 
-// log-softmax: x - m - log-sum. Reads E once, writes E; as `fused_rows` with another rule.
+// log-softmax: x - m - log-sum. As `fused_rows` with another rule.
 template <class T> __device__ __forceinline__ void log_softmax_rows(const Params &p, const T *x, T *to) {
     using A = Acc<T>;
     extern __shared__ uint4 slots[];

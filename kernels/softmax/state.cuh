@@ -108,9 +108,9 @@ template <class A> __device__ __forceinline__ A transform(const Params &p, A x, 
 
 // The numbers that a pass reduces each row to.
 enum Detail : int {
-    PLAIN,      // maximum and rest: class indices without smoothing, scale or cap
-    UNIFORM,    // class indices and one q for all classes, a positive scale; see below
-    GENERAL,    // linear and mass too
+    PLAIN,      // maximum and rest: class indices without smoothing, z-loss, scale or cap
+    UNIFORM,    // linear and mass too: class indices with one q for all classes, and a positive scale; see below
+    GENERAL,    // the same for every option: a q of each class, a cap, any scale
     STATISTICS, // entropy and arg max too
 };
 

@@ -2,8 +2,9 @@
 
 use super::math::{LANES, Real};
 use crate::check;
+use crate::custom_op::Arg;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, Layout, Result};
+use candle_core::{CpuStorage, Result};
 use std::ops::Range;
 
 pub(crate) enum Indices<'a> {
@@ -26,9 +27,13 @@ macro_rules! with_indices {
 }
 
 impl<'a> Indices<'a> {
-    /// Of a contiguous target.
-    pub fn new(name: &str, storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
-        let range = layout.start_offset()..layout.start_offset() + layout.shape().elem_count();
+    /// Of a contiguous target: one for each of `rows`.
+    pub fn new(name: &str, rows: usize, (storage, layout): Arg<'a, CpuStorage>) -> Result<Self> {
+        let count = layout.shape().elem_count();
+        if count != rows {
+            return Err(check::wrong_count(name, count, rows));
+        }
+        let range = layout.start_offset()..layout.start_offset() + count;
         Ok(match storage {
             CpuStorage::U8(t) => Indices::U8(&t[range]),
             CpuStorage::U32(t) => Indices::U32(&t[range]),

@@ -83,9 +83,9 @@ pub(crate) trait Real:
     /// Every exponential of a stable loss is of a number that is not positive. A product that is not a normal number
     /// takes some processors a hundred cycles, and masked logits of -inf would all have one.
     fn vexp<I: Isa>(self) -> Self;
-    /// `ln x` within 1 ulp; -inf at 0, NaN below.
+    /// `ln x` within 2 ulp; -inf at 0, NaN below.
     fn vln<I: Isa>(self) -> Self;
-    /// `ln(1 + x)` for `x` in `[0, 1]` within 1 ulp, without the rounding of `1 + x` and without a division.
+    /// `ln(1 + x)` for `x` in `[0, 1]` within 2 ulp, without the rounding of `1 + x` and without a division.
     fn vln_1p_unit<I: Isa>(self) -> Self;
 
     /// The larger of two, and `self` where `other` is NaN.

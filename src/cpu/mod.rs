@@ -17,7 +17,7 @@ macro_rules! with_floats {
             CpuStorage::BF16($data) => $body,
             CpuStorage::F32($data) => $body,
             CpuStorage::F64($data) => $body,
-            other => bail!("{}: unsupported dtype {:?}, expected f16, bf16, f32 or f64", $name, other.dtype()),
+            other => return Err($crate::check::not_float($name, "input", other.dtype())),
         }
     };
 }

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-/// One compiled `kernels/*.cu`, as `build.rs` embeds it, compressed.
+/// One compiled file of `kernels/modules/`, as `build.rs` embeds it, compressed.
 pub(crate) struct Module {
     pub name: &'static str,
     /// The machine code of the build's architecture. A GPU of another one refuses it.
@@ -64,7 +64,7 @@ pub(crate) struct Kernel {
 
 // SAFETY: a handle of the driver, which any thread may use
 unsafe impl Send for Kernel {}
-// SAFETY: as above
+// SAFETY: a handle of the driver, which several threads may use at once
 unsafe impl Sync for Kernel {}
 
 struct Loaded {
@@ -76,7 +76,7 @@ struct Loaded {
 
 // SAFETY: handles of the driver, which any thread may use
 unsafe impl Send for Loaded {}
-// SAFETY: as above
+// SAFETY: handles of the driver, which several threads may use at once
 unsafe impl Sync for Loaded {}
 
 /// The first architecture with clusters.
@@ -226,7 +226,7 @@ impl Gpu {
             // SAFETY: the function is of a loaded module
             unsafe { result::function::set_function_attribute(function, attribute, value as i32) }.w()
         };
-        // SAFETY: as above
+        // SAFETY: the function is of a loaded module
         let fixed = unsafe {
             result::function::get_function_attribute(function, Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)
         };

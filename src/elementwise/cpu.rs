@@ -14,7 +14,7 @@ use crate::cpu::{own_slice, sum_in_order, with_floats};
 use crate::custom_op::{Arg, Argument};
 use crate::reduction::Reduction;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, Result, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, Result, Tensor, WithDType};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 

@@ -33,7 +33,7 @@ pub(crate) struct TermDeclaration {
     /// Its number in `FOR_EACH_TERM` of `kernels/elementwise/terms.cuh`.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub number: i32,
-    /// The parameters as its struct in `kernels/elementwise/terms.cuh` names them; 0 behind the last one.
+    /// The parameters, in the order of the enum in its struct in `kernels/elementwise/terms.cuh`; unused places are 0.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub parameters: [f64; TERM_PARAMETERS],
     /// The kernels that only this term has, if any: its line in `FOR_EACH_DENSE_TERM` of

@@ -64,13 +64,20 @@ impl MatrixPlace {
         // the stride of an axis with one position means nothing
         if self.column_stride == 1 || self.columns == 1 && self.row_stride != 1 {
             let distance = if self.rows == 1 { self.columns } else { self.row_stride };
-            return Ok((Transpose::CUBLAS_OP_N, small(distance.max(self.columns))?));
+            if distance >= self.columns {
+                return Ok((Transpose::CUBLAS_OP_N, small(distance.max(1))?));
+            }
         }
         if self.row_stride == 1 || self.rows == 1 {
             let distance = if self.columns == 1 { self.rows } else { self.column_stride };
-            return Ok((Transpose::CUBLAS_OP_T, small(distance.max(self.rows))?));
+            if distance >= self.rows {
+                return Ok((Transpose::CUBLAS_OP_T, small(distance.max(1))?));
+            }
         }
-        bail!("{NAME}: strides ({}, {}), expected one of them to be 1", self.row_stride, self.column_stride)
+        let (strides, sizes) = ((self.row_stride, self.column_stride), (self.rows, self.columns));
+        bail!(
+            "{NAME}: strides {strides:?} of {sizes:?}, expected one to be 1, the other no shorter than what is adjacent"
+        )
     }
 }
 
@@ -102,7 +109,8 @@ pub(crate) fn product<To: BlasElement, Of: BlasElement>(
     let (rhs, _rhs) = rhs.device_ptr(&stream);
     let (columns, rows, inner) = (small(t.columns)?, small(t.rows)?, small(l.columns)?);
     let handle = *blas.handle();
-    // SAFETY: the views hold every element that the sizes and distances lead to, on the handle's stream
+    // SAFETY: the views hold every element that the sizes and distances lead to, as a distance is the matrix's own
+    // stride or there is one column (or row); the result's elements are distinct (`places`); all on the handle's stream
     unsafe {
         if matches!(Of::compute(), Compute::CUBLAS_COMPUTE_64F) {
             let (rhs, lhs, to) = (rhs as *const f64, lhs as *const f64, to as *mut f64);

@@ -27,6 +27,9 @@ fn places(to: &Layout, lhs: &Layout, rhs: &Layout) -> Result<[MatrixPlace; 3]> {
     if (l.rows, r.columns, l.columns) != (t.rows, t.columns, r.rows) {
         bail!("{NAME}: {:?} times {:?} into {:?}", lhs.dims(), rhs.dims(), to.dims());
     }
+    if !t.is_distinct() {
+        bail!("{NAME}: strides {:?} of the result {:?}, expected a place for each element", to.stride(), to.dims());
+    }
     Ok([t, l, r])
 }
 
@@ -91,7 +94,8 @@ fn on_cpu<T: WithDType + From<i8>>(to: &mut [T], lhs: &[T], rhs: &[T], [t, l, r]
         1 => gemm::Parallelism::None,
         threads => gemm::Parallelism::Rayon(threads),
     };
-    // SAFETY: the slices end where the strides and sizes do, and the result's memory is borrowed for itself alone
+    // SAFETY: the slices end where the strides and sizes do; the result's memory is borrowed for itself alone, and
+    // `places` found its elements distinct, so that threads write apart
     unsafe {
         gemm::gemm(
             t.rows,

@@ -1,5 +1,6 @@
 //! Cross-entropy.
 
+use crate::check;
 use crate::reduction::Reduction;
 use crate::softmax::problem::{RowStatistics, SoftmaxOptions};
 use candle_core::{Result, Tensor, bail};
@@ -147,11 +148,7 @@ impl CrossEntropyLoss {
             );
         }
         if !logits.is_contiguous() {
-            bail!(
-                "{NAME}: logits of shape {:?} with strides {:?}, expected contiguous ones to replace in place",
-                logits.dims(),
-                logits.stride()
-            );
+            return Err(check::not_contiguous(NAME, logits.layout()));
         }
         self.options.problem(NAME, logits, target)?.loss_and_grad_inplace(logits, target)
     }

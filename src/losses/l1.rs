@@ -58,66 +58,54 @@ impl L1Loss {
     /// The defaults: no weights, no mask, mean.
     ///
     /// ```
-    /// let loss = candle_fused_loss::L1Loss::new();
-    /// # let _ = loss;
+    /// # use candle_core::{Device, Tensor};
+    /// # use candle_fused_loss::L1Loss;
+    /// let input = Tensor::new(&[1f32, -2.], &Device::Cpu)?;
+    /// let target = Tensor::new(&[4i64, 0], &Device::Cpu)?;
+    /// let loss = L1Loss::new().forward(&input, &target)?;
+    /// assert_eq!(loss.to_scalar::<f32>()?, 2.5);
+    /// # candle_core::Result::Ok(())
     /// ```
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// A factor of each element's loss, of any float dtype and any shape that broadcasts to the target's. It is a
-    /// constant: no gradient flows into it.
-    ///
-    /// ```
-    /// # use candle_core::{Device, Tensor};
-    /// # fn main() -> candle_core::Result<()> {
-    /// let weight = Tensor::new(&[0.5f32, 2.], &Device::Cpu)?;
-    /// let loss = candle_fused_loss::L1Loss::new().with_weight(weight);
-    /// # let _ = loss; Ok(())
-    /// # }
-    /// ```
-    pub fn with_weight(mut self, weight: Tensor) -> Self {
-        self.options.weight = Some(weight);
-        self
+    element_weight_setter! {
+        loss: "L1Loss",
+        inputs: "let input = Tensor::new(&[1f32, -2.], &Device::Cpu)?;\n\
+                 let target = Tensor::new(&[4i64, 0], &Device::Cpu)?;",
+        call: ".forward(&input, &target)",
+        options: self.options,
+        weighted: "2.75",
     }
 
-    /// Elements where this is 0 have loss 0, gradient 0 and no part in the mean's denominator, whatever they hold. Any
-    /// dtype, and any shape that broadcasts to the target's.
+    /// Sets a mask: the elements where it is 0 have loss 0 and gradient 0 whatever they hold, and the mean does not
+    /// count them. Any dtype, and any shape that broadcasts to the target's.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
-    /// # fn main() -> candle_core::Result<()> {
+    /// # use candle_fused_loss::L1Loss;
+    /// let input = Tensor::new(&[1f32, -2.], &Device::Cpu)?;
+    /// let target = Tensor::new(&[4i64, 0], &Device::Cpu)?;
     /// let mask = Tensor::new(&[1u8, 0], &Device::Cpu)?;
-    /// let loss = candle_fused_loss::L1Loss::new().with_mask(mask);
-    /// # let _ = loss; Ok(())
-    /// # }
+    /// let loss = L1Loss::new().with_mask(mask).forward(&input, &target)?;
+    /// assert_eq!(loss.to_scalar::<f32>()?, 3.);
+    /// # candle_core::Result::Ok(())
     /// ```
     pub fn with_mask(mut self, mask: Tensor) -> Self {
         self.options.mask = Some(mask);
         self
     }
 
-    /// How the elements' losses are reduced, to their mean by default.
-    ///
-    /// ```
-    /// use candle_fused_loss::{L1Loss, Reduction};
-    /// let loss = L1Loss::new().with_reduction(Reduction::Sum);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_reduction(mut self, reduction: Reduction) -> Self {
-        self.options.reduction = reduction;
-        self
-    }
-
-    /// `false`: candle's tensor ops in place of the kernels, as the free functions of [`unfused`](crate::unfused).
-    ///
-    /// ```
-    /// let loss = candle_fused_loss::L1Loss::new().with_fused(false);
-    /// # let _ = loss;
-    /// ```
-    pub fn with_fused(mut self, fused: bool) -> Self {
-        self.options.fused = fused;
-        self
+    loss_setters! {
+        loss: "L1Loss",
+        inputs: "let input = Tensor::new(&[1f32, -2.], &Device::Cpu)?;\n\
+                 let target = Tensor::new(&[4i64, 0], &Device::Cpu)?;",
+        call: ".forward(&input, &target)",
+        options: self.options,
+        of: "elements",
+        mean: "2.5",
+        sum: "5.0",
     }
 
     /// The loss, differentiable in the input and in float targets.

@@ -10,7 +10,7 @@ use crate::custom_op::{Arg, Locked};
 use crate::reduction::Reduction;
 use crate::rows::layout::Rows;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, Result, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, Result, Tensor, WithDType};
 use std::mem::MaybeUninit;
 
 /// The work of a row, one element that is rarely in the first cache: 4 ns.
@@ -70,7 +70,7 @@ impl<'a, T: Element> NllRows<'a, T> {
     ) -> Result<Self> {
         let Nll { name, options, .. } = problem;
         let weight = weight.as_ref().map(|weight| own_slice(weight.arg(name)?)).transpose()?;
-        let indices = Indices::new(name, target.0, target.1)?;
+        let indices = Indices::new(name, rows.count(), target)?;
         let total = indices.total(name, options.ignore_index, rows.classes, weight)?;
         Ok(NllRows { problem, x, rows, indices, weight, denominator: options.denominator(total) })
     }

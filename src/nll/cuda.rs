@@ -8,7 +8,7 @@ use crate::cuda::kernels::NLL;
 use crate::cuda::launch::{InputView, Launch, Tag, alloc, output};
 use crate::custom_op::{Arg, Locked};
 use crate::reduction::Reduction;
-use crate::rows::cuda::{LossOutput, RowParams, Strides, TargetViews, check_indices};
+use crate::rows::cuda::{LossOutput, RowOperands, RowParams, Strides, TargetViews, check_indices, upstream_view};
 use crate::rows::layout::Rows;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
@@ -83,7 +83,8 @@ struct NllGradientLaunch<'a> {
 
 impl NllGradientLaunch<'_> {
     /// # Safety
-    /// The targets and the upstream gradient are inside of their tensors, and `grad` has room for all rows.
+    /// There is a target for each row, the upstream gradient has one number or one for each row as the parameters say,
+    /// and `grad` has room for all rows.
     unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, blocks: u32) -> Result<()> {
         let name = if self.params.dtype == Tag::F64 { "nll_gradient_f64" } else { "nll_gradient_f32" };
         let mut launch = Launch::new(gpu, stream, &NLL, name)?;
@@ -105,8 +106,7 @@ struct NllCall<'a> {
     dtype: DType,
     rows: Rows,
     params: NllParams,
-    target: InputView<'a>,
-    weight: Option<InputView<'a>>,
+    operands: RowOperands<'a>,
 }
 
 impl<'a> NllCall<'a> {
@@ -118,7 +118,8 @@ impl<'a> NllCall<'a> {
     ) -> Result<Self> {
         let (name, rows) = (problem.name, problem.rows(layout)?);
         let base = RowParams::new(name, &rows, &problem.options, target.0.dtype())?;
-        let weight = weight.as_ref().map(|weight| weight.arg::<CudaStorage>(name)).transpose()?;
+        let arithmetic = arithmetic(storage.dtype());
+        let operands = RowOperands::new(name, (&rows, layout.shape(), arithmetic), target, weight)?;
         Ok(NllCall {
             problem,
             device: storage.device.clone(),
@@ -132,8 +133,7 @@ impl<'a> NllCall<'a> {
                 class_last: rows.class_last() as i32,
             },
             rows,
-            target: InputView::new(target.0, target.1)?,
-            weight: weight.map(|(storage, layout)| InputView::new(storage, layout)).transpose()?,
+            operands,
         })
     }
 
@@ -150,7 +150,7 @@ impl<'a> NllCall<'a> {
     }
 
     fn targets(&self) -> TargetViews<'_> {
-        TargetViews { target: &self.target.bytes, weight: self.weight.as_ref().map(|weight| &weight.bytes) }
+        self.operands.views()
     }
 
     /// The loss, the divisor of its sum, and with `both` the gradient in place of the divisor. One launch.
@@ -177,8 +177,8 @@ impl<'a> NllCall<'a> {
             denominator: denominator.as_mut().map(output).transpose()?,
             grad: grad.as_mut().map(output).transpose()?,
         };
-        // SAFETY: the rows are those of the tensors, the outputs have room for them, and `both` is asked for with few
-        // rows
+        // SAFETY: the rows are those of the logits' layout, `RowOperands` has a target for each, the outputs have room
+        // for them, and `both` is asked for with few rows
         unsafe { launch.launch(&self.gpu, &stream, blocks)? };
         let wrap = |slice: Option<CudaStorageSlice>| slice.map(|slice| self.wrap(slice));
         Ok((self.wrap(loss), wrap(denominator), wrap(grad)))
@@ -197,7 +197,8 @@ impl<'a> NllCall<'a> {
             upstream: upstream.map(|(upstream, _)| &upstream.bytes),
             grad: output(&mut grad)?,
         };
-        // SAFETY: the targets are those of the rows, and the gradient has an element for each log-probability
+        // SAFETY: `RowOperands` has a target for each row, `upstream_view` found the upstream gradient to fit, and the
+        // gradient has an element for each log-probability
         unsafe { launch.launch(&self.gpu, &self.device.cuda_stream(), blocks)? };
         Ok(self.wrap(grad))
     }
@@ -247,8 +248,7 @@ impl NllKernels for CudaStorage {
         }
         let denominator = Locked::new(denominator);
         let denominator = denominator.arg::<Self>(problem.name)?;
-        let each = upstream.1.shape().elem_count() != 1;
-        let upstream = InputView::new(upstream.0, upstream.1)?;
+        let (upstream, each) = upstream_view(problem.name, (&call.rows, arithmetic(call.dtype)), upstream)?;
         call.gradient(&InputView::new(denominator.0, denominator.1)?, Some((&upstream, each)))
     }
 

@@ -3,14 +3,14 @@
 use crate::check;
 use crate::cuda::gpu::Gpu;
 use crate::cuda::indices::index_range;
-use crate::cuda::launch::{Launch, Tag, output, partials, to_host};
-use crate::custom_op::Arg;
+use crate::cuda::launch::{InputView, Launch, Tag, output, partials, to_host};
+use crate::custom_op::{Arg, Locked};
 use crate::reduction::Reduction;
 use crate::rows::layout::Rows;
 use crate::rows::options::RowOptions;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
-use candle_core::{DType, Result, bail};
+use candle_core::{DType, Result, Shape, bail};
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
 use std::sync::Arc;
 
@@ -86,6 +86,73 @@ impl RowParams {
             ..Self::untargeted(name, rows)?
         })
     }
+}
+
+/// What kernels read beside the logits: found to have an element for each that a kernel reads.
+pub(crate) struct RowOperands<'a> {
+    target: InputView<'a>,
+    weight: Option<InputView<'a>>,
+}
+
+impl<'a> RowOperands<'a> {
+    /// Of rows in tensors of `shape`, with a loss in the dtype `arithmetic`.
+    pub fn new(
+        name: &str,
+        (rows, shape, arithmetic): (&Rows, &Shape, DType),
+        (target, layout): Arg<'a, CudaStorage>,
+        weight: &'a Option<Locked>,
+    ) -> Result<Self> {
+        if check::is_index(target.dtype()) {
+            let indices = index_range(name, layout)?.len();
+            if indices != rows.count() {
+                return Err(check::wrong_count(name, indices, rows.count()));
+            }
+        } else if layout.shape() != shape {
+            bail!("{name}: target of shape {:?}, expected the logits' {shape:?}", layout.shape());
+        }
+        let weight = weight.as_ref().map(|weight| weight.arg::<CudaStorage>(name)).transpose()?;
+        if let Some((weight, layout)) = weight {
+            let dense = layout.is_contiguous() && layout.shape().elem_count() == rows.classes;
+            if !dense || weight.dtype() != arithmetic {
+                bail!(
+                    "{name}: class weights {:?} of dtype {:?}, expected {} contiguous ones of {arithmetic:?}",
+                    layout.dims(),
+                    weight.dtype(),
+                    rows.classes
+                );
+            }
+        }
+        Ok(RowOperands {
+            target: InputView::new(target, layout)?,
+            weight: weight.map(|(storage, layout)| InputView::new(storage, layout)).transpose()?,
+        })
+    }
+
+    pub fn views(&self) -> TargetViews<'_> {
+        TargetViews { target: &self.target.bytes, weight: self.weight() }
+    }
+
+    pub fn weight(&self) -> Option<&CudaView<'a, u8>> {
+        self.weight.as_ref().map(|weight| &weight.bytes)
+    }
+}
+
+/// An upstream gradient, and whether it has a number for each row, not one for all.
+pub(crate) fn upstream_view<'a>(
+    name: &str,
+    (rows, arithmetic): (&Rows, DType),
+    (storage, layout): Arg<'a, CudaStorage>,
+) -> Result<(InputView<'a>, bool)> {
+    let count = layout.shape().elem_count();
+    if !layout.is_contiguous() || (count != 1 && count != rows.count()) || storage.dtype() != arithmetic {
+        bail!(
+            "{name}: upstream gradient {:?} of dtype {:?}, expected 1 or {} contiguous numbers of {arithmetic:?}",
+            layout.dims(),
+            storage.dtype(),
+            rows.count()
+        );
+    }
+    Ok((InputView::new(storage, layout)?, count != 1))
 }
 
 /// `Targets` of the kernels: the targets of all rows, and the class weights.

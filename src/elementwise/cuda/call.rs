@@ -24,13 +24,13 @@ pub(super) fn module(name: &str, dtype: DType) -> Result<&'static Module> {
         DType::BF16 => &kernels::ELEMENTWISE_BF16,
         DType::F32 => &kernels::ELEMENTWISE_F32,
         DType::F64 => &kernels::ELEMENTWISE_F64,
-        other => bail!("{name}: input of dtype {other:?}, expected f16, bf16, f32 or f64"),
+        other => return Err(check::not_float(name, "input", other)),
     })
 }
 
 /// The operands of a call: their memory and how they lie.
 struct ElementOperands<'a> {
-    /// InputView and target, for a message about one of their elements.
+    /// Input and target, for a message about one of their elements.
     checked: [Arg<'a, CudaStorage>; 2],
     inputs: OperandInputs<'a>,
     axes: OperandAxes,

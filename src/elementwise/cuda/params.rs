@@ -205,7 +205,7 @@ impl CountMaskLaunch<'_> {
     /// `launch` is of this kernel; the mask holds the elements that `params` says; the grid has a block for each count.
     pub unsafe fn launch(self, launch: Launch, grid: Grid) -> Result<()> {
         let mut launch = launch;
-        // mask, counts, q
+        // mask, counts, params
         launch.read(&self.mask.bytes).write(self.counts).value(self.params);
         // SAFETY: the kernel's parameters in its order; the rest by this function's contract
         unsafe { launch.run(grid) }

@@ -14,7 +14,7 @@ use crate::reduction::Reduction;
 use crate::rows::layout::Rows;
 use crate::softmax::problem::{CrossEntropy, RowStatistics, Saved, SoftmaxKernels};
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, Layout, Result, WithDType, bail};
+use candle_core::{CpuStorage, Layout, Result, WithDType};
 use std::ops::Range;
 
 /// Calls `body` with the rows of a problem on its tensors.
@@ -78,7 +78,7 @@ impl SoftmaxKernels for CpuStorage {
     ) -> Result<Self> {
         let weight = problem.options.rows.weight.as_ref().map(Locked::new);
         let Some((start, end)) = layout.contiguous_offsets() else {
-            bail!("{}: logits with strides {:?}, expected contiguous ones", problem.name, layout.stride())
+            return Err(crate::check::not_contiguous(problem.name, layout));
         };
         let rows = Rows { offset: 0, ..problem.rows(layout)? };
         with_floats!(problem.name, logits, data => {
@@ -234,7 +234,7 @@ impl<'a, T: Element> RowProblem<'a, T> {
         let losses = PerRow::new(&mut loss);
         let group = |rows: Range<usize>, states: &States<T::Acc>| {
             let targets = self.targets(rows.clone());
-            // SAFETY: the values of the rows are emitted later
+            // SAFETY: the values of these rows are emitted later, and other tasks emit other rows only
             let values = unsafe { self.losses(rows.clone(), &targets, states) };
             // SAFETY: a row's group is made once
             unsafe { losses.set(rows.clone(), &values) };

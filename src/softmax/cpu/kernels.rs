@@ -564,7 +564,7 @@ impl<A: Real, S: Element<Acc = A>, O: Element<Acc = A>, E: Emit<A>> Vectorized f
     #[inline(always)]
     fn run<I: Isa>(self) {
         let EmitBlock { emit, row, xs, q, slope, out } = self;
-        // whole vectors, then what is left together with elements before it, which are emitted again as they are
+        // whole vectors, then a last one up to the row's end, which computes once more what it shares with them
         let whole = xs.len() - xs.len() % LANES;
         let rest = if whole == xs.len() { whole } else { xs.len().saturating_sub(LANES) };
         for range in [0..whole, rest..xs.len()] {

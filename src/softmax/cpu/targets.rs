@@ -45,7 +45,7 @@ impl<'a, T: Element> RowProblem<'a, T> {
                 None => TargetDistribution::Constant(spread),
                 Some(weight) => TargetDistribution::Weights { factor: spread, weight },
             };
-            (Some(Indices::new(name, target.0, target.1)?), q)
+            (Some(Indices::new(name, rows.count(), target)?), q)
         } else {
             let order = problem.target_rows(target.1, &rows)?;
             let order = Strided::new(order.offset, order.axes(rows.class_last()));

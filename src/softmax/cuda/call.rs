@@ -10,11 +10,10 @@ use super::plan::{DeviceLimits, Form, FusedPlan, Planner, RowPass, RowsShape, Th
 use crate::check::{arithmetic, is_index};
 use crate::cuda::gpu::Gpu;
 use crate::cuda::grid::Grid;
-use crate::cuda::indices::index_range;
 use crate::cuda::launch::{InputView, Tag, alloc, output, partials};
 use crate::custom_op::{Arg, Locked};
 use crate::reduction::Reduction;
-use crate::rows::cuda::{LossOutput, RowParams, Strides, TargetViews, check_indices};
+use crate::rows::cuda::{LossOutput, RowOperands, RowParams, Strides, TargetViews, check_indices};
 use crate::rows::layout::Rows;
 use crate::softmax::problem::{CrossEntropy, SoftmaxOptions};
 use candle_core::backend::BackendStorage;
@@ -70,8 +69,7 @@ pub(super) struct SoftmaxCall<'a> {
     pub dtype: DType,
     pub rows: Rows,
     detail: Detail,
-    target: InputView<'a>,
-    weight: Option<InputView<'a>>,
+    operands: RowOperands<'a>,
     pub params: SoftmaxParams,
 }
 
@@ -119,12 +117,10 @@ impl<'a> SoftmaxCall<'a> {
             (params.capped, params.softcap, params.inverse_cap) = (1, cap, 1.0 / cap);
         }
         params.z_loss = options.z_loss;
-        if class_indices {
-            index_range(name, target.1)?;
-        } else {
+        let operands = RowOperands::new(name, (&rows, layout.shape(), arithmetic(dtype)), target, weight)?;
+        if !class_indices {
             params.t = Strides::of(&problem.target_rows(target.1, &rows)?);
         }
-        let weight = weight.as_ref().map(|weight| weight.arg::<CudaStorage>(name)).transpose()?;
         Ok(SoftmaxCall {
             problem,
             options,
@@ -134,8 +130,7 @@ impl<'a> SoftmaxCall<'a> {
             dtype,
             rows,
             detail: Detail::of(options, dtype, class_indices),
-            target: InputView::new(target.0, target.1)?,
-            weight: weight.map(|(storage, layout)| InputView::new(storage, layout)).transpose()?,
+            operands,
             params,
         })
     }
@@ -149,11 +144,7 @@ impl<'a> SoftmaxCall<'a> {
     }
 
     pub fn targets(&self) -> TargetViews<'_> {
-        TargetViews { target: &self.target.bytes, weight: self.weight() }
-    }
-
-    fn weight(&self) -> Option<&CudaView<'a, u8>> {
-        self.weight.as_ref().map(|weight| &weight.bytes)
+        self.operands.views()
     }
 
     pub fn arithmetic(&self) -> DType {
@@ -246,8 +237,8 @@ impl<'a> SoftmaxCall<'a> {
         let detail = self.detail.unless_served(pass.splits() > 1 || pass.form == Form::Strided);
         let kernel = self.kernel(SoftmaxPass::Reduce, detail, pass.form)?;
         let launch = ReduceLaunch { params: self.params.for_pass(pass), x: &x.bytes, targets: self.targets(), output };
-        // SAFETY: the kernel and the grid are the pass's; `new` found the rows inside of their tensors, and `reduce`
-        // allocated the output for all of them
+        // SAFETY: the kernel and the grid are the pass's; the rows are those of the logits' layout, and `RowOperands`
+        // fits them, and `reduce` allocated the output for all of them
         unsafe { launch.launch(&self.gpu, &self.stream, kernel, pass.grid) }
     }
 
@@ -261,8 +252,8 @@ impl<'a> SoftmaxCall<'a> {
             parts: pass.splits(),
             output,
         };
-        // SAFETY: the reduction left a state for each of the parts; `new` found the rows inside of their tensors, and
-        // `reduce` allocated the output for all of them
+        // SAFETY: the reduction left a state for each of the parts; the rows are those of the logits' layout, and
+        // `RowOperands` fits them, and `reduce` allocated the output for all of them
         unsafe { launch.launch(&self.gpu, &self.stream, kernel, Grid::flat(1, MERGE_THREADS)) }
     }
 
@@ -276,8 +267,7 @@ impl<'a> SoftmaxCall<'a> {
         // SAFETY: each block writes its element
         let mut counts = unsafe { partials::<f64>(&self.device, blocks as usize)? };
         let launch = CountRowsLaunch { params: self.params.base, targets: self.targets(), counts: &mut counts };
-        // SAFETY: the targets are contiguous, as `new` found, and the weights are of the arithmetic dtype, one for each
-        // class
+        // SAFETY: `RowOperands` has an index for each row and a weight for each class
         unsafe { launch.launch(&self.gpu, &self.stream, self.arithmetic())? };
         Ok(Some(counts))
     }
@@ -299,8 +289,8 @@ impl<'a> SoftmaxCall<'a> {
             inputs,
             grad,
         };
-        // SAFETY: the kernel and the grid are the pass's; `new` found the rows inside of their tensors, and the
-        // gradient has as many elements as the logits
+        // SAFETY: the kernel and the grid are the pass's; the rows are those of the logits' layout, and `RowOperands`
+        // fits them, and the gradient has as many elements as the logits
         unsafe { launch.launch(&self.gpu, &self.stream, kernel, pass.grid) }
     }
 
@@ -317,14 +307,14 @@ impl<'a> SoftmaxCall<'a> {
         let launch = TargetGradientLaunch {
             params: SoftmaxParams { upstream_rows: upstream_rows as i32, ..self.params.for_pass(&pass) },
             x: &x.bytes,
-            weight: self.weight(),
+            weight: self.operands.weight(),
             statistics: inputs.statistics,
             denominator: inputs.denominator,
             upstream: &upstream.bytes,
             grad,
         };
-        // SAFETY: the grid is the pass's; `new` found the rows inside of their tensors, and the gradient has as many
-        // elements as the logits
+        // SAFETY: the grid is the pass's; the rows are those of the logits' layout, and `RowOperands` fits them, and
+        // the gradient has as many elements as the logits
         unsafe { launch.launch(&self.gpu, &self.stream, kernel, pass.grid) }
     }
 
@@ -367,8 +357,8 @@ impl<'a> SoftmaxCall<'a> {
             counts: counts.as_ref(),
             loss: self.loss_output(&mut loss, pass.partials())?,
         };
-        // SAFETY: the kernel and the grid are the pass's; `new` found the rows inside of their tensors, and the
-        // gradient has as many elements as the logits
+        // SAFETY: the kernel and the grid are the pass's; the rows are those of the logits' layout, and `RowOperands`
+        // fits them, and the gradient has as many elements as the logits
         unsafe { launch.launch(&self.gpu, &self.stream, kernel, pass.grid)? };
         Ok(self.wrap(loss))
     }

@@ -4,10 +4,11 @@ use super::call::{SoftmaxCall, planner};
 use super::detail::{Detail, SoftmaxPass};
 use super::params::{GradientInputs, LogSoftmaxBackwardLaunch, LogSoftmaxLaunch, SoftmaxParams, StatisticsLaunch};
 use super::plan::Form;
+use crate::check;
 use crate::cuda::gpu::Gpu;
 use crate::cuda::launch::{InputView, alloc, output};
 use crate::custom_op::{Arg, Argument, DeviceStorage, Locked};
-use crate::rows::cuda::{RowParams, Strides};
+use crate::rows::cuda::{RowParams, Strides, upstream_view};
 use crate::rows::layout::Rows;
 use crate::softmax::problem::{CrossEntropy, RowStatistics, Saved, SoftmaxKernels};
 use candle_core::backend::BackendStorage;
@@ -54,10 +55,12 @@ impl SoftmaxKernels for CudaStorage {
             return Ok(call.wrap(grad));
         }
         let x = InputView::new(storage, layout)?;
-        let upstream_rows = upstream.1.shape().elem_count() != 1;
-        let upstream = InputView::new(upstream.0, upstream.1)?;
+        let (upstream, upstream_rows) = upstream_view(problem.name, (&call.rows, call.arithmetic()), upstream)?;
         let (statistics, denominator) = (Locked::new(&saved.statistics), Locked::new(&saved.denominator));
         let (statistics, denominator) = (statistics.arg::<Self>(problem.name)?, denominator.arg::<Self>(problem.name)?);
+        if statistics.1.shape().elem_count() != call.statistics_per_row() * call.rows.count() {
+            bail!("{}: statistics of other rows than the logits'", problem.name);
+        }
         let (statistics, denominator) =
             (InputView::new(statistics.0, statistics.1)?, InputView::new(denominator.0, denominator.1)?);
         let inputs = GradientInputs {
@@ -100,12 +103,7 @@ impl SoftmaxKernels for CudaStorage {
             return Ok(call.wrap(call.reduced_nothing()?.loss));
         }
         let Some((start, end)) = layout.contiguous_offsets() else {
-            bail!(
-                "{}: strides {:?} of shape {:?}, expected contiguous logits",
-                problem.name,
-                layout.stride(),
-                layout.dims()
-            )
+            return Err(check::not_contiguous(problem.name, layout));
         };
         let size = dtype.size_in_bytes();
         call.loss_and_grad(None, output(&mut logits.slice)?.slice_mut(start * size..end * size))
@@ -145,8 +143,8 @@ impl SoftmaxKernels for CudaStorage {
                 argmax: output(&mut results.argmax)?,
                 correct: output(&mut results.correct)?,
             };
-            // SAFETY: the kernel and the grid are the pass's; `new` found the rows inside of their tensors, and the
-            // results have a number for each
+            // SAFETY: the kernel and the grid are the pass's; the rows are those of the logits' layout, `RowOperands`
+            // fits them, and the results have a number for each
             unsafe { launch.launch(&call.gpu, &call.stream, kernel, pass.grid)? };
         }
         let RowStatistics { loss, lse, z_loss, entropy, argmax, correct } = results;

@@ -173,7 +173,7 @@ pub(super) struct EmitLaunch<'a> {
 impl EmitLaunch<'_> {
     /// # Safety
     /// As for [`ReduceLaunch::launch`] with `softmax_emit_*`; the statistics are those that a forward left of the same
-    /// rows.
+    /// rows, and the upstream gradient has one number, or one for each row if the parameters say so.
     pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
         let GradientInputs { statistics, denominator, upstream } = self.inputs;
         let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
@@ -266,7 +266,7 @@ impl StatisticsLaunch<'_> {
     }
 }
 
-/// A launch of one of the other `softmax_log_softmax_*`.
+/// A launch of a forward of log-softmax: one of `softmax_log_softmax_*`, except `softmax_log_softmax_backward`.
 pub(super) struct LogSoftmaxLaunch<'a> {
     pub params: SoftmaxParams,
     pub x: BytesView<'a>,

@@ -512,6 +512,35 @@ fn small_problems_take_one_launch() -> Result<()> {
     Ok(())
 }
 
+/// A problem that was not checked with these tensors is an error, not an access out of bounds.
+#[test]
+fn operands_that_do_not_fit() -> Result<()> {
+    let says = |result: Result<Tensor>, part: &str| {
+        let error = result.expect_err(part).to_string();
+        assert!(error.contains(part), "{part:?} is not in {error:?}");
+    };
+    for device in [Device::Cpu, Device::new_cuda(0)?] {
+        let x = random(&[5, 6], 1, DType::F32)?.to_device(&device)?;
+        let (four, five) = (indices(4, 6, 2)?.to_device(&device)?, indices(5, 6, 2)?.to_device(&device)?);
+        says(plain().forward(&x, &four), "4 class indices, expected one for each of 5 rows");
+        says(plain().loss_and_grad(&x, &four).map(|(loss, _)| loss), "4 class indices");
+        says(plain().statistics(&x, &four).map(|rows| rows.loss), "4 class indices");
+        if device.is_cpu() {
+            continue;
+        }
+        for (classes, dtype) in [(5, DType::F32), (6, DType::BF16)] {
+            let weight = random(&[classes], 7, dtype)?.to_device(&device)?;
+            says(
+                with(plain(), |o| o.rows.weight = Some(weight)).forward(&x, &five),
+                "expected 6 contiguous ones of F32",
+            );
+        }
+        let probabilities = random(&[4, 6], 3, DType::F32)?.to_device(&device)?;
+        says(plain().forward(&x, &probabilities), "target of shape [4, 6], expected the logits' [5, 6]");
+    }
+    Ok(())
+}
+
 /// Indices that lie apart are put together by a launch.
 #[test]
 fn strided_indices_take_one_launch_more() -> Result<()> {
