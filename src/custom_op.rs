@@ -1,8 +1,8 @@
 //! What the families' custom ops share: their kernels' arguments and results, and the two devices behind one trait.
 //!
-//! candle calls `cpu_fwd` or `cuda_fwd` by the device of the first argument. Both call one method that is generic over
-//! the storage, `S: DeviceStorage`, and the family's trait of kernels, which [`CpuStorage`] and `CudaStorage`
-//! implement, does the rest.
+//! candle calls `cpu_fwd` or `cuda_fwd` by the device of the first argument. Both are written once, in
+//! [`device_passes`], and call the op's `run`, which is generic over the storage, `S: DeviceStorage`. The family's
+//! trait of kernels, which [`CpuStorage`] and `CudaStorage` implement, does the rest.
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -62,6 +62,35 @@ impl DeviceStorage for CudaStorage {
         Storage::Cuda(self)
     }
 }
+
+/// candle's methods of an op of 1, 2 or 3 arguments that has a `run` for every storage: its name, at a path from
+/// `self`, and a pass for each device.
+macro_rules! device_passes {
+    (1, $($name:ident).+) => { $crate::custom_op::device_passes!(@ $($name).+, s1 l1); };
+    (2, $($name:ident).+) => { $crate::custom_op::device_passes!(@ $($name).+, s1 l1, s2 l2); };
+    (3, $($name:ident).+) => { $crate::custom_op::device_passes!(@ $($name).+, s1 l1, s2 l2, s3 l3); };
+    (@ $($name:ident).+, $($s:ident $l:ident),+) => {
+        fn name(&self) -> &'static str {
+            self.$($name).+
+        }
+
+        fn cpu_fwd(
+            &self,
+            $($s: &candle_core::CpuStorage, $l: &candle_core::Layout),+
+        ) -> candle_core::Result<(candle_core::CpuStorage, candle_core::Shape)> {
+            self.run($(($s, $l)),+)
+        }
+
+        #[cfg(feature = "cuda")]
+        fn cuda_fwd(
+            &self,
+            $($s: &candle_core::CudaStorage, $l: &candle_core::Layout),+
+        ) -> candle_core::Result<(candle_core::CudaStorage, candle_core::Shape)> {
+            self.run($(($s, $l)),+)
+        }
+    };
+}
+pub(crate) use device_passes;
 
 /// Whether there are kernels for the device. Elsewhere the losses are composed of candle's tensor ops.
 pub(crate) fn has_kernels(device: &Device) -> bool {

@@ -2,10 +2,8 @@
 
 use super::composed;
 use super::problem::{ElementKernels, Elements};
-use crate::custom_op::{Arg, Argument, is_composed, put, taken, through_autograd};
-#[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use crate::custom_op::{Arg, Argument, device_passes, is_composed, put, taken, through_autograd};
+use candle_core::{CustomOp2, CustomOp3, Result, Shape, Tensor, bail};
 use std::sync::{Arc, OnceLock};
 
 impl Elements {
@@ -43,18 +41,7 @@ impl ElementForward {
 }
 
 impl CustomOp2 for ElementForward {
-    fn name(&self) -> &'static str {
-        self.problem.name
-    }
-
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.run((s1, l1), (s2, l2))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<(CudaStorage, Shape)> {
-        self.run((s1, l1), (s2, l2))
-    }
+    device_passes!(2, problem.name);
 
     fn bwd(
         &self,
@@ -90,34 +77,7 @@ impl ElementBackward {
 }
 
 impl CustomOp3 for ElementBackward {
-    fn name(&self) -> &'static str {
-        self.problem.name
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.run((s1, l1), (s2, l2), (s3, l3))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        s1: &CudaStorage,
-        l1: &Layout,
-        s2: &CudaStorage,
-        l2: &Layout,
-        s3: &CudaStorage,
-        l3: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        self.run((s1, l1), (s2, l2), (s3, l3))
-    }
+    device_passes!(3, problem.name);
 }
 
 struct ElementLossAndGrad {
@@ -134,16 +94,5 @@ impl ElementLossAndGrad {
 }
 
 impl CustomOp2 for ElementLossAndGrad {
-    fn name(&self) -> &'static str {
-        self.problem.name
-    }
-
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.run((s1, l1), (s2, l2))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<(CudaStorage, Shape)> {
-        self.run((s1, l1), (s2, l2))
-    }
+    device_passes!(2, problem.name);
 }

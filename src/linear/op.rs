@@ -13,12 +13,10 @@ use super::chunks::{Sums, Wanted};
 use super::composed;
 use super::inputs::{Counted, Inputs, scalar};
 use super::problem::{Linear, LinearGradients};
-use crate::custom_op::is_composed;
+use crate::custom_op::{Arg, DeviceStorage, Locked, device_passes, is_composed};
 use crate::reduction::Reduction;
-#[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
-use candle_core::{CpuStorage, CustomOp3, DType, Error, Layout, Result, Shape, Storage, Tensor};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use candle_core::{CustomOp3, DType, Error, Result, Shape, Tensor};
+use std::sync::{Mutex, PoisonError};
 
 /// Bytes of a sum that are rounded to 16 bits at a time.
 const PIECE: usize = 32 << 20;
@@ -105,7 +103,7 @@ impl Linear {
             counted,
             wanted,
             has_bias: bias.is_some(),
-            loss: OnceLock::from(loss),
+            loss,
             saved: Mutex::new(in_forward.something().then_some(sums)),
         };
         match bias {
@@ -207,57 +205,22 @@ struct Attached {
     counted: Counted,
     wanted: Wanted,
     has_bias: bool,
-    loss: OnceLock<Tensor>,
+    loss: Tensor,
     /// The sums from the forward, for the first backward. A second one computes them again: keeping them would cost as
     /// much memory as the weight's gradient itself.
     saved: Mutex<Option<Sums>>,
 }
 
 impl Attached {
-    fn loss(&self) -> Result<&Tensor> {
-        self.loss.get().ok_or_else(|| Error::msg("a loss without a value"))
+    fn run<S: DeviceStorage>(&self, _: Arg<S>, _: Arg<S>, _: Arg<S>) -> Result<(S, Shape)> {
+        let loss = Locked::new(&self.loss);
+        let (storage, layout) = loss.arg::<S>(self.name)?;
+        Ok((storage.try_clone(layout)?, layout.shape().clone()))
     }
 }
 
 impl CustomOp3 for Attached {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let loss = self.loss()?;
-        match &*loss.storage_and_layout().0 {
-            Storage::Cpu(storage) => Ok((storage.clone(), loss.shape().clone())),
-            _ => Err(Error::msg("a loss on another device than its inputs")),
-        }
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        _: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        use candle_core::backend::BackendStorage;
-        let loss = self.loss()?;
-        let (storage, layout) = loss.storage_and_layout();
-        match &*storage {
-            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, loss.shape().clone())),
-            _ => Err(Error::msg("a loss on another device than its inputs")),
-        }
-    }
+    device_passes!(3, name);
 
     fn bwd(
         &self,

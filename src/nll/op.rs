@@ -2,11 +2,9 @@
 
 use super::composed;
 use super::problem::{Nll, NllKernels};
-use crate::custom_op::{Arg, is_composed, put, taken, through_autograd};
+use crate::custom_op::{Arg, device_passes, is_composed, put, taken, through_autograd};
 use crate::rows::layout::{Rows, contiguous_indices, view_as_logits, written_shape};
-#[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CustomOp2, CustomOp3, Result, Shape, Tensor, bail};
 use std::sync::{Arc, OnceLock};
 
 impl Nll {
@@ -57,18 +55,7 @@ impl NllForward {
 }
 
 impl CustomOp2 for NllForward {
-    fn name(&self) -> &'static str {
-        self.problem.name
-    }
-
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.run((s1, l1), (s2, l2))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<(CudaStorage, Shape)> {
-        self.run((s1, l1), (s2, l2))
-    }
+    device_passes!(2, problem.name);
 
     fn bwd(
         &self,
@@ -100,34 +87,7 @@ impl NllBackward {
 }
 
 impl CustomOp3 for NllBackward {
-    fn name(&self) -> &'static str {
-        self.problem.name
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.run((s1, l1), (s2, l2), (s3, l3))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        s1: &CudaStorage,
-        l1: &Layout,
-        s2: &CudaStorage,
-        l2: &Layout,
-        s3: &CudaStorage,
-        l3: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        self.run((s1, l1), (s2, l2), (s3, l3))
-    }
+    device_passes!(3, problem.name);
 }
 
 struct NllLossAndGrad {
@@ -145,16 +105,5 @@ impl NllLossAndGrad {
 }
 
 impl CustomOp2 for NllLossAndGrad {
-    fn name(&self) -> &'static str {
-        self.problem.name
-    }
-
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.run((s1, l1), (s2, l2))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<(CudaStorage, Shape)> {
-        self.run((s1, l1), (s2, l2))
-    }
+    device_passes!(2, problem.name);
 }

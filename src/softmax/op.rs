@@ -5,7 +5,7 @@
 
 use super::composed;
 use super::problem::{CrossEntropy, RowStatistics, Saved, SoftmaxKernels};
-use crate::custom_op::{Arg, Argument, has_kernels, is_composed, put, taken, through_autograd};
+use crate::custom_op::{Arg, Argument, device_passes, has_kernels, is_composed, put, taken, through_autograd};
 use crate::rows::layout::{
     Rows, as_rows, as_rows_like, contiguous_indices, row_shape, rows_like, rows_of, view_as_logits, written_shape,
 };
@@ -99,18 +99,7 @@ impl CrossEntropyForward {
 }
 
 impl CustomOp2 for CrossEntropyForward {
-    fn name(&self) -> &'static str {
-        self.problem.name
-    }
-
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.run((s1, l1), (s2, l2))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<(CudaStorage, Shape)> {
-        self.run((s1, l1), (s2, l2))
-    }
+    device_passes!(2, problem.name);
 
     fn bwd(
         &self,
@@ -149,34 +138,7 @@ impl CrossEntropyBackward {
 }
 
 impl CustomOp3 for CrossEntropyBackward {
-    fn name(&self) -> &'static str {
-        self.problem.name
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.run((s1, l1), (s2, l2), (s3, l3))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        s1: &CudaStorage,
-        l1: &Layout,
-        s2: &CudaStorage,
-        l2: &Layout,
-        s3: &CudaStorage,
-        l3: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        self.run((s1, l1), (s2, l2), (s3, l3))
-    }
+    device_passes!(3, problem.name);
 }
 
 struct CrossEntropyLossAndGrad {
@@ -198,18 +160,7 @@ impl CrossEntropyLossAndGrad {
 }
 
 impl CustomOp2 for CrossEntropyLossAndGrad {
-    fn name(&self) -> &'static str {
-        self.problem.name
-    }
-
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.run((s1, l1), (s2, l2))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<(CudaStorage, Shape)> {
-        self.run((s1, l1), (s2, l2))
-    }
+    device_passes!(2, problem.name);
 }
 
 impl InplaceOp2 for CrossEntropyLossAndGrad {
@@ -245,18 +196,7 @@ impl CrossEntropyStatistics {
 }
 
 impl CustomOp2 for CrossEntropyStatistics {
-    fn name(&self) -> &'static str {
-        self.problem.name
-    }
-
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.run((s1, l1), (s2, l2))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<(CudaStorage, Shape)> {
-        self.run((s1, l1), (s2, l2))
-    }
+    device_passes!(2, problem.name);
 }
 
 /// `log_softmax` along any axis, with autograd.
@@ -282,18 +222,7 @@ impl LogSoftmax {
 }
 
 impl CustomOp1 for LogSoftmax {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.run((s1, l1))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout) -> Result<(CudaStorage, Shape)> {
-        self.run((s1, l1))
-    }
+    device_passes!(1, name);
 
     fn bwd(&self, logits: &Tensor, out: &Tensor, upstream: &Tensor) -> Result<Option<Tensor>> {
         let rows = rows_of(self.name, logits.layout(), self.axis)?;
@@ -321,16 +250,5 @@ impl LogSoftmaxBackward {
 }
 
 impl CustomOp2 for LogSoftmaxBackward {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.run((s1, l1), (s2, l2))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<(CudaStorage, Shape)> {
-        self.run((s1, l1), (s2, l2))
-    }
+    device_passes!(2, name);
 }
