@@ -166,3 +166,31 @@ pub(crate) fn product<To: BlasElement, Of: BlasElement>(
         .w()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn distances_are_strides() {
+        let place = |(rows, columns), (row_stride, column_stride)| {
+            let place = MatrixPlace { start: 0, rows, columns, row_stride, column_stride };
+            place.leading().map(|(transpose, distance)| (transpose == Transpose::CUBLAS_OP_T, distance))
+        };
+        for (sizes, strides, expected) in [
+            ((3, 4), (4, 1), (false, 4)),
+            ((3, 4), (9, 1), (false, 9)),
+            ((3, 4), (1, 3), (true, 3)),
+            ((3, 4), (1, 5), (true, 5)),
+            ((1, 4), (0, 1), (false, 4)),
+            ((1, 4), (0, 7), (true, 7)),
+            ((3, 1), (7, 0), (false, 7)),
+        ] {
+            assert_eq!(place(sizes, strides).unwrap(), expected, "{sizes:?} {strides:?}");
+        }
+        // a row that stands for several, rows that overlap, and no stride of 1
+        for (sizes, strides) in [((3, 4), (0, 1)), ((3, 4), (3, 1)), ((3, 4), (1, 2)), ((3, 4), (8, 2))] {
+            assert!(place(sizes, strides).is_err(), "{sizes:?} {strides:?}");
+        }
+    }
+}

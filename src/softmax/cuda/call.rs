@@ -237,7 +237,7 @@ impl<'a> SoftmaxCall<'a> {
         let detail = self.detail.unless_served(pass.splits() > 1 || pass.form == Form::Strided);
         let kernel = self.kernel(SoftmaxPass::Reduce, detail, pass.form)?;
         let launch = ReduceLaunch { params: self.params.for_pass(pass), x: &x.bytes, targets: self.targets(), output };
-        // SAFETY: the kernel and the grid are the pass's; the rows are those of the logits' layout, and `RowOperands`
+        // SAFETY: the kernel and the grid are the pass's; the rows are those of the logits' layout, `RowOperands`
         // fits them, and `reduce` allocated the output for all of them
         unsafe { launch.launch(&self.gpu, &self.stream, kernel, pass.grid) }
     }
@@ -252,7 +252,7 @@ impl<'a> SoftmaxCall<'a> {
             parts: pass.splits(),
             output,
         };
-        // SAFETY: the reduction left a state for each of the parts; the rows are those of the logits' layout, and
+        // SAFETY: the reduction left a state for each of the parts; the rows are those of the logits' layout,
         // `RowOperands` fits them, and `reduce` allocated the output for all of them
         unsafe { launch.launch(&self.gpu, &self.stream, kernel, Grid::flat(1, MERGE_THREADS)) }
     }
@@ -289,7 +289,7 @@ impl<'a> SoftmaxCall<'a> {
             inputs,
             grad,
         };
-        // SAFETY: the kernel and the grid are the pass's; the rows are those of the logits' layout, and `RowOperands`
+        // SAFETY: the kernel and the grid are the pass's; the rows are those of the logits' layout, `RowOperands`
         // fits them, and the gradient has as many elements as the logits
         unsafe { launch.launch(&self.gpu, &self.stream, kernel, pass.grid) }
     }
@@ -313,7 +313,7 @@ impl<'a> SoftmaxCall<'a> {
             upstream: &upstream.bytes,
             grad,
         };
-        // SAFETY: the grid is the pass's; the rows are those of the logits' layout, and `RowOperands` fits them, and
+        // SAFETY: the grid is the pass's; the rows are those of the logits' layout, `RowOperands` fits them, and
         // the gradient has as many elements as the logits
         unsafe { launch.launch(&self.gpu, &self.stream, kernel, pass.grid) }
     }
@@ -357,7 +357,7 @@ impl<'a> SoftmaxCall<'a> {
             counts: counts.as_ref(),
             loss: self.loss_output(&mut loss, pass.partials())?,
         };
-        // SAFETY: the kernel and the grid are the pass's; the rows are those of the logits' layout, and `RowOperands`
+        // SAFETY: the kernel and the grid are the pass's; the rows are those of the logits' layout, `RowOperands`
         // fits them, and the gradient has as many elements as the logits
         unsafe { launch.launch(&self.gpu, &self.stream, kernel, pass.grid)? };
         Ok(self.wrap(loss))
