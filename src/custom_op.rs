@@ -125,6 +125,16 @@ impl<'a> Locked<'a> {
     }
 }
 
+/// Whether a gradient of the argument leads anywhere.
+pub(crate) fn takes_gradient(arg: &Tensor) -> bool {
+    arg.track_op() && arg.dtype().is_float()
+}
+
+/// What the forward of an op left for its backward.
+pub(crate) fn saved<'a, T>(slot: &'a OnceLock<T>, name: &str) -> Result<&'a T> {
+    slot.get().ok_or_else(|| Error::Msg(format!("{name}: backward before forward")).bt())
+}
+
 /// What an op left in its side output.
 pub(crate) fn taken<T>(slot: OnceLock<T>) -> Result<T> {
     slot.into_inner().ok_or_else(|| Error::msg("a loss kernel wrote no side output"))

@@ -3,6 +3,7 @@
 use super::gpu::{Gpu, Kernel, Module};
 use super::work::tally;
 use crate::cuda::grid::Grid;
+use crate::custom_op::Arg;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice, WrapErr};
 use candle_core::{DType, Layout, Result, bail};
@@ -93,6 +94,24 @@ fn from<T>(slice: &CudaSlice<T>, start: usize) -> Option<CudaView<'_, u8>> {
     let len = view.len() * std::mem::size_of::<T>();
     // SAFETY: every byte of a number is a u8, and this is a view of exactly the same memory
     unsafe { view.transmute(len) }
+}
+
+/// The upstream gradient of `count` losses in the dtype `arithmetic`, and whether it has a number for each of them, not
+/// one for all.
+pub(crate) fn upstream_view<'a>(
+    name: &str,
+    (count, arithmetic): (usize, DType),
+    (storage, layout): Arg<'a, CudaStorage>,
+) -> Result<(InputView<'a>, bool)> {
+    let numbers = layout.shape().elem_count();
+    if !layout.is_contiguous() || (numbers != 1 && numbers != count) || storage.dtype() != arithmetic {
+        bail!(
+            "{name}: upstream gradient {:?} of dtype {:?}, expected 1 or {count} contiguous numbers of {arithmetic:?}",
+            layout.dims(),
+            storage.dtype()
+        );
+    }
+    Ok((InputView::new(storage, layout)?, numbers != 1))
 }
 
 /// The memory of an output, whatever its dtype. Pass it with [`Launch::write`].

@@ -2,8 +2,10 @@
 
 use super::composed;
 use super::problem::{ElementKernels, Elements};
-use crate::custom_op::{Arg, Argument, device_passes, is_composed, put, taken, through_autograd};
-use candle_core::{CustomOp2, CustomOp3, Result, Shape, Tensor, bail};
+use crate::custom_op::{
+    Arg, Argument, device_passes, is_composed, put, saved, taken, takes_gradient, through_autograd,
+};
+use candle_core::{CustomOp2, CustomOp3, Result, Shape, Tensor};
 use std::sync::{Arc, OnceLock};
 
 impl Elements {
@@ -50,10 +52,10 @@ impl CustomOp2 for ElementForward {
         _: &Tensor,
         upstream: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let Some(denominator) = self.denominator.get() else { bail!("{}: backward before forward", self.problem.name) };
+        let denominator = saved(&self.denominator, self.problem.name)?;
         let upstream = upstream.contiguous()?;
         let gradient = |of: Argument, arg: &Tensor| -> Result<Option<Tensor>> {
-            if !arg.track_op() || !arg.dtype().is_float() {
+            if !takes_gradient(arg) {
                 return Ok(None);
             }
             let op = ElementBackward { problem: self.problem.clone(), denominator: denominator.clone(), of };

@@ -18,7 +18,7 @@ const ROW_WORK: usize = 16;
 
 impl NllKernels for CpuStorage {
     fn forward(problem: &Nll, log_probs: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
-        let weight = problem.options.weight.as_ref().map(Locked::new);
+        let weight = problem.options.lock_weight();
         with_floats!(problem.name, log_probs.0, data => {
             let rows = NllRows::new(problem, data, problem.rows(log_probs.1)?, target, &weight)?;
             Ok((rows.loss(), WithDType::to_cpu_storage_owned(vec![rows.denominator()])))
@@ -26,7 +26,7 @@ impl NllKernels for CpuStorage {
     }
 
     fn loss_and_grad(problem: &Nll, log_probs: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
-        let weight = problem.options.weight.as_ref().map(Locked::new);
+        let weight = problem.options.lock_weight();
         with_floats!(problem.name, log_probs.0, data => {
             let rows = NllRows::new(problem, data, problem.rows(log_probs.1)?, target, &weight)?;
             Ok((rows.loss(), rows.gradient(rows.denominator(), &[Real::ONE])))
@@ -40,7 +40,7 @@ impl NllKernels for CpuStorage {
         target: Arg<Self>,
         upstream: Arg<Self>,
     ) -> Result<Self> {
-        let weight = problem.options.weight.as_ref().map(Locked::new);
+        let weight = problem.options.lock_weight();
         with_floats!(problem.name, log_probs.0, data => {
             // a target that was overwritten since the forward is checked again, and must not lead outside of its row
             let rows = NllRows::new(problem, data, problem.rows(log_probs.1)?, target, &weight)?;

@@ -5,10 +5,10 @@ use crate::check::arithmetic;
 use crate::cuda::gpu::Gpu;
 use crate::cuda::grid::Grid;
 use crate::cuda::kernels::NLL;
-use crate::cuda::launch::{InputView, Launch, Tag, alloc, output};
+use crate::cuda::launch::{InputView, Launch, Tag, alloc, output, upstream_view};
 use crate::custom_op::{Arg, Locked};
 use crate::reduction::Reduction;
-use crate::rows::cuda::{LossOutput, RowOperands, RowParams, Strides, TargetViews, check_indices, upstream_view};
+use crate::rows::cuda::{LossOutput, RowOperands, RowParams, Strides, TargetViews, check_indices};
 use crate::rows::layout::Rows;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
@@ -220,7 +220,7 @@ impl<'a> NllCall<'a> {
 
 impl NllKernels for CudaStorage {
     fn forward(problem: &Nll, log_probs: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
-        let weight = problem.options.weight.as_ref().map(Locked::new);
+        let weight = problem.options.lock_weight();
         let call = NllCall::new(problem, log_probs, target, &weight)?;
         check_indices(problem.name, &problem.options, target, &call.rows)?;
         if call.elements() == 0 {
@@ -240,7 +240,7 @@ impl NllKernels for CudaStorage {
         target: Arg<Self>,
         upstream: Arg<Self>,
     ) -> Result<Self> {
-        let weight = problem.options.weight.as_ref().map(Locked::new);
+        let weight = problem.options.lock_weight();
         let call = NllCall::new(problem, log_probs, target, &weight)?;
         if call.elements() == 0 {
             let [.., grad] = call.nothing()?;
@@ -248,12 +248,12 @@ impl NllKernels for CudaStorage {
         }
         let denominator = Locked::new(denominator);
         let denominator = denominator.arg::<Self>(problem.name)?;
-        let (upstream, each) = upstream_view(problem.name, (&call.rows, arithmetic(call.dtype)), upstream)?;
+        let (upstream, each) = upstream_view(problem.name, (call.rows.count(), arithmetic(call.dtype)), upstream)?;
         call.gradient(&InputView::new(denominator.0, denominator.1)?, Some((&upstream, each)))
     }
 
     fn loss_and_grad(problem: &Nll, log_probs: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
-        let weight = problem.options.weight.as_ref().map(Locked::new);
+        let weight = problem.options.lock_weight();
         let call = NllCall::new(problem, log_probs, target, &weight)?;
         check_indices(problem.name, &problem.options, target, &call.rows)?;
         if call.elements() == 0 {

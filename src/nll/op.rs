@@ -2,9 +2,9 @@
 
 use super::composed;
 use super::problem::{Nll, NllKernels};
-use crate::custom_op::{Arg, device_passes, is_composed, put, taken, through_autograd};
+use crate::custom_op::{Arg, device_passes, is_composed, put, saved, taken, through_autograd};
 use crate::rows::layout::{Rows, contiguous_indices, view_as_logits, written_shape};
-use candle_core::{CustomOp2, CustomOp3, Result, Shape, Tensor, bail};
+use candle_core::{CustomOp2, CustomOp3, Result, Shape, Tensor};
 use std::sync::{Arc, OnceLock};
 
 impl Nll {
@@ -65,7 +65,7 @@ impl CustomOp2 for NllForward {
         upstream: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let problem = &self.problem;
-        let Some(denominator) = self.denominator.get() else { bail!("{}: backward before forward", problem.name) };
+        let denominator = saved(&self.denominator, problem.name)?;
         let op = NllBackward { problem: problem.clone(), denominator: denominator.clone() };
         let grad = log_probs.apply_op3_no_bwd(target, &upstream.contiguous()?, &op)?;
         let class_last = problem.rows(log_probs.layout())?.class_last();

@@ -137,24 +137,6 @@ impl<'a> RowOperands<'a> {
     }
 }
 
-/// An upstream gradient, and whether it has a number for each row, not one for all.
-pub(crate) fn upstream_view<'a>(
-    name: &str,
-    (rows, arithmetic): (&Rows, DType),
-    (storage, layout): Arg<'a, CudaStorage>,
-) -> Result<(InputView<'a>, bool)> {
-    let count = layout.shape().elem_count();
-    if !layout.is_contiguous() || (count != 1 && count != rows.count()) || storage.dtype() != arithmetic {
-        bail!(
-            "{name}: upstream gradient {:?} of dtype {:?}, expected 1 or {} contiguous numbers of {arithmetic:?}",
-            layout.dims(),
-            storage.dtype(),
-            rows.count()
-        );
-    }
-    Ok((InputView::new(storage, layout)?, count != 1))
-}
-
 /// `Targets` of the kernels: the targets of all rows, and the class weights.
 #[derive(Clone, Copy)]
 pub(crate) struct TargetViews<'a> {

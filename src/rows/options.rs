@@ -1,6 +1,7 @@
 //! The options that every loss of rows with class indices has.
 
 use crate::check;
+use crate::custom_op::Locked;
 use crate::reduction::Reduction;
 use candle_core::{DType, Result, Tensor, bail};
 
@@ -41,6 +42,11 @@ impl RowOptions {
             Some(d) if !(d.is_finite() && d > 0.0) => bail!("{name}: normalizer {d}, expected a finite number above 0"),
             _ => Ok(()),
         }
+    }
+
+    /// The class weights, locked for the time of a call.
+    pub fn lock_weight(&self) -> Option<Locked<'_>> {
+        self.weight.as_ref().map(Locked::new)
     }
 
     /// The options as the kernels read them, for an input of `classes`.

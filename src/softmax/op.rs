@@ -5,13 +5,15 @@
 
 use super::composed;
 use super::problem::{CrossEntropy, RowStatistics, Saved, SoftmaxKernels};
-use crate::custom_op::{Arg, Argument, device_passes, has_kernels, is_composed, put, taken, through_autograd};
+use crate::custom_op::{
+    Arg, Argument, device_passes, has_kernels, is_composed, put, saved, taken, takes_gradient, through_autograd,
+};
 use crate::rows::layout::{
     Rows, as_rows, as_rows_like, contiguous_indices, row_shape, rows_like, rows_of, view_as_logits, written_shape,
 };
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor};
 use std::sync::{Arc, OnceLock};
 
 impl CrossEntropy {
@@ -109,14 +111,14 @@ impl CustomOp2 for CrossEntropyForward {
         upstream: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let problem = &self.problem;
-        let Some(saved) = self.saved.get() else { bail!("{}: backward before forward", problem.name) };
+        let left = saved(&self.saved, problem.name)?;
         let upstream = upstream.contiguous()?;
         let class_last = problem.rows(logits.layout())?.class_last();
         let gradient = |of: Argument, arg: &Tensor| -> Result<Option<Tensor>> {
-            if !arg.track_op() || !arg.dtype().is_float() {
+            if !takes_gradient(arg) {
                 return Ok(None);
             }
-            let op = CrossEntropyBackward { problem: problem.clone(), saved: saved.clone(), of };
+            let op = CrossEntropyBackward { problem: problem.clone(), saved: left.clone(), of };
             let grad = logits.apply_op3_no_bwd(target, &upstream, &op)?.to_dtype(arg.dtype())?;
             view_as_logits(grad, problem.axis, class_last).map(Some)
         };

@@ -8,7 +8,7 @@ use super::plan::{Alignment, MAX_AXES, OPERANDS, OperandAxes, OperandView, Spans
 use crate::check::{self, arithmetic};
 use crate::cuda::gpu::{Gpu, Module};
 use crate::cuda::kernels;
-use crate::cuda::launch::{InputView, Launch, alloc, output, partials, read_element, to_host};
+use crate::cuda::launch::{InputView, Launch, alloc, output, partials, read_element, to_host, upstream_view};
 use crate::custom_op::{Arg, Argument, Locked};
 use crate::elementwise::problem::{DenseKernels, ElementKernels, ElementOptions, Elements, LockedOptions};
 use crate::reduction::Reduction;
@@ -45,6 +45,13 @@ impl<'a> ElementOperands<'a> {
     ) -> Result<Self> {
         let [weight, pos_weight, mask] = locked.args::<CudaStorage>(name)?;
         let args: [_; OPERANDS] = [Some(input), Some(target), weight, pos_weight, mask];
+        let arithmetic = arithmetic(input.0.dtype());
+        if [weight, pos_weight].into_iter().flatten().any(|(weight, _)| weight.dtype() != arithmetic) {
+            bail!("{name}: weights of another dtype than {arithmetic:?}");
+        }
+        if args.into_iter().flatten().any(|(_, layout)| layout.shape() != input.1.shape()) {
+            bail!("{name}: an operand of another shape than the input's {:?}", input.1.shape());
+        }
         let views =
             args.map(|arg| arg.map(|(_, layout)| OperandView { dims: layout.dims(), strides: layout.stride() }));
         let Some(axes) = OperandAxes::merge(&views) else {
@@ -351,8 +358,8 @@ impl ElementKernels for CudaStorage {
         }
         let locked = call.options.lock();
         let operands = ElementOperands::new(problem.name, input, target, &locked)?;
-        let upstream_each = upstream.1.shape().elem_count() > 1;
-        let upstream = InputView::new(upstream.0, upstream.1)?;
+        let losses = (call.elements / call.group, arithmetic(call.dtype));
+        let (upstream, upstream_each) = upstream_view(problem.name, losses, upstream)?;
         let variant = match of {
             Argument::Input if !(upstream_each && call.group > 1) => {
                 call.variant(&operands, true, upstream_each.then_some(&upstream))

@@ -542,3 +542,23 @@ fn sums_are_reproducible() -> Result<()> {
     assert_eq!(run()?, run()?);
     Ok(())
 }
+
+/// A problem that was not checked with these tensors is an error, not an access out of bounds.
+#[test]
+fn operands_that_do_not_fit() -> Result<()> {
+    let gpu = gpu();
+    let zeros = |dims: &[usize], dtype| Tensor::zeros(dims, dtype, &gpu);
+    let (x, short) = (zeros(&[2, 3], DType::F32)?, zeros(&[2, 2], DType::F32)?);
+    let says = |problem: Elements, target: &Tensor, part: &str| {
+        for result in [problem.clone().forward(&x, target), problem.loss_and_grad(&x, target).map(|(loss, _)| loss)] {
+            let error = result.expect_err(part).to_string();
+            assert!(error.contains(part), "{part:?} is not in {error:?}");
+        }
+    };
+    let l1 = || plain(Term::L1, Reduction::Mean);
+    says(l1(), &short, "an operand of another shape than the input's [2, 3]");
+    says(with(l1(), |p| p.options.mask = Some(short.clone())), &x, "an operand of another shape");
+    let wide = zeros(&[2, 3], DType::F64)?;
+    says(with(l1(), |p| p.options.weight = Some(wide)), &x, "weights of another dtype than F32");
+    Ok(())
+}

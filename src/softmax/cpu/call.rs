@@ -9,7 +9,7 @@ use super::targets::RowProblem;
 use crate::cpu::element::{Element, Input, Output, PerRow, Source, Strided, source, with_room};
 use crate::cpu::math::{LANES, Real};
 use crate::cpu::{own_slice, sum_in_order, with_floats};
-use crate::custom_op::{Arg, Argument, DeviceStorage, Locked};
+use crate::custom_op::{Arg, Argument, DeviceStorage};
 use crate::reduction::Reduction;
 use crate::rows::layout::Rows;
 use crate::softmax::problem::{CrossEntropy, RowStatistics, Saved, SoftmaxKernels};
@@ -20,7 +20,7 @@ use std::ops::Range;
 /// Calls `body` with the rows of a problem on its tensors.
 macro_rules! with_rows {
     ($problem:expr, $logits:expr, $target:expr, $rows:ident => $body:expr) => {{
-        let weight = $problem.options.rows.weight.as_ref().map(Locked::new);
+        let weight = $problem.options.rows.lock_weight();
         with_floats!($problem.name, $logits.0, data => {
             let (x, layout) = (Input::Shared(data), $problem.rows($logits.1)?);
             let $rows = RowProblem::new($problem, x, layout, $target, &weight)?;
@@ -76,7 +76,7 @@ impl SoftmaxKernels for CpuStorage {
         layout: &Layout,
         target: Arg<Self>,
     ) -> Result<Self> {
-        let weight = problem.options.rows.weight.as_ref().map(Locked::new);
+        let weight = problem.options.rows.lock_weight();
         let Some((start, end)) = layout.contiguous_offsets() else {
             return Err(crate::check::not_contiguous(problem.name, layout));
         };

@@ -6,9 +6,9 @@ use super::params::{GradientInputs, LogSoftmaxBackwardLaunch, LogSoftmaxLaunch, 
 use super::plan::Form;
 use crate::check;
 use crate::cuda::gpu::Gpu;
-use crate::cuda::launch::{InputView, alloc, output};
+use crate::cuda::launch::{InputView, alloc, output, upstream_view};
 use crate::custom_op::{Arg, Argument, DeviceStorage, Locked};
-use crate::rows::cuda::{RowParams, Strides, upstream_view};
+use crate::rows::cuda::{RowParams, Strides};
 use crate::rows::layout::Rows;
 use crate::softmax::problem::{CrossEntropy, RowStatistics, Saved, SoftmaxKernels};
 use candle_core::backend::BackendStorage;
@@ -22,7 +22,7 @@ fn from(rows: &Rows) -> Layout {
 
 impl SoftmaxKernels for CudaStorage {
     fn forward(problem: &CrossEntropy, (storage, layout): Arg<Self>, target: Arg<Self>) -> Result<(Self, Saved)> {
-        let weight = problem.options.rows.weight.as_ref().map(Locked::new);
+        let weight = problem.options.rows.lock_weight();
         let call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &weight)?;
         call.check_target(target)?;
         let reduced = call.reduce(&InputView::new(storage, layout)?)?;
@@ -41,7 +41,7 @@ impl SoftmaxKernels for CudaStorage {
         target: Arg<Self>,
         upstream: Arg<Self>,
     ) -> Result<Self> {
-        let weight = problem.options.rows.weight.as_ref().map(Locked::new);
+        let weight = problem.options.rows.lock_weight();
         // the forward has checked the target
         let call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &weight)?;
         let len = layout.shape().elem_count();
@@ -55,7 +55,7 @@ impl SoftmaxKernels for CudaStorage {
             return Ok(call.wrap(grad));
         }
         let x = InputView::new(storage, layout)?;
-        let (upstream, upstream_rows) = upstream_view(problem.name, (&call.rows, call.arithmetic()), upstream)?;
+        let (upstream, upstream_rows) = upstream_view(problem.name, (call.rows.count(), call.arithmetic()), upstream)?;
         let (statistics, denominator) = (Locked::new(&saved.statistics), Locked::new(&saved.denominator));
         let (statistics, denominator) = (statistics.arg::<Self>(problem.name)?, denominator.arg::<Self>(problem.name)?);
         if statistics.1.shape().elem_count() != call.statistics_per_row() * call.rows.count() {
@@ -76,7 +76,7 @@ impl SoftmaxKernels for CudaStorage {
     }
 
     fn loss_and_grad(problem: &CrossEntropy, (storage, layout): Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
-        let weight = problem.options.rows.weight.as_ref().map(Locked::new);
+        let weight = problem.options.rows.lock_weight();
         let call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &weight)?;
         call.check_target(target)?;
         let len = layout.shape().elem_count();
@@ -95,7 +95,7 @@ impl SoftmaxKernels for CudaStorage {
         layout: &Layout,
         target: Arg<Self>,
     ) -> Result<Self> {
-        let weight = problem.options.rows.weight.as_ref().map(Locked::new);
+        let weight = problem.options.rows.lock_weight();
         let dtype = logits.dtype();
         let call = SoftmaxCall::new(problem, (&logits.device, dtype, layout), target, &weight)?;
         call.check_target(target)?;
@@ -114,7 +114,7 @@ impl SoftmaxKernels for CudaStorage {
         (storage, layout): Arg<Self>,
         target: Arg<Self>,
     ) -> Result<RowStatistics<Self>> {
-        let weight = problem.options.rows.weight.as_ref().map(Locked::new);
+        let weight = problem.options.rows.lock_weight();
         let call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &weight)?;
         call.check_target(target)?;
         let rows = call.rows.count();
@@ -183,6 +183,9 @@ impl SoftmaxKernels for CudaStorage {
         if upstream.dtype() != dtype {
             bail!("{name}: an upstream gradient of dtype {:?}, expected {dtype:?}", upstream.dtype());
         }
+        if (upstream_rows.count(), upstream_rows.classes) != (rows.count(), rows.classes) {
+            bail!("{name}: an upstream gradient of other rows than the log-probabilities'");
+        }
         let len = rows.count() * rows.classes;
         // SAFETY: the launch below writes all of it
         let mut grad = unsafe { alloc(device, dtype, len.max(1))? };
@@ -197,7 +200,8 @@ impl SoftmaxKernels for CudaStorage {
                 upstream: &InputView::new(upstream, &from(upstream_rows))?.bytes,
                 grad: output(&mut grad)?,
             };
-            // SAFETY: the grid is the pass's; the rows are those of the tensors, whose elements all have room
+            // SAFETY: the grid is the pass's; the rows are those of the tensors, as many in both, whose elements all
+            // have room
             unsafe { launch.launch(&gpu, &device.cuda_stream(), kernel, pass.grid)? };
         }
         Ok(CudaStorage { slice: grad, device: device.clone() })
