@@ -1,9 +1,10 @@
 //! That the kernels are still a multiple faster than candle's own losses, and keep up with memory. Only ratios of one
 //! run are compared, so the machine matters little; each bound is about a third of the lowest ratio of several runs.
+//! Both sides have one thread: whether a second one wakes up in time for work of a millisecond is the scheduler's
+//! choice, and was half of the ratio.
 
-use candle_core::{CpuStorage, Device, Result, Storage, Tensor, Var, bail};
+use candle_core::{CpuStorage, Device, Error, Result, Storage, Tensor, Var, bail};
 use candle_fused_loss as fused;
-use rayon::prelude::*;
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -53,6 +54,14 @@ fn logits(rows: usize, classes: usize) -> Result<Var> {
 #[test]
 #[cfg_attr(debug_assertions, ignore = "says nothing about unoptimised code")]
 fn kernels_are_faster_than_candle() -> Result<()> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().map_err(Error::wrap)?;
+    pool.install(|| {
+        ahead_of_candle()?;
+        keeps_up_with_memory()
+    })
+}
+
+fn ahead_of_candle() -> Result<()> {
     let device = &Device::Cpu;
     let (rows, classes) = (256, 8192);
     let logits = logits(rows, classes)?;
@@ -60,33 +69,38 @@ fn kernels_are_faster_than_candle() -> Result<()> {
     let target = Tensor::arange(0u32, rows as u32, device)?;
     let ours = || fused::cross_entropy(&plain, &target).map(|_| ());
     let candles = || candle_nn::loss::cross_entropy(&plain, &target).map(|_| ());
-    assert_faster("cross-entropy forward", 6.0, &ours, &candles)?;
+    assert_faster("cross-entropy forward", 2.5, &ours, &candles)?;
     let ours = || fused::cross_entropy(&logits, &target)?.backward().map(|_| ());
     let candles = || candle_nn::loss::cross_entropy(&logits, &target)?.backward().map(|_| ());
-    assert_faster("cross-entropy forward and backward", 4.0, &ours, &candles)?;
+    assert_faster("cross-entropy forward and backward", 3.0, &ours, &candles)?;
 
     let target = Tensor::rand(0f32, 1., (rows, classes), device)?.round()?;
     let ours = || fused::binary_cross_entropy_with_logits(&plain, &target).map(|_| ());
     let candles = || candle_nn::loss::binary_cross_entropy_with_logit(&plain, &target).map(|_| ());
-    assert_faster("binary cross-entropy with logits forward", 7.0, &ours, &candles)?;
+    assert_faster("binary cross-entropy with logits forward", 3.5, &ours, &candles)?;
     let ours = || fused::binary_cross_entropy_with_logits(&logits, &target)?.backward().map(|_| ());
     let candles = || candle_nn::loss::binary_cross_entropy_with_logit(&logits, &target)?.backward().map(|_| ());
-    assert_faster("binary cross-entropy with logits forward and backward", 7.0, &ours, &candles)?;
+    assert_faster("binary cross-entropy with logits forward and backward", 5.0, &ours, &candles)?;
 
-    // where candle has no such loss, the composition of its operations; a kernel that isn't vectorised would lose
+    // where candle has no such loss, the formula as a loop, which allocates nothing; a kernel that isn't vectorised is
+    // 1.3 times as fast
     let probabilities = candle_nn::ops::sigmoid(&plain)?;
     let ours = || fused::binary_cross_entropy(&probabilities, &target).map(|_| ());
-    let composed = || fused::unfused::binary_cross_entropy(&probabilities, &target).map(|_| ());
-    assert_faster("binary cross-entropy forward", 6.0, &ours, &composed)?;
+    let (xs, ts) = (probabilities.flatten_all()?.to_vec1::<f32>()?, target.flatten_all()?.to_vec1::<f32>()?);
+    let formula = |(x, t): (&f32, &f32)| t * x.ln().max(-100.) + (1. - t) * (1. - x).ln().max(-100.);
+    let written_out = || {
+        black_box(xs.iter().zip(&ts).map(formula).sum::<f32>());
+        Ok(())
+    };
+    assert_faster("binary cross-entropy forward against its formula", 2.0, &ours, &written_out)?;
     let focal = fused::SigmoidFocalLoss::new();
     let ours = || focal.loss_and_grad(&plain, &target).map(|_| ());
     let unfused = fused::SigmoidFocalLoss::new().with_fused(false);
     let composed = || unfused.loss_and_grad(&plain, &target).map(|_| ());
-    assert_faster("focal loss and gradient", 17.0, &ours, &composed)?;
-    keeps_up_with_memory()
+    assert_faster("focal loss and gradient", 11.0, &ours, &composed)
 }
 
-/// The forward of logits that no cache holds, against nothing but reading them on as many threads.
+/// The forward of logits that no cache holds, against nothing but reading them.
 fn keeps_up_with_memory() -> Result<()> {
     let (rows, classes) = (4096, 32768);
     let logits = Tensor::full(0.5f32, (rows, classes), &Device::Cpu)?.contiguous()?;
@@ -97,7 +111,7 @@ fn keeps_up_with_memory() -> Result<()> {
         let Storage::Cpu(CpuStorage::F32(values)) = &*storage else { bail!("logits of another kind") };
         // integers, whose sum the compiler may reorder, and so vectorise
         let sum = |part: &[f32]| part.iter().fold(0u32, |sum, x| sum.wrapping_add(x.to_bits()));
-        black_box(values.par_chunks(1 << 20).map(sum).reduce(|| 0, u32::wrapping_add));
+        black_box(sum(values));
         Ok(())
     };
     assert_faster("cross-entropy forward against a read of the logits", 0.13, &ours, &read)
