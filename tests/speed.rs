@@ -1,7 +1,7 @@
 //! That the kernels are still a multiple faster than candle's own losses, and keep up with memory. Only ratios of one
-//! run are compared, so the machine matters little; each bound is about a third of the lowest ratio of several runs.
-//! Both sides have one thread: whether a second one wakes up in time for work of a millisecond is the scheduler's
-//! choice, and was half of the ratio.
+//! run are compared, so the machine matters little; each bound is about half of the lowest ratio of several runs, idle
+//! and busy. Both sides have one thread: whether a second one wakes up in time for work of a millisecond is the
+//! scheduler's choice, and was half of the ratio.
 
 use candle_core::{CpuStorage, Device, Error, Result, Storage, Tensor, Var, bail};
 use candle_fused_loss as fused;
@@ -69,18 +69,18 @@ fn ahead_of_candle() -> Result<()> {
     let target = Tensor::arange(0u32, rows as u32, device)?;
     let ours = || fused::cross_entropy(&plain, &target).map(|_| ());
     let candles = || candle_nn::loss::cross_entropy(&plain, &target).map(|_| ());
-    assert_faster("cross-entropy forward", 2.5, &ours, &candles)?;
+    assert_faster("cross-entropy forward", 3.0, &ours, &candles)?;
     let ours = || fused::cross_entropy(&logits, &target)?.backward().map(|_| ());
     let candles = || candle_nn::loss::cross_entropy(&logits, &target)?.backward().map(|_| ());
-    assert_faster("cross-entropy forward and backward", 3.0, &ours, &candles)?;
+    assert_faster("cross-entropy forward and backward", 4.0, &ours, &candles)?;
 
     let target = Tensor::rand(0f32, 1., (rows, classes), device)?.round()?;
     let ours = || fused::binary_cross_entropy_with_logits(&plain, &target).map(|_| ());
     let candles = || candle_nn::loss::binary_cross_entropy_with_logit(&plain, &target).map(|_| ());
-    assert_faster("binary cross-entropy with logits forward", 3.5, &ours, &candles)?;
+    assert_faster("binary cross-entropy with logits forward", 4.5, &ours, &candles)?;
     let ours = || fused::binary_cross_entropy_with_logits(&logits, &target)?.backward().map(|_| ());
     let candles = || candle_nn::loss::binary_cross_entropy_with_logit(&logits, &target)?.backward().map(|_| ());
-    assert_faster("binary cross-entropy with logits forward and backward", 5.0, &ours, &candles)?;
+    assert_faster("binary cross-entropy with logits forward and backward", 7.0, &ours, &candles)?;
 
     // where candle has no such loss, the formula as a loop, which allocates nothing; a kernel that isn't vectorised is
     // 1.3 times as fast
@@ -97,7 +97,7 @@ fn ahead_of_candle() -> Result<()> {
     let ours = || focal.loss_and_grad(&plain, &target).map(|_| ());
     let unfused = fused::SigmoidFocalLoss::new().with_fused(false);
     let composed = || unfused.loss_and_grad(&plain, &target).map(|_| ());
-    assert_faster("focal loss and gradient", 11.0, &ours, &composed)
+    assert_faster("focal loss and gradient", 17.0, &ours, &composed)
 }
 
 /// The forward of logits that no cache holds, against nothing but reading them.
