@@ -26,7 +26,7 @@ constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
 // The dtype of an operand that is not a template parameter. `Tag` in src/cuda/launch.rs has the same numbers.
-enum class DType : int { U8 = 0, U32 = 1, I32 = 2, I64 = 3, F16 = 4, BF16 = 5, F32 = 6, F64 = 7 };
+enum class DType : int { U8 = 0, U32 = 1, I32 = 2, I64 = 3, F16 = 4, BF16 = 5, F32 = 6, F64 = 7, I16 = 8 };
 
 template <class In> struct Arithmetic {
     using type = float;
@@ -126,6 +126,7 @@ template <class F> __device__ __forceinline__ void with_dtype(DType dtype, F f) 
     switch (dtype) {
     case DType::U8: return f(static_cast<const uint8_t *>(nullptr));
     case DType::U32: return f(static_cast<const uint32_t *>(nullptr));
+    case DType::I16: return f(static_cast<const int16_t *>(nullptr));
     case DType::I32: return f(static_cast<const int32_t *>(nullptr));
     case DType::I64: return f(static_cast<const int64_t *>(nullptr));
     case DType::F16: return f(static_cast<const f16 *>(nullptr));
@@ -140,6 +141,7 @@ __device__ __forceinline__ int64_t load_index(const void *p, DType dtype, int64_
     switch (dtype) {
     case DType::U8: return static_cast<const uint8_t *>(p)[i];
     case DType::U32: return static_cast<const uint32_t *>(p)[i];
+    case DType::I16: return static_cast<const int16_t *>(p)[i];
     case DType::I32: return static_cast<const int32_t *>(p)[i];
     case DType::I64: return static_cast<const int64_t *>(p)[i];
     case DType::F16:

@@ -28,6 +28,7 @@ template <class A, class F> __device__ __forceinline__ void with_logits(DType dt
         case DType::F32: return f(0.0f);
         case DType::U8:
         case DType::U32:
+        case DType::I16:
         case DType::I32:
         case DType::I64:
         case DType::F64: return; // not the log-probabilities of these kernels
@@ -84,7 +85,7 @@ __device__ __forceinline__ void gradient(const Params &p, const Targets<Acc<T>> 
             const int64_t row = outer * inner + column;
             if (row < p.rows && row != read) {
                 target = read_target(p, targets, row);
-                factor = (upstream ? upstream[p.upstream_rows ? row : 0] : A(1)) / denominator;
+                factor = over(upstream ? upstream[p.upstream_rows ? row : 0] : A(p.grad_scale), denominator);
                 read = row;
             }
             pack.at[k] = narrow<T>(value_at(target, c, factor));

@@ -26,6 +26,7 @@ struct RowParams {
     int64_t ignore_index;
     double keep;       // 1 - label smoothing: a factor of the own class's weight
     double normalizer; // the divisor of the sum of the losses, unless `counted`
+    double grad_scale; // the upstream gradient of a pass that is given none
     int classes;
     DType target; // class indices if an integer, else probabilities
     int counted;  // the denominator is the number (the weights) of the rows that are not ignored
@@ -56,6 +57,7 @@ __device__ __forceinline__ bool is_index(DType dtype) {
     switch (dtype) {
     case DType::U8:
     case DType::U32:
+    case DType::I16:
     case DType::I32:
     case DType::I64: return true;
     case DType::F16:
@@ -122,6 +124,12 @@ __device__ __forceinline__ void finish_block(const RowParams &p, const Outputs<A
     }
     // otherwise the only block; or there is no scalar loss, and the denominator is a constant
     if (thread == 0 && index == 0) write_result(p, out, {loss, weight});
+}
+
+// An upstream gradient over the denominator. That is 0 where the rows that count weigh nothing: then no gradient goes out
+// of this loss, and what else was added to it keeps its own.
+template <class A> __device__ __forceinline__ A over(A upstream, A denominator) {
+    return denominator == A(0) ? A(0) : upstream / denominator;
 }
 
 // The part of a counted denominator that the rows first, first + step, … add.

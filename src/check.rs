@@ -33,7 +33,7 @@ pub(crate) fn not_contiguous(name: &str, layout: &Layout) -> Error {
 }
 
 pub(crate) fn is_index(dtype: DType) -> bool {
-    matches!(dtype, DType::U8 | DType::U32 | DType::I32 | DType::I64)
+    matches!(dtype, DType::U8 | DType::U32 | DType::I16 | DType::I32 | DType::I64)
 }
 
 pub(crate) fn is_float(dtype: DType) -> bool {
@@ -63,6 +63,13 @@ pub(crate) fn class_axis(name: &str, input: &Tensor) -> Result<usize> {
         [_] => Ok(0),
         _ => Ok(1),
     }
+}
+
+pub(crate) fn finite(name: &str, option: &str, value: f64) -> Result<()> {
+    if value.is_finite() {
+        return Ok(());
+    }
+    bail!("{name}: {option} {value}, expected a finite number")
 }
 
 pub(crate) fn in_unit_interval(name: &str, option: &str, value: f64) -> Result<()> {
@@ -124,7 +131,7 @@ pub(crate) fn class_indices(name: &str, target: &Tensor) -> Result<()> {
 }
 
 pub(crate) fn not_class_indices(name: &str, dtype: DType) -> Error {
-    Error::Msg(format!("{name}: class indices of dtype {dtype:?}, expected u8, u32, i32 or i64")).bt()
+    Error::Msg(format!("{name}: class indices of dtype {dtype:?}, expected u8, u32, i16, i32 or i64")).bt()
 }
 
 /// Of class indices that a problem was not checked with.

@@ -17,12 +17,19 @@ pub(crate) fn as_matrix(t: &Tensor, axis: usize) -> Result<Tensor> {
     t.permute(order)?.reshape((t.elem_count() / classes, classes))
 }
 
+/// A sum over its denominator. Where that is 0 the mean is NaN or infinite, but no gradient goes out of it.
+fn mean(sum: &Tensor, denominator: &Tensor) -> Result<Tensor> {
+    let weightless = denominator.eq(0f64)?;
+    let mean = (sum / weightless.where_cond(&denominator.ones_like()?, denominator)?)?;
+    weightless.where_cond(&(sum.detach() / denominator)?, &mean)
+}
+
 /// The rows' losses as a loss returns them; `weights` are what the rows add to the denominator of a mean.
 pub(crate) fn reduced(options: &RowOptions, losses: Tensor, weights: &Tensor, shape: Shape) -> Result<Tensor> {
     match (options.reduction, options.normalizer) {
         (Reduction::None, _) => losses.reshape(shape),
         (Reduction::Sum, _) => losses.sum_all(),
         (Reduction::Mean, Some(normalizer)) => losses.sum_all()? / normalizer,
-        (Reduction::Mean, None) => losses.sum_all()? / weights.sum_all()?,
+        (Reduction::Mean, None) => mean(&losses.sum_all()?, &weights.sum_all()?.detach()),
     }
 }

@@ -102,6 +102,33 @@ pub(crate) fn is_composed(fused: bool, input: &Tensor) -> bool {
     !fused || !has_kernels(input.device())
 }
 
+/// As [`is_composed`] for a loss with autograd: also where gradients are to be differentiated again, which those of
+/// tensor ops can be. The first operand is the input.
+pub(crate) fn is_composed_in_graph(fused: bool, operands: &[&Tensor]) -> bool {
+    operands.first().is_some_and(|input| is_composed(fused, input))
+        || (keeps_backward_graph() && operands.iter().any(|operand| operand.track_op()))
+}
+
+/// The environment variable that makes candle keep the graph of a backward. It is looked at each time, as candle does
+/// so on each thread's first backward, which may come later than the first loss.
+const KEEP_BACKWARD_GRAPH: &str = "CANDLE_GRAD_DO_NOT_DETACH";
+
+fn keeps_backward_graph() -> bool {
+    std::env::var(KEEP_BACKWARD_GRAPH).is_ok_and(|value| !value.is_empty() && value != "0")
+}
+
+/// An `Err` where a backward by kernels, whose gradients have no graph, would take part in a backward that keeps its
+/// graph: second derivatives would lack this loss.
+pub(crate) fn check_first_order(name: &str) -> Result<()> {
+    if !keeps_backward_graph() {
+        return Ok(());
+    }
+    bail!(
+        "{name}: {KEEP_BACKWARD_GRAPH} asks for second derivatives, but was not set yet when this loss was computed, \
+         expected it to be set ahead of the forward, or with_fused(false)"
+    )
+}
+
 /// An operand that is not an argument of the custom op, locked for the time of a call.
 pub(crate) struct Locked<'a> {
     storage: StorageRef<'a>,
@@ -132,6 +159,7 @@ pub(crate) fn takes_gradient(arg: &Tensor) -> bool {
 
 /// What the forward of an op left for its backward.
 pub(crate) fn saved<'a, T>(slot: &'a OnceLock<T>, name: &str) -> Result<&'a T> {
+    check_first_order(name)?;
     slot.get().ok_or_else(|| Error::Msg(format!("{name}: backward before forward")).bt())
 }
 
@@ -144,10 +172,14 @@ pub(crate) fn put<T>(slot: &OnceLock<T>, value: T) -> Result<()> {
     slot.set(value).map_err(|_| Error::msg("a loss op ran twice"))
 }
 
-/// A loss that is composed of tensor ops, and its gradient for an upstream gradient of ones.
-pub(crate) fn through_autograd(input: &Tensor, loss: impl Fn(&Tensor) -> Result<Tensor>) -> Result<(Tensor, Tensor)> {
+/// A loss that is composed of tensor ops, and its gradient for an upstream gradient of `grad_scale` everywhere.
+pub(crate) fn through_autograd(
+    input: &Tensor,
+    grad_scale: f64,
+    loss: impl Fn(&Tensor) -> Result<Tensor>,
+) -> Result<(Tensor, Tensor)> {
     let input = Var::from_tensor(&input.detach())?;
     let loss = loss(&input)?;
-    let grad = loss.backward()?.remove(&input);
+    let grad = (&loss * grad_scale)?.backward()?.remove(&input);
     Ok((loss.detach(), grad.map_or_else(|| input.zeros_like(), Ok)?))
 }

@@ -175,7 +175,7 @@ __device__ __forceinline__ void fused_registers(const Params &p, const T *x, T *
                                                 const double *counts, const Outputs<float> &out) {
     constexpr Detail D = Rule::DETAIL;
     __shared__ double scratch[WARP];
-    const float upstream = 1.0f / denominator_of(p, targets, counts, scratch);
+    const float upstream = over(static_cast<float>(p.grad_scale), denominator_of(p, targets, counts, scratch));
     double2 total = {0, 0};
     for_each_share<true, W>(p, x ? x : to, targets,
                             [&](int64_t row, bool exists, const Windows<T> &w, int lane, const Share<T, W> &share,

@@ -462,14 +462,14 @@ __device__ __forceinline__ void statistics_rows(const Params &p, const T *x, con
 template <class A> struct GradientInputs {
     const A *statistics;  // the numbers of each row that the forward saved
     const A *denominator; // the divisor of the forward
-    const A *upstream;    // a number for each row or one for all; null: ones
+    const A *upstream;    // a number for each row or one for all; null: the grad scale
 };
 
 // A row's scalars in the backward.
 template <class Rule, class A>
 __device__ __forceinline__ RowScalars<A> saved_scalars(const Params &p, const Target<A> &target,
                                                        const GradientInputs<A> &in, int64_t row) {
-    const A g = (in.upstream ? in.upstream[p.upstream_rows ? row : 0] : A(1)) / *in.denominator;
+    const A g = over(in.upstream ? in.upstream[p.upstream_rows ? row : 0] : A(p.grad_scale), *in.denominator);
     const A mass = Rule::DETAIL >= UNIFORM ? read_mass(p, in.statistics, row) : A(0);
     const A max = in.statistics[row], rest = in.statistics[p.rows + row];
     return RowScalars<A>::template gradient<Rule::DETAIL>(p, target, max, rest, mass, g);
@@ -591,7 +591,7 @@ __device__ __forceinline__ void fused_rows(const Params &p, const T *x, T *to, c
     const int size = CLUSTER ? cluster_size() : 1, rank = CLUSTER ? cluster_rank() : 0;
     const int blocks = gridDim.x / size, block = blockIdx.x / size;
     const int thread = threadIdx.x % team + rank * blockDim.x, threads = team * size;
-    const A upstream = A(1) / denominator_of(p, targets, counts, scratch);
+    const A upstream = over(A(p.grad_scale), denominator_of(p, targets, counts, scratch));
     double2 total = {0, 0};
     for (int64_t first = static_cast<int64_t>(block) * teams; first < p.rows;
          first += static_cast<int64_t>(blocks) * teams) {

@@ -248,6 +248,7 @@ __device__ __forceinline__ void load_probabilities(const Params &p, const Operan
     case DType::F64: return load(static_cast<const double *>(o.t));
     case DType::U8:
     case DType::U32:
+    case DType::I16:
     case DType::I32:
     case DType::I64: return; // class indices: no caller asks for their probabilities
     }

@@ -166,7 +166,7 @@ __device__ __forceinline__ void fused_strided(const Params &p, const T *x, T *to
     __shared__ double scratch[WARP];
     __shared__ State<A, D> states[STRIDED_THREADS];
     if (!x) x = to;
-    const A upstream = A(1) / denominator_of(p, targets, counts, scratch);
+    const A upstream = over(A(p.grad_scale), denominator_of(p, targets, counts, scratch));
     double2 total = {0, 0};
     for_strided_rows(p, [&](int64_t row, bool exists) {
         State<A, D> state = State<A, D>::empty();
@@ -251,7 +251,7 @@ __device__ __forceinline__ void target_gradient(const Params &p, const T *x, con
     for_strided_rows(p, [&](int64_t row, bool exists) {
         if (!exists) return;
         const RowScalars<A> s = RowScalars<A>::of(in.statistics[row], in.statistics[p.rows + row]);
-        const A factor = in.upstream[p.upstream_rows ? row : 0] / *in.denominator;
+        const A factor = over(in.upstream[p.upstream_rows ? row : 0], *in.denominator);
         const T *logits = x + p.x.start(row);
         const Written written(p, row);
         for (int c = threadIdx.y; c < p.classes; c += blockDim.y) {

@@ -156,7 +156,7 @@ __device__ __forceinline__ void fused_tiles(const Params &p, const T *x, T *to, 
     constexpr Detail D = Rule::DETAIL;
     __shared__ uint4 shared[TILE_WINDOWS<T>];
     __shared__ double scratch[WARP];
-    const A upstream = A(1) / denominator_of(p, targets, counts, scratch);
+    const A upstream = over(A(p.grad_scale), denominator_of(p, targets, counts, scratch));
     double2 total = {0, 0};
     for_each_tile(p, x ? x : to, to, shared, [&](const Lane<T> &l) {
         const int64_t row = l.exists ? l.row : 0;

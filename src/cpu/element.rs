@@ -480,6 +480,7 @@ pub(crate) fn source<'a, A: Real + Element<Acc = A>>(
         CpuStorage::F64(data) => float(data, order),
         CpuStorage::U8(data) => Box::new(IntSource { data, order }),
         CpuStorage::U32(data) => Box::new(IntSource { data, order }),
+        CpuStorage::I16(data) => Box::new(IntSource { data, order }),
         CpuStorage::I32(data) => Box::new(IntSource { data, order }),
         CpuStorage::I64(data) => Box::new(IntSource { data, order }),
         other => bail!("no loss kernel reads an operand of dtype {:?}", other.dtype()),

@@ -10,6 +10,7 @@ use std::ops::Range;
 pub(crate) enum Indices<'a> {
     U8(&'a [u8]),
     U32(&'a [u32]),
+    I16(&'a [i16]),
     I32(&'a [i32]),
     I64(&'a [i64]),
 }
@@ -20,6 +21,7 @@ macro_rules! with_indices {
         match $indices {
             Indices::U8($slice) => $body,
             Indices::U32($slice) => $body,
+            Indices::I16($slice) => $body,
             Indices::I32($slice) => $body,
             Indices::I64($slice) => $body,
         }
@@ -37,6 +39,7 @@ impl<'a> Indices<'a> {
         Ok(match storage {
             CpuStorage::U8(t) => Indices::U8(&t[range]),
             CpuStorage::U32(t) => Indices::U32(&t[range]),
+            CpuStorage::I16(t) => Indices::I16(&t[range]),
             CpuStorage::I32(t) => Indices::I32(&t[range]),
             CpuStorage::I64(t) => Indices::I64(&t[range]),
             other => return Err(check::not_class_indices(name, other.dtype())),

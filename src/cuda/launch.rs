@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 /// Calls a macro with the dtypes that kernels read and write, ahead of its arguments.
 macro_rules! with_dtypes {
-    ($macro:ident!($($args:tt)*)) => { $macro!([U8 U32 I32 I64 F16 BF16 F32 F64] $($args)*) };
+    ($macro:ident!($($args:tt)*)) => { $macro!([U8 U32 I16 I32 I64 F16 BF16 F32 F64] $($args)*) };
 }
 
 /// Applies an expression to the typed memory of a storage: `Some` of its result, or `None` for a dtype of no kernel.
@@ -60,6 +60,7 @@ pub(crate) enum Tag {
     BF16 = 5,
     F32 = 6,
     F64 = 7,
+    I16 = 8,
 }
 
 impl Tag {

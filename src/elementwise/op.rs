@@ -3,7 +3,8 @@
 use super::composed;
 use super::problem::{ElementKernels, Elements};
 use crate::custom_op::{
-    Arg, Argument, device_passes, is_composed, put, saved, taken, takes_gradient, through_autograd,
+    Arg, Argument, device_passes, is_composed, is_composed_in_graph, put, saved, taken, takes_gradient,
+    through_autograd,
 };
 use candle_core::{CustomOp2, CustomOp3, Result, Shape, Tensor};
 use std::sync::{Arc, OnceLock};
@@ -11,7 +12,7 @@ use std::sync::{Arc, OnceLock};
 impl Elements {
     /// The loss, with autograd.
     pub fn forward(self, input: &Tensor, target: &Tensor) -> Result<Tensor> {
-        if is_composed(self.options.fused, input) {
+        if is_composed_in_graph(self.options.fused, &[input, target]) {
             return composed::loss(&self, input, target);
         }
         input.apply_op2(target, ElementForward { problem: Arc::new(self), denominator: OnceLock::new() })
@@ -20,7 +21,7 @@ impl Elements {
     /// The loss and the gradient of the input in one pass, without a graph.
     pub fn loss_and_grad(self, input: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
         if is_composed(self.options.fused, input) {
-            return through_autograd(input, |input| composed::loss(&self, input, target));
+            return through_autograd(input, self.options.grad_scale, |input| composed::loss(&self, input, target));
         }
         let op = ElementLossAndGrad { problem: self, loss: OnceLock::new() };
         let grad = input.apply_op2_no_bwd(target, &op)?;

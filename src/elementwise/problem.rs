@@ -114,6 +114,8 @@ pub(crate) struct ElementOptions {
     pub mask: Option<Tensor>,
     pub label_smoothing: f64,
     pub reduction: Reduction,
+    /// A factor of the gradients of a pass without a graph.
+    pub grad_scale: f64,
     /// On CUDA: synchronise to check the values of the target. The CPU always checks them.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub target_check: bool,
@@ -129,6 +131,7 @@ impl Default for ElementOptions {
             mask: None,
             label_smoothing: 0.0,
             reduction: Reduction::Mean,
+            grad_scale: 1.0,
             target_check: false,
             fused: true,
         }
@@ -140,13 +143,17 @@ impl ElementOptions {
     pub fn problem(&self, name: &'static str, term: Term, input: &Tensor, target: &Tensor) -> Result<Elements> {
         let arithmetic = check::arithmetic_dtype(name, term.declaration().input, input)?;
         check::in_unit_interval(name, "label smoothing", self.label_smoothing)?;
+        check::finite(name, "grad scale", self.grad_scale)?;
         term.check(name)?;
         check::same_device(name, "target", target, input)?;
         if target.dims() != input.dims() {
             bail!("{name}: target of shape {:?}, expected the input's shape {:?}", target.dims(), input.dims());
         }
         if !check::is_number(target.dtype()) {
-            bail!("{name}: target of dtype {:?}, expected f16, bf16, f32, f64, u8, u32, i32 or i64", target.dtype());
+            bail!(
+                "{name}: target of dtype {:?}, expected f16, bf16, f32, f64, u8, u32, i16, i32 or i64",
+                target.dtype()
+            );
         }
         let mask = match &self.mask {
             None => None,

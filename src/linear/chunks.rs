@@ -4,7 +4,6 @@ use super::inputs::{Counted, Inputs, Selection, ones};
 use super::matmul::product;
 use super::problem::Linear;
 use crate::reduction::Reduction;
-use crate::rows::options::RowOptions;
 use crate::softmax::problem::{CrossEntropy, SoftmaxOptions};
 use candle_core::{Result, Tensor};
 
@@ -81,7 +80,7 @@ impl<'a> Chunks<'a> {
     fn new(linear: &Linear, inputs: &'a Inputs, selection: &'a Selection, step: usize) -> Result<Self> {
         let (working, options) = (inputs.policy.working, &linear.problem.options);
         let reduction = if options.rows.reduction == Reduction::None { Reduction::None } else { Reduction::Sum };
-        let rows = RowOptions { reduction, normalizer: None, target_check: false, ..options.rows.clone() };
+        let rows = options.rows.of_sum(reduction);
         Ok(Chunks {
             inputs,
             selection,

@@ -24,7 +24,7 @@ pub(crate) fn loss(
     }
 }
 
-/// The loss, and its gradients for an upstream gradient of ones.
+/// The loss, and its gradients for an upstream gradient of the grad scale everywhere.
 pub(crate) fn loss_and_grad(
     linear: &Linear,
     hidden: &Tensor,
@@ -35,7 +35,7 @@ pub(crate) fn loss_and_grad(
     let var = |tensor: &Tensor| Var::from_tensor(&tensor.detach());
     let (hidden, weight, bias) = (var(hidden)?, var(weight)?, bias.map(var).transpose()?);
     let loss = loss(linear, &hidden, &weight, bias.as_deref(), target)?;
-    let mut grads = loss.backward()?;
+    let mut grads = (&loss * linear.problem.options.rows.grad_scale)?.backward()?;
     let mut grad = |of: &Var| grads.remove(of).map_or_else(|| of.zeros_like(), Ok);
     let (hidden, weight, bias) = (grad(&hidden)?, grad(&weight)?, bias.as_ref().map(grad).transpose()?);
     Ok((loss.detach(), LinearGradients { hidden, weight, bias }))

@@ -149,8 +149,6 @@ pub(super) struct Counted {
     pub rows: usize,
     /// What the sum is divided by: a scalar, f64.
     pub denominator: Tensor,
-    /// Whether any row counts: a scalar, u8.
-    pub some: Tensor,
 }
 
 impl Counted {
@@ -162,22 +160,19 @@ impl Counted {
                 selection: Selection::All,
                 rows: 0,
                 denominator: scalar(options.denominator(0.0), device)?,
-                some: Tensor::zeros((), DType::U8, device)?,
             });
         }
         let ones = row_weights(linear, inputs, None)?;
-        let count = ones.to_dtype(DType::F64)?.sum_all()?;
         let denominator = match (options.reduction, options.normalizer, &options.weight) {
-            (Reduction::Mean, None, None) => count.clone(),
+            (Reduction::Mean, None, None) => ones.to_dtype(DType::F64)?.sum_all()?,
             (Reduction::Mean, None, Some(weight)) => {
                 row_weights(linear, inputs, Some(weight.clone()))?.to_dtype(DType::F64)?.sum_all()?
             }
             _ => scalar(options.denominator(0.0), device)?,
         };
-        let some = count.ne(0f64)?;
         if !inputs.policy.host_knows {
             let selection = Selection::Mask(ones.ne(0f64)?.unsqueeze(1)?);
-            return Ok(Counted { selection, rows: all, denominator, some });
+            return Ok(Counted { selection, rows: all, denominator });
         }
         let rows: Vec<u32> = (0u32..)
             .zip(ones.to_dtype(DType::F64)?.to_vec1::<f64>()?)
@@ -187,7 +182,7 @@ impl Counted {
             len if len == all => (Selection::All, all),
             len => (Selection::Rows(Tensor::from_vec(rows, len, device)?), len),
         };
-        Ok(Counted { selection, rows, denominator, some })
+        Ok(Counted { selection, rows, denominator })
     }
 }
 

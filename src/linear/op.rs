@@ -13,7 +13,9 @@ use super::chunks::{Sums, Wanted};
 use super::composed;
 use super::inputs::{Counted, Inputs, scalar};
 use super::problem::{Linear, LinearGradients};
-use crate::custom_op::{Arg, DeviceStorage, Locked, device_passes, is_composed};
+use crate::custom_op::{
+    Arg, DeviceStorage, Locked, check_first_order, device_passes, is_composed, is_composed_in_graph,
+};
 use crate::reduction::Reduction;
 use candle_core::{CustomOp3, DType, Error, Result, Shape, Tensor};
 use std::sync::{Mutex, PoisonError};
@@ -77,7 +79,8 @@ fn scaled(sum: &Tensor, factor: &Tensor) -> Result<Tensor> {
 impl Linear {
     /// The loss, with autograd.
     pub fn forward(self, hidden: &Tensor, weight: &Tensor, bias: Option<&Tensor>, target: &Tensor) -> Result<Tensor> {
-        if is_composed(self.problem.options.rows.fused, hidden) {
+        let operands = [Some(hidden), Some(weight), bias].into_iter().flatten().collect::<Vec<_>>();
+        if is_composed_in_graph(self.problem.options.rows.fused, &operands) {
             return composed::loss(&self, hidden, weight, bias, target);
         }
         let inputs = Inputs::new(hidden, weight, bias, target)?;
@@ -129,8 +132,8 @@ impl Linear {
         let counted = Counted::new(&self, &inputs)?;
         let (loss, sums) = self.run(&inputs, &counted, wanted, None)?;
         let loss = self.reduced(&inputs, &counted, loss)?.reshape(self.loss_shape(target))?;
-        let one = scalar(1.0, inputs.device())?;
-        let gradients = self.gradients(&inputs, &counted, sums, Upstream::Scalar(&one), hidden.shape())?;
+        let upstream = scalar(self.problem.options.rows.grad_scale, inputs.device())?;
+        let gradients = self.gradients(&inputs, &counted, sums, Upstream::Scalar(&upstream), hidden.shape())?;
         let missing = || Error::msg("a gradient that was asked for is missing");
         let hidden = gradients.hidden.ok_or_else(missing)?;
         let weight = gradients.weight.ok_or_else(missing)?;
@@ -171,8 +174,8 @@ impl Linear {
         let factor = match upstream {
             Upstream::Scalar(upstream) => {
                 let factor = (upstream.to_dtype(DType::F64)? / &counted.denominator)?;
-                // where no row counts the denominator is 0 and the gradients are 0
-                counted.some.where_cond(&factor, &factor.zeros_like()?)?
+                // no gradient from rows that weigh nothing, as `over_denominator` has it
+                counted.denominator.ne(0f64)?.where_cond(&factor, &factor.zeros_like()?)?
             }
             Upstream::Rows(_, factor) => factor.clone(),
         };
@@ -230,6 +233,7 @@ impl CustomOp3 for Attached {
         _: &Tensor,
         upstream: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        check_first_order(self.name)?;
         let inputs = Inputs::new(hidden, weight, self.has_bias.then_some(bias), &self.target)?;
         let linear = &self.linear;
         let compute = |upstream| linear.run(&inputs, &self.counted, self.wanted, upstream).map(|(_, sums)| sums);

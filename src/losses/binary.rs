@@ -27,8 +27,8 @@ const BCE_WITH_LOGITS: &str = "binary_cross_entropy_with_logits";
 /// [`Reduction::None`] has that shape.
 ///
 /// # Dtypes
-/// Probabilities f16, bf16, f32 or f64; targets of these or u8, u32, i32 or i64. Arithmetic and loss are f32 (f64 for
-/// f64); the gradient has the probabilities' dtype.
+/// Probabilities f16, bf16, f32 or f64; targets of these or u8, u32, i16, i32 or i64. Arithmetic and loss are f32 (f64
+/// for f64); the gradient has the probabilities' dtype.
 ///
 /// # Numerics
 /// Finite everywhere in [0, 1], the ends included.
@@ -75,7 +75,7 @@ impl BceLoss {
         loss: "BceLoss",
         inputs: "let probs = Tensor::new(&[0.5f32, 0.25], &Device::Cpu)?;\n\
                  let target = Tensor::new(&[1u8, 0], &Device::Cpu)?;",
-        call: ".forward(&probs, &target)",
+        args: "(&probs, &target)",
         options: self.options,
         weighted: "0.460969",
     }
@@ -101,7 +101,7 @@ impl BceLoss {
         loss: "BceLoss",
         inputs: "let probs = Tensor::new(&[0.5f32, 0.25], &Device::Cpu)?;\n\
                  let target = Tensor::new(&[1u8, 0], &Device::Cpu)?;",
-        call: ".forward(&probs, &target)",
+        args: "(&probs, &target)",
         options: self.options,
         of: "elements",
         mean: "0.490415",
@@ -162,8 +162,8 @@ impl BceLoss {
 /// The loss is a scalar, or with [`Reduction::None`] has that shape.
 ///
 /// # Dtypes
-/// Logits f16, bf16, f32 or f64; targets of these or u8, u32, i32 or i64. Arithmetic and loss are f32 (f64 for f64);
-/// the gradient has the logits' dtype.
+/// Logits f16, bf16, f32 or f64; targets of these or u8, u32, i16, i32 or i64. Arithmetic and loss are f32 (f64 for
+/// f64); the gradient has the logits' dtype.
 ///
 /// # Numerics
 /// Loss and gradient keep their relative accuracy at either end: a logit of -20 with target 0 has loss 2.06e-9. The
@@ -212,7 +212,7 @@ impl BceWithLogitsLoss {
         loss: "BceWithLogitsLoss",
         inputs: "let logits = Tensor::new(&[0f32, 2.], &Device::Cpu)?;\n\
                  let target = Tensor::new(&[1u8, 0], &Device::Cpu)?;",
-        call: ".forward(&logits, &target)",
+        args: "(&logits, &target)",
         options: self.options,
         weighted: "2.300215",
     }
@@ -273,7 +273,7 @@ impl BceWithLogitsLoss {
         loss: "BceWithLogitsLoss",
         inputs: "let logits = Tensor::new(&[0f32, 2.], &Device::Cpu)?;\n\
                  let target = Tensor::new(&[1u8, 0], &Device::Cpu)?;",
-        call: ".forward(&logits, &target)",
+        args: "(&logits, &target)",
         options: self.options,
         of: "elements",
         mean: "1.410038",

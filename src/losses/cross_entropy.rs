@@ -30,8 +30,8 @@ const NAME: &str = "cross_entropy";
 /// [`Reduction::None`] has the shape of class indices.
 ///
 /// # Dtypes
-/// Logits and probabilities f16, bf16, f32 or f64; class indices u8, u32, i32 or i64. Arithmetic and loss are f32 (f64
-/// for f64); the gradient has the logits' dtype, rounded once.
+/// Logits and probabilities f16, bf16, f32 or f64; class indices u8, u32, i16, i32 or i64. Arithmetic and loss are f32
+/// (f64 for f64); the gradient has the logits' dtype, rounded once.
 ///
 /// # Numerics
 /// Finite for all finite logits; classes at -inf are fine. A row that is all -inf, or that has a +inf or a NaN, is NaN,
@@ -84,7 +84,7 @@ impl CrossEntropyLoss {
         loss: "CrossEntropyLoss",
         inputs: "let logits = Tensor::new(&[[1f32, 2., 3.], [1., 2., 0.]], &Device::Cpu)?;\n\
                  let target = Tensor::new(&[2u32, 0], &Device::Cpu)?;",
-        call: ".forward(&logits, &target)",
+        args: "(&logits, &target)",
         options: self.options,
     }
 

@@ -28,8 +28,8 @@ const NAME: &str = "sigmoid_focal";
 /// has that shape.
 ///
 /// # Dtypes
-/// Logits f16, bf16, f32 or f64; targets of these or u8, u32, i32 or i64. Arithmetic and loss are f32 (f64 for f64);
-/// the gradient has the logits' dtype.
+/// Logits f16, bf16, f32 or f64; targets of these or u8, u32, i16, i32 or i64. Arithmetic and loss are f32 (f64 for
+/// f64); the gradient has the logits' dtype.
 ///
 /// # Numerics
 /// Value and gradient are finite for every finite logit and any gamma >= 0, also below 1.
@@ -116,7 +116,7 @@ impl SigmoidFocalLoss {
         loss: "SigmoidFocalLoss",
         inputs: "let logits = Tensor::new(&[0f32, 2.], &Device::Cpu)?;\n\
                  let target = Tensor::new(&[1u8, 0], &Device::Cpu)?;",
-        call: ".forward(&logits, &target)",
+        args: "(&logits, &target)",
         options: self.options,
         of: "elements",
         mean: "0.640440",

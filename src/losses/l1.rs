@@ -25,8 +25,8 @@ const NAME: &str = "l1";
 /// scalar, or with [`Reduction::None`] has that shape.
 ///
 /// # Dtypes
-/// Input f16, bf16, f32 or f64; targets of these or u8, u32, i32 or i64, of any values. Arithmetic and loss are f32
-/// (f64 for f64); the gradient has the input's dtype.
+/// Input f16, bf16, f32 or f64; targets of these or u8, u32, i16, i32 or i64, of any values. Arithmetic and loss are
+/// f32 (f64 for f64); the gradient has the input's dtype.
 ///
 /// # Numerics
 /// A target is rounded to the arithmetic dtype, and the difference once more. The gradient is 0 where the two are
@@ -74,7 +74,7 @@ impl L1Loss {
         loss: "L1Loss",
         inputs: "let input = Tensor::new(&[1f32, -2.], &Device::Cpu)?;\n\
                  let target = Tensor::new(&[4i64, 0], &Device::Cpu)?;",
-        call: ".forward(&input, &target)",
+        args: "(&input, &target)",
         options: self.options,
         weighted: "2.75",
     }
@@ -101,7 +101,7 @@ impl L1Loss {
         loss: "L1Loss",
         inputs: "let input = Tensor::new(&[1f32, -2.], &Device::Cpu)?;\n\
                  let target = Tensor::new(&[4i64, 0], &Device::Cpu)?;",
-        call: ".forward(&input, &target)",
+        args: "(&input, &target)",
         options: self.options,
         of: "elements",
         mean: "2.5",

@@ -31,10 +31,10 @@ const NAME: &str = "linear_cross_entropy";
 /// [`Reduction::None`] has the target's shape.
 ///
 /// # Dtypes
-/// Hidden states, weight and bias f16, bf16, f32 or f64, all the same; class indices u8, u32, i32 or i64. The loss is
-/// f32 (f64 for f64); gradients have their input's dtype. For 16-bit inputs the gradients are summed over all rows in
-/// f32 and rounded once, the mean's denominator and the upstream gradient included; the logits and their gradient are
-/// f32 on the CPU, and on CUDA, where tensor cores multiply them, have the inputs' dtype.
+/// Hidden states, weight and bias f16, bf16, f32 or f64, all the same; class indices u8, u32, i16, i32 or i64. The loss
+/// is f32 (f64 for f64); gradients have their input's dtype. For 16-bit inputs the gradients are summed over all rows
+/// in f32 and rounded once, the mean's denominator and the upstream gradient included; the logits and their gradient
+/// are f32 on the CPU, and on CUDA, where tensor cores multiply them, have the inputs' dtype.
 ///
 /// # Numerics
 /// As [`CrossEntropyLoss`]. The size of the chunks changes nothing but the rounding of sums. Ignored rows take part in
@@ -94,8 +94,9 @@ impl LinearCrossEntropyLoss {
         inputs: "let hidden = Tensor::new(&[[1f32, 2., 3.], [1., 2., 0.]], &Device::Cpu)?;\n\
                  let weight = Tensor::new(&[[1f32, 0., 0.], [0., 1., 0.], [0., 0., 1.]], &Device::Cpu)?;\n\
                  let target = Tensor::new(&[2u32, 0], &Device::Cpu)?;",
-        call: ".forward(&hidden, &weight, None, &target)",
+        args: "(&hidden, &weight, None, &target)",
         options: self.options.softmax,
+        grad: ".hidden",
     }
 
     /// Sets how many rows' logits exist at a time, at least 1; by default as many as take 32 MB on the CPU and 512 MB

@@ -24,8 +24,8 @@ const NAME: &str = "multi_label_soft_margin";
 /// [`Reduction::None`] has the logits' shape without the last axis.
 ///
 /// # Dtypes
-/// Logits f16, bf16, f32 or f64; targets of these or u8, u32, i32 or i64. Arithmetic and loss are f32 (f64 for f64);
-/// the gradient has the logits' dtype.
+/// Logits f16, bf16, f32 or f64; targets of these or u8, u32, i16, i32 or i64. Arithmetic and loss are f32 (f64 for
+/// f64); the gradient has the logits' dtype.
 ///
 /// # Numerics
 /// As for [`BceWithLogitsLoss`](crate::BceWithLogitsLoss).
@@ -90,7 +90,7 @@ impl MultiLabelSoftMarginLoss {
         loss: "MultiLabelSoftMarginLoss",
         inputs: "let logits = Tensor::new(&[[0.5f32, -1., 3.], [1.5, -2., 0.]], &Device::Cpu)?;\n\
                  let target = Tensor::new(&[[1u8, 0, 1], [0, 1, 0]], &Device::Cpu)?;",
-        call: ".forward(&logits, &target)",
+        args: "(&logits, &target)",
         options: self.options,
         of: "rows",
         mean: "0.892902",

@@ -24,7 +24,7 @@ pub(crate) const LOG_SOFTMAX: &str = "log_softmax";
 /// `(N, d1, …, dk)`. The loss is a scalar, or with [`Reduction::None`] has the target's shape.
 ///
 /// # Dtypes
-/// Log-probabilities f16, bf16, f32 or f64; class indices u8, u32, i32 or i64. The loss is f32 (f64 for f64); the
+/// Log-probabilities f16, bf16, f32 or f64; class indices u8, u32, i16, i32 or i64. The loss is f32 (f64 for f64); the
 /// gradient has the input's dtype.
 ///
 /// # Numerics
@@ -72,7 +72,7 @@ impl NllLoss {
         inputs: "let logits = Tensor::new(&[[1f32, 2., 3.], [1., 2., 0.]], &Device::Cpu)?;\n\
                  let log_probs = candle_fused_loss::log_softmax(&logits, 1)?;\n\
                  let target = Tensor::new(&[2u32, 0], &Device::Cpu)?;",
-        call: ".forward(&log_probs, &target)",
+        args: "(&log_probs, &target)",
         options: self.options,
     }
 

@@ -1,7 +1,7 @@
 //! The setters that several losses have, each written once together with its documentation.
 //!
-//! A loss gives its name, the lines that make the inputs of its examples, the call that its examples end with, and the
-//! path of its options. The class indices' losses choose inputs whose logits are `[[1, 2, 3], [1, 2, 0]]`, so that an
+//! A loss gives its name, the lines that make the inputs of its examples, the arguments of a call with them, the path of
+//! its options, and of its gradients the one to look at if there are several. The class indices' losses choose inputs whose logits are `[[1, 2, 3], [1, 2, 0]]`, so that an
 //! option has the same effect in the examples of each; the other losses give the numbers too.
 
 /// An example in a doc comment: the inputs, and the lines that are given.
@@ -17,10 +17,10 @@ macro_rules! example {
 
 /// An example in which a setter changes the loss to `$value`.
 macro_rules! setter_example {
-    ($loss:literal, $inputs:literal, $call:literal, $setter:literal, $value:literal $(, $line:literal)?) => {
+    ($loss:literal, $inputs:literal, $args:literal, $setter:literal, $value:literal $(, $line:literal)?) => {
         example!(
             $loss, $inputs, $($line,)?
-            concat!("let loss = ", $loss, "::new()", $setter, $call, "?;"),
+            concat!("let loss = ", $loss, "::new()", $setter, ".forward", $args, "?;"),
             concat!("assert!((loss.to_scalar::<f32>()? - ", $value, ").abs() < 1e-6);"),
         )
     };
@@ -29,12 +29,12 @@ macro_rules! setter_example {
 /// The setters of every loss. `$of` says whose losses are reduced; `$mean` and `$sum` are the losses of the inputs.
 macro_rules! loss_setters {
     (
-        loss: $loss:literal, inputs: $inputs:literal, call: $call:literal, options: self.$($options:ident).+,
-        of: $of:literal, mean: $mean:literal, sum: $sum:literal $(,)?
+        loss: $loss:literal, inputs: $inputs:literal, args: $args:literal, options: self.$($options:ident).+,
+        of: $of:literal, mean: $mean:literal, sum: $sum:literal $(, grad: $grad:literal)? $(,)?
     ) => {
         #[doc = concat!("Sets what becomes of the ", $of, "' losses; by default their mean is returned.")]
         ///
-        #[doc = setter_example!($loss, $inputs, $call, ".with_reduction(Reduction::Sum)", $sum)]
+        #[doc = setter_example!($loss, $inputs, $args, ".with_reduction(Reduction::Sum)", $sum)]
         pub fn with_reduction(mut self, reduction: Reduction) -> Self {
             self.$($options).+.reduction = reduction;
             self
@@ -46,9 +46,27 @@ macro_rules! loss_setters {
         /// The composition returns the same values up to rounding, but is slower and needs more memory: see
         /// [`unfused`](crate::unfused).
         ///
-        #[doc = setter_example!($loss, $inputs, $call, ".with_fused(false)", $mean)]
+        #[doc = setter_example!($loss, $inputs, $args, ".with_fused(false)", $mean)]
         pub fn with_fused(mut self, fused: bool) -> Self {
             self.$($options).+.fused = fused;
+            self
+        }
+
+        /// Multiplies the gradients of [`loss_and_grad`](Self::loss_and_grad), not the loss, by a finite number, in the
+        /// arithmetic dtype and ahead of their one rounding; 1 by default.
+        ///
+        /// The mean's gradient of many rows underflows in f16: what would be a loss scale in front of a backward is
+        /// this number here. The optimizer divides by it.
+        ///
+        #[doc = example!(
+            $loss, $inputs,
+            concat!("let of = |scale| ", $loss, "::new().with_grad_scale(scale).loss_and_grad", $args, ";"),
+            "let (plain, scaled) = (of(1.0)?, of(1024.0)?);",
+            concat!("let numbers = |grad: &Tensor| grad.flatten_all()?.to_vec1::<f32>();"),
+            concat!("assert_eq!(numbers(&(&plain.1", $($grad,)? " * 1024.0)?)?, numbers(&scaled.1", $($grad,)? ")?);"),
+        )]
+        pub fn with_grad_scale(mut self, scale: f64) -> Self {
+            self.$($options).+.grad_scale = scale;
             self
         }
     };
@@ -57,12 +75,13 @@ macro_rules! loss_setters {
 /// The setters of the losses of rows with class indices.
 #[rustfmt::skip] // which would indent the examples anew each time
 macro_rules! row_setters {
-    (loss: $loss:literal, inputs: $inputs:literal, call: $call:literal, options: self.$($options:ident).+ $(,)?) => {
+    (loss: $loss:literal, inputs: $inputs:literal, args: $args:literal, options: self.$($options:ident).+
+    $(, grad: $grad:literal)? $(,)?) => {
         /// Sets class weights, one for each class: shape `(C)`, any float dtype. They are constants: no gradient flows
         /// into them.
         ///
         #[doc = setter_example!(
-            $loss, $inputs, $call, ".with_weight(class_weights)", "0.4460675",
+            $loss, $inputs, $args, ".with_weight(class_weights)", "0.4460675",
             "let class_weights = Tensor::new(&[0.2f32, 1., 5.], &Device::Cpu)?;"
         )]
         pub fn with_weight(mut self, weight: Tensor) -> Self {
@@ -75,7 +94,7 @@ macro_rules! row_setters {
         ///
         /// Any value is legal, a class too, since rows are compared with it before their indices are checked.
         ///
-        #[doc = setter_example!($loss, $inputs, $call, ".with_ignore_index(0)", "0.407606")]
+        #[doc = setter_example!($loss, $inputs, $args, ".with_ignore_index(0)", "0.407606")]
         pub fn with_ignore_index(mut self, ignore_index: i64) -> Self {
             self.$($options).+.ignore_index = ignore_index;
             self
@@ -85,7 +104,7 @@ macro_rules! row_setters {
         /// usual denominator: by the token count of all devices, say, or of all the batches whose gradients are
         /// accumulated.
         ///
-        #[doc = setter_example!($loss, $inputs, $call, ".with_normalizer(4.0)", "0.453803")]
+        #[doc = setter_example!($loss, $inputs, $args, ".with_normalizer(4.0)", "0.453803")]
         pub fn with_normalizer(mut self, normalizer: f64) -> Self {
             self.$($options).+.normalizer = Some(normalizer);
             self
@@ -97,7 +116,7 @@ macro_rules! row_setters {
         #[doc = example!(
             $loss, $inputs,
             "let target = Tensor::new(&[2u32, 3], &Device::Cpu)?; // there is no class 3",
-            concat!("let error = ", $loss, "::new().with_target_check(true)", $call, ".unwrap_err();"),
+            concat!("let error = ", $loss, "::new().with_target_check(true).forward", $args, ".unwrap_err();"),
             "assert!(error.to_string().contains(\"target 3 at row 1\"));",
         )]
         pub fn with_target_check(mut self, check: bool) -> Self {
@@ -106,20 +125,21 @@ macro_rules! row_setters {
         }
 
         loss_setters! {
-            loss: $loss, inputs: $inputs, call: $call, options: self.$($options).+,
-            of: "rows", mean: "0.907606", sum: "1.815212",
+            loss: $loss, inputs: $inputs, args: $args, options: self.$($options).+,
+            of: "rows", mean: "0.907606", sum: "1.815212" $(, grad: $grad)?,
         }
     };
 }
 
 /// The setters of the softmax family, those of rows included.
 macro_rules! softmax_setters {
-    (loss: $loss:literal, inputs: $inputs:literal, call: $call:literal, options: self.$($options:ident).+ $(,)?) => {
-        row_setters! { loss: $loss, inputs: $inputs, call: $call, options: self.$($options).+.rows }
+    (loss: $loss:literal, inputs: $inputs:literal, args: $args:literal, options: self.$($options:ident).+
+    $(, grad: $grad:literal)? $(,)?) => {
+        row_setters! { loss: $loss, inputs: $inputs, args: $args, options: self.$($options).+.rows $(, grad: $grad)? }
 
         /// Sets the label smoothing, a number in [0, 1]; 0 by default.
         ///
-        #[doc = setter_example!($loss, $inputs, $call, ".with_label_smoothing(0.1)", "0.957606")]
+        #[doc = setter_example!($loss, $inputs, $args, ".with_label_smoothing(0.1)", "0.957606")]
         pub fn with_label_smoothing(mut self, label_smoothing: f64) -> Self {
             self.$($options).+.label_smoothing = label_smoothing;
             self
@@ -128,7 +148,7 @@ macro_rules! softmax_setters {
         /// Adds `z (log sum_c exp(x_c))^2` to the loss of each row that is not ignored, whatever its weight. z is 0 or
         /// more, and 0 by default.
         ///
-        #[doc = setter_example!($loss, $inputs, $call, ".with_z_loss(0.01)", "0.994648")]
+        #[doc = setter_example!($loss, $inputs, $args, ".with_z_loss(0.01)", "0.994648")]
         pub fn with_z_loss(mut self, z: f64) -> Self {
             self.$($options).+.z_loss = z;
             self
@@ -137,7 +157,7 @@ macro_rules! softmax_setters {
         /// Replaces the logits, once they are scaled, by `cap tanh(x / cap)`. The cap is positive; by default there is
         /// none.
         ///
-        #[doc = setter_example!($loss, $inputs, $call, ".with_softcap(2.0)", "0.969912")]
+        #[doc = setter_example!($loss, $inputs, $args, ".with_softcap(2.0)", "0.969912")]
         pub fn with_softcap(mut self, cap: f64) -> Self {
             self.$($options).+.softcap = Some(cap);
             self
@@ -145,7 +165,7 @@ macro_rules! softmax_setters {
 
         /// Multiplies the logits by this number before anything else: the inverse of a temperature, 1 by default.
         ///
-        #[doc = setter_example!($loss, $inputs, $call, ".with_logit_scale(2.0)", "1.142932")]
+        #[doc = setter_example!($loss, $inputs, $args, ".with_logit_scale(2.0)", "1.142932")]
         pub fn with_logit_scale(mut self, scale: f64) -> Self {
             self.$($options).+.logit_scale = scale;
             self
@@ -157,14 +177,14 @@ macro_rules! softmax_setters {
 #[rustfmt::skip] // which would indent the examples anew each time
 macro_rules! element_weight_setter {
     (
-        loss: $loss:literal, inputs: $inputs:literal, call: $call:literal, options: self.$options:ident,
+        loss: $loss:literal, inputs: $inputs:literal, args: $args:literal, options: self.$options:ident,
         weighted: $weighted:literal $(,)?
     ) => {
         /// Sets a factor of each element's loss: any float dtype, and any shape that broadcasts to the target's. It is
         /// a constant: no gradient flows into it.
         ///
         #[doc = setter_example!(
-            $loss, $inputs, $call, ".with_weight(weight)", $weighted,
+            $loss, $inputs, $args, ".with_weight(weight)", $weighted,
             "let weight = Tensor::new(&[0.5f32, 2.], &Device::Cpu)?;"
         )]
         pub fn with_weight(mut self, weight: Tensor) -> Self {

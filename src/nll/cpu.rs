@@ -8,6 +8,7 @@ use crate::cpu::parallel::for_each_task;
 use crate::cpu::{own_slice, sum_in_order, with_floats};
 use crate::custom_op::{Arg, Locked};
 use crate::reduction::Reduction;
+use crate::rows::cpu::over_denominator;
 use crate::rows::layout::Rows;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Result, Tensor, WithDType};
@@ -29,7 +30,7 @@ impl NllKernels for CpuStorage {
         let weight = problem.options.lock_weight();
         with_floats!(problem.name, log_probs.0, data => {
             let rows = NllRows::new(problem, data, problem.rows(log_probs.1)?, target, &weight)?;
-            Ok((rows.loss(), rows.gradient(rows.denominator(), &[Real::ONE])))
+            Ok((rows.loss(), rows.gradient(rows.denominator(), &[Real::of(problem.options.grad_scale)])))
         })
     }
 
@@ -131,7 +132,7 @@ impl<'a, T: Element> NllRows<'a, T> {
             unsafe { build(len, |out| out.slice(0, len).fill(MaybeUninit::new(T::from_acc(T::Acc::ZERO)))) };
         for row in 0..self.rows.count() {
             let Some((class, weight)) = self.own(row) else { continue };
-            let upstream = upstream[if upstream.len() == 1 { 0 } else { row }] / denominator;
+            let upstream = over_denominator(upstream[if upstream.len() == 1 { 0 } else { row }], denominator);
             let at = self.rows.written_start(row) + class * self.rows.written_stride();
             grad[at] = T::from_acc(-(weight * upstream));
         }

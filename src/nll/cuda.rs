@@ -76,7 +76,7 @@ struct NllGradientLaunch<'a> {
     params: NllParams,
     targets: TargetViews<'a>,
     denominator: &'a CudaView<'a, u8>,
-    /// `None`: ones.
+    /// `None`: the grad scale.
     upstream: Option<&'a CudaView<'a, u8>>,
     grad: CudaViewMut<'a, u8>,
 }
@@ -184,7 +184,7 @@ impl<'a> NllCall<'a> {
         Ok((self.wrap(loss), wrap(denominator), wrap(grad)))
     }
 
-    /// The gradient for an upstream gradient of each row, of all rows, or of ones. One launch.
+    /// The gradient for an upstream gradient of each row, of all rows, or of the grad scale. One launch.
     fn gradient(&self, denominator: &InputView, upstream: Option<(&InputView, bool)>) -> Result<CudaStorage> {
         // SAFETY: the launch writes all of it
         let mut grad = unsafe { alloc(&self.device, self.dtype, self.elements())? };

@@ -2,7 +2,7 @@
 
 use super::composed;
 use super::problem::{Nll, NllKernels};
-use crate::custom_op::{Arg, device_passes, is_composed, put, saved, taken, through_autograd};
+use crate::custom_op::{Arg, device_passes, is_composed, is_composed_in_graph, put, saved, taken, through_autograd};
 use crate::rows::layout::{Rows, contiguous_indices, view_as_logits, written_shape};
 use candle_core::{CustomOp2, CustomOp3, Result, Shape, Tensor};
 use std::sync::{Arc, OnceLock};
@@ -10,7 +10,7 @@ use std::sync::{Arc, OnceLock};
 impl Nll {
     /// The loss, with autograd.
     pub fn forward(self, log_probs: &Tensor, target: &Tensor) -> Result<Tensor> {
-        if is_composed(self.options.fused, log_probs) {
+        if is_composed_in_graph(self.options.fused, &[log_probs, target]) {
             return composed::loss(&self, log_probs, target);
         }
         let (log_probs, target) = self.operands(log_probs, target)?;
@@ -20,7 +20,9 @@ impl Nll {
     /// The loss and the gradient of the log-probabilities, without a graph.
     pub fn loss_and_grad(self, log_probs: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
         if is_composed(self.options.fused, log_probs) {
-            return through_autograd(log_probs, |log_probs| composed::loss(&self, log_probs, target));
+            return through_autograd(log_probs, self.options.grad_scale, |log_probs| {
+                composed::loss(&self, log_probs, target)
+            });
         }
         let (log_probs, target) = self.operands(&log_probs.detach(), &target.detach())?;
         let op = NllLossAndGrad { problem: self, loss: OnceLock::new() };

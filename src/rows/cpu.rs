@@ -6,6 +6,12 @@ use crate::cpu::element::{Element, Output};
 use crate::cpu::math::{LANES, Real};
 use std::ops::Range;
 
+/// An upstream gradient over the denominator. That is 0 where the rows that count weigh nothing: then no gradient goes
+/// out of this loss, and what else was added to it keeps its own.
+pub(crate) fn over_denominator<A: Real>(upstream: A, denominator: A) -> A {
+    if denominator == A::ZERO { A::ZERO } else { upstream / denominator }
+}
+
 /// Classes in a tile; fewer under Miri, which takes a thousand times as long.
 pub(crate) const DEPTH: usize = if cfg!(miri) { 4 } else { 64 };
 /// Classes in a block.

@@ -43,6 +43,7 @@ pub(crate) struct RowParams {
     pub ignore_index: i64,
     pub keep: f64,
     pub normalizer: f64,
+    pub grad_scale: f64,
     pub classes: i32,
     pub target: Tag,
     pub counted: i32,
@@ -63,6 +64,7 @@ impl RowParams {
             ignore_index: 0,
             keep: 1.0,
             normalizer: 1.0,
+            grad_scale: 1.0,
             classes,
             target: Tag::U32,
             counted: 0,
@@ -83,6 +85,7 @@ impl RowParams {
             target: Tag::of(dtype)?,
             counted: counted as i32,
             normalizer,
+            grad_scale: options.grad_scale,
             ..Self::untargeted(name, rows)?
         })
     }
@@ -220,6 +223,7 @@ pub(crate) fn check_indices(
     let indices: Vec<i64> = match &target.slice {
         CudaStorageSlice::U8(s) => to_host(device, &s.slice(range))?.into_iter().map(i64::from).collect(),
         CudaStorageSlice::U32(s) => to_host(device, &s.slice(range))?.into_iter().map(i64::from).collect(),
+        CudaStorageSlice::I16(s) => to_host(device, &s.slice(range))?.into_iter().map(i64::from).collect(),
         CudaStorageSlice::I32(s) => to_host(device, &s.slice(range))?.into_iter().map(i64::from).collect(),
         CudaStorageSlice::I64(s) => to_host(device, &s.slice(range))?,
         _ => return Err(check::not_class_indices(name, target.dtype())),

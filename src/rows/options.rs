@@ -15,6 +15,8 @@ pub(crate) struct RowOptions {
     pub reduction: Reduction,
     /// What `Mean` divides by in place of the weights of the rows that count.
     pub normalizer: Option<f64>,
+    /// A factor of the gradients of a pass without a graph.
+    pub grad_scale: f64,
     /// On CUDA: synchronise to check the values of the target. The CPU always checks them.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub target_check: bool,
@@ -29,6 +31,7 @@ impl Default for RowOptions {
             ignore_index: -100,
             reduction: Reduction::Mean,
             normalizer: None,
+            grad_scale: 1.0,
             target_check: false,
             fused: true,
         }
@@ -38,6 +41,7 @@ impl Default for RowOptions {
 impl RowOptions {
     /// What can be said without looking at the tensors.
     pub fn check(&self, name: &str) -> Result<()> {
+        check::finite(name, "grad scale", self.grad_scale)?;
         match self.normalizer {
             Some(d) if !(d.is_finite() && d > 0.0) => bail!("{name}: normalizer {d}, expected a finite number above 0"),
             _ => Ok(()),
@@ -53,6 +57,11 @@ impl RowOptions {
     pub fn checked(&self, name: &str, classes: usize, input: &Tensor, arithmetic: DType) -> Result<Self> {
         let weight = check::class_weights(name, &self.weight, classes, input, arithmetic)?;
         Ok(RowOptions { weight, ..self.clone() })
+    }
+
+    /// The options of a sum: without what belongs to the denominator and to a pass without a graph.
+    pub fn of_sum(&self, reduction: Reduction) -> Self {
+        RowOptions { reduction, normalizer: None, grad_scale: 1.0, target_check: false, ..self.clone() }
     }
 
     /// What the sum of the rows' losses is divided by, for rows that count as `total`.

@@ -6,7 +6,8 @@
 use super::composed;
 use super::problem::{CrossEntropy, RowStatistics, Saved, SoftmaxKernels};
 use crate::custom_op::{
-    Arg, Argument, device_passes, has_kernels, is_composed, put, saved, taken, takes_gradient, through_autograd,
+    Arg, Argument, device_passes, is_composed, is_composed_in_graph, put, saved, taken, takes_gradient,
+    through_autograd,
 };
 use crate::rows::layout::{
     Rows, as_rows, as_rows_like, contiguous_indices, row_shape, rows_like, rows_of, view_as_logits, written_shape,
@@ -19,7 +20,7 @@ use std::sync::{Arc, OnceLock};
 impl CrossEntropy {
     /// The loss, with autograd.
     pub fn forward(self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
-        if is_composed(self.options.rows.fused, logits) {
+        if is_composed_in_graph(self.options.rows.fused, &[logits, target]) {
             return composed::loss(&self, logits, target);
         }
         let (logits, target) = self.operands(logits, target)?;
@@ -29,7 +30,9 @@ impl CrossEntropy {
     /// The loss and the gradient of the logits in one pass, without a graph.
     pub fn loss_and_grad(self, logits: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
         if is_composed(self.options.rows.fused, logits) {
-            return through_autograd(logits, |logits| composed::loss(&self, logits, target));
+            return through_autograd(logits, self.options.rows.grad_scale, |logits| {
+                composed::loss(&self, logits, target)
+            });
         }
         let (logits, target) = self.operands(&logits.detach(), &target.detach())?;
         let op = CrossEntropyLossAndGrad { problem: self, loss: OnceLock::new() };
@@ -203,7 +206,7 @@ impl CustomOp2 for CrossEntropyStatistics {
 
 /// `log_softmax` along any axis, with autograd.
 pub(crate) fn log_softmax(name: &'static str, logits: &Tensor, axis: usize) -> Result<Tensor> {
-    if !has_kernels(logits.device()) {
+    if is_composed_in_graph(true, &[logits]) {
         return composed::log_softmax(logits, axis);
     }
     let logits = as_rows(logits, axis)?;

@@ -36,9 +36,7 @@ impl SoftmaxOptions {
         if !self.z_loss.is_finite() || self.z_loss < 0.0 {
             bail!("{name}: z-loss factor {}, expected a finite number of 0 or more", self.z_loss);
         }
-        if !self.logit_scale.is_finite() {
-            bail!("{name}: logit scale {}, expected a finite number", self.logit_scale);
-        }
+        check::finite(name, "logit scale", self.logit_scale)?;
         match self.softcap {
             Some(cap) if !(cap.is_finite() && cap > 0.0) => {
                 bail!("{name}: soft cap {cap}, expected a finite number above 0")

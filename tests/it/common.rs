@@ -31,10 +31,10 @@ pub fn is_slow(device: &Device) -> bool {
 }
 
 pub const FLOATS: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
-pub const INDICES: [DType; 4] = [DType::U8, DType::U32, DType::I32, DType::I64];
+pub const INDICES: [DType; 5] = [DType::U8, DType::U32, DType::I16, DType::I32, DType::I64];
 /// What targets and masks of the element-wise family may be.
-pub const NUMBERS: [DType; 8] =
-    [DType::F16, DType::BF16, DType::F32, DType::F64, DType::U8, DType::U32, DType::I32, DType::I64];
+pub const NUMBERS: [DType; 9] =
+    [DType::F16, DType::BF16, DType::F32, DType::F64, DType::U8, DType::U32, DType::I16, DType::I32, DType::I64];
 pub const REDUCTIONS: [Reduction; 3] = [Reduction::None, Reduction::Mean, Reduction::Sum];
 
 /// The dtype of the loss for an input's dtype.

@@ -1,5 +1,6 @@
 //! Cross-entropy against the f64 reference: options, dtypes, shapes and layouts.
 
+use super::losses::{CrossEntropyLoss, Reduction};
 use crate::common::{
     Check, FLOATS, INDICES, Memory, Operand, REDUCTIONS, Random, arithmetic, assert_same_bits, compare, devices,
     indices, tensor, values,
@@ -7,7 +8,6 @@ use crate::common::{
 use crate::reference::{self, Near, Targets};
 use Memory::{Contiguous, Odd, Repeated, Swapped, Window};
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_fused_loss::{CrossEntropyLoss, Reduction};
 
 /// One row of the option matrix.
 #[derive(Clone, Copy, Debug)]
@@ -334,7 +334,7 @@ fn class_indices_of_any_layout() -> Result<()> {
                     let statistics = loss.statistics(&logits, target)?;
                     Ok(vec![statistics.loss, statistics.correct])
                 })?;
-                both("nll", &|target| Ok(vec![candle_fused_loss::nll(&logits, target)?]))?;
+                both("nll", &|target| Ok(vec![super::losses::nll(&logits, target)?]))?;
                 both("linear", &|target| {
                     let mut rows = target.dims().to_vec();
                     rows.push(1);

@@ -1,21 +1,22 @@
-//! The integration tests, one binary. Every test body runs on every device that works here.
+//! The integration tests, one binary. Every test body runs on every device that works here. The suites in [`fused`] and
+//! [`composed`] are the same ones, compiled for the kernels and for the losses composed of tensor ops.
+#![allow(clippy::duplicate_mod)] // on purpose, see above
 
 mod accuracy;
 mod binary;
 mod common;
-mod cross_entropy;
+mod composed;
 #[cfg(feature = "cuda")]
 mod cuda_softmax;
 #[cfg(feature = "cuda")]
 mod device;
 mod errors;
 mod focal;
+mod fused;
 mod l1;
 mod linear_cross_entropy;
 mod multi_label;
-mod nll;
 mod properties;
 mod pytorch;
 mod reference;
-mod semantics;
 mod threads;

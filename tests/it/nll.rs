@@ -1,5 +1,6 @@
 //! NLL and log-softmax against the f64 reference: options, dtypes, shapes and layouts.
 
+use super::losses::{NllLoss, Reduction, log_softmax};
 use crate::common::{
     Check, FLOATS, INDICES, Memory, Operand, REDUCTIONS, Random, arithmetic, compare, devices, epsilon, half_ulp,
     tensor, values,
@@ -7,7 +8,6 @@ use crate::common::{
 use crate::reference::{self, CrossEntropy};
 use Memory::{Contiguous, Odd, Repeated, Swapped, Window};
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_fused_loss::{NllLoss, Reduction, log_softmax};
 
 #[derive(Clone, Copy, Debug)]
 struct Case<'a> {

@@ -1,13 +1,13 @@
 //! What the losses promise at their edges, each by name: the reference points, inputs on which other implementations
 //! break, and the rules for ignored rows, infinities, bad targets and graphs.
 
-use crate::common::{FLOATS, INDICES, REDUCTIONS, Random, arithmetic, bits, devices, indices, tensor, values};
-use candle_core::{D, DType, Device, Result, Tensor, Var};
-use candle_fused_loss::{
+use super::losses::{
     BceLoss, BceWithLogitsLoss, CrossEntropyLoss, MultiLabelSoftMarginLoss, NllLoss, Reduction, SigmoidFocalLoss,
     binary_cross_entropy, binary_cross_entropy_with_logit, binary_cross_entropy_with_logits, cross_entropy,
     log_softmax, multi_label_soft_margin, nll, sigmoid_focal,
 };
+use crate::common::{FLOATS, INDICES, REDUCTIONS, Random, arithmetic, bits, devices, indices, tensor, values};
+use candle_core::{D, DType, Device, Result, Tensor, Var};
 
 /// Runs a body on every device.
 fn everywhere(body: impl Fn(&Device) -> Result<()>) -> Result<()> {
@@ -443,7 +443,7 @@ fn targets_out_of_range() -> Result<()> {
             let ce = CrossEntropyLoss::new().with_reduction(Reduction::None);
             let nll = NllLoss::new().with_reduction(Reduction::None);
             let checked = (ce.clone().with_target_check(true), nll.clone().with_target_check(true));
-            let results = |ce: &CrossEntropyLoss, nll: &NllLoss| {
+            let results = |ce: &candle_fused_loss::CrossEntropyLoss, nll: &candle_fused_loss::NllLoss| {
                 let in_place = x.copy()?;
                 let before = bits(&in_place)?;
                 let results = [
@@ -922,7 +922,7 @@ fn bce_refuses_what_is_no_probability() -> Result<()> {
             let x = tensor(&[0.5, 0.5, x, 0.5], &[2, 2], DType::F32, device)?;
             let t = tensor(&[0.5, 0.5, t, 0.5], &[2, 2], DType::F32, device)?;
             let bce = BceLoss::new().with_reduction(Reduction::None);
-            let must_fail = |bce: &BceLoss| {
+            let must_fail = |bce: &candle_fused_loss::BceLoss| {
                 for result in [bce.forward(&x, &t), bce.loss_and_grad(&x, &t).map(|v| v.0)] {
                     let message = result.expect_err("a number outside of [0, 1]").to_string();
                     for part in ["binary_cross_entropy", what, value, "element 2", "[0, 1]"] {

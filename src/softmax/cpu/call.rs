@@ -11,6 +11,7 @@ use crate::cpu::math::{LANES, Real};
 use crate::cpu::{own_slice, sum_in_order, with_floats};
 use crate::custom_op::{Arg, Argument, DeviceStorage};
 use crate::reduction::Reduction;
+use crate::rows::cpu::over_denominator;
 use crate::rows::layout::Rows;
 use crate::softmax::problem::{CrossEntropy, RowStatistics, Saved, SoftmaxKernels};
 use candle_core::backend::BackendStorage;
@@ -138,7 +139,7 @@ impl<'a, A: Real> ForwardResults<'a, A> {
     fn upstream(&self, rows: &Range<usize>) -> [A; LANES] {
         let mut lanes = [A::ZERO; LANES];
         for (lane, row) in lanes.iter_mut().zip(rows.clone()) {
-            *lane = self.upstream[if self.upstream.len() == 1 { 0 } else { row }] / self.denominator;
+            *lane = over_denominator(self.upstream[if self.upstream.len() == 1 { 0 } else { row }], self.denominator);
         }
         lanes
     }
@@ -229,7 +230,8 @@ impl<'a, T: Element> RowProblem<'a, T> {
     /// logit. All are initialised then, unless there is an error.
     unsafe fn loss_and_grad(&self, out: &Output<T>) -> Result<CpuStorage> {
         let denominator = self.denominator()?;
-        let upstream = [T::Acc::ONE / T::Acc::of(denominator); LANES];
+        let grad_scale = T::Acc::of(self.options.rows.grad_scale);
+        let upstream = [over_denominator(grad_scale, T::Acc::of(denominator)); LANES];
         let mut loss = vec![T::Acc::ZERO; self.rows().count()];
         let losses = PerRow::new(&mut loss);
         let group = |rows: Range<usize>, states: &States<T::Acc>| {

@@ -156,7 +156,7 @@ impl MergeLaunch<'_> {
 pub(super) struct GradientInputs<'a> {
     pub statistics: BytesView<'a>,
     pub denominator: BytesView<'a>,
-    /// `None`: ones.
+    /// `None`: the grad scale.
     pub upstream: Option<BytesView<'a>>,
 }
 

@@ -1,0 +1,36 @@
+//! The suites that run twice, on the losses composed of candle's tensor ops, which keep the same promises.
+
+/// The losses under test, under the names of the crate.
+pub mod losses {
+    pub use candle_fused_loss::Reduction;
+    pub use candle_fused_loss::unfused::*;
+
+    /// Whether the losses have kernels.
+    pub const FUSED: bool = false;
+
+    /// Constructors of the losses with `with_fused(false)`.
+    macro_rules! composed {
+        ($($loss:ident)*) => {
+            $(pub struct $loss;
+
+            impl $loss {
+                #[allow(clippy::new_ret_no_self)] // the suites' `Loss::new()`
+                pub fn new() -> candle_fused_loss::$loss {
+                    candle_fused_loss::$loss::new().with_fused(false)
+                }
+            })*
+        };
+    }
+
+    composed! {
+        BceLoss BceWithLogitsLoss CrossEntropyLoss L1Loss LinearCrossEntropyLoss MultiLabelSoftMarginLoss NllLoss
+        SigmoidFocalLoss
+    }
+}
+
+#[path = "cross_entropy.rs"]
+mod cross_entropy;
+#[path = "nll.rs"]
+mod nll;
+#[path = "semantics.rs"]
+mod semantics;
