@@ -126,8 +126,8 @@ __device__ __forceinline__ void finish_block(const RowParams &p, const Outputs<A
     if (thread == 0 && index == 0) write_result(p, out, {loss, weight});
 }
 
-// An upstream gradient over the denominator. That is 0 where the rows that count weigh nothing: then no gradient goes out
-// of this loss, and what else was added to it keeps its own.
+// An upstream gradient over the denominator. That is 0 where the rows that count weigh nothing: then no gradient goes
+// out of this loss, and what else was added to it keeps its own.
 template <class A> __device__ __forceinline__ A over(A upstream, A denominator) {
     return denominator == A(0) ? A(0) : upstream / denominator;
 }

@@ -55,14 +55,41 @@ pub(crate) fn same_device(name: &str, what: &str, tensor: &Tensor, input: &Tenso
     )
 }
 
-/// The class axis: 1, or 0 where there is no batch.
-pub(crate) fn class_axis(name: &str, input: &Tensor) -> Result<usize> {
-    match input.dims() {
-        [] => bail!("{name}: a scalar input, expected shape (C), (N, C) or (N, C, d1, …, dk)"),
-        [0] | [_, 0, ..] => bail!("{name}: no classes in an input of shape {:?}, expected at least one", input.dims()),
-        [_] => Ok(0),
-        _ => Ok(1),
+/// The class axis: what was asked for, negative from the end; or 1, or 0 where there is no batch.
+pub(crate) fn class_axis(name: &str, input: &Tensor, asked: Option<isize>) -> Result<usize> {
+    let (dims, rank) = (input.dims(), input.rank());
+    let axis = match asked {
+        _ if rank == 0 => bail!("{name}: a scalar input, expected shape (C), (N, C) or (N, C, d1, …, dk)"),
+        None => 1.min(rank - 1),
+        Some(asked) => {
+            let from_front = if asked < 0 { asked.checked_add_unsigned(rank) } else { Some(asked) };
+            match from_front.and_then(|axis| usize::try_from(axis).ok()) {
+                Some(axis) if axis < rank => axis,
+                _ => bail!("{name}: class axis {asked} of an input of shape {dims:?}, expected one in -{rank}..{rank}"),
+            }
+        }
+    };
+    match dims[axis] {
+        0 => bail!("{name}: no classes in an input of shape {dims:?}, expected at least one"),
+        _ => Ok(axis),
     }
+}
+
+/// Of a target whose shape is neither the rows' nor, where that is `expected` too, the logits'.
+pub(crate) fn not_of_rows(name: &str, target: &Tensor, logits: &Tensor, axis: usize, expected: &str) -> Error {
+    let (dims, of) = (target.dims(), logits.dims());
+    let without = |axis: usize| [&of[..axis], &of[axis + 1..]].concat();
+    let other = (0..of.len()).find(|&other| other != axis && dims == without(other));
+    let remedy = match other {
+        Some(other) => format!("; if axis {other} of the logits has the classes, say with_class_axis({other})"),
+        None => String::new(),
+    };
+    let rows = without(axis);
+    Error::Msg(format!(
+        "{name}: target of shape {dims:?} for logits of shape {of:?}, expected class indices of shape \
+         {rows:?}{expected}{remedy}"
+    ))
+    .bt()
 }
 
 pub(crate) fn finite(name: &str, option: &str, value: f64) -> Result<()> {
@@ -139,12 +166,30 @@ pub(crate) fn wrong_count(name: &str, indices: usize, rows: usize) -> Error {
     Error::Msg(format!("{name}: {indices} class indices, expected one for each of {rows} rows")).bt()
 }
 
-pub(crate) fn class_out_of_range(name: &str, class: i64, row: usize, classes: usize, ignore_index: i64) -> Error {
-    Error::Msg(format!(
+/// An `Err` for the first class that is neither in its range nor the ignore index; `dtype` is that of the target.
+pub(crate) fn class_range(
+    name: &str,
+    indices: impl IntoIterator<Item = i64>,
+    dtype: DType,
+    classes: usize,
+    ignore_index: i64,
+) -> Result<()> {
+    let bad = |class: i64| class != ignore_index && !(0..classes as i64).contains(&class);
+    let Some((row, class)) = indices.into_iter().enumerate().find(|&(_, class)| bad(class)) else { return Ok(()) };
+    // a negative number that lost its sign
+    let signed = match dtype {
+        DType::U8 => class as u8 as i8 as i64,
+        DType::U32 => class as u32 as i32 as i64,
+        _ => class,
+    };
+    let remedy = match signed != class {
+        true => format!("; if it was {signed} ahead of a cast to {dtype:?}, keep the indices signed"),
+        false => String::new(),
+    };
+    bail!(
         "{name}: target {class} at row {row} is out of range, expected a class in 0..{classes} or the \
-         ignore_index {ignore_index}"
-    ))
-    .bt()
+         ignore_index {ignore_index}{remedy}"
+    )
 }
 
 /// `what` is "target" or "probability".

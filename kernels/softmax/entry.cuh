@@ -148,12 +148,12 @@ constexpr int registers_reading(Detail detail, int w) {
 #define LOG_SOFTMAX_REGISTERS(NAME, W) \
     LOG_SOFTMAX_KERNEL(NAME, (ROWS_THREADS, REGISTERS_WRITING), log_softmax_registers<W>)
 
-// The losses and statistics of rows.
-#define STATISTICS_KERNEL(NAME, BOUNDS, BODY)                                                                          \
-    extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const Params p, const X *x, const Targets<A> targets,     \
-                                                             A *loss, A *lse, A *z_loss, A *entropy, uint32_t *argmax, \
-                                                             uint8_t *correct) {                                       \
-        BODY(p, x, targets, {loss, lse, z_loss, entropy, argmax, correct});                                            \
+// Forwards with the statistics of rows.
+#define STATISTICS_KERNEL(NAME, BOUNDS, BODY)                                                            \
+    extern "C" __global__ void __launch_bounds__ BOUNDS NAME(                                            \
+        const Params p, const X *x, const Targets<A> targets, A *loss, A *statistics, double2 *partials, \
+        unsigned *ticket, A *result, A *denominator, const StatisticsOutputs<A> numbers) {               \
+        BODY(p, x, targets, {loss, statistics, partials, ticket, result, denominator}, numbers);         \
     }
 
 #if defined(DETAIL_GENERAL)

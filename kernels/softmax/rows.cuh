@@ -408,36 +408,39 @@ __device__ __forceinline__ void merge_splits(const Params &p, const T *x, const 
     finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
-// Row statistics: as the forward, with six numbers for each row.
+// The forward with more numbers for each row.
 template <class A> struct StatisticsOutputs {
     A *loss, *lse, *z_loss, *entropy;
     uint32_t *argmax;
-    uint8_t *correct;
+    float *correct, *counted;
 };
 
 template <class A>
 __device__ __forceinline__ void write_row_statistics(const Params &p, const StatisticsOutputs<A> &out,
-                                                     const Target<A> &target, A x_t, const State<A, STATISTICS> &state,
+                                                     const Target<A> &target, A loss, const State<A, STATISTICS> &state,
                                                      int64_t row) {
     const A log_sum = log_sum_of(state.max, state.rest);
     const A lse = state.max + log_sum;
     const bool kept = target.kind != Kind::IGNORED;
     const int own = is_index(p.target) ? target.index : state.top_class;
     const int argmax = state.argmax == NO_CLASS ? 0 : state.argmax;
-    out.loss[row] = loss_of<STATISTICS>(p, target, x_t, state);
+    out.loss[row] = loss;
     out.lse[row] = kept ? lse : A(0);
     out.z_loss[row] = kept ? z_loss_of(p, lse) : A(0);
     out.entropy[row] = kept ? log_sum - state.moment / (A(1) + state.rest) : A(0);
     out.argmax[row] = argmax;
-    out.correct[row] = kept && own == argmax;
+    out.correct[row] = kept && own == argmax ? 1.0f : 0.0f;
+    out.counted[row] = kept ? 1.0f : 0.0f;
 }
 
 template <class T>
 __device__ __forceinline__ void statistics_rows(const Params &p, const T *x, const Targets<Acc<T>> &targets,
-                                                const StatisticsOutputs<Acc<T>> &out) {
+                                                const Outputs<Acc<T>> &out, const StatisticsOutputs<Acc<T>> &numbers) {
     using A = Acc<T>;
+    __shared__ double scratch[WARP];
     __shared__ State<A, STATISTICS> states[WARP];
     const int team = p.team, thread = threadIdx.x % team, teams = blockDim.x / team;
+    double2 total = {0, 0};
     for (int64_t first = static_cast<int64_t>(blockIdx.x) * teams; first < p.rows;
          first += static_cast<int64_t>(gridDim.x) * teams) {
         const int64_t row = first + threadIdx.x / team;
@@ -454,8 +457,13 @@ __device__ __forceinline__ void statistics_rows(const Params &p, const T *x, con
                                                                   w.count, {nullptr, 0});
         }
         state = merge_team<T>(p, state, team, states);
-        if (exists && thread == 0) write_row_statistics(p, out, target, x_t, state, row);
+        if (!exists || thread != 0) continue;
+        const double2 one = finish_row<STATISTICS>(p, out, target, x_t, state, row);
+        write_row_statistics(p, numbers, target, A(one.x), state, row);
+        total.x += one.x, total.y += one.y;
     }
+    if (out.partials || out.result || out.denominator)
+        finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // The operands of a backward beside the logits and their targets.

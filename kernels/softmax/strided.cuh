@@ -129,9 +129,12 @@ __device__ __forceinline__ void reduce_strided(const Params &p, const T *x, cons
 
 template <class T>
 __device__ __forceinline__ void statistics_strided(const Params &p, const T *x, const Targets<Acc<T>> &targets,
-                                                   const StatisticsOutputs<Acc<T>> &out) {
+                                                   const Outputs<Acc<T>> &out,
+                                                   const StatisticsOutputs<Acc<T>> &numbers) {
     using A = Acc<T>;
+    __shared__ double scratch[WARP];
     __shared__ State<A, STATISTICS> states[STRIDED_THREADS];
+    double2 total = {0, 0};
     for_strided_rows(p, [&](int64_t row, bool exists) {
         State<A, STATISTICS> state = State<A, STATISTICS>::empty();
         const Target<A> target = read_target(p, targets, row);
@@ -139,8 +142,14 @@ __device__ __forceinline__ void statistics_strided(const Params &p, const T *x, 
         const A x_t = own_logit<STATISTICS>(p, logits, target);
         if (exists) state = reduce_classes<STATISTICS>(p, operands_of(p, targets, row), logits);
         state = merge_column<T>(p, state, states);
-        if (exists && threadIdx.y == 0) write_row_statistics(p, out, target, x_t, state, row);
+        if (exists && threadIdx.y == 0) {
+            const double2 one = finish_row<STATISTICS>(p, out, target, x_t, state, row);
+            write_row_statistics(p, numbers, target, A(one.x), state, row);
+            total.x += one.x, total.y += one.y;
+        }
     });
+    if (out.partials || out.result || out.denominator)
+        finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // Backward. Reads E, writes E.

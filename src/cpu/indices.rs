@@ -4,7 +4,7 @@ use super::math::{LANES, Real};
 use crate::check;
 use crate::custom_op::Arg;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, Result};
+use candle_core::{CpuStorage, DType, Result, WithDType};
 use std::ops::Range;
 
 pub(crate) enum Indices<'a> {
@@ -65,6 +65,13 @@ impl<'a> Indices<'a> {
         with_indices!(self, t => widen(&t[rows]))
     }
 
+    fn dtype(&self) -> DType {
+        fn of<I: WithDType>(_: &[I]) -> DType {
+            I::DTYPE
+        }
+        with_indices!(self, t => of(t))
+    }
+
     fn len(&self) -> usize {
         with_indices!(self, t => t.len())
     }
@@ -72,13 +79,13 @@ impl<'a> Indices<'a> {
     /// Checks every class index, and sums the weights of the rows that count.
     pub fn total<A: Real>(&self, name: &str, ignore_index: i64, classes: usize, weight: Option<&[A]>) -> Result<f64> {
         let counted = (0..self.len()).map(|row| (row, self.get(row))).filter(|(_, class)| *class != ignore_index);
-        let Some(count) = with_indices!(self, t => count(t, ignore_index, classes)) else {
-            let bad = counted.into_iter().find(|(_, class)| *class < 0 || *class >= classes as i64);
-            let (row, class) = bad.unwrap_or_default();
-            return Err(check::class_out_of_range(name, class, row, classes, ignore_index));
-        };
+        let count = with_indices!(self, t => count(t, ignore_index, classes));
+        if count.is_none() {
+            let all = (0..self.len()).map(|row| self.get(row));
+            check::class_range(name, all, self.dtype(), classes, ignore_index)?;
+        }
         Ok(match weight {
-            None => count as f64,
+            None => count.unwrap_or_default() as f64,
             Some(weight) => counted.map(|(_, class)| weight[class as usize].to_f64()).sum(),
         })
     }

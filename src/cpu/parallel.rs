@@ -8,7 +8,7 @@ use std::any::Any;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
 /// The work of a task, in logits of a softmax, of which a thread reduces four in a nanosecond: 256 KB of f32, which
 /// outlive the cost of a task many times and leave enough of them.
@@ -28,25 +28,17 @@ pub(crate) fn for_each_task(units: usize, work_per_unit: usize, task: impl Fn(Ra
     share(units.div_ceil(step), &|i| task(i * step..((i + 1) * step).min(units)));
 }
 
-/// Set in [`Job::guests`] once the caller lets no more threads in.
-const CLOSED: usize = 1 << (usize::BITS - 1);
-
+/// Tasks that are shared.
 struct Job {
     /// Runs one task. Only for threads that have entered: it borrows from the caller's frame.
     task: *const (dyn Fn(usize) + Sync),
     tasks: usize,
     /// The next task that nobody has taken.
     next: AtomicUsize,
-    /// The threads that have entered and not left, and [`CLOSED`].
+    /// The threads inside: those that have entered and not left.
     guests: AtomicUsize,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
-
-// SAFETY: `task` points to something `Sync`, and is used only while the caller keeps it alive; the rest is `Send` and
-// `Sync`
-unsafe impl Send for Job {}
-// SAFETY: the task is `Sync` and used only while the caller keeps it alive; all other fields are `Sync`
-unsafe impl Sync for Job {}
 
 impl Job {
     /// Takes tasks until none are left.
@@ -60,32 +52,92 @@ impl Job {
         }
     }
 
-    /// What a worker of the pool does with the job, whenever it comes to it.
-    fn visit(&self) {
-        let enter = |guests| if guests & CLOSED == 0 { Some(guests + 1) } else { None };
-        if self.guests.fetch_update(Ordering::Acquire, Ordering::Relaxed, enter).is_err() {
-            return;
-        }
-        // SAFETY: this thread entered before the caller closed the job, and the caller waits until it has left
-        let task = unsafe { &*self.task };
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.work(task))) {
-            self.next.store(self.tasks, Ordering::Relaxed);
-            *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
-        }
-        self.guests.fetch_sub(1, Ordering::Release);
+    fn has_tasks(&self) -> bool {
+        self.next.load(Ordering::Relaxed) < self.tasks
     }
 }
 
-/// Closes the job and waits for the threads inside when the caller leaves, also by a panic.
-struct Close<'j>(&'j Job);
+/// A job on a board. It may be dereferenced by a thread that holds the board's lock, or that entered the job.
+struct Posted(*const Job);
+
+// SAFETY: the job is in the frame of a thread that takes it off the board before it is gone, and waits for those that
+// entered it; its task is `Sync` and all else in it is atomic or locked
+unsafe impl Send for Posted {}
+
+/// Where callers put their jobs and the workers of a pool find them.
+///
+/// A worker is invited by a closure that the pool runs whenever a worker is free. It knows the board, not the job: so
+/// there are never more invitations than workers, however many calls pass while these are busy, and the worker that
+/// comes late works for whoever needs it then.
+struct Board {
+    state: Mutex<BoardState>,
+}
+
+struct BoardState {
+    jobs: Vec<Posted>,
+    /// Workers that were invited and have not come yet.
+    invited: usize,
+}
+
+impl Board {
+    const fn new() -> Self {
+        Board { state: Mutex::new(BoardState { jobs: Vec::new(), invited: 0 }) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BoardState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What an invited worker does: tasks of one job after the other, until none is left.
+    fn visit(&self) {
+        self.lock().invited -= 1;
+        loop {
+            let entered = self.lock().jobs.iter().rev().find_map(|posted| {
+                // SAFETY: the job is on the board, and this thread has the board's lock
+                let job = unsafe { &*posted.0 };
+                job.has_tasks().then(|| {
+                    job.guests.fetch_add(1, Ordering::Relaxed);
+                    posted.0
+                })
+            });
+            let Some(job) = entered else { return };
+            // SAFETY: this thread has entered, and the caller waits until it has left
+            let job = unsafe { &*job };
+            // SAFETY: as above; the task lives as long as the job
+            let task = unsafe { &*job.task };
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job.work(task))) {
+                job.next.store(job.tasks, Ordering::Relaxed);
+                *job.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
+            }
+            job.guests.fetch_sub(1, Ordering::Release);
+        }
+    }
+}
+
+/// The board of the pool that `rayon::spawn` uses on this thread: a worker's own one, as each worker belongs to one
+/// pool, or that of all threads outside of pools, which share the global one.
+fn board() -> Arc<Board> {
+    static OUTSIDE: LazyLock<Arc<Board>> = LazyLock::new(|| Arc::new(Board::new()));
+    thread_local! {
+        static INSIDE: Arc<Board> = Arc::new(Board::new());
+    }
+    match rayon::current_thread_index() {
+        None => OUTSIDE.clone(),
+        Some(_) => INSIDE.with(Arc::clone),
+    }
+}
+
+/// Takes the job off the board and waits for the threads inside when the caller leaves, also by a panic.
+struct Close<'j>(&'j Board, &'j Job);
 
 impl Drop for Close<'_> {
     fn drop(&mut self) {
-        self.0.next.store(self.0.tasks, Ordering::Relaxed);
-        self.0.guests.fetch_or(CLOSED, Ordering::Acquire);
+        let Close(board, job) = *self;
+        job.next.store(job.tasks, Ordering::Relaxed);
+        board.lock().jobs.retain(|posted| !std::ptr::eq(posted.0, job));
         let mut spins = 0;
         // a task is a fraction of a millisecond, less than it takes to put a thread to sleep and wake it
-        while self.0.guests.load(Ordering::Acquire) != CLOSED {
+        while job.guests.load(Ordering::Acquire) != 0 {
             match spins {
                 0..100 => std::hint::spin_loop(),
                 _ => std::thread::yield_now(),
@@ -98,22 +150,23 @@ impl Drop for Close<'_> {
 /// Runs `task` for each of `0..tasks` on the calling thread and on whichever workers of the pool come in time.
 fn share(tasks: usize, task: &(dyn Fn(usize) + Sync)) {
     let helpers = rayon::current_num_threads().min(tasks) - 1;
-    // SAFETY: only the lifetime changes. `Job::visit` dereferences the pointer between entering and leaving only, and
+    // SAFETY: only the lifetime changes. `Board::visit` dereferences the pointer between entering and leaving only, and
     // `Close` ends this borrow after the last thread has left and none can enter
     let erased =
         unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync)>(task) };
-    let job = Arc::new(Job {
-        task: erased,
-        tasks,
-        next: AtomicUsize::new(0),
-        guests: AtomicUsize::new(0),
-        panic: Mutex::new(None),
-    });
+    let job =
+        Job { task: erased, tasks, next: AtomicUsize::new(0), guests: AtomicUsize::new(0), panic: Mutex::new(None) };
+    let board = board();
     {
-        let _close = Close(&job);
-        for _ in 0..helpers {
-            let job = job.clone();
-            rayon::spawn(move || job.visit());
+        let _close = Close(&board, &job);
+        let mut state = board.lock();
+        state.jobs.push(Posted(&job));
+        let missing = helpers.saturating_sub(state.invited);
+        state.invited += missing;
+        drop(state);
+        for _ in 0..missing {
+            let board = board.clone();
+            rayon::spawn(move || board.visit());
         }
         job.work(task);
     }
@@ -180,6 +233,48 @@ mod tests {
             });
             assert_eq!(done.into_inner(), 50);
             release.send(()).unwrap();
+        });
+    }
+
+    /// The workers of a pool, each busy until the sender is gone.
+    fn busy(workers: usize) -> std::sync::mpsc::Sender<()> {
+        let (release, released) = std::sync::mpsc::channel::<()>();
+        let (released, (started, starts)) = (Arc::new(Mutex::new(released)), std::sync::mpsc::channel());
+        for _ in 0..workers {
+            let (released, started) = (released.clone(), started.clone());
+            rayon::spawn(move || {
+                started.send(()).unwrap();
+                released.lock().unwrap().recv().unwrap_err();
+            });
+            starts.recv().unwrap();
+        }
+        release
+    }
+
+    /// However many jobs pass while the workers are busy, no more invitations wait for them than there are workers; and
+    /// they still take part in the jobs that come after.
+    #[test]
+    fn busy_workers_are_invited_once() {
+        let pool = pool(3);
+        pool.install(|| {
+            // this thread is one of the pool's
+            let release = busy(2);
+            for _ in 0..1000 {
+                share(50, &|_| {});
+            }
+            let board = board();
+            let counts = |state: &BoardState| (state.invited, state.jobs.len());
+            assert_eq!(counts(&board.lock()), (2, 0));
+            drop(release);
+            let threads = Mutex::new(std::collections::HashSet::new());
+            share(50, &|_| {
+                threads.lock().unwrap().insert(std::thread::current().id());
+                std::thread::sleep(Duration::from_millis(2));
+            });
+            assert_eq!(threads.into_inner().unwrap().len(), 3);
+            while board.lock().invited > 0 {
+                std::thread::yield_now();
+            }
         });
     }
 

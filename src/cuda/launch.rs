@@ -248,6 +248,18 @@ impl<'a> Launch<'a> {
         self
     }
 
+    /// Outputs that the kernel takes as one struct of pointers.
+    pub fn write_all<T: DevicePtrMut<U> + 'a, U>(&mut self, memories: &'a mut [T]) -> &mut Self {
+        let mut addresses = vec![];
+        for memory in memories {
+            let (address, used) = memory.device_ptr_mut(self.stream);
+            self.used.push(used);
+            addresses.push(address);
+        }
+        self.parameters.push(Parameter::Addresses(addresses));
+        self
+    }
+
     /// An operand, or a null pointer where it is absent.
     pub fn read_if<T: DevicePtr<U> + 'a, U>(&mut self, memory: Option<&'a T>) -> &mut Self {
         match memory {

@@ -4,26 +4,36 @@ use super::inputs::{Counted, Inputs, Selection, ones};
 use super::matmul::product;
 use super::problem::Linear;
 use crate::reduction::Reduction;
-use crate::softmax::problem::{CrossEntropy, SoftmaxOptions};
+use crate::softmax::problem::{CrossEntropy, RowStatistics, SoftmaxOptions};
 use candle_core::{Result, Tensor};
 
 /// Rows below which a product is mostly traffic.
 const LEAST_ROWS: usize = 16;
 
-/// Which gradients are asked for.
+/// Which gradients are asked for, and whether the statistics of the rows are.
 #[derive(Clone, Copy)]
 pub(super) struct Wanted {
     pub hidden: bool,
     pub weight: bool,
     pub bias: bool,
+    pub statistics: bool,
 }
 
 impl Wanted {
-    pub const NOTHING: Self = Wanted { hidden: false, weight: false, bias: false };
+    pub const NOTHING: Self = Wanted { hidden: false, weight: false, bias: false, statistics: false };
 
-    pub fn something(&self) -> bool {
+    pub fn gradients(&self) -> bool {
         self.hidden || self.weight || self.bias
     }
+}
+
+/// What the chunks leave.
+pub(super) struct ChunkResults {
+    /// Of the selected rows or of the chunks, if there are any.
+    pub losses: Option<Tensor>,
+    /// Of the selected rows of each chunk.
+    pub statistics: Vec<RowStatistics>,
+    pub sums: Sums,
 }
 
 /// The sums over the rows, in the arithmetic dtype.
@@ -159,38 +169,43 @@ impl Linear {
         rows.div_ceil(rows.div_ceil(most).max(1)).min(rows)
     }
 
-    /// The losses of the selected rows or of the chunks, and the wanted sums; `upstream` is a gradient `(N)` of each
-    /// row.
+    /// The losses of the selected rows or of the chunks, and what is wanted beside them; `upstream` is a gradient `(N)`
+    /// of each row.
     pub(super) fn run(
         &self,
         inputs: &Inputs,
         counted: &Counted,
         wanted: Wanted,
         upstream: Option<&Tensor>,
-    ) -> Result<(Option<Tensor>, Sums)> {
+    ) -> Result<ChunkResults> {
         let rows = counted.rows;
         let sums = Sums::new(inputs, rows, wanted)?;
         if rows == 0 {
-            return Ok((None, sums));
+            return Ok(ChunkResults { losses: None, statistics: vec![], sums });
         }
         let step = self.step(inputs, rows);
         let chunks = Chunks::new(self, inputs, &counted.selection, step)?;
-        let mut losses = Vec::with_capacity(rows.div_ceil(step));
+        let (mut losses, mut statistics) = (Vec::with_capacity(rows.div_ceil(step)), vec![]);
         for start in (0..rows).step_by(step) {
             let chunk = chunks.chunk(start, step.min(rows - start))?;
             chunks.compute_logits(&chunk)?;
-            let problem = chunks.problem.clone();
-            if wanted.something() {
-                losses.push(problem.loss_and_grad_inplace(&chunk.logits, &chunk.target)?);
-                chunks.add_to(&sums, &chunk, upstream)?;
-            } else {
-                losses.push(problem.forward(&chunk.logits, &chunk.target)?);
+            let problem = || chunks.problem.clone();
+            let mut loss = None;
+            if wanted.statistics {
+                let (of_chunk, rows) = problem().forward_with_statistics(&chunk.logits, &chunk.target)?;
+                statistics.push(rows);
+                loss = Some(of_chunk);
             }
+            if wanted.gradients() {
+                loss = Some(problem().loss_and_grad_inplace(&chunk.logits, &chunk.target)?);
+                chunks.add_to(&sums, &chunk, upstream)?;
+            }
+            losses.push(loss.map_or_else(|| problem().forward(&chunk.logits, &chunk.target), Ok)?);
         }
         let losses = match self.problem.options.rows.reduction {
             Reduction::None => Tensor::cat(&losses, 0)?,
             Reduction::Mean | Reduction::Sum => Tensor::stack(&losses, 0)?,
         };
-        Ok((Some(losses), sums))
+        Ok(ChunkResults { losses: Some(losses), statistics, sums })
     }
 }

@@ -1,9 +1,21 @@
 //! Linear cross-entropy in candle's tensor ops: all logits at once.
 
 use super::problem::{Linear, LinearGradients};
-use crate::reduction::Reduction;
-use crate::softmax::composed;
-use candle_core::{Result, Tensor, Var};
+use crate::softmax::composed::{self, ComposedLoss};
+use crate::softmax::problem::RowStatistics;
+use candle_core::{DType, Result, Tensor, Var};
+
+/// The logits as a matrix. An ignored row of hidden states is replaced by zeros, so that its NaN goes nowhere.
+fn logits(linear: &Linear, hidden: &Tensor, weight: &Tensor, bias: Option<&Tensor>, target: &Tensor) -> Result<Tensor> {
+    let hidden = hidden.reshape((target.elem_count(), weight.dim(1)?))?;
+    let counted = target.flatten_all()?.to_dtype(DType::I64)?.ne(linear.problem.options.rows.ignore_index)?;
+    let counted = counted.unsqueeze(1)?.broadcast_as(hidden.shape())?;
+    let logits = counted.where_cond(&hidden, &hidden.zeros_like()?)?.matmul(&weight.t()?)?;
+    match bias {
+        Some(bias) => logits.broadcast_add(bias),
+        None => Ok(logits),
+    }
+}
 
 /// The loss.
 pub(crate) fn loss(
@@ -13,15 +25,26 @@ pub(crate) fn loss(
     bias: Option<&Tensor>,
     target: &Tensor,
 ) -> Result<Tensor> {
-    let mut logits = hidden.reshape((target.elem_count(), weight.dim(1)?))?.matmul(&weight.t()?)?;
-    if let Some(bias) = bias {
-        logits = logits.broadcast_add(bias)?;
-    }
+    let logits = logits(linear, hidden, weight, bias, target)?;
     let loss = composed::loss(&linear.problem, &logits, &target.flatten_all()?)?;
-    match linear.problem.options.rows.reduction {
-        Reduction::None => loss.reshape(target.shape()),
-        Reduction::Mean | Reduction::Sum => Ok(loss),
-    }
+    loss.reshape(linear.loss_shape(target))
+}
+
+/// The loss, and the statistics of each row.
+pub(crate) fn loss_and_statistics(
+    linear: &Linear,
+    hidden: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    target: &Tensor,
+) -> Result<(Tensor, RowStatistics)> {
+    let (logits, indices) = (logits(linear, hidden, weight, bias, target)?, target.flatten_all()?);
+    let composed = ComposedLoss::new(&linear.problem, &logits, &indices)?;
+    let rows = composed.statistics(&linear.problem, &logits, &indices)?;
+    // no prediction of an ignored row, as its logits are not those of its hidden states
+    let argmax = (&rows.argmax * rows.counted.to_dtype(DType::U32)?)?;
+    let rows = RowStatistics { argmax, ..rows }.try_map(|_, values| values.reshape(target.shape()))?;
+    Ok((composed.loss.reshape(linear.loss_shape(target))?, rows))
 }
 
 /// The loss, and its gradients for an upstream gradient of the grad scale everywhere.

@@ -132,6 +132,12 @@ impl Selection {
         }
     }
 
+    /// As [`Self::spread`] where ignored rows that were worked on are to be zeros too.
+    pub fn spread_counted(&self, selected: Tensor, count: usize) -> Result<Tensor> {
+        let Selection::Mask(mask) = self else { return self.spread(selected, count) };
+        mask.squeeze(1)?.where_cond(&selected, &selected.zeros_like()?)
+    }
+
     /// All rows again, zeros where they don't count.
     pub fn spread(&self, selected: Tensor, count: usize) -> Result<Tensor> {
         let Selection::Rows(rows) = self else { return Ok(selected) };

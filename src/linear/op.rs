@@ -9,7 +9,7 @@
 //!
 //! Sums are kept in the arithmetic dtype and rounded once.
 
-use super::chunks::{Sums, Wanted};
+use super::chunks::{ChunkResults, Sums, Wanted};
 use super::composed;
 use super::inputs::{Counted, Inputs, scalar};
 use super::problem::{Linear, LinearGradients};
@@ -17,6 +17,7 @@ use crate::custom_op::{
     Arg, DeviceStorage, Locked, check_first_order, device_passes, is_composed, is_composed_in_graph,
 };
 use crate::reduction::Reduction;
+use crate::softmax::problem::RowStatistics;
 use candle_core::{CustomOp3, DType, Error, Result, Shape, Tensor};
 use std::sync::{Mutex, PoisonError};
 
@@ -76,28 +77,78 @@ fn scaled(sum: &Tensor, factor: &Tensor) -> Result<Tensor> {
     }
 }
 
+/// The tensors that autograd may track.
+fn operands<'a>(hidden: &'a Tensor, weight: &'a Tensor, bias: Option<&'a Tensor>) -> Vec<&'a Tensor> {
+    [Some(hidden), Some(weight), bias].into_iter().flatten().collect()
+}
+
+/// The statistics of all rows from those of the chunks; without chunks zeros, as for rows that are ignored, whose
+/// logits are never made.
+fn row_statistics(
+    chunks: &[RowStatistics],
+    (inputs, counted): (&Inputs, &Counted),
+    shape: &Shape,
+) -> Result<RowStatistics> {
+    let (all, device) = (inputs.rows(), inputs.device());
+    let Some(joined) = RowStatistics::cat(chunks)? else {
+        let zeros = |dtype: DType| Tensor::zeros(shape, dtype, device);
+        let (number, flag) = (zeros(inputs.arithmetic())?, zeros(DType::F32)?);
+        let [loss, lse, z_loss, entropy] = [number.clone(), number.clone(), number.clone(), number];
+        let argmax = zeros(DType::U32)?;
+        return Ok(RowStatistics { loss, lse, z_loss, entropy, argmax, correct: flag.clone(), counted: flag });
+    };
+    joined.try_map(|_, values| counted.selection.spread_counted(values.clone(), all)?.reshape(shape))
+}
+
 impl Linear {
     /// The loss, with autograd.
     pub fn forward(self, hidden: &Tensor, weight: &Tensor, bias: Option<&Tensor>, target: &Tensor) -> Result<Tensor> {
-        let operands = [Some(hidden), Some(weight), bias].into_iter().flatten().collect::<Vec<_>>();
-        if is_composed_in_graph(self.problem.options.rows.fused, &operands) {
+        if is_composed_in_graph(self.problem.options.rows.fused, &operands(hidden, weight, bias)) {
             return composed::loss(&self, hidden, weight, bias, target);
         }
+        Ok(self.attached(hidden, weight, bias, target, false)?.0)
+    }
+
+    /// The loss, with autograd, and from the same logits the statistics of each row.
+    pub fn forward_with_statistics(
+        self,
+        hidden: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        target: &Tensor,
+    ) -> Result<(Tensor, RowStatistics)> {
+        if is_composed_in_graph(self.problem.options.rows.fused, &operands(hidden, weight, bias)) {
+            return composed::loss_and_statistics(&self, hidden, weight, bias, target);
+        }
+        self.attached(hidden, weight, bias, target, true)
+    }
+
+    /// The loss from the kernels, tied to its inputs, and the statistics where they are asked for, else without rows.
+    fn attached(
+        self,
+        hidden: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        target: &Tensor,
+        statistics: bool,
+    ) -> Result<(Tensor, RowStatistics)> {
         let inputs = Inputs::new(hidden, weight, bias, target)?;
         let wanted = Wanted {
             hidden: hidden.track_op(),
             weight: weight.track_op(),
             bias: bias.is_some_and(|bias| bias.track_op()),
+            statistics: false,
         };
         let counted = Counted::new(&self, &inputs)?;
         let in_forward = match self.problem.options.rows.reduction {
-            Reduction::None => Wanted::NOTHING,
-            Reduction::Mean | Reduction::Sum => wanted,
+            Reduction::None => Wanted { statistics, ..Wanted::NOTHING },
+            Reduction::Mean | Reduction::Sum => Wanted { statistics, ..wanted },
         };
-        let (loss, sums) = self.run(&inputs, &counted, in_forward, None)?;
-        let loss = self.reduced(&inputs, &counted, loss)?.reshape(self.loss_shape(target))?;
-        if !wanted.something() {
-            return Ok(loss);
+        let results = self.run(&inputs, &counted, in_forward, None)?;
+        let statistics = row_statistics(&results.statistics, (&inputs, &counted), target.shape())?;
+        let loss = self.reduced(&inputs, &counted, results.losses)?.reshape(self.loss_shape(target))?;
+        if !wanted.gradients() {
+            return Ok((loss, statistics));
         }
         let attached = Attached {
             name: self.problem.name,
@@ -107,16 +158,17 @@ impl Linear {
             wanted,
             has_bias: bias.is_some(),
             loss,
-            saved: Mutex::new(in_forward.something().then_some(sums)),
+            saved: Mutex::new(in_forward.gradients().then_some(results.sums)),
         };
-        match bias {
-            Some(bias) => hidden.apply_op3(weight, bias, attached),
+        let loss = match bias {
+            Some(bias) => hidden.apply_op3(weight, bias, attached)?,
             // a third argument without a gradient
-            None => hidden.apply_op3(weight, &inputs.target, attached),
-        }
+            None => hidden.apply_op3(weight, &inputs.target, attached)?,
+        };
+        Ok((loss, statistics))
     }
 
-    /// The loss and its gradients for an upstream gradient of ones, without a graph.
+    /// The loss and its gradients for an upstream gradient of the grad scale, without a graph.
     pub fn loss_and_grad(
         self,
         hidden: &Tensor,
@@ -128,10 +180,10 @@ impl Linear {
             return composed::loss_and_grad(&self, hidden, weight, bias, target);
         }
         let inputs = Inputs::new(hidden, weight, bias, target)?;
-        let wanted = Wanted { hidden: true, weight: true, bias: bias.is_some() };
+        let wanted = Wanted { hidden: true, weight: true, bias: bias.is_some(), statistics: false };
         let counted = Counted::new(&self, &inputs)?;
-        let (loss, sums) = self.run(&inputs, &counted, wanted, None)?;
-        let loss = self.reduced(&inputs, &counted, loss)?.reshape(self.loss_shape(target))?;
+        let ChunkResults { losses, sums, .. } = self.run(&inputs, &counted, wanted, None)?;
+        let loss = self.reduced(&inputs, &counted, losses)?.reshape(self.loss_shape(target))?;
         let upstream = scalar(self.problem.options.rows.grad_scale, inputs.device())?;
         let gradients = self.gradients(&inputs, &counted, sums, Upstream::Scalar(&upstream), hidden.shape())?;
         let missing = || Error::msg("a gradient that was asked for is missing");
@@ -140,7 +192,7 @@ impl Linear {
         Ok((loss, LinearGradients { hidden, weight, bias: gradients.bias }))
     }
 
-    fn loss_shape(&self, target: &Tensor) -> Shape {
+    pub(super) fn loss_shape(&self, target: &Tensor) -> Shape {
         self.problem.options.rows.reduction.shape(target.shape().clone())
     }
 
@@ -236,7 +288,7 @@ impl CustomOp3 for Attached {
         check_first_order(self.name)?;
         let inputs = Inputs::new(hidden, weight, self.has_bias.then_some(bias), &self.target)?;
         let linear = &self.linear;
-        let compute = |upstream| linear.run(&inputs, &self.counted, self.wanted, upstream).map(|(_, sums)| sums);
+        let compute = |upstream| linear.run(&inputs, &self.counted, self.wanted, upstream).map(|results| results.sums);
         let gradients = match linear.problem.options.rows.reduction {
             Reduction::Mean | Reduction::Sum => {
                 let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner).take();

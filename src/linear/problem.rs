@@ -32,6 +32,11 @@ impl LinearOptions {
             [.., 0] => bail!("{name}: no features in hidden states of shape {:?}, expected some", hidden.dims()),
             [rows @ .., features] => (rows, *features),
         };
+        match options.rows.class_axis {
+            None | Some(-1) => {}
+            Some(axis) if axis == rows.len() as isize => {}
+            Some(axis) => bail!("{name}: class axis {axis}, expected -1: the logits of a linear layer have it last"),
+        }
         let classes = match weight.dims() {
             [0, _] => bail!("{name}: no classes in a weight of shape {:?}, expected at least one", weight.dims()),
             [classes, of] if *of == features => *classes,

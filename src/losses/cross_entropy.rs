@@ -127,7 +127,8 @@ impl CrossEntropyLoss {
     /// allocated then and copied over the logits.
     ///
     /// # Errors
-    /// In addition, logits that are not contiguous, or that autograd tracks: the backward would miss their values.
+    /// In addition, logits that are not contiguous, that share their storage with the target, or that autograd tracks.
+    /// `detach` alone makes those legal, but the storage stays the same: a detached variable becomes its gradient.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
@@ -143,7 +144,9 @@ impl CrossEntropyLoss {
     pub fn loss_and_grad_inplace(&self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
         if logits.track_op() {
             bail!(
-                "{NAME}: logits of shape {:?} are tracked by autograd, expected detached ones to replace in place",
+                "{NAME}: logits of shape {:?} are tracked by autograd, whose backward needs the values that the gradient \
+                 would replace, as does the variable of which they may be a view, expected a copy \
+                 (`logits.detach().copy()?`), or loss_and_grad",
                 logits.dims()
             );
         }
@@ -167,7 +170,28 @@ impl CrossEntropyLoss {
     /// # }
     /// ```
     pub fn statistics(&self, logits: &Tensor, target: &Tensor) -> Result<RowStatistics> {
-        self.options.problem(NAME, logits, target)?.statistics(logits, target)
+        let (logits, target) = (&logits.detach(), &target.detach());
+        Ok(self.options.problem(NAME, logits, target)?.forward_with_statistics(logits, target)?.1)
+    }
+
+    /// The loss as [`forward`](Self::forward) returns it, differentiable, and the statistics of each row as
+    /// [`statistics`](Self::statistics) returns them, without a graph: from one pass over the logits.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor, Var};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let logits = Var::new(&[[1f32, 2., 3.], [5., 2., 0.]], &Device::Cpu)?;
+    /// let target = Tensor::new(&[2u32, 1], &Device::Cpu)?;
+    /// let loss = candle_fused_loss::CrossEntropyLoss::new();
+    /// let (loss, rows) = loss.forward_with_statistics(&logits, &target)?;
+    /// loss.backward()?;
+    /// assert!((loss.to_scalar::<f32>()? - 1.731037).abs() < 1e-5);
+    /// assert_eq!(rows.accuracy()?.to_scalar::<f32>()?, 0.5);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn forward_with_statistics(&self, logits: &Tensor, target: &Tensor) -> Result<(Tensor, RowStatistics)> {
+        self.options.problem(NAME, logits, target)?.forward_with_statistics(logits, target)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::linear::problem::{LinearGradients, LinearOptions};
 use crate::reduction::Reduction;
+use crate::softmax::problem::RowStatistics;
 use candle_core::{Result, Tensor};
 
 const NAME: &str = "linear_cross_entropy";
@@ -135,6 +136,33 @@ impl LinearCrossEntropyLoss {
     /// ```
     pub fn forward(&self, hidden: &Tensor, weight: &Tensor, bias: Option<&Tensor>, target: &Tensor) -> Result<Tensor> {
         self.options.problem(NAME, hidden, weight, bias, target)?.forward(hidden, weight, bias, target)
+    }
+
+    /// The loss as [`forward`](Self::forward) returns it, differentiable, and the statistics of each row, without a
+    /// graph, from the same logits. Those of an ignored row, whose logits are never made, are 0, its `argmax` too.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor, Var};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let hidden = Var::new(&[[1f32, 2., 3.], [5., 2., 0.]], &Device::Cpu)?;
+    /// let weight = Tensor::new(&[[1f32, 0., 0.], [0., 1., 0.], [0., 0., 1.]], &Device::Cpu)?;
+    /// let target = Tensor::new(&[2u32, 1], &Device::Cpu)?;
+    /// let loss = candle_fused_loss::LinearCrossEntropyLoss::new();
+    /// let (loss, rows) = loss.forward_with_statistics(&hidden, &weight, None, &target)?;
+    /// loss.backward()?;
+    /// assert!((loss.to_scalar::<f32>()? - 1.731037).abs() < 1e-5);
+    /// assert_eq!(rows.accuracy()?.to_scalar::<f32>()?, 0.5);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn forward_with_statistics(
+        &self,
+        hidden: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        target: &Tensor,
+    ) -> Result<(Tensor, RowStatistics)> {
+        self.options.problem(NAME, hidden, weight, bias, target)?.forward_with_statistics(hidden, weight, bias, target)
     }
 
     /// The loss as [`forward`](Self::forward) returns it, and its gradients for an upstream gradient of ones, without a

@@ -100,6 +100,16 @@ macro_rules! row_setters {
             self
         }
 
+        /// Sets the axis of the classes, negative from the end; by default it is 1, or 0 where there is no batch. The loss
+        /// and the gradient are as if it were moved to axis 1: with -1, logits `(N, d1, …, dk, C)` go with a target
+        /// `(N, d1, …, dk)`. The logits of linear cross-entropy have them last, and nowhere else.
+        ///
+        #[doc = setter_example!($loss, $inputs, $args, ".with_class_axis(-1)", "0.907606")]
+        pub fn with_class_axis(mut self, axis: isize) -> Self {
+            self.$($options).+.class_axis = Some(axis);
+            self
+        }
+
         /// Makes [`Reduction::Mean`](crate::Reduction::Mean) divide the sum by this positive number instead of its
         /// usual denominator: by the token count of all devices, say, or of all the batches whose gradients are
         /// accumulated.

@@ -4,7 +4,7 @@ use crate::check;
 use crate::custom_op::{Arg, DeviceStorage};
 use crate::rows::layout::{Rows, row_shape, rows_of};
 use crate::rows::options::RowOptions;
-use candle_core::{Layout, Result, Shape, Tensor, bail};
+use candle_core::{Layout, Result, Shape, Tensor};
 
 /// An NLL whose options and tensors go together.
 #[derive(Clone, Debug)]
@@ -21,12 +21,12 @@ impl Nll {
     pub fn new(name: &'static str, options: &RowOptions, log_probs: &Tensor, target: &Tensor) -> Result<Self> {
         options.check(name)?;
         let arithmetic = check::arithmetic_dtype(name, "log-probabilities", log_probs)?;
-        let axis = check::class_axis(name, log_probs)?;
+        let axis = check::class_axis(name, log_probs, options.class_axis)?;
         check::same_device(name, "target", target, log_probs)?;
         let mut rows = log_probs.dims().to_vec();
         let classes = rows.remove(axis);
         if target.dims() != rows {
-            bail!("{name}: target of shape {:?}, expected class indices of shape {rows:?}", target.dims());
+            return Err(check::not_of_rows(name, target, log_probs, axis, ""));
         }
         check::class_indices(name, target)?;
         Ok(Nll { name, axis, options: options.checked(name, classes, log_probs, arithmetic)? })

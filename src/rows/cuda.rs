@@ -228,10 +228,5 @@ pub(crate) fn check_indices(
         CudaStorageSlice::I64(s) => to_host(device, &s.slice(range))?,
         _ => return Err(check::not_class_indices(name, target.dtype())),
     };
-    let classes = 0..rows.classes as i64;
-    let bad = |(_, class): &(usize, &i64)| **class != options.ignore_index && !classes.contains(class);
-    match indices.iter().enumerate().find(bad) {
-        Some((row, &class)) => Err(check::class_out_of_range(name, class, row, rows.classes, options.ignore_index)),
-        None => Ok(()),
-    }
+    check::class_range(name, indices, target.dtype(), rows.classes, options.ignore_index)
 }

@@ -12,6 +12,8 @@ pub(crate) struct RowOptions {
     /// A factor of the rows of each class.
     pub weight: Option<Tensor>,
     pub ignore_index: i64,
+    /// The axis of the classes, negative from the end; by default 1, or 0 where there is no batch.
+    pub class_axis: Option<isize>,
     pub reduction: Reduction,
     /// What `Mean` divides by in place of the weights of the rows that count.
     pub normalizer: Option<f64>,
@@ -29,6 +31,7 @@ impl Default for RowOptions {
         RowOptions {
             weight: None,
             ignore_index: -100,
+            class_axis: None,
             reduction: Reduction::Mean,
             normalizer: None,
             grad_scale: 1.0,

@@ -1,9 +1,9 @@
 //! The softmax family in candle's tensor ops: its specification, the tests' oracle, the baseline of the benches, and
 //! the path where there are no kernels.
 
-use super::problem::{CrossEntropy, RowStatistics};
+use super::problem::{CrossEntropy, RowStatistics, STATISTICS, SoftmaxOptions};
 use crate::check::arithmetic;
-use crate::composed::{as_matrix, reduced, scaled};
+use crate::composed::{ComposedIndices, as_matrix, reduced, scaled};
 use crate::rows::layout::row_shape;
 use candle_core::{DType, Result, Tensor};
 
@@ -23,10 +23,19 @@ fn shifted_log_sum(x: &Tensor, axis: usize) -> Result<(Tensor, Tensor, Tensor)> 
     Ok((shifted, log_sum, max))
 }
 
+/// Logits after scale and soft cap.
+fn transformed(o: &SoftmaxOptions, logits: Tensor) -> Result<Tensor> {
+    let x = if o.logit_scale == 1.0 { logits } else { (logits * o.logit_scale)? };
+    match o.softcap {
+        Some(cap) => (x / cap)?.tanh()? * cap,
+        None => Ok(x),
+    }
+}
+
 /// The logits as rows of a matrix, and what follows from them.
 struct ComposedRows {
-    /// `(N)`, i64, where the target is class indices.
-    indices: Option<Tensor>,
+    /// Where the target is class indices.
+    indices: Option<ComposedIndices>,
     /// `(N)`, 1 where the row counts, else 0.
     counted: Tensor,
     /// `(N, C)` after scale and soft cap.
@@ -42,92 +51,123 @@ impl ComposedRows {
         let o = &problem.options;
         let dtype = arithmetic(logits.dtype());
         let mut x = as_matrix(logits, problem.axis)?.to_dtype(dtype)?;
-        let indices = (!target.dtype().is_float()).then(|| target.flatten_all()?.to_dtype(DType::I64)).transpose()?;
-        let counted = match &indices {
-            Some(indices) => indices.ne(o.rows.ignore_index)?,
-            None => Tensor::ones(x.dim(0)?, DType::U8, logits.device())?,
+        let (rows, classes) = x.dims2()?;
+        let (indices, counted) = if target.dtype().is_float() {
+            (None, Tensor::ones(rows, dtype, logits.device())?)
+        } else {
+            let indices = ComposedIndices::new(problem.name, target, classes, &o.rows)?;
+            x = indices.counted_rows(&x)?;
+            let counted = indices.counted.to_dtype(dtype)?;
+            (Some(indices), counted)
         };
-        if indices.is_some() {
-            // an ignored row is replaced by zeros, so that its NaN goes nowhere
-            x = counted.unsqueeze(1)?.broadcast_as(x.shape())?.where_cond(&x, &x.zeros_like()?)?;
-        }
-        if o.logit_scale != 1.0 {
-            x = (x * o.logit_scale)?;
-        }
-        if let Some(cap) = o.softcap {
-            x = ((x / cap)?.tanh()? * cap)?;
-        }
+        let x = transformed(o, x)?;
         let (shifted, log_sum, max) = shifted_log_sum(&x, 1)?;
         let log_probs = shifted.broadcast_sub(&log_sum)?;
-        Ok(ComposedRows { indices, counted: counted.to_dtype(dtype)?, x, log_probs, lse: (log_sum + max)?.squeeze(1)? })
+        Ok(ComposedRows { indices, counted, x, log_probs, lse: (log_sum + max)?.squeeze(1)? })
     }
 
-    /// The loss of each row `(N)` without the z-loss, and what the rows add to the denominator.
+    /// The loss of each row `(N)` with the z-loss, and what the rows add to the denominator.
     fn losses(&self, problem: &CrossEntropy, target: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (o, log_probs, dtype) = (&problem.options, &self.log_probs, self.x.dtype());
         let (rows, classes) = self.x.dims2()?;
-        let (e, log_probs) = (problem.options.label_smoothing, &self.log_probs);
-        let weight = match &problem.options.rows.weight {
-            Some(weight) => weight.clone(),
-            None => Tensor::ones(classes, self.x.dtype(), self.x.device())?,
+        let e = o.label_smoothing;
+        let (mut loss, weights) = match &self.indices {
+            None => {
+                let target = as_matrix(target, problem.axis)?.to_dtype(dtype)?.affine(1.0 - e, e / classes as f64)?;
+                let target = match &o.rows.weight {
+                    Some(weight) => target.broadcast_mul(weight)?,
+                    None => target,
+                };
+                (scaled(&target, log_probs)?.sum(1)?.neg()?, self.counted.clone())
+            }
+            Some(indices) => {
+                let weights = indices.weights(&o.rows.weight, dtype)?;
+                let own = log_probs.gather(&indices.classes.unsqueeze(1)?, 1)?.squeeze(1)?;
+                ((scaled(&weights, &own)?.neg()? * (1.0 - e))?, weights)
+            }
         };
-        let Some(indices) = &self.indices else {
-            let target = as_matrix(target, problem.axis)?.to_dtype(self.x.dtype())?;
-            let target = target.affine(1.0 - e, e / classes as f64)?.broadcast_mul(&weight)?;
-            return Ok((scaled(&target, log_probs)?.sum(1)?.neg()?, self.counted.clone()));
-        };
-        // any class will do for an ignored row
-        let safe = self.counted.ne(0f64)?.where_cond(indices, &indices.zeros_like()?)?;
-        let row_weight = (weight.index_select(&safe, 0)? * &self.counted)?;
-        let nll = scaled(&row_weight, &log_probs.gather(&safe.unsqueeze(1)?, 1)?.squeeze(1)?)?.neg()?;
-        let mut loss = (nll * (1.0 - e))?;
-        if e > 0.0 {
-            let weight = weight.broadcast_as((rows, classes))?.contiguous()?;
+        if e > 0.0 && self.indices.is_some() {
+            let weight = match &o.rows.weight {
+                Some(weight) => weight.broadcast_as((rows, classes))?.contiguous()?,
+                None => log_probs.ones_like()?,
+            };
             let smooth = scaled(&weight, log_probs)?.sum(1)?.neg()?;
             loss = (loss + (smooth * &self.counted)? * (e / classes as f64))?;
         }
-        Ok((loss, row_weight))
+        if o.z_loss != 0.0 {
+            loss = (loss + self.z_loss(o.z_loss)?)?;
+        }
+        match &self.indices {
+            Some(indices) => Ok((indices.poison(loss)?, weights)),
+            None => Ok((loss, weights)),
+        }
     }
 
     /// `z lse^2` of the rows that count.
     fn z_loss(&self, z: f64) -> Result<Tensor> {
         (self.lse.sqr()? * &self.counted)? * z
     }
+
+    /// The numbers of each row `(N)`.
+    fn statistics(
+        &self,
+        problem: &CrossEntropy,
+        losses: Tensor,
+        (logits, target): (&Tensor, &Tensor),
+    ) -> Result<[Tensor; STATISTICS]> {
+        let (log_probs, lse, counted) = (self.log_probs.detach(), self.lse.detach(), &self.counted);
+        let entropy = scaled(&log_probs.exp()?, &log_probs)?.sum(1)?.neg()?;
+        // of the logits as they are, where the row is ignored too
+        let x = as_matrix(logits, problem.axis)?.to_dtype(self.x.dtype())?;
+        let argmax = transformed(&problem.options, x)?.argmax(1)?;
+        let own = match &self.indices {
+            Some(indices) => indices.classes.clone(),
+            None => as_matrix(target, problem.axis)?.argmax(1)?.to_dtype(DType::I64)?,
+        };
+        let hit = argmax.to_dtype(DType::I64)?.eq(&own)?.to_dtype(DType::F32)?;
+        let counts = counted.to_dtype(DType::F32)?;
+        let z_loss = self.z_loss(problem.options.z_loss)?.detach();
+        Ok([losses, (lse * counted)?, z_loss, (entropy * counted)?, argmax, (hit * &counts)?, counts])
+    }
+}
+
+/// A loss, and what the statistics of its rows are made of.
+pub(crate) struct ComposedLoss {
+    pub loss: Tensor,
+    /// The rows, if there are any, and their losses `(N)`.
+    rows: Option<ComposedRows>,
+    losses: Tensor,
+}
+
+impl ComposedLoss {
+    pub fn new(problem: &CrossEntropy, logits: &Tensor, target: &Tensor) -> Result<Self> {
+        let (o, shape) = (&problem.options.rows, row_shape(logits.layout(), problem.axis));
+        if logits.elem_count() == 0 {
+            // nothing to reduce, and candle reduces nothing to nothing
+            let losses = logits.to_dtype(arithmetic(logits.dtype()))?.flatten_all()?;
+            return Ok(ComposedLoss { loss: reduced(o, losses.clone(), &losses, shape)?, rows: None, losses });
+        }
+        let rows = ComposedRows::new(problem, logits, target)?;
+        let (losses, weights) = rows.losses(problem, target)?;
+        Ok(ComposedLoss { loss: reduced(o, losses.clone(), &weights, shape)?, rows: Some(rows), losses })
+    }
+
+    /// The rows' losses and more, without a graph.
+    pub fn statistics(&self, problem: &CrossEntropy, logits: &Tensor, target: &Tensor) -> Result<RowStatistics> {
+        let losses = self.losses.detach();
+        let all = match &self.rows {
+            Some(rows) => rows.statistics(problem, losses, (&logits.detach(), &target.detach()))?,
+            None => {
+                let (argmax, flags) = (losses.to_dtype(DType::U32)?, losses.to_dtype(DType::F32)?);
+                [losses.clone(), losses.clone(), losses.clone(), losses, argmax, flags.clone(), flags]
+            }
+        };
+        let shape = row_shape(logits.layout(), problem.axis);
+        RowStatistics::in_order(all).try_map(|_, values| values.reshape(&shape))
+    }
 }
 
 /// The loss.
 pub(crate) fn loss(problem: &CrossEntropy, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
-    let rows = ComposedRows::new(problem, logits, target)?;
-    let (mut loss, weights) = rows.losses(problem, target)?;
-    if problem.options.z_loss != 0.0 {
-        loss = (loss + rows.z_loss(problem.options.z_loss)?)?;
-    }
-    reduced(&problem.options.rows, loss, &weights, row_shape(logits.layout(), problem.axis))
-}
-
-/// The rows' losses and more.
-pub(crate) fn statistics(problem: &CrossEntropy, logits: &Tensor, target: &Tensor) -> Result<RowStatistics> {
-    let (logits, target) = (&logits.detach(), &target.detach());
-    let rows = ComposedRows::new(problem, logits, target)?;
-    let (loss, _) = rows.losses(problem, target)?;
-    let z_loss = rows.z_loss(problem.options.z_loss)?;
-    let entropy = scaled(&rows.log_probs.exp()?, &rows.log_probs)?.sum(1)?.neg()?;
-    // of the logits as they are where the row is ignored too
-    let x = as_matrix(logits, problem.axis)?.to_dtype(rows.x.dtype())?;
-    let x = if problem.options.logit_scale < 0.0 { x.neg()? } else { x };
-    let argmax = x.argmax(1)?;
-    let own = match &rows.indices {
-        Some(indices) => indices.clone(),
-        None => as_matrix(target, problem.axis)?.argmax(1)?.to_dtype(DType::I64)?,
-    };
-    let hit = argmax.to_dtype(DType::I64)?.eq(&own)?;
-    let correct = (hit * rows.counted.to_dtype(DType::U8)?)?;
-    let shape = &row_shape(logits.layout(), problem.axis);
-    Ok(RowStatistics {
-        loss: (loss + &z_loss)?.reshape(shape)?,
-        lse: (&rows.lse * &rows.counted)?.reshape(shape)?,
-        z_loss: z_loss.reshape(shape)?,
-        entropy: (entropy * &rows.counted)?.reshape(shape)?,
-        argmax: argmax.reshape(shape)?,
-        correct: correct.reshape(shape)?,
-    })
+    Ok(ComposedLoss::new(problem, logits, target)?.loss)
 }

@@ -3,7 +3,7 @@
 //! The ops receive the caller's own tensors, never reshaped copies of them, because each op in candle's graph costs its
 //! backward a zero fill and an addition.
 
-use super::composed;
+use super::composed::{self, ComposedLoss};
 use super::problem::{CrossEntropy, RowStatistics, Saved, SoftmaxKernels};
 use crate::custom_op::{
     Arg, Argument, device_passes, is_composed, is_composed_in_graph, put, saved, taken, takes_gradient,
@@ -14,7 +14,9 @@ use crate::rows::layout::{
 };
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor};
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Error, InplaceOp2, Layout, Result, Shape, Tensor, bail,
+};
 use std::sync::{Arc, OnceLock};
 
 impl CrossEntropy {
@@ -23,8 +25,32 @@ impl CrossEntropy {
         if is_composed_in_graph(self.options.rows.fused, &[logits, target]) {
             return composed::loss(&self, logits, target);
         }
+        self.forward_by_kernels(logits, target, None)
+    }
+
+    /// The loss, with autograd, and from the same pass the statistics of each row.
+    pub fn forward_with_statistics(self, logits: &Tensor, target: &Tensor) -> Result<(Tensor, RowStatistics)> {
+        if is_composed_in_graph(self.options.rows.fused, &[logits, target]) {
+            let composed = ComposedLoss::new(&self, logits, target)?;
+            let statistics = composed.statistics(&self, logits, target)?;
+            return Ok((composed.loss, statistics));
+        }
+        let statistics = Arc::new(OnceLock::new());
+        let loss = self.forward_by_kernels(logits, target, Some(statistics.clone()))?;
+        let left = statistics.get().cloned();
+        Ok((loss, left.ok_or_else(|| Error::msg("a loss kernel left no statistics"))?))
+    }
+
+    /// The loss, with autograd; a pass that is given a place for statistics leaves them there.
+    fn forward_by_kernels(
+        self,
+        logits: &Tensor,
+        target: &Tensor,
+        statistics: Option<Arc<OnceLock<RowStatistics>>>,
+    ) -> Result<Tensor> {
         let (logits, target) = self.operands(logits, target)?;
-        logits.apply_op2(&target, CrossEntropyForward { problem: Arc::new(self), saved: OnceLock::new() })
+        let op = CrossEntropyForward { problem: Arc::new(self), saved: OnceLock::new(), statistics };
+        logits.apply_op2(&target, op)
     }
 
     /// The loss and the gradient of the logits in one pass, without a graph.
@@ -44,6 +70,7 @@ impl CrossEntropy {
 
     /// As [`Self::loss_and_grad`], the gradient replacing the contiguous logits.
     pub fn loss_and_grad_inplace(mut self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
+        self.check_storage(logits, target)?;
         if logits.elem_count() == 0 {
             // candle takes the strides of an empty tensor for a broadcast
             return Ok(self.loss_and_grad(logits, target)?.0);
@@ -62,16 +89,17 @@ impl CrossEntropy {
         taken(op.loss)
     }
 
-    /// The loss and more of each row.
-    pub fn statistics(self, logits: &Tensor, target: &Tensor) -> Result<RowStatistics> {
-        if is_composed(self.options.rows.fused, logits) {
-            return composed::statistics(&self, logits, target);
+    /// The gradient must not overwrite the target.
+    fn check_storage(&self, logits: &Tensor, target: &Tensor) -> Result<()> {
+        let (of_logits, of_target) = (logits.storage_and_layout().0, target.storage_and_layout().0);
+        if !std::ptr::eq(&*of_logits, &*of_target) {
+            return Ok(());
         }
-        let (logits, target) = self.operands(&logits.detach(), &target.detach())?;
-        let op = CrossEntropyStatistics { problem: self, beside_the_loss: OnceLock::new() };
-        let loss = logits.apply_op2_no_bwd(&target, &op)?;
-        let [lse, z_loss, entropy, argmax, correct] = taken(op.beside_the_loss)?;
-        Ok(RowStatistics { loss, lse, z_loss, entropy, argmax, correct })
+        bail!(
+            "{}: logits and target share their storage, where the gradient would overwrite the target too, expected a \
+             target of its own (`target.copy()?`), or loss_and_grad",
+            self.name
+        )
     }
 
     /// Both tensors as the kernels read them: logits and probabilities as rows, class indices contiguous.
@@ -93,11 +121,21 @@ impl CrossEntropy {
 struct CrossEntropyForward {
     problem: Arc<CrossEntropy>,
     saved: OnceLock<Saved>,
+    /// Where the statistics of each row are wanted.
+    statistics: Option<Arc<OnceLock<RowStatistics>>>,
 }
 
 impl CrossEntropyForward {
     fn run<S: SoftmaxKernels>(&self, logits: Arg<S>, target: Arg<S>) -> Result<(S, Shape)> {
-        let (loss, saved) = S::forward(&self.problem, logits, target)?;
+        let (loss, saved) = match &self.statistics {
+            None => S::forward(&self.problem, logits, target)?,
+            Some(statistics) => {
+                let (loss, saved, numbers) = S::forward_with_statistics(&self.problem, logits, target)?;
+                let shape = row_shape(logits.1, self.problem.axis);
+                put(statistics, RowStatistics::in_order(numbers.map(|numbers| numbers.into_tensor(&shape))))?;
+                (loss, saved)
+            }
+        };
         put(&self.saved, saved)?;
         Ok((loss, self.problem.loss_shape(logits.1)))
     }
@@ -181,27 +219,6 @@ impl InplaceOp2 for CrossEntropyLossAndGrad {
     fn cuda_fwd(&self, s1: &mut CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<()> {
         self.run_inplace(s1, l1, (s2, l2))
     }
-}
-
-struct CrossEntropyStatistics {
-    problem: CrossEntropy,
-    /// All of them but the loss, which is the op's own result.
-    beside_the_loss: OnceLock<[Tensor; 5]>,
-}
-
-impl CrossEntropyStatistics {
-    fn run<S: SoftmaxKernels>(&self, logits: Arg<S>, target: Arg<S>) -> Result<(S, Shape)> {
-        let shape = row_shape(logits.1, self.problem.axis);
-        let RowStatistics { loss, lse, z_loss, entropy, argmax, correct } =
-            S::statistics(&self.problem, logits, target)?;
-        let beside = [lse, z_loss, entropy, argmax, correct];
-        put(&self.beside_the_loss, beside.map(|storage| storage.into_tensor(&shape)))?;
-        Ok((loss, shape))
-    }
-}
-
-impl CustomOp2 for CrossEntropyStatistics {
-    device_passes!(2, problem.name);
 }
 
 /// `log_softmax` along any axis, with autograd.

@@ -49,23 +49,19 @@ impl SoftmaxOptions {
     pub fn problem(&self, name: &'static str, logits: &Tensor, target: &Tensor) -> Result<CrossEntropy> {
         self.check(name)?;
         let arithmetic = check::arithmetic_dtype(name, "logits", logits)?;
-        let axis = check::class_axis(name, logits)?;
+        let axis = check::class_axis(name, logits, self.rows.class_axis)?;
         check::same_device(name, "target", target, logits)?;
         let mut rows = logits.dims().to_vec();
         let classes = rows.remove(axis);
         if target.dims() == rows {
             check::class_indices(name, target)?;
         } else if target.dims() != logits.dims() {
-            bail!(
-                "{name}: target of shape {:?} for logits of shape {:?}, expected class indices of shape {rows:?} or \
-                 probabilities of the logits' shape",
-                target.dims(),
-                logits.dims()
-            );
+            return Err(check::not_of_rows(name, target, logits, axis, " or probabilities of the logits' shape"));
         } else if !check::is_float(target.dtype()) {
             bail!(
                 "{name}: a target of the logits' shape {:?} holds probabilities, which can't have dtype {:?}, expected \
-                 f16, bf16, f32 or f64",
+                 f16, bf16, f32 or f64, or class indices of shape {rows:?}; for a label of each logit there is \
+                 BceWithLogitsLoss",
                 logits.dims(),
                 target.dtype()
             );
@@ -114,15 +110,20 @@ pub(crate) struct Saved {
     /// A scalar in the arithmetic dtype: what the sum of the rows' losses is divided by; 1 unless the reduction is
     /// Mean.
     pub denominator: Tensor,
+    /// Whether the maxima are those of the logits after the scale in any case, as statistics of rows have them. On
+    /// CUDA some kernels leave the scale to the exponentials.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub after_scale: bool,
 }
 
-/// The results of [`CrossEntropyLoss::statistics`](crate::CrossEntropyLoss::statistics) for each row.
+/// The numbers of each row that [`CrossEntropyLoss::statistics`](crate::CrossEntropyLoss::statistics) and
+/// [`forward_with_statistics`](crate::CrossEntropyLoss::forward_with_statistics) return.
 ///
 /// # Shapes
 /// Each tensor has the shape of class indices.
 ///
 /// # Dtypes
-/// f32 (f64 for f64 logits), but for `argmax`, u32, and `correct`, u8.
+/// f32 (f64 for f64 logits), but for `argmax`, u32, and `correct` and `counted`, f32.
 ///
 /// # Example
 /// ```
@@ -133,25 +134,73 @@ pub(crate) struct Saved {
 /// let target = Tensor::new(&[2u32, 1], &Device::Cpu)?;
 /// let RowStatistics { argmax, correct, .. } = CrossEntropyLoss::new().statistics(&logits, &target)?;
 /// assert_eq!(argmax.to_vec1::<u32>()?, [2, 0]);
-/// assert_eq!(correct.to_vec1::<u8>()?, [1, 0]);
+/// assert_eq!(correct.to_vec1::<f32>()?, [1., 0.]);
 /// # Ok(())
 /// # }
 /// ```
 #[derive(Clone, Debug)]
-pub struct RowStatistics<T = Tensor> {
+pub struct RowStatistics {
     /// The row's loss in nats, before any reduction; 0 for an ignored row.
-    pub loss: T,
+    pub loss: Tensor,
     /// `log sum_c exp(x_c)` after scale and soft cap; 0 for an ignored row.
-    pub lse: T,
+    pub lse: Tensor,
     /// The part `z lse^2` of the loss; 0 for an ignored row.
-    pub z_loss: T,
+    pub z_loss: Tensor,
     /// The entropy `-sum_c p_c log p_c` of the prediction in nats; 0 for an ignored row.
-    pub entropy: T,
+    pub entropy: Tensor,
     /// The first class whose logit is the largest, for an ignored row too; u32.
-    pub argmax: T,
+    pub argmax: Tensor,
     /// 1 where `argmax` is the target class, or the first of a probability target's most probable classes; else 0, also
-    /// for an ignored row; u8.
-    pub correct: T,
+    /// for an ignored row; f32.
+    pub correct: Tensor,
+    /// 1 where the row counts, 0 where it is ignored; f32.
+    pub counted: Tensor,
+}
+
+/// How many numbers [`RowStatistics`] has of each row.
+pub(crate) const STATISTICS: usize = 7;
+
+impl RowStatistics {
+    /// The share of the rows that count whose prediction is correct: a scalar, f32, NaN where no row counts. Exact up
+    /// to 2^24 rows.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # use candle_fused_loss::CrossEntropyLoss;
+    /// let logits = Tensor::new(&[[1f32, 2., 3.], [5., 2., 0.], [0., 0., 1.]], &Device::Cpu)?;
+    /// let target = Tensor::new(&[2i64, 1, -100], &Device::Cpu)?;
+    /// let rows = CrossEntropyLoss::new().statistics(&logits, &target)?;
+    /// assert_eq!(rows.accuracy()?.to_scalar::<f32>()?, 0.5); // the last row is ignored
+    /// # candle_core::Result::Ok(())
+    /// ```
+    pub fn accuracy(&self) -> Result<Tensor> {
+        self.correct.sum_all()? / self.counted.sum_all()?
+    }
+
+    /// From tensors in the order of the fields, in which kernels have them too.
+    pub(crate) fn in_order(tensors: [Tensor; STATISTICS]) -> Self {
+        let [loss, lse, z_loss, entropy, argmax, correct, counted] = tensors;
+        RowStatistics { loss, lse, z_loss, entropy, argmax, correct, counted }
+    }
+
+    /// In the same order.
+    pub(crate) fn all(&self) -> [&Tensor; STATISTICS] {
+        [&self.loss, &self.lse, &self.z_loss, &self.entropy, &self.argmax, &self.correct, &self.counted]
+    }
+
+    /// A function of each, which is told its place in that order.
+    pub(crate) fn try_map(&self, f: impl Fn(usize, &Tensor) -> Result<Tensor>) -> Result<Self> {
+        let all = self.all();
+        let f = |i: usize| f(i, all[i]);
+        Ok(Self::in_order([f(0)?, f(1)?, f(2)?, f(3)?, f(4)?, f(5)?, f(6)?]))
+    }
+
+    /// The rows of several pieces, each with one axis, one after the other.
+    pub(crate) fn cat(pieces: &[Self]) -> Result<Option<Self>> {
+        let of_all =
+            |i: usize, _: &Tensor| Tensor::cat(&pieces.iter().map(|piece| piece.all()[i]).collect::<Vec<_>>(), 0);
+        pieces.first().map(|first| first.try_map(of_all)).transpose()
+    }
 }
 
 /// The softmax family's kernels of a device. Logits and probabilities are as [`as_rows`](crate::rows::layout::as_rows)
@@ -181,8 +230,12 @@ pub(crate) trait SoftmaxKernels: DeviceStorage {
         target: Arg<Self>,
     ) -> Result<Self>;
 
-    /// The rows' losses and statistics.
-    fn statistics(problem: &CrossEntropy, logits: Arg<Self>, target: Arg<Self>) -> Result<RowStatistics<Self>>;
+    /// As [`Self::forward`], and the statistics of each row in the order of [`RowStatistics`].
+    fn forward_with_statistics(
+        problem: &CrossEntropy,
+        logits: Arg<Self>,
+        target: Arg<Self>,
+    ) -> Result<(Self, Saved, [Self; STATISTICS])>;
 
     /// `x - log sum exp(x)` of each row, in the order that [`Rows::class_last`] says.
     fn log_softmax(name: &str, logits: &Self, rows: &Rows) -> Result<Self>;

@@ -119,6 +119,7 @@ impl Case<'_> {
                 loss_dims: if reduction == Reduction::None { dims.to_vec() } else { vec![] },
                 forward: &|x, t| if bce { p.forward(x, t) } else { l.forward(x, t) },
                 loss_and_grad: &|x, t| if bce { p.loss_and_grad(x, t) } else { l.loss_and_grad(x, t) },
+                absolute: 0.0,
                 expected: &|upstream| reference.expected(&x, &t, upstream),
             }
             .run(random)?;

@@ -77,6 +77,7 @@ impl Case<'_> {
                 loss_dims: if reduction == Reduction::None { dims.to_vec() } else { vec![] },
                 forward: &|x, t| loss.forward(x, t),
                 loss_and_grad: &|x, t| loss.loss_and_grad(x, t),
+                absolute: 0.0,
                 expected: &|upstream| reference.expected(&x, &t, upstream),
             }
             .run(random)?;

@@ -50,6 +50,11 @@ fn reduced(losses: &[Near], reduction: Reduction, denominator: f64) -> Vec<Near>
     vec![near(value / denominator, (slack + 2.0 * value.abs()) / denominator)]
 }
 
+/// No gradient goes out of a mean over rows that weigh nothing.
+fn over(upstream: f64, denominator: f64) -> f64 {
+    if denominator == 0.0 { 0.0 } else { upstream / denominator }
+}
+
 fn upstream_of(upstream: &[f64], row: usize) -> f64 {
     if upstream.len() == 1 { upstream[0] } else { upstream[row] }
 }
@@ -181,6 +186,7 @@ pub struct Statistics {
     pub entropy: Vec<Near>,
     pub argmax: Vec<f64>,
     pub correct: Vec<f64>,
+    pub counted: Vec<f64>,
 }
 
 impl CrossEntropy {
@@ -259,7 +265,7 @@ impl CrossEntropy {
             let mass = sum(q.iter().copied());
             // with a single class in the target nothing cancels
             let single = q.iter().filter(|&&q| q != 0.0).count() <= 1;
-            let g = upstream_of(upstream, row) / denominator;
+            let g = over(upstream_of(upstream, row), denominator);
             for c in 0..rows.classes {
                 let (value, slack) = self.logit_gradient(&softmax, &q, mass, single, c);
                 let factor = g * softmax.slope[c];
@@ -306,6 +312,7 @@ impl CrossEntropy {
             entropy: zeros(),
             argmax: vec![0.0; rows.count()],
             correct: vec![0.0; rows.count()],
+            counted: vec![0.0; rows.count()],
         };
         let first_largest = |values: &[f64]| {
             let better = |best: usize, c: usize| if values[c] > values[best] { c } else { best };
@@ -323,6 +330,7 @@ impl CrossEntropy {
                 Targets::Classes(t) => (0..rows.classes).map(|c| (t[row] == c as i64) as u8 as f64).collect(),
                 Targets::Probabilities(t) => (0..rows.classes).map(|c| t[rows.at(row, c)]).collect(),
             };
+            s.counted[row] = 1.0;
             s.loss[row] = self.row_loss(&softmax, &q);
             s.lse[row] = softmax.lse();
             s.z_loss[row] = self.row_z_loss(&softmax);
@@ -348,7 +356,7 @@ impl CrossEntropy {
             let at = rows.at(row, class as usize);
             let loss = -scaled(self.weight(class as usize), x[at]);
             losses[row] = near(loss, 2.0 * loss.abs());
-            let g = -self.weight(class as usize) * upstream_of(upstream, row) / denominator;
+            let g = -self.weight(class as usize) * over(upstream_of(upstream, row), denominator);
             grad[at] = near(g, 4.0 * g.abs());
         }
         Expected { loss: reduced(&losses, self.reduction, denominator), grad, target_grad: vec![] }

@@ -13,7 +13,7 @@ use crate::custom_op::{Arg, Argument, DeviceStorage};
 use crate::reduction::Reduction;
 use crate::rows::cpu::over_denominator;
 use crate::rows::layout::Rows;
-use crate::softmax::problem::{CrossEntropy, RowStatistics, Saved, SoftmaxKernels};
+use crate::softmax::problem::{CrossEntropy, STATISTICS, Saved, SoftmaxKernels};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Result, WithDType};
 use std::ops::Range;
@@ -91,11 +91,12 @@ impl SoftmaxKernels for CpuStorage {
         })
     }
 
-    fn statistics(problem: &CrossEntropy, logits: Arg<Self>, target: Arg<Self>) -> Result<RowStatistics<Self>> {
-        with_rows!(problem, logits, target, rows => {
-            rows.check()?;
-            Ok(rows.statistics())
-        })
+    fn forward_with_statistics(
+        problem: &CrossEntropy,
+        logits: Arg<Self>,
+        target: Arg<Self>,
+    ) -> Result<(Self, Saved, [Self; STATISTICS])> {
+        with_rows!(problem, logits, target, rows => rows.forward_with_statistics())
     }
 
     fn log_softmax(name: &str, logits: &Self, rows: &Rows) -> Result<Self> {
@@ -181,6 +182,7 @@ impl<'a, T: Element> RowProblem<'a, T> {
         Saved {
             statistics: storage(statistics).into_tensor((self.kinds(), self.rows().count())),
             denominator: storage(vec![T::Acc::of(denominator)]).into_tensor(()),
+            after_scale: true,
         }
     }
 
@@ -249,33 +251,38 @@ impl<'a, T: Element> RowProblem<'a, T> {
         Ok(self.reduced(loss, denominator))
     }
 
-    fn statistics(&self) -> RowStatistics<CpuStorage> {
-        let zeros = || vec![T::Acc::ZERO; self.rows().count()];
-        let (mut loss, mut lse, mut z_loss, mut entropy) = (zeros(), zeros(), zeros(), zeros());
-        let (mut argmax, mut correct) = (vec![0u32; loss.len()], vec![0u8; loss.len()]);
-        let to_floats = [&mut loss, &mut lse, &mut z_loss, &mut entropy].map(|values| PerRow::new(values));
-        let (to_argmax, to_correct) = (PerRow::new(&mut argmax), PerRow::new(&mut correct));
+    fn forward_with_statistics(&self) -> Result<(CpuStorage, Saved, [CpuStorage; STATISTICS])> {
+        let (denominator, count) = (self.denominator()?, self.rows().count());
+        let zeros = |count: usize| vec![T::Acc::ZERO; count];
+        let (mut loss, mut saved) = (zeros(count), zeros(count * self.kinds()));
+        let mut floats = [zeros(count), zeros(count), zeros(count)];
+        let (mut argmax, mut flags) = (vec![0u32; count], [vec![0f32; count], vec![0f32; count]]);
+        let write = self.writer(&mut loss, &mut saved);
+        let to_floats = floats.each_mut().map(|values| PerRow::new(values));
+        let (to_argmax, to_flags) = (PerRow::new(&mut argmax), flags.each_mut().map(|values| PerRow::new(values)));
         self.engine().reduce(RowDetail::Statistics, |rows, states| {
-            let (floats, correct) = self.row_statistics(rows.clone(), states);
+            write(rows.clone(), states);
+            let (floats, flags) = self.row_statistics(rows.clone(), states);
             // SAFETY: a row is finished once
             to_floats.iter().zip(&floats).for_each(|(to, values)| unsafe { to.set(rows.clone(), values) });
             // SAFETY: a row is finished once
-            unsafe { to_argmax.set(rows.clone(), &states.argmax) };
+            to_flags.iter().zip(&flags).for_each(|(to, values)| unsafe { to.set(rows.clone(), values) });
             // SAFETY: a row is finished once
-            unsafe { to_correct.set(rows, &correct) };
+            unsafe { to_argmax.set(rows, &states.argmax) };
         });
-        let [loss, lse, z_loss, entropy] = [loss, lse, z_loss, entropy].map(T::Acc::to_cpu_storage_owned);
-        let (argmax, correct) = (CpuStorage::U32(argmax), CpuStorage::U8(correct));
-        RowStatistics { loss, lse, z_loss, entropy, argmax, correct }
+        drop(write);
+        let of_rows = T::Acc::to_cpu_storage_owned(loss.clone());
+        let [lse, z_loss, entropy] = floats.map(T::Acc::to_cpu_storage_owned);
+        let [correct, counted] = flags.map(CpuStorage::F32);
+        let numbers = [of_rows, lse, z_loss, entropy, CpuStorage::U32(argmax), correct, counted];
+        Ok((self.reduced(loss, denominator), self.saved(saved, denominator), numbers))
     }
 
-    /// Loss, lse, z-loss and entropy of some rows, and whether they are correct. An ignored row's are 0.
-    fn row_statistics(&self, rows: Range<usize>, states: &States<T::Acc>) -> ([[T::Acc; LANES]; 4], [u8; LANES]) {
+    /// Lse, z-loss and entropy of some rows, and whether they are correct and counted. An ignored row's are 0.
+    fn row_statistics(&self, rows: Range<usize>, states: &States<T::Acc>) -> ([[T::Acc; LANES]; 3], [[f32; LANES]; 2]) {
         let targets = self.targets(rows.clone());
-        // SAFETY: nobody writes to the logits
-        let loss = unsafe { self.losses(rows.clone(), &targets, states) };
         let [mut lse, mut z_loss, mut entropy] = [[T::Acc::ZERO; LANES]; 3];
-        let mut correct = [0u8; LANES];
+        let [mut correct, mut counted] = [[0f32; LANES]; 2];
         for (lane, row) in rows.enumerate().filter(|(lane, _)| targets.live[*lane]) {
             lse[lane] = states.max[lane] + states.log_sum[lane];
             if self.options.z_loss != 0.0 {
@@ -283,9 +290,10 @@ impl<'a, T: Element> RowProblem<'a, T> {
             }
             entropy[lane] = states.log_sum[lane] - states.moment[lane] / (T::Acc::ONE + states.rest[lane]);
             let class = self.indices.as_ref().map_or_else(|| self.most_probable(row), |_| targets.class[lane]);
-            correct[lane] = (class == states.argmax[lane] as usize) as u8;
+            correct[lane] = (class == states.argmax[lane] as usize) as u8 as f32;
+            counted[lane] = 1.0;
         }
-        ([loss, lse, z_loss, entropy], correct)
+        ([lse, z_loss, entropy], [correct, counted])
     }
 }
 

@@ -29,7 +29,7 @@ fn all_passes(problem: &CrossEntropy, x: &Tensor, target: &Tensor) -> Result<()>
     assert!((loss - again).abs() <= 1e-5 * loss.abs() && again == inplace_loss, "{loss} {again} {inplace_loss}");
     let difference = (grad.to_dtype(DType::F64)? - in_place.to_dtype(DType::F64)?)?.abs()?.max_all()?;
     assert_eq!(number(&difference)?, 0.0);
-    problem.clone().statistics(&x, target)?;
+    problem.clone().forward_with_statistics(&x, target)?;
     let x = Var::from_tensor(&x)?;
     log_softmax("log_softmax", &x, 1)?.sqr()?.sum_all()?.backward()?;
     Ok(())

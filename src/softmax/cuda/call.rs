@@ -4,18 +4,18 @@
 use super::detail::{Detail, KernelRef, SoftmaxPass};
 use super::params::{
     CountRowsLaunch, EmitLaunch, ForwardOutput, FusedLaunch, GradientInputs, MergeLaunch, ReduceLaunch, ReduceOutput,
-    SoftmaxParams, TargetGradientLaunch,
+    SoftmaxParams, StatisticsLaunch, TargetGradientLaunch,
 };
 use super::plan::{DeviceLimits, Form, FusedPlan, Planner, RowPass, RowsShape, Thresholds};
 use crate::check::{arithmetic, is_index};
 use crate::cuda::gpu::Gpu;
 use crate::cuda::grid::Grid;
 use crate::cuda::launch::{InputView, Tag, alloc, output, partials};
-use crate::custom_op::{Arg, Locked};
+use crate::custom_op::{Arg, DeviceStorage, Locked};
 use crate::reduction::Reduction;
 use crate::rows::cuda::{LossOutput, RowOperands, RowParams, Strides, TargetViews, check_indices};
 use crate::rows::layout::Rows;
-use crate::softmax::problem::{CrossEntropy, SoftmaxOptions};
+use crate::softmax::problem::{CrossEntropy, STATISTICS, Saved, SoftmaxOptions};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
 use candle_core::{DType, Layout, Result};
@@ -213,13 +213,7 @@ impl<'a> SoftmaxCall<'a> {
         }
         let pass = self.planner().reduce(&self.shape());
         // SAFETY: the launches below write all of these
-        let mut reduced = unsafe {
-            Reduced {
-                loss: self.numbers(self.losses())?,
-                denominator: self.numbers(1)?,
-                statistics: self.numbers(self.statistics_per_row() * rows)?,
-            }
-        };
+        let mut reduced = unsafe { self.reduced()? };
         if pass.splits() == 1 {
             let output = reduced.output(|loss| self.loss_output(loss, pass.partials()))?;
             self.launch_reduce(x, &pass, ReduceOutput::Whole(output))?;
@@ -231,6 +225,82 @@ impl<'a> SoftmaxCall<'a> {
         self.launch_reduce(x, &pass, ReduceOutput::Parts(states.slice_mut(..)))?;
         self.launch_merge(x, &pass, &states.as_view(), reduced.output(|loss| self.loss_output(loss, 1))?)?;
         Ok(reduced)
+    }
+
+    /// The forward and the statistics of each row, in the order of
+    /// [`RowStatistics`](crate::softmax::problem::RowStatistics). One launch.
+    pub fn reduce_with_statistics(&self, x: &InputView) -> Result<(Reduced, [CudaStorageSlice; STATISTICS])> {
+        let (rows, arithmetic) = (self.rows.count(), self.arithmetic());
+        // SAFETY: the launch below writes all of it
+        let numbers = |dtype: DType| unsafe { alloc(&self.device, dtype, rows.max(1)) };
+        let mut numbers = [
+            numbers(arithmetic)?,
+            numbers(arithmetic)?,
+            numbers(arithmetic)?,
+            numbers(arithmetic)?,
+            numbers(DType::U32)?,
+            numbers(DType::F32)?,
+            numbers(DType::F32)?,
+        ];
+        if rows == 0 {
+            return Ok((self.reduced_nothing()?, numbers));
+        }
+        let pass = self.planner().statistics(&self.shape());
+        let kernel = self.kernel(SoftmaxPass::Statistics, Detail::General, pass.form)?;
+        // SAFETY: the launch below writes all of these
+        let mut reduced = unsafe { self.reduced()? };
+        let [loss, lse, z_loss, entropy, argmax, correct, counted] = &mut numbers;
+        let launch = StatisticsLaunch {
+            params: self.params.for_pass(&pass),
+            x: &x.bytes,
+            targets: self.targets(),
+            output: reduced.output(|loss| self.loss_output(loss, pass.partials()))?,
+            numbers: [
+                output(loss)?,
+                output(lse)?,
+                output(z_loss)?,
+                output(entropy)?,
+                output(argmax)?,
+                output(correct)?,
+                output(counted)?,
+            ],
+        };
+        // SAFETY: the kernel and the grid are the pass's; the rows are those of the logits' layout, `RowOperands` fits
+        // them, and the results have a number for each
+        unsafe { launch.launch(&self.gpu, &self.stream, kernel, pass.grid)? };
+        Ok((reduced, numbers))
+    }
+
+    /// Room for the results of a forward.
+    ///
+    /// # Safety
+    /// As for [`alloc`].
+    unsafe fn reduced(&self) -> Result<Reduced> {
+        // SAFETY: by this function's contract
+        unsafe {
+            Ok(Reduced {
+                loss: self.numbers(self.losses())?,
+                denominator: self.numbers(1)?,
+                statistics: self.numbers(self.statistics_per_row() * self.rows.count())?,
+            })
+        }
+    }
+
+    /// What a forward leaves for the backward.
+    pub fn saved(&self, statistics: CudaStorageSlice, denominator: CudaStorageSlice, after_scale: bool) -> Saved {
+        let shape = (self.statistics_per_row(), self.rows.count());
+        Saved {
+            statistics: self.wrap(statistics).into_tensor(shape),
+            denominator: self.wrap(denominator).into_tensor(()),
+            after_scale,
+        }
+    }
+
+    /// Chooses kernels that understand what the forward saved: the uniform ones take maxima from before the scale.
+    pub fn continue_from(&mut self, saved: &Saved) {
+        if saved.after_scale && self.options.logit_scale != 1.0 {
+            self.detail = Detail::General;
+        }
     }
 
     fn launch_reduce(&self, x: &InputView, pass: &RowPass, output: ReduceOutput) -> Result<()> {

@@ -2,18 +2,18 @@
 
 use super::call::{SoftmaxCall, planner};
 use super::detail::{Detail, SoftmaxPass};
-use super::params::{GradientInputs, LogSoftmaxBackwardLaunch, LogSoftmaxLaunch, SoftmaxParams, StatisticsLaunch};
+use super::params::{GradientInputs, LogSoftmaxBackwardLaunch, LogSoftmaxLaunch, SoftmaxParams};
 use super::plan::Form;
 use crate::check;
 use crate::cuda::gpu::Gpu;
 use crate::cuda::launch::{InputView, alloc, output, upstream_view};
-use crate::custom_op::{Arg, Argument, DeviceStorage, Locked};
+use crate::custom_op::{Arg, Argument, Locked};
 use crate::rows::cuda::{RowParams, Strides};
 use crate::rows::layout::Rows;
-use crate::softmax::problem::{CrossEntropy, RowStatistics, Saved, SoftmaxKernels};
+use crate::softmax::problem::{CrossEntropy, STATISTICS, Saved, SoftmaxKernels};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaStorage;
-use candle_core::{DType, Layout, Result, bail};
+use candle_core::{Layout, Result, bail};
 
 /// A layout that begins where the rows do.
 fn from(rows: &Rows) -> Layout {
@@ -26,11 +26,8 @@ impl SoftmaxKernels for CudaStorage {
         let call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &weight)?;
         call.check_target(target)?;
         let reduced = call.reduce(&InputView::new(storage, layout)?)?;
-        let saved = Saved {
-            statistics: call.wrap(reduced.statistics).into_tensor((call.statistics_per_row(), call.rows.count())),
-            denominator: call.wrap(reduced.denominator).into_tensor(()),
-        };
-        Ok((call.wrap(reduced.loss), saved))
+        let loss = call.wrap(reduced.loss);
+        Ok((loss, call.saved(reduced.statistics, reduced.denominator, false)))
     }
 
     fn backward(
@@ -43,7 +40,8 @@ impl SoftmaxKernels for CudaStorage {
     ) -> Result<Self> {
         let weight = problem.options.rows.lock_weight();
         // the forward has checked the target
-        let call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &weight)?;
+        let mut call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &weight)?;
+        call.continue_from(saved);
         let len = layout.shape().elem_count();
         let dtype = match of {
             Argument::Input => call.dtype,
@@ -109,48 +107,18 @@ impl SoftmaxKernels for CudaStorage {
         call.loss_and_grad(None, output(&mut logits.slice)?.slice_mut(start * size..end * size))
     }
 
-    fn statistics(
+    fn forward_with_statistics(
         problem: &CrossEntropy,
         (storage, layout): Arg<Self>,
         target: Arg<Self>,
-    ) -> Result<RowStatistics<Self>> {
+    ) -> Result<(Self, Saved, [Self; STATISTICS])> {
         let weight = problem.options.rows.lock_weight();
         let call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &weight)?;
         call.check_target(target)?;
-        let rows = call.rows.count();
-        // SAFETY: the launch below writes all of these
-        let mut results = unsafe {
-            RowStatistics {
-                loss: call.numbers(rows)?,
-                lse: call.numbers(rows)?,
-                z_loss: call.numbers(rows)?,
-                entropy: call.numbers(rows)?,
-                argmax: alloc(&call.device, DType::U32, rows.max(1))?,
-                correct: alloc(&call.device, DType::U8, rows.max(1))?,
-            }
-        };
-        if rows > 0 {
-            let pass = call.planner().statistics(&call.shape());
-            let kernel = call.kernel(SoftmaxPass::Statistics, Detail::General, pass.form)?;
-            let launch = StatisticsLaunch {
-                params: call.params.for_pass(&pass),
-                x: &InputView::new(storage, layout)?.bytes,
-                targets: call.targets(),
-                loss: output(&mut results.loss)?,
-                lse: output(&mut results.lse)?,
-                z_loss: output(&mut results.z_loss)?,
-                entropy: output(&mut results.entropy)?,
-                argmax: output(&mut results.argmax)?,
-                correct: output(&mut results.correct)?,
-            };
-            // SAFETY: the kernel and the grid are the pass's; the rows are those of the logits' layout, `RowOperands`
-            // fits them, and the results have a number for each
-            unsafe { launch.launch(&call.gpu, &call.stream, kernel, pass.grid)? };
-        }
-        let RowStatistics { loss, lse, z_loss, entropy, argmax, correct } = results;
-        let [loss, lse, z_loss, entropy, argmax, correct] =
-            [loss, lse, z_loss, entropy, argmax, correct].map(|slice| call.wrap(slice));
-        Ok(RowStatistics { loss, lse, z_loss, entropy, argmax, correct })
+        let (reduced, numbers) = call.reduce_with_statistics(&InputView::new(storage, layout)?)?;
+        let loss = call.wrap(reduced.loss);
+        let saved = call.saved(reduced.statistics, reduced.denominator, true);
+        Ok((loss, saved, numbers.map(|numbers| call.wrap(numbers))))
     }
 
     fn log_softmax(name: &str, logits: &Self, rows: &Rows) -> Result<Self> {

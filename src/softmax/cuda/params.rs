@@ -9,6 +9,7 @@ use crate::cuda::kernels;
 use crate::cuda::launch::Launch;
 use crate::rows::cuda::{LossOutput, RowParams, Strides, TargetViews};
 use crate::rows::layout::Rows;
+use crate::softmax::problem::STATISTICS;
 use candle_core::{DType, Result};
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
 use std::sync::Arc;
@@ -243,24 +244,23 @@ pub(super) struct StatisticsLaunch<'a> {
     pub params: SoftmaxParams,
     pub x: BytesView<'a>,
     pub targets: TargetViews<'a>,
-    pub loss: OutputView<'a>,
-    pub lse: OutputView<'a>,
-    pub z_loss: OutputView<'a>,
-    pub entropy: OutputView<'a>,
-    pub argmax: OutputView<'a>,
-    pub correct: OutputView<'a>,
+    pub output: ForwardOutput<'a>,
+    /// In the order of [`RowStatistics`](crate::softmax::problem::RowStatistics).
+    pub numbers: [OutputView<'a>; STATISTICS],
 }
 
 impl StatisticsLaunch<'_> {
     /// # Safety
     /// As for [`ReduceLaunch::launch`] with `softmax_statistics_*`.
     pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
+        let ForwardOutput { loss, statistics, denominator } = &mut self.output;
+        let loss = loss.pointers();
         let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
-        // softmax_statistics_*(p, x, targets, loss, lse, z_loss, entropy, argmax, correct)
+        // softmax_statistics_*(p, x, targets, loss, statistics, partials, ticket, result, denominator, numbers)
         launch.value(&self.params).read(self.x);
         self.targets.push(&mut launch);
-        launch.write(&mut self.loss).write(&mut self.lse).write(&mut self.z_loss).write(&mut self.entropy);
-        launch.write(&mut self.argmax).write(&mut self.correct);
+        launch.write_if(loss.rows).write(statistics).write_if(loss.sums).address(loss.ticket);
+        launch.write_if(loss.result).write(denominator).write_all(&mut self.numbers);
         // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
         unsafe { launch.run(grid) }
     }

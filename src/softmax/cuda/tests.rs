@@ -5,7 +5,7 @@ use super::plan::Thresholds;
 use crate::cuda::testing::{FLOATS, assert_close, indices, numbers, random, tolerance};
 use crate::cuda::work::{Work, work_of};
 use crate::reduction::Reduction;
-use crate::softmax::problem::{CrossEntropy, RowStatistics, SoftmaxOptions};
+use crate::softmax::problem::{CrossEntropy, SoftmaxOptions};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use std::cell::Cell;
 
@@ -107,15 +107,12 @@ fn compare(
             ("loss in place", inplace_loss),
             ("gradient in place", own),
         ];
-        let RowStatistics { loss, lse, z_loss, entropy, argmax, correct } = options.clone().statistics(&x, &target)?;
-        results.extend([
-            ("row loss", loss),
-            ("lse", lse),
-            ("z-loss", z_loss),
-            ("entropy", entropy),
-            ("argmax", argmax),
-            ("correct", correct),
-        ]);
+        // one pass for both, whose gradient starts from the statistics
+        let (forward, rows) = options.clone().forward_with_statistics(&var, &target)?;
+        let grads = (&forward * &upstream)?.sum_all()?.backward()?;
+        results.extend([("forward beside statistics", forward), ("its backward", grads.get(&var).unwrap().clone())]);
+        let names = ["row loss", "lse", "z-loss", "entropy", "argmax", "correct", "counted"];
+        results.extend(names.into_iter().zip(rows.all().map(Tensor::clone)));
         Ok(results)
     };
     for ((name, got), (_, expected)) in on(&gpu)?.iter().zip(&on(&Device::Cpu)?) {
@@ -365,7 +362,7 @@ fn no_rows() -> Result<()> {
         let work = work_of(|| options.clone().forward(&logits, &target))?;
         assert_eq!((work.launches, work.waits), (0, 0), "{reduction:?}");
         assert_eq!(work_of(|| options.clone().loss_and_grad(&logits, &target))?.launches, 0, "{reduction:?}");
-        assert_eq!(work_of(|| options.clone().statistics(&logits, &target))?.launches, 0, "{reduction:?}");
+        assert_eq!(work_of(|| options.clone().forward_with_statistics(&logits, &target))?.launches, 0, "{reduction:?}");
         let forward = options.clone().forward(&logits, &target)?;
         let (loss, grad) = options.clone().loss_and_grad(&logits, &target)?;
         assert_eq!(grad.dims(), [0, 5]);
@@ -524,7 +521,7 @@ fn operands_that_do_not_fit() -> Result<()> {
         let (four, five) = (indices(4, 6, 2)?.to_device(&device)?, indices(5, 6, 2)?.to_device(&device)?);
         says(plain().forward(&x, &four), "4 class indices, expected one for each of 5 rows");
         says(plain().loss_and_grad(&x, &four).map(|(loss, _)| loss), "4 class indices");
-        says(plain().statistics(&x, &four).map(|rows| rows.loss), "4 class indices");
+        says(plain().forward_with_statistics(&x, &four).map(|(loss, _)| loss), "4 class indices");
         if device.is_cpu() {
             continue;
         }
