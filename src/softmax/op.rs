@@ -6,8 +6,8 @@
 use super::composed::{self, ComposedLoss};
 use super::problem::{CrossEntropy, RowStatistics, Saved, SoftmaxKernels};
 use crate::custom_op::{
-    Arg, Argument, device_passes, is_composed, is_composed_in_graph, put, saved, taken, takes_gradient,
-    through_autograd,
+    Arg, Argument, check_first_order, device_passes, is_composed, is_composed_in_graph, put, saved, taken,
+    takes_gradient, through_autograd,
 };
 use crate::rows::layout::{
     Rows, as_rows, as_rows_like, contiguous_indices, row_shape, rows_like, rows_of, view_as_logits, written_shape,
@@ -247,6 +247,7 @@ impl CustomOp1 for LogSoftmax {
     device_passes!(1, name);
 
     fn bwd(&self, logits: &Tensor, out: &Tensor, upstream: &Tensor) -> Result<Option<Tensor>> {
+        check_first_order(self.name)?;
         let rows = rows_of(self.name, logits.layout(), self.axis)?;
         // `out` is contiguous, as the forward wrote it
         let (axis, split) = if rows.class_last() { (out.rank() - 1, out.rank() - 1) } else { (self.axis, self.axis) };

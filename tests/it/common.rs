@@ -21,6 +21,16 @@ pub fn cuda() -> Device {
     Device::new_cuda(0).unwrap_or_else(|e| panic!("no CUDA device works here: {remedy}: {e}"))
 }
 
+/// Runs a body on every device.
+pub fn everywhere(body: impl Fn(&Device) -> Result<()>) -> Result<()> {
+    devices().iter().try_for_each(body)
+}
+
+/// The first number of a tensor.
+pub fn scalar(tensor: &Tensor) -> Result<f64> {
+    Ok(values(tensor)?[0])
+}
+
 /// Whether a device's work is interpreted, and takes too long for more than a little of it.
 pub fn is_slow(device: &Device) -> bool {
     match device {

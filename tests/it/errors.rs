@@ -325,3 +325,57 @@ proptest! {
         any_loss(&mut Random::new(seed)).expect("tensors");
     }
 }
+
+/// What else may have been meant, in the message.
+#[test]
+fn remedies() -> Result<()> {
+    for device in devices() {
+        let float = |dims: &[usize]| zeros(dims, F32, &device);
+        let index = |dims: &[usize]| zeros(dims, DType::U32, &device);
+        let (ce, nll) = (CrossEntropyLoss::new(), NllLoss::new());
+        // a variable behind detached logits would become its own gradient
+        let var = Var::from_tensor(&float(&[2, 3])?)?;
+        let parts = ["cross_entropy", "tracked by autograd", "variable", "copy", "loss_and_grad"];
+        assert_says(ce.loss_and_grad_inplace(&var, &index(&[2])?), &parts);
+        // two halves of one tensor
+        let both = float(&[4, 3])?;
+        let (logits, target) = (both.narrow(0, 0, 2)?, both.narrow(0, 2, 2)?);
+        let parts = ["cross_entropy", "share their storage", "target.copy()", "loss_and_grad"];
+        assert_says(ce.loss_and_grad_inplace(&logits, &target), &parts);
+        // a negative index that lost its sign
+        let minus = Tensor::new(&[0u32, (-100i32) as u32], &device)?;
+        let checked = ce.clone().with_target_check(true);
+        let parts = ["target 4294967196 at row 1", "ignore_index -100", "-100 ahead of a cast to U32", "signed"];
+        assert_says(checked.forward(&float(&[2, 3])?, &minus), &parts);
+        assert_says(nll.clone().with_target_check(true).forward(&float(&[2, 3])?, &minus), &parts[..3]);
+        let byte = Tensor::new(&[156u8, 0], &device)?;
+        assert_says(
+            checked.loss_and_grad(&float(&[2, 3])?, &byte),
+            &["target 156 at row 0", "-100 ahead of a cast to U8"],
+        );
+        let large = Tensor::new(&[3u32, 0], &device)?;
+        let error = checked.forward(&float(&[2, 3])?, &large).unwrap_err().to_string();
+        assert!(error.contains("target 3 at row 0") && !error.contains("cast"), "{error}");
+        // labels of each logit
+        let parts = ["cross_entropy", "[3]", "dtype U32", "class indices of shape []", "BceWithLogitsLoss"];
+        assert_says(ce.forward(&float(&[3])?, &index(&[3])?), &parts);
+        // the classes along another axis
+        let parts = ["[2, 5]", "[2, 5, 7]", "class indices of shape [2, 7]", "with_class_axis(2)"];
+        assert_says(ce.forward(&float(&[2, 5, 7])?, &index(&[2, 5])?), &parts);
+        assert_says(nll.loss_and_grad(&float(&[2, 5, 7])?, &index(&[2, 5])?), &parts);
+        for (axis, what) in
+            [(3, "class axis 3"), (-4, "class axis -4"), (isize::MIN, "class axis -9223372036854775808")]
+        {
+            let expected = [what, "[2, 5, 7]", "-3..3"];
+            let ce = ce.clone().with_class_axis(axis);
+            assert_says(ce.forward(&float(&[2, 5, 7])?, &index(&[2, 7])?), &expected);
+            assert_says(nll.clone().with_class_axis(axis).forward(&float(&[2, 5, 7])?, &index(&[2, 7])?), &expected);
+        }
+        for scale in [f64::NAN, f64::INFINITY] {
+            let ce = ce.clone().with_grad_scale(scale);
+            let parts = ["cross_entropy", "grad scale", "finite"];
+            assert_says(ce.loss_and_grad(&float(&[2, 3])?, &index(&[2])?), &parts);
+        }
+    }
+    Ok(())
+}

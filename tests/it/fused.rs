@@ -12,5 +12,7 @@ pub mod losses {
 mod cross_entropy;
 #[path = "nll.rs"]
 mod nll;
+#[path = "row_options.rs"]
+mod row_options;
 #[path = "semantics.rs"]
 mod semantics;

@@ -6,17 +6,10 @@ use super::losses::{
     SigmoidFocalLoss, binary_cross_entropy, binary_cross_entropy_with_logit, binary_cross_entropy_with_logits,
     cross_entropy, log_softmax, multi_label_soft_margin, nll, sigmoid_focal,
 };
-use crate::common::{FLOATS, INDICES, REDUCTIONS, Random, arithmetic, bits, devices, indices, tensor, values};
-use candle_core::{D, DType, Device, Result, Tensor, Var};
-
-/// Runs a body on every device.
-fn everywhere(body: impl Fn(&Device) -> Result<()>) -> Result<()> {
-    devices().iter().try_for_each(body)
-}
-
-fn scalar(tensor: &Tensor) -> Result<f64> {
-    Ok(values(tensor)?[0])
-}
+use crate::common::{
+    FLOATS, INDICES, REDUCTIONS, Random, arithmetic, bits, everywhere, indices, scalar, tensor, values,
+};
+use candle_core::{D, DType, Result, Tensor, Var};
 
 /// Elementwise `|got - want| <= relative |want|`, and what composed losses may be off beside it; NaN and infinities must
 /// be themselves.
