@@ -108,7 +108,7 @@ fn compare(
             ("gradient in place", own),
         ];
         // one pass for both, whose gradient starts from the statistics
-        let (forward, rows) = options.clone().forward_with_statistics(&var, &target)?;
+        let (forward, rows) = options.clone().forward_with_statistics(&x, &target)?;
         let grads = (&forward * &upstream)?.sum_all()?.backward()?;
         results.extend([("forward beside statistics", forward), ("its backward", grads.get(&var).unwrap().clone())]);
         let names = ["row loss", "lse", "z-loss", "entropy", "argmax", "correct", "counted"];
