@@ -106,12 +106,18 @@ pub(crate) fn is_composed(fused: bool, input: &Tensor) -> bool {
 /// tensor ops can be. The first operand is the input.
 pub(crate) fn is_composed_in_graph(fused: bool, operands: &[&Tensor]) -> bool {
     operands.first().is_some_and(|input| is_composed(fused, input))
-        || (keeps_backward_graph() && operands.iter().any(|operand| operand.track_op()))
+        || (operands.iter().any(|operand| operand.track_op()) && KEPT_AT_FORWARD.with(|kept| *kept))
 }
 
-/// The environment variable that makes candle keep the graph of a backward. It is looked at each time, as candle does
-/// so on each thread's first backward, which may come later than the first loss.
+/// The environment variable that makes candle keep the graph of a backward.
 const KEEP_BACKWARD_GRAPH: &str = "CANDLE_GRAD_DO_NOT_DETACH";
+
+thread_local! {
+    /// The variable as it was at a thread's first loss of tracked tensors, and at its first backward through one. candle
+    /// reads it once a thread too, in the first backward, which may come later than the first loss.
+    static KEPT_AT_FORWARD: bool = keeps_backward_graph();
+    static KEPT_AT_BACKWARD: bool = keeps_backward_graph();
+}
 
 fn keeps_backward_graph() -> bool {
     std::env::var(KEEP_BACKWARD_GRAPH).is_ok_and(|value| !value.is_empty() && value != "0")
@@ -120,12 +126,12 @@ fn keeps_backward_graph() -> bool {
 /// An `Err` where a backward by kernels, whose gradients have no graph, would take part in a backward that keeps its
 /// graph: second derivatives would lack this loss.
 pub(crate) fn check_first_order(name: &str) -> Result<()> {
-    if !keeps_backward_graph() {
+    if !KEPT_AT_BACKWARD.with(|kept| *kept) {
         return Ok(());
     }
     bail!(
-        "{name}: {KEEP_BACKWARD_GRAPH} asks for second derivatives, but was not set yet when this loss was computed, \
-         expected it to be set ahead of the forward, or with_fused(false)"
+        "{name}: {KEEP_BACKWARD_GRAPH} asks for second derivatives, but was not set yet at this thread's first loss, \
+         expected it to be set ahead of that, or with_fused(false)"
     )
 }
 

@@ -4,6 +4,7 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::mpsc;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_fused_loss::{
@@ -154,10 +155,38 @@ fn against_candle() -> Result<()> {
     Ok(())
 }
 
+/// Nothing is left behind by calls while all workers of the pool are busy.
+fn busy_workers() -> Result<()> {
+    let x = Tensor::zeros((256, 1000), DType::F32, &Device::Cpu)?;
+    let t = Tensor::zeros(256, DType::U32, &Device::Cpu)?;
+    let calls = |n: usize| (0..n).try_for_each(|_| candle_fused_loss::cross_entropy(&x, &t).map(drop));
+    let workers = rayon::current_num_threads();
+    let (started, starts) = mpsc::channel();
+    let releases: Vec<_> = (0..workers)
+        .map(|_| {
+            let (release, released) = mpsc::channel::<()>();
+            let started = started.clone();
+            rayon::spawn(move || {
+                started.send(()).ok();
+                released.recv().ok();
+            });
+            release
+        })
+        .collect();
+    starts.iter().take(workers).for_each(drop);
+    // the first calls ask the workers for help
+    calls(10)?;
+    let (_, _, kept) = measured(|| calls(2000))?;
+    drop(releases);
+    assert_within("2000 calls while all workers are busy", kept, 4096);
+    Ok(())
+}
+
 #[test]
 fn nothing_of_the_logits_size_but_the_gradient() -> Result<()> {
     // the thread pool's own memory
     every_loss().and_then(|()| against_candle())?;
     large_cross_entropy()?;
-    large_bce()
+    large_bce()?;
+    busy_workers()
 }

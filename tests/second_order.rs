@@ -3,6 +3,8 @@
 //!
 //! A binary of its own, with one test, because the variable belongs to the process.
 
+use std::panic::resume_unwind;
+
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use candle_fused_loss::{
     BceLoss, BceWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss, MultiLabelSoftMarginLoss, NllLoss,
@@ -68,6 +70,19 @@ fn penalised(x: &Tensor, loss: &Loss) -> Result<(f64, Vec<f64>)> {
     Ok((sum.to_scalar()?, values(grad)?))
 }
 
+/// Losses ahead of the variable, and their backward after it.
+fn set_too_late(x: &Tensor) -> Result<()> {
+    let var = Var::from_tensor(x)?;
+    let early = losses(x.device())?.iter().map(|(name, loss)| Ok((*name, loss(&var)?))).collect::<Result<Vec<_>>>()?;
+    // SAFETY: the thread of the test waits for this one
+    unsafe { std::env::set_var(VARIABLE, "1") };
+    for (name, loss) in early {
+        let error = loss.backward().err().unwrap_or_else(|| panic!("{name}: a gradient without a graph"));
+        assert!(error.to_string().contains(VARIABLE), "{name}: {error}");
+    }
+    Ok(())
+}
+
 #[test]
 fn gradients_of_gradients() -> Result<()> {
     let at = [0.3, -0.2, 1.1, 0.9, 0.1, -0.4];
@@ -76,14 +91,7 @@ fn gradients_of_gradients() -> Result<()> {
         // no environment
         unsafe { std::env::remove_var(VARIABLE) };
         let x = Tensor::from_slice(&at, (2, 3), &device)?;
-        let var = Var::from_tensor(&x)?;
-        let early = losses(&device)?.iter().map(|(name, loss)| Ok((*name, loss(&var)?))).collect::<Result<Vec<_>>>()?;
-        // SAFETY: as above
-        unsafe { std::env::set_var(VARIABLE, "1") };
-        for (name, loss) in early {
-            let error = loss.backward().err().unwrap_or_else(|| panic!("{name}: a gradient without a graph"));
-            assert!(error.to_string().contains(VARIABLE), "{name}: {error}");
-        }
+        std::thread::scope(|scope| scope.spawn(|| set_too_late(&x)).join().unwrap_or_else(|p| resume_unwind(p)))?;
         for (name, loss) in losses(&device)? {
             let (_, got) = penalised(&x, &loss)?;
             for (i, got) in got.into_iter().enumerate() {

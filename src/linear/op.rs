@@ -89,15 +89,10 @@ fn row_statistics(
     (inputs, counted): (&Inputs, &Counted),
     shape: &Shape,
 ) -> Result<RowStatistics> {
-    let (all, device) = (inputs.rows(), inputs.device());
     let Some(joined) = RowStatistics::cat(chunks)? else {
-        let zeros = |dtype: DType| Tensor::zeros(shape, dtype, device);
-        let (number, flag) = (zeros(inputs.arithmetic())?, zeros(DType::F32)?);
-        let [loss, lse, z_loss, entropy] = [number.clone(), number.clone(), number.clone(), number];
-        let argmax = zeros(DType::U32)?;
-        return Ok(RowStatistics { loss, lse, z_loss, entropy, argmax, correct: flag.clone(), counted: flag });
+        return RowStatistics::zeros(shape, inputs.arithmetic(), inputs.device());
     };
-    joined.try_map(|_, values| counted.selection.spread_counted(values.clone(), all)?.reshape(shape))
+    joined.try_map(|_, values| counted.selection.spread_counted(values.clone(), inputs.rows())?.reshape(shape))
 }
 
 impl Linear {

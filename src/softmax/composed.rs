@@ -154,16 +154,14 @@ impl ComposedLoss {
 
     /// The rows' losses and more, without a graph.
     pub fn statistics(&self, problem: &CrossEntropy, logits: &Tensor, target: &Tensor) -> Result<RowStatistics> {
-        let losses = self.losses.detach();
-        let all = match &self.rows {
-            Some(rows) => rows.statistics(problem, losses, (&logits.detach(), &target.detach()))?,
-            None => {
-                let (argmax, flags) = (losses.to_dtype(DType::U32)?, losses.to_dtype(DType::F32)?);
-                [losses.clone(), losses.clone(), losses.clone(), losses, argmax, flags.clone(), flags]
+        let (shape, losses) = (row_shape(logits.layout(), problem.axis), self.losses.detach());
+        match &self.rows {
+            None => RowStatistics::zeros(&shape, losses.dtype(), losses.device()),
+            Some(rows) => {
+                let all = rows.statistics(problem, losses, (&logits.detach(), &target.detach()))?;
+                RowStatistics::in_order(all).try_map(|_, values| values.reshape(&shape))
             }
-        };
-        let shape = row_shape(logits.layout(), problem.axis);
-        RowStatistics::in_order(all).try_map(|_, values| values.reshape(&shape))
+        }
     }
 }
 

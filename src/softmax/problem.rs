@@ -5,7 +5,7 @@ use crate::check;
 use crate::custom_op::{Arg, Argument, DeviceStorage};
 use crate::rows::layout::{Rows, row_shape, rows_like, rows_of};
 use crate::rows::options::RowOptions;
-use candle_core::{Layout, Result, Shape, Tensor, bail};
+use candle_core::{DType, Device, Layout, Result, Shape, Tensor, bail};
 
 /// The options of cross-entropy.
 #[derive(Clone, Debug)]
@@ -181,6 +181,14 @@ impl RowStatistics {
     pub(crate) fn in_order(tensors: [Tensor; STATISTICS]) -> Self {
         let [loss, lse, z_loss, entropy, argmax, correct, counted] = tensors;
         RowStatistics { loss, lse, z_loss, entropy, argmax, correct, counted }
+    }
+
+    /// Zeros: of rows that are all ignored and have no logits, or of no rows.
+    pub(crate) fn zeros(shape: &Shape, arithmetic: DType, device: &Device) -> Result<Self> {
+        let zeros = |dtype: DType| Tensor::zeros(shape, dtype, device);
+        let (number, flag) = (zeros(arithmetic)?, zeros(DType::F32)?);
+        let numbers = || number.clone();
+        Ok(Self::in_order([numbers(), numbers(), numbers(), numbers(), zeros(DType::U32)?, flag.clone(), flag]))
     }
 
     /// In the same order.
