@@ -2,6 +2,7 @@
 
 use crate::check;
 use crate::reduction::Reduction;
+use crate::rows::layout::indices_as_i64;
 use crate::rows::options::RowOptions;
 use candle_core::{DType, Result, Shape, Tensor};
 
@@ -23,7 +24,7 @@ pub(crate) struct ComposedIndices {
 
 impl ComposedIndices {
     pub fn new(name: &str, target: &Tensor, classes: usize, options: &RowOptions) -> Result<Self> {
-        let indices = target.flatten_all()?.to_dtype(DType::I64)?;
+        let indices = indices_as_i64(target)?.flatten_all()?;
         let counted = indices.ne(options.ignore_index)?;
         let on_host = target.device().is_cpu();
         if on_host || options.target_check {

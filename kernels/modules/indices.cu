@@ -1,7 +1,5 @@
-// Class indices one after the other, from a tensor with any strides. candle's own copy has no kernel for i32 and, for
-// the other dtypes, uploads the strides, which a CUDA graph can't record.
-#include <type_traits>
-
+// Class indices one after the other and as i64, from a tensor with any strides. candle's own copy and cast have no
+// kernel for i16 and i32, and its copy uploads the strides, which a CUDA graph can't record.
 #include "../common.cuh"
 
 namespace fused_loss {
@@ -15,7 +13,7 @@ struct IndexAxes {
 };
 
 extern "C" __global__ void __launch_bounds__(256)
-    copy_indices(const void *from, void *to, int64_t rows, DType dtype, const __grid_constant__ IndexAxes axes) {
+    copy_indices(const void *from, int64_t *to, int64_t rows, DType dtype, const __grid_constant__ IndexAxes axes) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (row >= rows) return;
     int64_t rest = row, at = 0;
@@ -23,10 +21,7 @@ extern "C" __global__ void __launch_bounds__(256)
         at += rest % axes.size[axis] * axes.stride[axis];
         rest /= axes.size[axis];
     }
-    with_dtype(dtype, [&](auto pointer) {
-        using T = std::remove_const_t<std::remove_pointer_t<decltype(pointer)>>;
-        static_cast<T *>(to)[row] = static_cast<const T *>(from)[at];
-    });
+    to[row] = load_index(from, dtype, at);
 }
 
 } // namespace fused_loss

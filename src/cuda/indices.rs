@@ -1,13 +1,12 @@
-//! Class indices: put one after the other and checked, ahead of a pass that reads them. The kernel is in
+//! Class indices: put one after the other and widened, or checked, ahead of a pass that reads them. The kernel is in
 //! `kernels/modules/indices.cu`.
 
 use super::gpu::Gpu;
 use super::grid::Grid;
 use super::kernels::INDICES;
 use super::launch::{InputView, Launch, Tag, alloc, output};
-use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaStorage;
-use candle_core::{Layout, Result, bail};
+use candle_core::{DType, Layout, Result, bail};
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DeviceRepr};
 use std::ops::Range;
 use std::sync::Arc;
@@ -64,17 +63,17 @@ impl CopyIndicesLaunch<'_> {
     }
 }
 
-/// Class indices in row-major order, one after the other. One launch.
-pub(crate) fn contiguous(target: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
-    let (device, dtype) = (&target.device, target.dtype());
+/// Class indices in row-major order, one after the other, as i64. One launch.
+pub(crate) fn as_i64(target: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
+    let device = &target.device;
     let rows = layout.shape().elem_count();
+    let axes = if layout.is_contiguous() { &Layout::contiguous(rows) } else { layout };
     // SAFETY: the launch below writes all of it
-    let mut copy = unsafe { alloc(device, dtype, rows.max(1))? };
+    let mut copy = unsafe { alloc(device, DType::I64, rows.max(1))? };
     if rows > 0 {
         let input = InputView::new(target, layout)?;
         let to = output(&mut copy)?;
-        let copying =
-            CopyIndicesLaunch { from: &input.bytes, to, rows, dtype: input.tag, axes: IndexAxes::of(layout)? };
+        let copying = CopyIndicesLaunch { from: &input.bytes, to, rows, dtype: input.tag, axes: IndexAxes::of(axes)? };
         // SAFETY: the axes are those of the layout, which stays inside of its tensor, and the copy has `rows` elements
         unsafe { copying.launch(&*Gpu::of(device)?, &device.cuda_stream())? };
     }

@@ -1,6 +1,7 @@
 //! Linear cross-entropy in candle's tensor ops: all logits at once.
 
 use super::problem::{Linear, LinearGradients};
+use crate::rows::layout::indices_as_i64;
 use crate::softmax::composed::{self, ComposedLoss};
 use crate::softmax::problem::RowStatistics;
 use candle_core::{DType, Result, Tensor, Var};
@@ -8,7 +9,7 @@ use candle_core::{DType, Result, Tensor, Var};
 /// The logits as a matrix. An ignored row of hidden states is replaced by zeros, so that its NaN goes nowhere.
 fn logits(linear: &Linear, hidden: &Tensor, weight: &Tensor, bias: Option<&Tensor>, target: &Tensor) -> Result<Tensor> {
     let hidden = hidden.reshape((target.elem_count(), weight.dim(1)?))?;
-    let counted = target.flatten_all()?.to_dtype(DType::I64)?.ne(linear.problem.options.rows.ignore_index)?;
+    let counted = indices_as_i64(target)?.flatten_all()?.ne(linear.problem.options.rows.ignore_index)?;
     let counted = counted.unsqueeze(1)?.broadcast_as(hidden.shape())?;
     let logits = counted.where_cond(&hidden, &hidden.zeros_like()?)?.matmul(&weight.t()?)?;
     match bias {

@@ -4,7 +4,7 @@
 use crate::custom_op::DeviceStorage;
 #[cfg(feature = "cuda")]
 use candle_core::Storage;
-use candle_core::{Error, Layout, Result, Shape, Tensor};
+use candle_core::{DType, Error, Layout, Result, Shape, Tensor};
 
 /// Where the logits of each row lie: `outer x inner` rows of `classes` logits.
 ///
@@ -135,11 +135,20 @@ pub(crate) fn as_rows_like(tensor: &Tensor, axis: usize, split: usize) -> Result
 /// Class indices one after the other.
 pub(crate) fn contiguous_indices(target: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if let (Storage::Cuda(storage), false) = (&*target.storage_and_layout().0, target.is_contiguous()) {
-        // candle's own copy has no kernel for i32, and for the others one that no CUDA graph can record
-        return Ok(crate::cuda::indices::contiguous(storage, target.layout())?.into_tensor(target.shape()));
+    if target.device().is_cuda() && !target.is_contiguous() {
+        return indices_as_i64(target);
     }
     target.contiguous()
+}
+
+/// Class indices one after the other, as i64.
+pub(crate) fn indices_as_i64(target: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Storage::Cuda(storage) = &*target.storage_and_layout().0 {
+        // candle has no kernels for i16 and i32, and for the others a copy that no CUDA graph can record
+        return Ok(crate::cuda::indices::as_i64(storage, target.layout())?.into_tensor(target.shape()));
+    }
+    target.contiguous()?.to_dtype(DType::I64)
 }
 
 /// The rows of a tensor that went through [`as_rows`].
