@@ -25,7 +25,8 @@ const NAME: &str = "cross_entropy";
 /// z-loss: PaLM (Chowdhery et al. 2022); soft cap: Gemma 2.
 ///
 /// # Shapes
-/// Logits `(C)`, `(N, C)` or `(N, C, d1, …, dk)` in any layout. A target of the logits' shape holds probabilities, a
+/// Logits `(C)`, `(N, C)` or `(N, C, d1, …, dk)` in any layout, or with the classes along another axis
+/// ([`with_class_axis`](Self::with_class_axis)). A target of the logits' shape holds probabilities, a
 /// target of shape `()`, `(N)` or `(N, d1, …, dk)` holds class indices. The loss is a scalar, or with
 /// [`Reduction::None`] has the shape of class indices.
 ///
@@ -37,7 +38,7 @@ const NAME: &str = "cross_entropy";
 /// Finite for all finite logits; classes at -inf are fine. A row that is all -inf, or that has a +inf or a NaN, is NaN,
 /// and no other row is affected. The sum over a row is kept without its largest term, so that even a loss of 4e-9 and
 /// its gradient are accurate. Ignored rows are exact zeros whatever they hold. The bits of the result don't depend on
-/// the number of threads. Where all rows are ignored, `Mean` is NaN and the gradient zero.
+/// the number of threads. Where all rows are ignored, or all targets weigh 0, `Mean` is NaN and the gradient zero.
 ///
 /// # Errors
 /// Tensors whose shapes, dtypes or devices don't fit, options out of range, and on the CPU a class index outside of
