@@ -5,6 +5,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Result, WithDType, bail};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use std::any::TypeId;
 use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -428,6 +429,12 @@ impl<A: Real + Element<Acc = A>> Source<A> for OwnSource<'_, A> {
     }
 }
 
+/// The same slice where both types are one.
+fn as_own<A: 'static, B: 'static>(dst: &mut [A]) -> Option<&mut [B]> {
+    // SAFETY: a slice of the same type, borrowed as the one it is made of
+    (TypeId::of::<A>() == TypeId::of::<B>()).then(|| unsafe { &mut *(dst as *mut [A] as *mut [B]) })
+}
+
 struct FloatSource<'a, T> {
     data: &'a [T],
     order: Strided,
@@ -435,6 +442,9 @@ struct FloatSource<'a, T> {
 
 impl<T: Element, A: Real> Source<A> for FloatSource<'_, T> {
     fn load(&self, start: usize, dst: &mut [A]) {
+        if let Some(dst) = as_own(dst) {
+            return self.order.load(self.data, start, dst);
+        }
         // through the storage type's own arithmetic type
         let mut piece = [T::Acc::ZERO; 64];
         for (i, dst) in dst.chunks_mut(64).enumerate() {

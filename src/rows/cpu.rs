@@ -1,8 +1,8 @@
 //! How rows are worked through on the CPU: in strips along the classes and in tiles of several rows, and where these
 //! lie.
 
-use super::layout::Rows;
-use crate::cpu::element::{Element, Output};
+use super::layout::{Rows, Run};
+use crate::cpu::element::{Element, Input, Output, Source};
 use crate::cpu::math::{LANES, Real};
 use std::ops::Range;
 
@@ -23,22 +23,39 @@ pub(crate) const SEGMENT: usize = if cfg!(miri) { BLOCK } else { 8 * BLOCK };
 /// Fewer rows than this are split into segments if they are long.
 const FEW_ROWS: usize = 16;
 
-pub(crate) type Tile<A> = [[A; LANES]; DEPTH];
+/// Classes that are further apart lie in different pages, and the processor sees no pattern in where they are read.
+const FAR: usize = if cfg!(miri) { 16 } else { 1024 };
+/// Tiles that lie side by side in a unit where classes are far apart: of a class, a tile has two cache lines at most.
+const SIDE_BY_SIDE: usize = 4;
+/// More classes make a tile work enough for a unit.
+const SIDE_BY_SIDE_MAX_CLASSES: usize = 512;
+/// How many classes in advance the memory is asked for them, where they are far apart.
+const AHEAD: usize = 8;
+
+/// Some classes of [`LANES`] rows, each class in whole cache lines.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(crate) struct Tile<A>(pub [[A; LANES]; DEPTH]);
+
+impl<A: Real> Tile<A> {
+    pub const ZERO: Self = Tile([[A::ZERO; LANES]; DEPTH]);
+}
 
 /// How the work is divided: by the shape alone, so that the bits of a result don't depend on the number of threads.
 #[derive(Clone, Copy)]
 pub(crate) enum Division {
     /// A unit is a [`Strip`]: so many whole rows, or one of so many segments of a row.
     Strips { rows: usize, segments: usize },
-    /// A unit is [`LANES`] rows.
-    Tiles,
+    /// A unit is so many times [`LANES`] rows.
+    Tiles(usize),
 }
 
 impl Division {
     pub fn of(rows: &Rows) -> Self {
         let Rows { classes, class_stride, .. } = *rows;
         if class_stride != 1 || classes <= TILE_MAX_CLASSES {
-            return Division::Tiles;
+            let wide = class_stride >= FAR && classes <= SIDE_BY_SIDE_MAX_CLASSES;
+            return Division::Tiles(if wide { SIDE_BY_SIDE } else { 1 });
         }
         let split = rows.count() < FEW_ROWS && classes > 2 * SEGMENT;
         Division::Strips {
@@ -50,7 +67,7 @@ impl Division {
     pub fn units(self, of: &Rows) -> usize {
         match self {
             Division::Strips { rows, segments } => of.count().div_ceil(rows) * segments,
-            Division::Tiles => of.count().div_ceil(LANES),
+            Division::Tiles(tiles) => of.count().div_ceil(tiles * LANES),
         }
     }
 
@@ -58,7 +75,15 @@ impl Division {
     pub fn segments(self) -> usize {
         match self {
             Division::Strips { segments, .. } => segments,
-            Division::Tiles => 1,
+            Division::Tiles(_) => 1,
+        }
+    }
+
+    /// The tiles of a unit; a strip's blocks are as large as one.
+    pub fn tiles(self) -> usize {
+        match self {
+            Division::Strips { .. } => 1,
+            Division::Tiles(tiles) => tiles,
         }
     }
 }
@@ -83,78 +108,165 @@ impl Strip {
     }
 }
 
-/// Where the rows of a tile are read and written.
-pub(crate) struct TilePlace {
-    pub first: usize,
-    pub lanes: usize,
-    pub read: [usize; LANES],
-    pub write: [usize; LANES],
-    pub write_stride: usize,
-    pub read_adjacent: bool,
-    pub write_adjacent: bool,
+/// The rows of a unit's tiles.
+pub(crate) struct TilePlace<'k> {
+    of: &'k Rows,
+    rows: Range<usize>,
 }
 
-impl TilePlace {
-    pub fn new(rows: &Rows, unit: usize) -> Self {
-        let first = unit * LANES;
-        let lanes = (rows.count() - first).min(LANES);
-        let (mut read, mut write) = ([0; LANES], [0; LANES]);
-        for lane in 0..lanes {
-            read[lane] = rows.start(first + lane);
-            write[lane] = rows.written_start(first + lane);
-        }
-        let adjacent = |at: &[usize; LANES]| (1..lanes).all(|l| at[l] == at[0] + l);
-        TilePlace {
-            first,
-            lanes,
-            write_stride: rows.written_stride(),
-            // one row alone is better read along its classes
-            read_adjacent: lanes > 1 && adjacent(&read),
-            write_adjacent: lanes > 1 && adjacent(&write),
-            read,
-            write,
+impl<'k> TilePlace<'k> {
+    pub fn new(of: &'k Rows, unit: usize, tiles: usize) -> Self {
+        let first = unit * tiles * LANES;
+        TilePlace { of, rows: first..of.count().min(first + tiles * LANES) }
+    }
+
+    /// The rows of each tile.
+    pub fn tiles(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let end = self.rows.end;
+        self.rows.clone().step_by(LANES).map(move |row| row..end.min(row + LANES))
+    }
+
+    /// Fills the lanes without a row.
+    pub fn fill_rest<A: Real>(&self, tiles: &mut [Tile<A>], depth: usize, value: A) {
+        let (whole, lanes) = (self.rows.len() / LANES, self.rows.len() % LANES);
+        if lanes > 0 {
+            tiles[whole].0[..depth].iter_mut().for_each(|lane| lane[lanes..].fill(value));
         }
     }
 
-    pub fn rows(&self) -> Range<usize> {
-        self.first..self.first + self.lanes
-    }
-
-    /// Writes some classes of a tile.
+    /// Reads some classes.
     ///
     /// # Safety
-    /// No slice of these elements is alive, of `out` or of the logits that it replaces.
-    pub unsafe fn store<O: Element>(&self, e: &[[O::Acc; LANES]], classes: &Range<usize>, out: &Output<O>) {
-        if self.write_adjacent && self.write_stride > 1 {
-            for (e, class) in e.iter().zip(classes.clone()) {
-                let at = self.write[0] + class * self.write_stride;
-                // SAFETY: the elements of one class, of which no slice is alive by this function's contract
-                O::narrow(&e[..self.lanes], unsafe { out.slice(at, self.lanes) });
-            }
-            return;
-        }
-        let mut row = [O::Acc::ZERO; DEPTH];
-        let row = &mut row[..classes.len()];
-        for lane in 0..self.lanes {
-            let values = e.iter().map(|e| e[lane]);
-            if self.write_stride > 1 {
-                for (v, class) in values.zip(classes.clone()) {
-                    // SAFETY: one element, of which no slice is alive by this function's contract
-                    let out = unsafe { out.slice(self.write[lane] + class * self.write_stride, 1) };
-                    out[0].write(O::from_acc(v));
+    /// Where the elements are replaced in place, nobody writes these ones meanwhile.
+    pub unsafe fn load<T: Element>(&self, x: &Input<T>, classes: &Range<usize>, to: &mut [Tile<T::Acc>]) {
+        let (stride, (step, _), depth) = (self.of.class_stride, self.of.steps(), classes.len());
+        for Run { rows, read, .. } in self.of.runs(self.rows.clone()) {
+            // one row alone is better read along its classes
+            if step == 1 && rows.len() > 1 {
+                // far apart, one class of all tiles after the other
+                let at_once = if stride < FAR { depth } else { 4 };
+                for first in (0..depth).step_by(at_once) {
+                    for TilePart { tile, lanes, of } in parts(&rows) {
+                        let to = to[tile].0[..depth].iter_mut().zip(classes.clone()).skip(first).take(at_once);
+                        for (to, class) in to {
+                            let at = read + of.start;
+                            // SAFETY: elements of the unit's rows, which nobody writes by this function's contract
+                            T::widen(unsafe { x.slice(at + class * stride, of.len()) }, &mut to[lanes.clone()]);
+                            if stride >= FAR {
+                                // the same rows of a later class, or the next rows of one of the first
+                                let next = match class + AHEAD.min(self.of.classes) {
+                                    next if next < self.of.classes => at + next * stride,
+                                    next => at + (next - self.of.classes) * stride + rows.len(),
+                                };
+                                x.ahead(next).fetch(0);
+                            }
+                        }
+                    }
                 }
                 continue;
             }
-            // SAFETY: the elements of one row, of which no slice is alive by this function's contract
-            let out = unsafe { out.slice(self.write[lane] + classes.start, classes.len()) };
-            if O::INLINE {
-                for (out, v) in out.iter_mut().zip(values) {
-                    out.write(O::from_acc(v));
+            for TilePart { tile, mut lanes, of } in parts(&rows) {
+                // once, instead of for every element
+                assert!(lanes.end <= LANES);
+                let (to, first) = (&mut to[tile].0, lanes.start);
+                let start = |lane: usize| read + (of.start + lane - first) * step + classes.start * stride;
+                // several rows at a time, which are one store
+                while stride == 1 && lanes.len() >= 4 {
+                    // SAFETY: elements of one of the rows, which nobody writes by this function's contract
+                    let row = |lane: usize| unsafe { x.slice(start(lane), depth) };
+                    let lane = lanes.start;
+                    let rows = row(lane).iter().zip(row(lane + 1)).zip(row(lane + 2)).zip(row(lane + 3));
+                    for (to, (((a, b), c), d)) in to.iter_mut().zip(rows) {
+                        to[lane..lane + 4].copy_from_slice(&[a.to_acc(), b.to_acc(), c.to_acc(), d.to_acc()]);
+                    }
+                    lanes.start += 4;
                 }
-            } else {
-                row.iter_mut().zip(values).for_each(|(to, v)| *to = v);
-                O::narrow(row, out);
+                for lane in lanes {
+                    // SAFETY: elements of one of the rows, which nobody writes by this function's contract
+                    let row = unsafe { x.strided(start(lane), stride, depth) };
+                    to.iter_mut().zip(row).for_each(|(to, x)| to[lane] = x.to_acc());
+                }
             }
         }
     }
+
+    /// Reads some classes of an operand in the order in which gradients are written.
+    pub fn load_written<A: Real>(&self, source: &dyn Source<A>, classes: &Range<usize>, to: &mut [Tile<A>]) {
+        let (stride, (_, step)) = (self.of.written_stride(), self.of.steps());
+        let mut row = [A::ZERO; DEPTH];
+        let row = &mut row[..classes.len()];
+        for Run { rows, written, .. } in self.of.runs(self.rows.clone()) {
+            if step == 1 {
+                for (i, class) in classes.clone().enumerate() {
+                    for TilePart { tile, lanes, of } in parts(&rows) {
+                        source.load(written + class * stride + of.start, &mut to[tile].0[i][lanes]);
+                    }
+                }
+                continue;
+            }
+            for TilePart { tile, lanes, of } in parts(&rows) {
+                assert!(lanes.end <= LANES);
+                for (lane, i) in lanes.zip(of) {
+                    let row = source.read(written + i * step + classes.start, row);
+                    to[tile].0.iter_mut().zip(row).for_each(|(to, v)| to[lane] = *v);
+                }
+            }
+        }
+    }
+
+    /// Writes some classes.
+    ///
+    /// # Safety
+    /// No slice of these elements is alive, of `out` or of the elements that it replaces.
+    pub unsafe fn store<O: Element>(&self, e: &[Tile<O::Acc>], classes: &Range<usize>, out: &Output<O>) {
+        let (stride, (_, step)) = (self.of.written_stride(), self.of.steps());
+        let mut row = [O::Acc::ZERO; DEPTH];
+        let row = &mut row[..classes.len()];
+        for Run { rows, written, .. } in self.of.runs(self.rows.clone()) {
+            if step == 1 {
+                for (i, class) in classes.clone().enumerate() {
+                    // SAFETY: adjacent elements of one class, of which no slice is alive by this function's contract
+                    let out = unsafe { out.slice(written + class * stride, rows.len()) };
+                    for TilePart { tile, lanes, of } in parts(&rows) {
+                        O::narrow(&e[tile].0[i][lanes], &mut out[of]);
+                    }
+                }
+                continue;
+            }
+            for TilePart { tile, lanes, of } in parts(&rows) {
+                assert!(lanes.end <= LANES);
+                for (lane, i) in lanes.zip(of) {
+                    let values = e[tile].0[..classes.len()].iter().map(|e| e[lane]);
+                    // SAFETY: the elements of one row, of which no slice is alive by this function's contract
+                    let out = unsafe { out.slice(written + i * step + classes.start, classes.len()) };
+                    if O::INLINE {
+                        for (out, v) in out.iter_mut().zip(values) {
+                            out.write(O::from_acc(v));
+                        }
+                    } else {
+                        row.iter_mut().zip(values).for_each(|(to, v)| *to = v);
+                        O::narrow(row, out);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What a run has in a tile: the lanes, and which rows of the run these are.
+struct TilePart {
+    tile: usize,
+    lanes: Range<usize>,
+    of: Range<usize>,
+}
+
+/// The parts of rows that are counted from the first one of the first tile.
+#[inline(always)]
+fn parts(rows: &Range<usize>) -> impl Iterator<Item = TilePart> + use<> {
+    let (start, end) = (rows.start, rows.end);
+    (start / LANES..end.div_ceil(LANES)).map(move |tile| {
+        let rows = start.max(tile * LANES)..end.min((tile + 1) * LANES);
+        let lanes = rows.start - tile * LANES..rows.end - tile * LANES;
+        TilePart { tile, lanes, of: rows.start - start..rows.end - start }
+    })
 }

@@ -5,6 +5,7 @@ use crate::custom_op::DeviceStorage;
 #[cfg(feature = "cuda")]
 use candle_core::Storage;
 use candle_core::{DType, Error, Layout, Result, Shape, Tensor};
+use std::ops::Range;
 
 /// Where the logits of each row lie: `outer x inner` rows of `classes` logits.
 ///
@@ -20,6 +21,14 @@ pub(crate) struct Rows {
     pub class_stride: usize,
     /// How many of the axes other than the class axis make up `outer`.
     pub split: usize,
+}
+
+/// Some adjacent rows, counted from the first one asked for, that lie at a constant distance; where the first of them
+/// is read and written.
+pub(crate) struct Run {
+    pub rows: Range<usize>,
+    pub read: usize,
+    pub written: usize,
 }
 
 impl Rows {
@@ -82,6 +91,28 @@ impl Rows {
 
     pub fn written_stride(&self) -> usize {
         if self.class_last() { 1 } else { self.inner }
+    }
+
+    /// How far apart the rows of a [`Run`] are read, and how far apart they are written.
+    pub fn steps(&self) -> (usize, usize) {
+        let read = if self.inner == 1 { self.outer_stride } else { self.inner_stride };
+        (read, if self.class_last() { self.classes } else { 1 })
+    }
+
+    /// Adjacent rows in as few runs as possible: a division for each run, instead of for each row.
+    pub fn runs(&self, rows: Range<usize>) -> impl Iterator<Item = Run> + use<> {
+        let of = *self;
+        let length = if of.inner == 1 { of.outer } else { of.inner };
+        let mut row = rows.start;
+        std::iter::from_fn(move || {
+            let start = row;
+            if start >= rows.end {
+                return None;
+            }
+            row = rows.end.min(start + length - start % length);
+            let lanes = start - rows.start..row - rows.start;
+            Some(Run { rows: lanes, read: of.start(start), written: of.written_start(start) })
+        })
     }
 
     /// Sizes and strides in the order (outer, inner, class) or (outer, class, inner).

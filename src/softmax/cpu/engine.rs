@@ -8,7 +8,7 @@ use super::logits::{Logits, TargetDistribution, TileScratch};
 use crate::cpu::element::{Element, Output, PerRow, as_uninit, build};
 use crate::cpu::math::{Baseline, LANES, Real, dispatch};
 use crate::cpu::parallel::for_each_task;
-use crate::rows::cpu::{BLOCK, DEPTH, Division, Strip, TilePlace};
+use crate::rows::cpu::{BLOCK, DEPTH, Division, Strip, Tile, TilePlace};
 use candle_core::CpuStorage;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -44,6 +44,17 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         (units, (rows.count() * rows.classes / units.max(1)).max(1))
     }
 
+    fn scratch(&self) -> TileScratch<T::Acc> {
+        let count = self.division.tiles();
+        let tiles = |used| vec![Tile::ZERO; if used { count } else { 0 }];
+        TileScratch {
+            x: tiles(true),
+            q: tiles(true),
+            e: tiles(!T::INLINE),
+            slope: tiles(self.logits.softcap.is_some()),
+        }
+    }
+
     /// Reduces every row, and calls `finish` with the states of up to [`LANES`] adjacent rows: once for each row, and
     /// only for different rows at the same time.
     pub(super) fn reduce(&self, detail: RowDetail, finish: impl Fn(Range<usize>, &States<T::Acc>) + Sync) {
@@ -53,7 +64,8 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         let mut parts = vec![States::EMPTY; if segments > 1 { units } else { 0 }];
         let written_parts = PerRow::new(&mut parts);
         for_each_task(units, logits * REDUCE_WORK, |units| {
-            let mut scratch = TileScratch::new();
+            let mut scratch = self.scratch();
+            let mut states = vec![];
             for unit in units {
                 match self.division {
                     Division::Strips { rows, segments } => {
@@ -66,9 +78,10 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                             unsafe { written_parts.set(unit..unit + 1, &[states]) };
                         }
                     }
-                    Division::Tiles => {
-                        let place = TilePlace::new(&self.logits.rows, unit);
-                        finish(place.rows(), &self.reduce_tile(detail, &place, &mut scratch));
+                    Division::Tiles(tiles) => {
+                        let place = TilePlace::new(&self.logits.rows, unit, tiles);
+                        self.reduce_tiles(Some(detail), &place, &mut states, &mut scratch);
+                        place.tiles().zip(&states).for_each(|(rows, states)| finish(rows, states));
                     }
                 }
             }
@@ -137,7 +150,8 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
     ) {
         let (units, logits) = self.units();
         for_each_task(units, logits * EMIT_WORK, |units| {
-            let mut scratch = TileScratch::new();
+            let mut scratch = self.scratch();
+            let (mut states, mut groups) = (vec![], vec![]);
             for unit in units {
                 match self.division {
                     Division::Strips { rows, segments } => {
@@ -149,12 +163,12 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                             self.emit_row(emit, (&group, lane), (row, &strip.classes), out, &mut scratch);
                         }
                     }
-                    Division::Tiles => {
-                        let place = TilePlace::new(&self.logits.rows, unit);
-                        let states =
-                            reduce.map_or(States::EMPTY, |detail| self.reduce_tile(detail, &place, &mut scratch));
-                        let group = group(place.rows(), &states);
-                        self.emit_tile(emit, &group, (&place, reduce.is_some()), out, &mut scratch);
+                    Division::Tiles(tiles) => {
+                        let place = TilePlace::new(&self.logits.rows, unit, tiles);
+                        self.reduce_tiles(reduce, &place, &mut states, &mut scratch);
+                        groups.clear();
+                        groups.extend(place.tiles().zip(&states).map(|(rows, states)| group(rows, states)));
+                        self.emit_tiles(emit, &groups, (&place, reduce.is_some()), out, &mut scratch);
                     }
                 }
             }
@@ -164,7 +178,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
     fn reduce_strip(&self, detail: RowDetail, strip: &Strip, scratch: &mut TileScratch<T::Acc>) -> States<T::Acc> {
         let mut states = States::EMPTY;
         let TileScratch { x, q, .. } = scratch;
-        let (x, q) = (x.as_flattened_mut(), q.as_flattened_mut());
+        let (x, q) = (x[0].0.as_flattened_mut(), q[0].0.as_flattened_mut());
         let (rows, of) = (strip.rows.clone(), &strip.classes);
         for class in of.clone().step_by(BLOCK) {
             let block = class..(class + BLOCK).min(of.end);
@@ -200,18 +214,29 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         states
     }
 
-    fn reduce_tile(&self, detail: RowDetail, place: &TilePlace, scratch: &mut TileScratch<T::Acc>) -> States<T::Acc> {
-        let mut states = States::EMPTY;
+    /// Reduces the rows of a unit's tiles, to states for each; without a detail these are empty.
+    fn reduce_tiles(
+        &self,
+        detail: Option<RowDetail>,
+        place: &TilePlace,
+        states: &mut Vec<States<T::Acc>>,
+        scratch: &mut TileScratch<T::Acc>,
+    ) {
         let TileScratch { x, q, .. } = scratch;
         let of = self.logits.rows.classes;
+        states.clear();
+        states.resize(place.tiles().count(), States::EMPTY);
+        let Some(detail) = detail else { return };
         for class in (0..of).step_by(DEPTH) {
-            let classes = class..(class + DEPTH).min(of);
-            // SAFETY: the values of the tile's rows are emitted by this task after they are reduced, or in a later pass
-            let xs = unsafe { self.logits.tile(place, &classes, x, None) };
-            let q = self.q.load_tile(place, &classes, q);
-            dispatch(ReduceTile { states: &mut states, classes, of, xs, q, detail });
+            let (classes, depth) = (class..(class + DEPTH).min(of), DEPTH.min(of - class));
+            // SAFETY: the values of the rows are emitted by this task after they are reduced, or in a later pass
+            unsafe { self.logits.load_tiles(place, &classes, x, None) };
+            self.q.load_tiles(place, &classes, q);
+            for ((states, x), q) in states.iter_mut().zip(&*x).zip(&*q) {
+                let q = (!self.q.is_none()).then_some(&q.0[..depth]);
+                dispatch(ReduceTile { states, classes: classes.clone(), of, xs: &x.0[..depth], q, detail });
+            }
         }
-        states
     }
 
     /// Emits the values of a strip's classes in the row of a lane.
@@ -231,16 +256,15 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         }
         let scalars = group.scalars.lane(lane);
         let own = group.targets.own(lane).filter(|(class, _)| classes.contains(class));
-        let capped = E::IN_LOGITS && self.logits.softcap.is_some();
         // in place, the own logit is gone once the segment is written
         let own = own.map(|(class, weight)| (class, self.own_value(emit, &scalars, row, class, weight)));
         let TileScratch { x, e, q, slope } = scratch;
-        let (x, e, q, slope) =
-            (x.as_flattened_mut(), e.as_flattened_mut(), q.as_flattened_mut(), slope.as_flattened_mut());
+        let [x, e, q, slope] =
+            [x, e, q, slope].map(|tiles| tiles.first_mut().map(|tile| tile.0.as_flattened_mut()).unwrap_or_default());
         for class in classes.clone().step_by(BLOCK) {
             let len = (classes.end - class).min(BLOCK);
             let at = start + class;
-            let (e, q) = (&mut e[..len], self.q.load_block(at, class, &mut q[..len]));
+            let (e, q) = (e.get_mut(..len).unwrap_or_default(), self.q.load_block(at, class, &mut q[..len]));
             if self.logits.is_read_directly() && !self.logits.x.is_replaced() {
                 // SAFETY: the output is another buffer
                 let xs = unsafe { self.logits.stored(row, &(class..class + len)) };
@@ -248,12 +272,15 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                 let out = unsafe { out.slice(at, len) };
                 emit_block(EmitBlock { emit, row: scalars, xs, q, slope: None, out }, e);
             } else {
-                let (xs, slope) = (&mut x[..len], &mut slope[..len]);
+                let (xs, mut slope) = (&mut x[..len], slope.get_mut(..len));
                 // SAFETY: this unit alone writes to the segment, and has no slice of it here
-                unsafe { self.logits.load(row, class, xs, Some(slope)) };
+                unsafe { self.logits.load(row, class, xs, slope.as_deref_mut()) };
                 // SAFETY: each segment of each row is emitted by one unit, and the slice of its logits is gone
                 let out = unsafe { out.slice(at, len) };
-                emit_block(EmitBlock { emit, row: scalars, xs, q, slope: capped.then_some(&*slope), out }, e);
+                emit_block(
+                    EmitBlock { emit, row: scalars, xs, q, slope: slope.as_deref().filter(|_| E::IN_LOGITS), out },
+                    e,
+                );
             }
         }
         if let Some((class, value)) = own {
@@ -277,50 +304,50 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         emit.value::<Baseline, T::Acc>(scalars, 0, x[0], weight + self.q.at(class)) * slope[0]
     }
 
-    /// The place of the tile comes with whether the scratch memory is as [`Self::reduce_tile`] of it left it.
-    fn emit_tile<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
+    /// The place comes with whether the scratch memory is as [`Self::reduce_tiles`] of it left it.
+    fn emit_tiles<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
         &self,
         emit: &E,
-        group: &RowGroup<T::Acc>,
+        groups: &[RowGroup<T::Acc>],
         (place, reduced): (&TilePlace, bool),
         out: &Output<O>,
         scratch: &mut TileScratch<T::Acc>,
     ) {
         let capped = E::IN_LOGITS && self.logits.softcap.is_some();
-        let TileScratch { x, e, q, slope } = scratch;
+        let TileScratch { x, q, slope, .. } = scratch;
         let of = self.logits.rows.classes;
-        let loaded = reduced && of <= DEPTH && !capped;
-        let RowGroup { scalars, targets } = group;
-        let has_own = targets.weight.iter().any(|weight| *weight != T::Acc::ZERO);
         for class in (0..of).step_by(DEPTH) {
-            let classes = class..(class + DEPTH).min(of);
-            if !loaded {
-                // SAFETY: this unit alone writes to the tile, and has no slice of it here
-                unsafe { self.logits.tile(place, &classes, x, Some(slope)) };
-                self.q.load_tile(place, &classes, q);
+            let (classes, depth) = (class..(class + DEPTH).min(of), DEPTH.min(of - class));
+            if !reduced || of > DEPTH || capped {
+                // SAFETY: this unit alone writes to the tiles, and has no slice of them here
+                unsafe { self.logits.load_tiles(place, &classes, x, capped.then_some(&mut slope[..])) };
+                self.q.load_tiles(place, &classes, q);
             }
-            if has_own {
-                if self.q.is_none() {
-                    q[..classes.len()].as_flattened_mut().fill(T::Acc::ZERO);
-                }
-                for (lane, (own, &weight)) in targets.class.iter().zip(&targets.weight).take(place.lanes).enumerate() {
-                    if classes.contains(own) {
-                        q[own - classes.start][lane] += weight;
+            for (tile, ((group, x), q)) in groups.iter().zip(&mut *x).zip(&mut *q).enumerate() {
+                let RowGroup { scalars, targets } = group;
+                let q = &mut q.0[..depth];
+                let has_own = targets.weight.iter().any(|weight| *weight != T::Acc::ZERO);
+                if has_own {
+                    if self.q.is_none() {
+                        q.as_flattened_mut().fill(T::Acc::ZERO);
+                    }
+                    for (lane, (own, &weight)) in targets.class.iter().zip(&targets.weight).enumerate() {
+                        if classes.contains(own) {
+                            q[own - classes.start][lane] += weight;
+                        }
                     }
                 }
+                dispatch(EmitTile {
+                    emit,
+                    rows: scalars,
+                    live: &targets.live,
+                    xs: &mut x.0[..depth],
+                    q: (has_own || !self.q.is_none()).then_some(&*q),
+                    slope: capped.then(|| &slope[tile].0[..depth]),
+                });
             }
-            let e = &mut e[..classes.len()];
-            dispatch(EmitTile {
-                emit,
-                rows: scalars,
-                live: &targets.live,
-                xs: &x[..classes.len()],
-                q: (has_own || !self.q.is_none()).then_some(&q[..classes.len()]),
-                slope: capped.then_some(&slope[..]),
-                out: e,
-            });
-            // SAFETY: the tile is emitted by this unit alone, and its logits are in the scratch memory
-            unsafe { place.store(e, &classes, out) };
+            // SAFETY: the tiles are emitted by this unit alone, and their logits are in the scratch memory
+            unsafe { place.store(x, &classes, out) };
         }
     }
 }

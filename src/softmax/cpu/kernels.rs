@@ -596,11 +596,11 @@ pub(super) struct EmitTile<'k, A, E> {
     pub(super) emit: &'k E,
     pub(super) rows: &'k RowScalars<[A; LANES]>,
     pub(super) live: &'k [bool; LANES],
-    pub(super) xs: &'k [[A; LANES]],
+    /// The logits, which the values replace.
+    pub(super) xs: &'k mut [[A; LANES]],
     pub(super) q: Option<&'k [[A; LANES]]>,
     /// The derivative of the soft cap.
     pub(super) slope: Option<&'k [[A; LANES]]>,
-    pub(super) out: &'k mut [[A; LANES]],
 }
 
 impl<A: Real, E: Emit<A>> Vectorized for EmitTile<'_, A, E> {
@@ -608,16 +608,17 @@ impl<A: Real, E: Emit<A>> Vectorized for EmitTile<'_, A, E> {
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let EmitTile { emit, rows, live, xs, q, slope, out } = self;
-        // a copy, which the stores to `out` can't change
+        let EmitTile { emit, rows, live, xs, q, slope } = self;
+        // a copy, which the stores to `xs` can't change
         let rows = *rows;
         let live = live.map(|live| if live { A::ONE } else { A::ZERO });
-        for (i, (out, xs)) in out.iter_mut().zip(xs).enumerate() {
-            let q = q.map_or([A::ZERO; LANES], |q| q[i]);
-            let chain = slope.map_or([A::ONE; LANES], |slope| slope[i]);
+        let (zeros, ones) = ([A::ZERO; LANES], [A::ONE; LANES]);
+        for (i, xs) in xs.iter_mut().enumerate() {
+            // not copies, whose loads would wait for their stores
+            let (q, chain) = (q.map_or(&zeros, |q| &q[i]), slope.map_or(&ones, |slope| &slope[i]));
             for lane in 0..LANES {
                 let v = chain[lane] * emit.value::<I, _>(&rows, lane, xs[lane], q[lane]);
-                out[lane] = if live[lane] != A::ZERO { v } else { A::ZERO };
+                xs[lane] = if live[lane] != A::ZERO { v } else { A::ZERO };
             }
         }
     }

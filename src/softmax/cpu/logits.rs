@@ -2,23 +2,19 @@
 
 use crate::cpu::element::{Element, Input, Source};
 use crate::cpu::math::{Ahead, LANES, Real, ScaleAndCap, dispatch};
-use crate::rows::cpu::{DEPTH, Tile, TilePlace};
-use crate::rows::layout::Rows;
+use crate::rows::cpu::{Tile, TilePlace};
+use crate::rows::layout::{Rows, Run};
 use std::ops::Range;
 
-/// The memory in which a unit of work reads logits and q, and computes what it emits.
+/// The memory in which a unit of work reads logits and q, and computes what it emits: its tiles, or one for a strip's
+/// blocks. What isn't used is empty, because to fill it takes longer than a small problem.
 pub(super) struct TileScratch<A> {
-    pub(super) x: Tile<A>,
-    pub(super) e: Tile<A>,
-    pub(super) q: Tile<A>,
-    pub(super) slope: Tile<A>,
-}
-
-impl<A: Real> TileScratch<A> {
-    pub(super) fn new() -> Self {
-        let tile = [[A::ZERO; LANES]; DEPTH];
-        TileScratch { x: tile, e: tile, q: tile, slope: tile }
-    }
+    pub(super) x: Vec<Tile<A>>,
+    pub(super) q: Vec<Tile<A>>,
+    /// A block on its way to a type that the vectorised loops can't write.
+    pub(super) e: Vec<Tile<A>>,
+    /// The soft cap's.
+    pub(super) slope: Vec<Tile<A>>,
 }
 
 /// The weighted, smoothed target distribution q: a number for each class of each row. With class indices, what a row's
@@ -74,14 +70,9 @@ impl<A: Real> TargetDistribution<'_, A> {
                     *d = *factor * w;
                 }
             }
-            TargetDistribution::Dense { source, keep, spread, weight } => {
+            TargetDistribution::Dense { source, weight, .. } => {
                 source.load(at, dst);
-                // the untouched values must stay exact: 0 stays 0, and 1 stays 1
-                if *keep != A::ONE || *spread != A::ZERO {
-                    for d in dst.iter_mut() {
-                        *d = *keep * *d + *spread;
-                    }
-                }
+                self.smooth(dst);
                 if let Some(weight) = weight {
                     for (d, &w) in dst.iter_mut().zip(&weight[class..]) {
                         *d *= w;
@@ -91,41 +82,41 @@ impl<A: Real> TargetDistribution<'_, A> {
         }
     }
 
-    /// The q of a tile; `None` where there is none.
-    pub(super) fn load_tile<'s>(
-        &self,
-        place: &TilePlace,
-        classes: &Range<usize>,
-        to: &'s mut Tile<A>,
-    ) -> Option<&'s [[A; LANES]]> {
-        let to = &mut to[..classes.len()];
+    /// Smooths probabilities.
+    fn smooth(&self, probabilities: &mut [A]) {
         match self {
-            TargetDistribution::None => return None,
-            TargetDistribution::Constant(v) => to.as_flattened_mut().fill(*v),
-            TargetDistribution::Weights { factor, weight } => {
-                for (to, &w) in to.iter_mut().zip(&weight[classes.clone()]) {
-                    to.fill(*factor * w);
-                }
+            // the untouched values must stay exact: 0 stays 0, and 1 stays 1
+            TargetDistribution::Dense { keep, spread, .. } if *keep != A::ONE || *spread != A::ZERO => {
+                probabilities.iter_mut().for_each(|q| *q = *keep * *q + *spread);
             }
-            TargetDistribution::Dense { .. } => {
-                to.iter_mut().for_each(|to| to[place.lanes..].fill(A::ZERO));
-                let mut row = [A::ZERO; DEPTH];
-                let row = &mut row[..classes.len()];
-                for lane in 0..place.lanes {
-                    let at = place.write[lane] + classes.start * place.write_stride;
-                    match place.write_stride {
-                        1 => self.load(at, classes.start, row),
-                        stride => row.iter_mut().enumerate().for_each(|(i, v)| {
-                            self.load(at + i * stride, classes.start + i, std::slice::from_mut(v));
-                        }),
+            _ => {}
+        }
+    }
+
+    /// The q of a unit's tiles, if there is any.
+    pub(super) fn load_tiles(&self, place: &TilePlace, classes: &Range<usize>, to: &mut [Tile<A>]) {
+        if let TargetDistribution::Dense { source, .. } = self {
+            place.load_written(source.as_ref(), classes, to);
+            place.fill_rest(to, classes.len(), A::ZERO);
+        }
+        for to in &mut to[..place.tiles().count()] {
+            let to = &mut to.0[..classes.len()];
+            match self {
+                TargetDistribution::None => return,
+                TargetDistribution::Constant(v) => to.as_flattened_mut().fill(*v),
+                TargetDistribution::Weights { factor, weight } => {
+                    for (to, &w) in to.iter_mut().zip(&weight[classes.clone()]) {
+                        to.fill(*factor * w);
                     }
-                    for (to, &v) in to.iter_mut().zip(row.iter()) {
-                        to[lane] = v;
+                }
+                TargetDistribution::Dense { weight, .. } => {
+                    self.smooth(to.as_flattened_mut());
+                    for (to, &w) in to.iter_mut().zip(weight.iter().flat_map(|weight| &weight[classes.clone()])) {
+                        to.iter_mut().for_each(|q| *q *= w);
                     }
                 }
             }
         }
-        Some(to)
     }
 }
 
@@ -160,10 +151,12 @@ impl<'a, T: Element> Logits<'a, T> {
     /// As for [`Self::stored`].
     pub(super) unsafe fn pick(&self, rows: Range<usize>, classes: &[usize; LANES]) -> [T::Acc; LANES] {
         let mut xs = [T::Acc::ZERO; LANES];
-        for ((x, row), &class) in xs.iter_mut().zip(rows).zip(classes) {
-            let at = self.rows.start(row) + class * self.rows.class_stride;
-            // SAFETY: nobody writes the logit meanwhile, by this function's contract
-            *x = unsafe { self.x.slice(at, 1) }[0].to_acc();
+        let (stride, (step, _)) = (self.rows.class_stride, self.rows.steps());
+        for Run { rows: lanes, read, .. } in self.rows.runs(rows) {
+            for (i, (x, &class)) in xs[lanes.clone()].iter_mut().zip(&classes[lanes]).enumerate() {
+                // SAFETY: nobody writes the logit meanwhile, by this function's contract
+                *x = unsafe { self.x.slice(read + i * step + class * stride, 1) }[0].to_acc();
+            }
         }
         self.transform(&mut xs, None);
         xs
@@ -193,55 +186,23 @@ impl<'a, T: Element> Logits<'a, T> {
         self.transform(to, slope);
     }
 
-    /// A tile of `lanes` rows and `classes`; the lanes without a row are -inf.
+    /// The tiles of a unit; the lanes without a row are -inf.
     ///
     /// # Safety
-    /// As for [`Self::load`], of all the tile's logits.
-    pub(super) unsafe fn tile<'s>(
+    /// As for [`Self::load`], of all the tiles' logits.
+    pub(super) unsafe fn load_tiles(
         &self,
         place: &TilePlace,
         classes: &Range<usize>,
-        to: &'s mut Tile<T::Acc>,
-        slope: Option<&mut Tile<T::Acc>>,
-    ) -> &'s [[T::Acc; LANES]] {
-        let stride = self.rows.class_stride;
-        let depth = classes.len();
-        if place.lanes < LANES {
-            to[..depth].as_flattened_mut().fill(T::Acc::NEG_INFINITY);
+        to: &mut [Tile<T::Acc>],
+        mut slope: Option<&mut [Tile<T::Acc>]>,
+    ) {
+        // SAFETY: this function has the same contract
+        unsafe { place.load(&self.x, classes, to) };
+        for (i, to) in to[..place.tiles().count()].iter_mut().enumerate() {
+            let slope = slope.as_mut().map(|slope| slope[i].0[..classes.len()].as_flattened_mut());
+            self.transform(to.0[..classes.len()].as_flattened_mut(), slope);
         }
-        if place.read_adjacent {
-            for (to, class) in to.iter_mut().zip(classes.clone()) {
-                // SAFETY: the logits of the tile's rows, which nobody writes by this function's contract
-                let src = unsafe { self.x.slice(place.read[0] + class * stride, place.lanes) };
-                T::widen(src, &mut to[..place.lanes]);
-            }
-        } else {
-            let mut lane = 0;
-            // several rows at a time, which are one store
-            while stride == 1 && lane + 4 <= place.lanes {
-                // SAFETY: the logits of one of the tile's rows, which nobody writes by this function's contract
-                let row = |lane: usize| unsafe { self.x.slice(place.read[lane] + classes.start, depth) };
-                let rows = row(lane).iter().zip(row(lane + 1)).zip(row(lane + 2)).zip(row(lane + 3));
-                for (to, (((a, b), c), d)) in to.iter_mut().zip(rows) {
-                    to[lane..lane + 4].copy_from_slice(&[a.to_acc(), b.to_acc(), c.to_acc(), d.to_acc()]);
-                }
-                lane += 4;
-            }
-            for lane in lane..place.lanes {
-                let start = place.read[lane] + classes.start * stride;
-                // SAFETY: the logits of one of the tile's rows, which nobody writes by this function's contract
-                let row = unsafe { self.x.strided(start, stride, depth) };
-                to.iter_mut().zip(row).for_each(|(to, x)| to[lane] = x.to_acc());
-            }
-        }
-        if self.is_transformed() {
-            self.transform(to[..depth].as_flattened_mut(), slope.map(|s| s[..depth].as_flattened_mut()));
-            if place.lanes < LANES {
-                for to in &mut to[..depth] {
-                    to[place.lanes..].fill(T::Acc::NEG_INFINITY);
-                }
-            }
-        }
-        &to[..depth]
+        place.fill_rest(to, classes.len(), T::Acc::NEG_INFINITY);
     }
 }
