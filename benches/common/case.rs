@@ -294,8 +294,8 @@ pub const fn shifted(dtype: DType, batch: usize, length: usize, classes: usize) 
     Case { loss: Loss::CrossEntropy, dtype, shape: Shape::Shifted { batch, length, classes } }
 }
 
-pub const fn image(dtype: DType, images: usize, classes: usize, side: usize) -> Case {
-    Case { loss: Loss::CrossEntropy, dtype, shape: Shape::Image { images, classes, height: side, width: side } }
+pub const fn image(loss: Loss, dtype: DType, images: usize, classes: usize, side: usize) -> Case {
+    Case { loss, dtype, shape: Shape::Image { images, classes, height: side, width: side } }
 }
 
 /// The small problem whose calls are timed on the host.
@@ -322,7 +322,9 @@ fn quick_cases() -> Vec<Case> {
         rows(BceWithLogits, DType::BF16, 16, 1000),
         rows(CrossEntropySoftcap, DType::BF16, 16, 1000),
         shifted(DType::BF16, 2, 15, 257),
-        image(DType::BF16, 2, 21, 16),
+        image(CrossEntropy, DType::BF16, 2, 21, 16),
+        image(CrossEntropyProbabilities, DType::BF16, 2, 21, 16),
+        image(LogSoftmax, DType::BF16, 2, 21, 16),
         linear(DType::BF16, 64, 64, 1000),
     ]);
     cases
@@ -343,7 +345,7 @@ fn cuda_cases() -> Vec<Case> {
         rows(CrossEntropySoftcap, BF16, 4096, 256_000),
         rows(LogSoftmax, BF16, 4096, 32000),
         shifted(BF16, 8, 2047, 50257),
-        image(BF16, 16, 21, 512),
+        image(CrossEntropy, BF16, 16, 21, 512),
         rows(CrossEntropyProbabilities, BF16, 4096, 32000),
         rows(BceWithLogits, BF16, 8192, 8192),
         linear(BF16, 8192, 4096, 50257),
@@ -389,5 +391,10 @@ fn cpu_cases() -> Vec<Case> {
         add(loss, &[F32], &[(2048, 2048), (64, 1000), (1, 2)]);
     }
     add(CrossEntropy, &[F16, F64], &[(512, 32000)]);
+    // images, the classes apart and side by side
+    for loss in [CrossEntropy, CrossEntropyProbabilities, LogSoftmax] {
+        cases.extend([F32, BF16].map(|dtype| image(loss, dtype, 4, 21, 160)));
+        cases.extend([F32, BF16].map(|dtype| rows(loss, dtype, 4 * 160 * 160, 21)));
+    }
     cases
 }

@@ -51,7 +51,7 @@ fn lines() -> Vec<Line> {
     add(rows(Loss::LogSoftmax, BF16, 4096, 32000), vec![(Forward, Share(0.95)), (Backward, Share(0.93))]);
     let short = || ShareOn(0.85, "H200", 0.75);
     add(ce(65536, 1000), vec![(Forward, short()), (LossAndGrad, short())]);
-    add(image(BF16, 16, 21, 512), vec![(Forward, Share(0.8)), (LossAndGrad, Share(0.8))]);
+    add(image(Loss::CrossEntropy, BF16, 16, 21, 512), vec![(Forward, Share(0.8)), (LossAndGrad, Share(0.8))]);
     add(rows(Loss::BceWithLogits, F32, 8192, 8192), vec![(LossAndGrad, Share(0.95))]);
     add(rows(Loss::BceWithLogits, BF16, 8192, 8192), vec![(LossAndGrad, Share(0.9))]);
     add(linear(BF16, 8192, 4096, 128_256), vec![(LossAndGrad, Products(1.06))]);
