@@ -3,7 +3,7 @@
 //! and busy. Both sides have one thread: whether a second one wakes up in time for work of a millisecond is the
 //! scheduler's choice, and was half of the ratio.
 
-use candle_core::{CpuStorage, Device, Error, Result, Storage, Tensor, Var, bail};
+use candle_core::{CpuStorage, DType, Device, Error, Result, Storage, Tensor, Var, bail};
 use candle_fused_loss as fused;
 use std::hint::black_box;
 use std::time::Instant;
@@ -57,7 +57,8 @@ fn kernels_are_faster_than_candle() -> Result<()> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().map_err(Error::wrap)?;
     pool.install(|| {
         ahead_of_candle()?;
-        keeps_up_with_memory()
+        keeps_up_with_memory()?;
+        classes_may_lie_apart()
     })
 }
 
@@ -115,4 +116,33 @@ fn keeps_up_with_memory() -> Result<()> {
         Ok(())
     };
     assert_faster("cross-entropy forward against a read of the logits", 0.13, &ours, &read)
+}
+
+/// An image's logits and probabilities, in which the classes of a pixel lie apart, against the same with the classes
+/// side by side: 1.1 to 1.4 times as fast, and 0.1 to 0.43 times when they were read an element at a time.
+fn classes_may_lie_apart() -> Result<()> {
+    const BOUND: f64 = 0.5;
+    let (images, classes, side) = (4, 21, 96);
+    let dims = (images, classes, side, side);
+    for dtype in [DType::F32, DType::BF16] {
+        let logits = Tensor::randn(0f32, 2., dims, &Device::Cpu)?.to_dtype(dtype)?;
+        let target = Tensor::rand(0f32, 2. / classes as f32, dims, &Device::Cpu)?.to_dtype(dtype)?;
+        let side_by_side = |x: &Tensor| x.permute((0, 2, 3, 1))?.flatten(0, 2)?.contiguous();
+        let other = (Var::from_tensor(&side_by_side(&logits)?)?, side_by_side(&target)?);
+        let apart = (Var::from_tensor(&logits)?, target);
+        let compare = |what: &str, work: &dyn Fn(&Var, &Tensor) -> Result<()>| {
+            let what = format!("{what}, {dtype:?}, classes apart against side by side");
+            assert_faster(&what, BOUND, &|| work(&apart.0, &apart.1), &|| work(&other.0, &other.1))
+        };
+        compare("probabilities forward", &|x, target| {
+            fused::cross_entropy(&x.as_detached_tensor(), target).map(|_| ())
+        })?;
+        let loss = fused::CrossEntropyLoss::new();
+        compare("probabilities, loss and gradient", &|x, target| loss.loss_and_grad(x, target).map(|_| ()))?;
+        // in f32 most of the time is candle's, which the layout doesn't change
+        if dtype == DType::BF16 {
+            compare("log-softmax forward and backward", &|x, _| fused::log_softmax(x, 1)?.backward().map(|_| ()))?;
+        }
+    }
+    Ok(())
 }

@@ -1,6 +1,6 @@
-//! The same bits with any number of threads. A matter of the CPU alone.
+//! The same bits with any number of threads, and wherever the classes of a row lie. A matter of the CPU alone.
 
-use crate::common::{Memory, Operand, REDUCTIONS, Random, bits, indices, tensor};
+use crate::common::{FLOATS, Memory, Operand, REDUCTIONS, Random, assert_same_bits, bits, indices, tensor};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_fused_loss::{
     BceLoss, BceWithLogitsLoss, CrossEntropyLoss, MultiLabelSoftMarginLoss, NllLoss, Reduction, SigmoidFocalLoss,
@@ -39,7 +39,7 @@ fn softmax_family() -> Result<()> {
         (&[40, 5000], DType::BF16),
         (&[3, 50_000], DType::F32),
         (&[1, 70_001], DType::F16),
-        (&[2, 50, 1003], DType::F32),
+        (&[2, 50, 1103], DType::F32),
         (&[60, 2049], DType::F64),
     ];
     for (dims, dtype) in shapes {
@@ -72,6 +72,47 @@ fn softmax_family() -> Result<()> {
                 Ok(all)
             })?;
         }
+    }
+    Ok(())
+}
+
+/// The classes of a row lie apart or side by side, near or in another page, a tile's rows in one image or in two: rows
+/// of up to 64 classes are computed in the same order.
+#[test]
+fn classes_apart_have_the_bits_of_classes_side_by_side() -> Result<()> {
+    let mut random = Random::new(79);
+    let device = &Device::Cpu;
+    let shapes = [(2, 21, 1089), (1, 2, 1500), (3, 64, 1025), (5, 3, 7), (2, 10, 130)];
+    for ((images, classes, pixels), dtype) in shapes.into_iter().flat_map(|shape| FLOATS.map(|dtype| (shape, dtype))) {
+        let (dims, n) = ([images, classes, pixels], images * classes * pixels);
+        let x = tensor(&random.normals(n, 3.0), &dims, dtype, device)?;
+        let soft = tensor(&random.uniforms(n), &dims, dtype, device)?;
+        let index = indices(&random.classes(images * pixels, classes), &[images, pixels], DType::U32, device)?;
+        let weight = tensor(&random.uniforms(classes), &[classes], DType::F32, device)?;
+        let side_by_side = |t: &Tensor| t.transpose(1, 2)?.flatten(0, 1)?.contiguous();
+        let back = |t: &Tensor| t.reshape((images, pixels, classes))?.transpose(1, 2)?.contiguous();
+        let plain = CrossEntropyLoss::new().with_reduction(Reduction::None);
+        let full = plain.clone().with_weight(weight).with_label_smoothing(0.1).with_softcap(5.0);
+        let same = |what: &str, apart: &Tensor, other: &Tensor| {
+            assert_same_bits(&format!("{what} of {dims:?} {dtype:?}"), &apart.contiguous()?, other)
+        };
+        for (loss, target) in [(&plain, &soft), (&full, &soft), (&plain, &index), (&full, &index)] {
+            let (value, grad) = loss.loss_and_grad(&x, target)?;
+            let other = if target.rank() == 3 { side_by_side(target)? } else { target.flatten_all()? };
+            let (other_value, other_grad) = loss.loss_and_grad(&side_by_side(&x)?, &other)?;
+            same("the loss", &value.flatten_all()?, &other_value)?;
+            same("the gradient", &grad, &back(&other_grad)?)?;
+        }
+        let through_graph = |x: Tensor, upstream: Tensor| -> Result<(Tensor, Tensor)> {
+            let x = Var::from_tensor(&x)?;
+            let y = log_softmax(&x, 1)?;
+            let grad = (&y * upstream)?.sum_all()?.backward()?.remove(&x).expect("a gradient");
+            Ok((y.detach(), grad))
+        };
+        let (y, grad) = through_graph(x.clone(), soft.clone())?;
+        let (other, other_grad) = through_graph(side_by_side(&x)?, side_by_side(&soft)?)?;
+        same("log-softmax", &y, &back(&other)?)?;
+        same("log-softmax's gradient", &grad, &back(&other_grad)?)?;
     }
     Ok(())
 }
