@@ -143,8 +143,10 @@ constexpr int registers_reading(Detail detail, int w) {
 #define FUSED_REGISTERS(NAME, RULE, W) \
     FUSED_KERNEL(NAME, (ROWS_THREADS, REGISTERS_WRITING), (fused_registers<RULE, W>(p, x, out, targets, counts, left)))
 
-#define LOG_SOFTMAX_KERNEL(NAME, BOUNDS, BODY) \
-    extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const Params p, const X *x, X *out) { BODY(p, x, out); }
+#define LOG_SOFTMAX_KERNEL(NAME, BOUNDS, BODY)                                                                    \
+    extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const Params p, const X *x, X *out, A *statistics) { \
+        BODY(p, x, out, statistics);                                                                              \
+    }
 #define LOG_SOFTMAX_REGISTERS(NAME, W) \
     LOG_SOFTMAX_KERNEL(NAME, (ROWS_THREADS, REGISTERS_WRITING), log_softmax_registers<W>)
 
@@ -223,8 +225,8 @@ LOG_SOFTMAX_KERNEL(softmax_log_softmax_rows, (ROWS_THREADS, BLOCKS_OF[PLAIN]), l
 LOG_SOFTMAX_KERNEL(softmax_log_softmax_strided, (STRIDED_THREADS), log_softmax_strided)
 
 extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)
-    softmax_log_softmax_backward(const Params p, const X *y, const X *g, X *out) {
-    log_softmax_backward(p, y, g, out);
+    softmax_log_softmax_backward(const Params p, const X *x, const A *statistics, const X *g, X *out) {
+    log_softmax_backward(p, x, statistics, g, out);
 }
 
 #endif

@@ -194,14 +194,16 @@ __device__ __forceinline__ void fused_registers(const Params &p, const T *x, T *
 }
 
 // log-softmax. Reads E, writes E.
-template <int W, class T> __device__ __forceinline__ void log_softmax_registers(const Params &p, const T *x, T *to) {
+template <int W, class T>
+__device__ __forceinline__ void log_softmax_registers(const Params &p, const T *x, T *to, float *statistics) {
     for_each_share<false, W>(p, x, {nullptr, nullptr},
                              [&](int64_t row, bool exists, const Windows<T> &w, int lane, const Share<T, W> &share,
                                  const Target<float> &, float) {
                                  const State<float, PLAIN> state = share.template reduce<PLAIN>(p, w);
-                                 if (exists)
-                                     emit_share<LogProbs>(p, w, RowScalars<float>::of(state.max, state.rest), share,
-                                                          0.0f, to + row * p.classes, lane, p.team);
+                                 if (!exists) return;
+                                 if (lane == 0) write_statistics<PLAIN>(p, statistics, row, state);
+                                 emit_share<LogProbs>(p, w, RowScalars<float>::of(state.max, state.rest), share, 0.0f,
+                                                      to + row * p.classes, lane, p.team);
                              });
 }
 

@@ -420,14 +420,14 @@ __device__ __forceinline__ void write_row_statistics(const Params &p, const Stat
                                                      const Target<A> &target, A loss, const State<A, STATISTICS> &state,
                                                      int64_t row) {
     const A log_sum = log_sum_of(state.max, state.rest);
-    const A lse = state.max + log_sum;
+    const A lse = scaled<STATISTICS>(p, state.max) + log_sum;
     const bool kept = target.kind != Kind::IGNORED;
     const int own = is_index(p.target) ? target.index : state.top_class;
     const int argmax = state.argmax == NO_CLASS ? 0 : state.argmax;
     out.loss[row] = loss;
     out.lse[row] = kept ? lse : A(0);
     out.z_loss[row] = kept ? z_loss_of(p, lse) : A(0);
-    out.entropy[row] = kept ? log_sum - state.moment / (A(1) + state.rest) : A(0);
+    out.entropy[row] = kept ? log_sum - scaled<STATISTICS>(p, state.moment) / (A(1) + state.rest) : A(0);
     out.argmax[row] = argmax;
     out.correct[row] = kept && own == argmax ? 1.0f : 0.0f;
     out.counted[row] = kept ? 1.0f : 0.0f;
@@ -638,8 +638,9 @@ __device__ __forceinline__ void fused_rows(const Params &p, const T *x, T *to, c
     if (rank == 0 && (out.partials || out.result)) finish_block(p, out, total.x, total.y, scratch, block, blocks);
 }
 
-// log-softmax: x - m - log-sum. As `fused_rows` with another rule.
-template <class T> __device__ __forceinline__ void log_softmax_rows(const Params &p, const T *x, T *to) {
+// log-softmax: x - m - log-sum, and what its backward needs. As `fused_rows` with another rule.
+template <class T>
+__device__ __forceinline__ void log_softmax_rows(const Params &p, const T *x, T *to, Acc<T> *statistics) {
     using A = Acc<T>;
     extern __shared__ uint4 slots[];
     __shared__ State<A, PLAIN> states[WARP];
@@ -657,6 +658,7 @@ template <class T> __device__ __forceinline__ void log_softmax_rows(const Params
         if (exists) state = reduce_windows<PLAIN, BATCH<PLAIN>>(p, none, w, thread, team, 0, w.count, kept);
         state = merge_team<T>(p, state, team, states);
         if (!exists) continue;
+        if (thread == 0) write_statistics<PLAIN>(p, statistics, row, state);
         const Windows<T> written = w.written_to(result);
         emit_windows<LogProbs>(p, none, written, RowScalars<A>::of(state.max, state.rest), result, thread, team, 0,
                                written.count, kept);

@@ -37,7 +37,8 @@ struct Params : RowParams {
     Strides t;      // probability targets
     double spread;  // label smoothing / classes
     double mass;    // the sum of q without the own class, unless `row_mass`
-    double scale;   // logit scale
+    double scale;   // the logit scale ahead of a soft cap; without one, its sign
+    double factor;  // what is left of the scale: a factor of differences of logits
     double softcap; // the soft cap and 1 / softcap, if `capped`
     double inverse_cap;
     double z_loss;
@@ -65,13 +66,14 @@ template <class T> __device__ __forceinline__ float exp_below(float d) {
 }
 template <> __device__ __forceinline__ float exp_below<float>(float d) { return expf(d); }
 template <class T> __device__ __forceinline__ double exp_below(double d) { return exp(d); }
-// exp(scale d): for 16-bit logits no more work than exp(d).
-template <class T> __device__ __forceinline__ float exp_below(float d, float scale) {
+// exp(factor d): for 16-bit logits no more work than exp(d).
+template <class T> __device__ __forceinline__ float exp_below(float d, float factor) {
     float e;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(d * (1.44269504f * scale)));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(d * (1.44269504f * factor)));
     return e;
 }
-template <> __device__ __forceinline__ float exp_below<float>(float d, float scale) { return expf(d * scale); }
+template <> __device__ __forceinline__ float exp_below<float>(float d, float factor) { return expf(d * factor); }
+template <class T> __device__ __forceinline__ double exp_below(double d, double factor) { return exp(d * factor); }
 
 template <class A> __device__ __forceinline__ bool is_finite(A x) { return x - x == A(0); }
 
@@ -95,7 +97,7 @@ __device__ __forceinline__ double tanh_and_slope(double x, double &slope) {
     return tanh(x);
 }
 
-// A logit after scale and soft cap, and the soft cap's derivative.
+// A logit after `Params::scale` and soft cap, and the soft cap's derivative.
 template <class A> __device__ __forceinline__ A transform(const Params &p, A x, A &slope) {
     slope = A(1);
     if (p.scale != 1.0) x *= A(p.scale);
@@ -114,16 +116,18 @@ enum Detail : int {
     STATISTICS, // entropy and arg max too
 };
 
-// UNIFORM adds label smoothing without class weights, z-loss and a logit scale to PLAIN, in f32 arithmetic. Its maxima
-// are those of the logits before the scale, which becomes part of the exponentials' factor: exp(scale (x - m)). Until
-// the loss is computed, `linear` and `mass` have UNIT in place of q. UNIT is a power of two, so that products with it
-// are exact, and small, so that logits such as the lowest of bf16 can be summed.
+// Without a soft cap, maxima are those of the logits before the scale, which becomes part of the exponentials' factor:
+// exp(factor (x - m)). A difference does not overflow where a product would, and loses nothing under a common offset.
+//
+// UNIFORM adds label smoothing without class weights, z-loss and a logit scale to PLAIN, in f32 arithmetic. Until the
+// loss is computed, `linear` and `mass` have UNIT in place of q. UNIT is a power of two, so that products with it are
+// exact, and small, so that logits such as the lowest of bf16 can be summed.
 constexpr float UNIT = 1.0f / 4294967296.0f;
 
 // exp of a difference of logits.
 template <Detail D, class T, class A> __device__ __forceinline__ A exp_of(const Params &p, A d) {
-    if constexpr (D == UNIFORM) {
-        return exp_below<T>(d, static_cast<float>(p.scale));
+    if constexpr (D >= UNIFORM) {
+        return exp_below<T>(d, A(p.factor));
     } else {
         return exp_below<T>(d);
     }
@@ -131,7 +135,7 @@ template <Detail D, class T, class A> __device__ __forceinline__ A exp_of(const 
 
 // A difference of logits after the scale.
 template <Detail D, class A> __device__ __forceinline__ A scaled(const Params &p, A d) {
-    return D == UNIFORM ? A(p.scale) * d : d;
+    return D >= UNIFORM ? A(p.factor) * d : d;
 }
 
 constexpr int NO_CLASS = 0x7fffffff;
@@ -182,7 +186,8 @@ template <class T, class A, Detail D>
 __device__ __forceinline__ State<A, D> merge(const Params &p, const State<A, D> &a, const State<A, D> &b) {
     const A max = max_(a.max, b.max);
     const bool a_at = a.max == max, b_at = b.max == max;
-    // how far the lower maximum lies below the higher one; never -inf - -inf
+    // how far the lower maximum lies below the higher one: never -inf - -inf, but -inf where that is more than the
+    // largest number
     const A low = a_at ? b.max : a.max;
     const A shift = low == -infinity<A>() ? A(0) : low - max;
     const A shrink = low == -infinity<A>() ? A(0) : exp_of<D, T>(p, shift);
@@ -194,12 +199,14 @@ __device__ __forceinline__ State<A, D> merge(const Params &p, const State<A, D> 
     // where both sides have the maximum, only one of the two is left out
     s.rest = (from_a + from_b) + (a_at && b_at && max != -infinity<A>() ? A(1) : A(0));
     if constexpr (D >= UNIFORM) {
-        s.linear = (a.linear + (a_at ? A(0) : a.mass * shift)) + (b.linear + (b_at ? A(0) : b.mass * shift));
+        const A moved_a = a_at || a.mass == A(0) ? A(0) : a.mass * shift;
+        const A moved_b = b_at || b.mass == A(0) ? A(0) : b.mass * shift;
+        s.linear = (a.linear + moved_a) + (b.linear + moved_b);
         s.mass = a.mass + b.mass;
     }
     if constexpr (D >= STATISTICS) {
-        const A moment_a = a_at ? a.moment : shrink * a.moment + from_a * shift;
-        const A moment_b = b_at ? b.moment : shrink * b.moment + from_b * shift;
+        const A moment_a = a_at ? a.moment : from_a == A(0) ? A(0) : shrink * a.moment + from_a * shift;
+        const A moment_b = b_at ? b.moment : from_b == A(0) ? A(0) : shrink * b.moment + from_b * shift;
         s.moment = moment_a + moment_b;
         s.argmax = min(a_at ? a.argmax : NO_CLASS, b_at ? b.argmax : NO_CLASS);
         s.top = max_(a.top, b.top);
@@ -434,7 +441,7 @@ __device__ __forceinline__ void absorb(State<A, D> &state, const Params &p, cons
 #pragma unroll
         for (int k = 0; k < N; k++) {
             const A d = x[u][k] - reference;
-            const A e = exp_below<T>(d);
+            const A e = exp_of<D, T>(p, d);
             if (d == A(0)) {
                 ties += A(1);
             } else {
@@ -495,10 +502,10 @@ __device__ __forceinline__ A loss_of(const Params &p, const Target<A> &target, A
     // a weight of 0 still gives NaN in a row without a softmax
     A loss = target.own == A(0) ? A(0) * log_sum : target.own * (log_sum - scaled<D>(p, x_t - state.max));
     if constexpr (D == UNIFORM) {
-        if (p.spread != 0.0) loss += A(p.mass) * log_sum - A(p.spread / UNIT * p.scale) * state.linear;
+        if (p.spread != 0.0) loss += A(p.mass) * log_sum - A(p.spread / UNIT * p.factor) * state.linear;
     }
     if constexpr (D >= GENERAL) {
-        if (!is_index(p.target) || p.spread != 0.0) loss += state.mass * log_sum - state.linear;
+        if (!is_index(p.target) || p.spread != 0.0) loss += state.mass * log_sum - scaled<D>(p, state.linear);
     }
     if constexpr (D >= UNIFORM) loss += z_loss_of(p, scaled<D>(p, state.max) + log_sum);
     return loss;
@@ -511,8 +518,8 @@ template <class A> struct RowScalars {
     A max;
     A inverse;     // 1 / sum exp(x - m)
     A log_sum;     // log sum exp(x - m)
-    A confident;   // rest / (1 + rest): 1 - p of the most probable class
     A slope, mass; // the factor of p, and the sum of the row's q
+    A at_peak;     // slope p - mass at the largest logit, without cancellation
     A upstream;    // upstream gradient over the denominator, times the logit scale
 
     __device__ __forceinline__ static RowScalars of(A max, A rest) {
@@ -523,10 +530,17 @@ template <class A> struct RowScalars {
         s.max = is_finite(max) ? max : quiet_nan<A>();
         s.inverse = A(1) / (A(1) + rest);
         s.log_sum = log_sum_of(max, rest);
-        s.confident = rest / (A(1) + rest);
-        s.own = s.slope = s.mass = A(0);
+        s.own = A(0);
         s.upstream = A(1);
+        s.set_slope(A(0), A(0), rest);
         return s;
+    }
+
+    // The factor of p: the sum of q, and what is beyond that.
+    __device__ __forceinline__ void set_slope(A sum, A beyond, A rest) {
+        mass = sum;
+        slope = sum + beyond;
+        at_peak = beyond * inverse - sum * (rest / (A(1) + rest));
     }
 
     // `mass` is the sum of q without the own class, `upstream` already over the denominator.
@@ -538,24 +552,24 @@ template <class A> struct RowScalars {
         s.target = target.index;
         s.own = target.own;
         s.upstream = upstream;
-        s.mass = s.slope = target.own;
+        A beyond = A(0);
         if constexpr (D >= UNIFORM) {
-            s.upstream *= A(p.scale);
-            s.mass += mass;
-            s.slope = s.mass;
-            if (p.z_loss != 0.0) s.slope += A(2.0 * p.z_loss) * (scaled<D>(p, s.max) + s.log_sum);
+            s.upstream *= A(p.scale * p.factor);
+            if (p.z_loss != 0.0) beyond = A(2.0 * p.z_loss) * (scaled<D>(p, s.max) + s.log_sum);
         }
+        s.set_slope(D >= UNIFORM ? target.own + mass : target.own, beyond, rest);
         return s;
     }
 };
 
-// upstream (slope p - q)
+// upstream (slope p - q), within a few units in the last place of the larger of slope p and q.
 template <Detail D, class T, class A>
 __device__ __forceinline__ A gradient_value(const Params &params, const RowScalars<A> &s, A x, A q) {
     const A p = exp_of<D, T>(params, x - s.max) * s.inverse;
-    // at the most probable class, slope p - q = (mass - q) - mass (1 - p) + (slope - mass) p does not cancel
-    const A g = x == s.max ? (s.mass - q) - s.mass * s.confident + (s.slope - s.mass) * p : s.slope * p - q;
-    return s.upstream * g;
+    // p > 1/2: exact where q is nearly all of the mass, so that the gradient of a confident row keeps its digits. For
+    // smaller p, the mass is larger than both terms.
+    const bool peak = x == s.max && s.inverse > A(0.5);
+    return s.upstream * (peak ? (s.mass - q) + s.at_peak : s.slope * p - q);
 }
 
 // A rule computes the values that a pass writes for N neighbouring logits x, the first of which is of class `first`,
@@ -580,8 +594,8 @@ struct PlainGradient {
 };
 
 // upstream (slope p - q) with one q, to which the own class adds its weight: a subtraction, an exponential and a
-// multiply-add. At the largest logit, classes other than the own one need no care: among many classes, their q is small
-// beside slope p.
+// multiply-add. Classes other than the own one need no care at the largest logit: where p > 1/2, their q is at most
+// half of the mass, so that nearly nothing cancels.
 struct UniformGradient {
     static constexpr Detail DETAIL = UNIFORM;
     static constexpr bool OWN = true;

@@ -202,7 +202,8 @@ __device__ __forceinline__ void fused_strided(const Params &p, const T *x, T *to
 }
 
 // log-softmax. Reads E (twice where it does not stay in the cache), writes E.
-template <class T> __device__ __forceinline__ void log_softmax_strided(const Params &p, const T *x, T *to) {
+template <class T>
+__device__ __forceinline__ void log_softmax_strided(const Params &p, const T *x, T *to, Acc<T> *statistics) {
     using A = Acc<T>;
     __shared__ State<A, PLAIN> states[STRIDED_THREADS];
     const Operands<A> none = {{nullptr, nullptr}, 0};
@@ -211,24 +212,26 @@ template <class T> __device__ __forceinline__ void log_softmax_strided(const Par
         const T *logits = x + p.x.start(row);
         if (exists) state = reduce_classes<PLAIN>(p, none, logits);
         state = merge_column<T>(p, state, states);
-        if (exists)
-            emit_classes<LogProbs>(p, none, RowScalars<A>::of(state.max, state.rest), logits, to, Written(p, row));
+        if (!exists) return;
+        if (threadIdx.y == 0) write_statistics<PLAIN>(p, statistics, row, state);
+        emit_classes<LogProbs>(p, none, RowScalars<A>::of(state.max, state.rest), logits, to, Written(p, row));
     });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Passes that are rare enough to have one form for all layouts
 
-// log-softmax backward: g - exp(y) sum(g) for log-probabilities y. `p.x` are the strides of y and `p.t` those of the
-// upstream gradient; the gradient is laid out like y. Reads y once and g twice (the second time from a cache), writes
-// E.
+// log-softmax backward: g - p sum(g), from the logits and what the forward saved, so that p has no rounding to 16 bits
+// in it. It is the gradient of cross-entropy for probabilities g, with an upstream gradient of -1. `p.t` are the
+// strides of g. Reads x once and g twice (the second time from a cache), writes E.
 template <class T>
-__device__ __forceinline__ void log_softmax_backward(const Params &p, const T *y, const T *g, T *out) {
+__device__ __forceinline__ void log_softmax_backward(const Params &p, const T *x, const Acc<T> *statistics, const T *g,
+                                                     T *out) {
     using A = Acc<T>;
     __shared__ double sums[STRIDED_THREADS];
     for_strided_rows(p, [&](int64_t row, bool exists) {
         const T *upstream = g + p.t.start(row);
-        const T *log_probs = y + p.x.start(row);
+        const T *logits = x + p.x.start(row);
         double sum = 0;
         for (int c = threadIdx.y; exists && c < p.classes; c += blockDim.y)
             sum += widen<A>(upstream[c * p.t.class_stride]);
@@ -242,10 +245,14 @@ __device__ __forceinline__ void log_softmax_backward(const Params &p, const T *y
         const A mass = A(column[0]);
         __syncthreads();
         if (!exists) return;
+        const A rest = statistics[p.rows + row];
+        RowScalars<A> s = RowScalars<A>::of(statistics[row], rest);
+        s.set_slope(mass, A(0), rest);
+        s.upstream = A(-1);
         const Written written(p, row);
         for (int c = threadIdx.y; c < p.classes; c += blockDim.y) {
-            const A v =
-                widen<A>(upstream[c * p.t.class_stride]) - exp_(widen<A>(log_probs[c * p.x.class_stride])) * mass;
+            const A v = gradient_value<PLAIN, T>(p, s, widen<A>(logits[c * p.x.class_stride]),
+                                                 widen<A>(upstream[c * p.t.class_stride]));
             out[written.start + c * written.stride] = narrow<T>(v);
         }
     });
@@ -267,7 +274,8 @@ __device__ __forceinline__ void target_gradient(const Params &p, const T *x, con
             A slope;
             const A v = transform(p, widen<A>(logits[c * p.x.class_stride]), slope);
             const A w = weight ? A(p.keep) * weight[c] : A(p.keep);
-            out[written.start + c * written.stride] = w == A(0) ? A(0) : factor * w * (s.log_sum - (v - s.max));
+            out[written.start + c * written.stride] =
+                w == A(0) ? A(0) : factor * w * (s.log_sum - scaled<GENERAL>(p, v - s.max));
         }
     });
 }

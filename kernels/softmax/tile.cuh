@@ -177,7 +177,8 @@ __device__ __forceinline__ void fused_tiles(const Params &p, const T *x, T *to, 
 }
 
 // log-softmax. Reads E, writes E.
-template <class T> __device__ __forceinline__ void log_softmax_tiles(const Params &p, const T *x, T *to) {
+template <class T>
+__device__ __forceinline__ void log_softmax_tiles(const Params &p, const T *x, T *to, Acc<T> *statistics) {
     using A = Acc<T>;
     __shared__ uint4 shared[TILE_WINDOWS<T>];
     const Operands<A> none = {{nullptr, nullptr}, 0};
@@ -185,7 +186,9 @@ template <class T> __device__ __forceinline__ void log_softmax_tiles(const Param
     for_each_tile(p, x, to, shared, [&](const Lane<T> &l) {
         A x_t;
         const State<A, PLAIN> state = reduce_lane<PLAIN>(p, none, l, live, x_t);
-        if (l.exists) emit_lane<LogProbs>(p, none, RowScalars<A>::of(state.max, state.rest), l);
+        if (!l.exists) return;
+        if (l.lane == 0) write_statistics<PLAIN>(p, statistics, l.row, state);
+        emit_lane<LogProbs>(p, none, RowScalars<A>::of(state.max, state.rest), l);
     });
 }
 

@@ -10,7 +10,7 @@ use crate::custom_op::{
     takes_gradient, through_autograd,
 };
 use crate::rows::layout::{
-    Rows, as_rows, as_rows_like, contiguous_indices, row_shape, rows_like, rows_of, view_as_logits, written_shape,
+    as_rows, as_rows_like, contiguous_indices, row_shape, rows_like, rows_of, view_as_logits, written_shape,
 };
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -228,18 +228,27 @@ pub(crate) fn log_softmax(name: &'static str, logits: &Tensor, axis: usize) -> R
     }
     let logits = as_rows(logits, axis)?;
     let rows = rows_of(name, logits.layout(), axis)?;
-    view_as_logits(logits.apply_op1(LogSoftmax { name, axis })?, axis, rows.class_last())
+    let op = LogSoftmax { name, axis, tracked: logits.track_op(), statistics: OnceLock::new() };
+    view_as_logits(logits.apply_op1(op)?, axis, rows.class_last())
 }
 
 struct LogSoftmax {
     name: &'static str,
     axis: usize,
+    /// Whether there can be a backward.
+    tracked: bool,
+    /// As [`Saved::statistics`].
+    statistics: OnceLock<Tensor>,
 }
 
 impl LogSoftmax {
     fn run<S: SoftmaxKernels>(&self, (logits, layout): Arg<S>) -> Result<(S, Shape)> {
         let rows = rows_of(self.name, layout, self.axis)?;
-        Ok((S::log_softmax(self.name, logits, &rows)?, written_shape(layout.shape(), self.axis, &rows)))
+        let (log_probs, statistics) = S::log_softmax(self.name, logits, &rows, self.tracked)?;
+        if let Some(statistics) = statistics {
+            put(&self.statistics, statistics.into_tensor((2, rows.count())))?;
+        }
+        Ok((log_probs, written_shape(layout.shape(), self.axis, &rows)))
     }
 }
 
@@ -249,26 +258,33 @@ impl CustomOp1 for LogSoftmax {
     fn bwd(&self, logits: &Tensor, out: &Tensor, upstream: &Tensor) -> Result<Option<Tensor>> {
         check_first_order(self.name)?;
         let rows = rows_of(self.name, logits.layout(), self.axis)?;
-        // `out` is contiguous, as the forward wrote it
-        let (axis, split) = if rows.class_last() { (out.rank() - 1, out.rank() - 1) } else { (self.axis, self.axis) };
-        let upstream = as_rows_like(upstream, axis, split)?;
-        let grad = out.detach().apply_op2_no_bwd(&upstream, &LogSoftmaxBackward { name: self.name, axis })?;
-        view_as_logits(grad, self.axis, rows.class_last()).map(Some)
+        // the upstream gradient has the shape that the forward wrote
+        let upstream_axis = if rows.class_last() { out.rank() - 1 } else { self.axis };
+        let upstream = as_rows_like(upstream, upstream_axis, rows.split)?;
+        let statistics = saved(&self.statistics, self.name)?.clone();
+        let op = LogSoftmaxBackward { name: self.name, axis: self.axis, upstream_axis, statistics };
+        view_as_logits(logits.apply_op2_no_bwd(&upstream, &op)?, self.axis, rows.class_last()).map(Some)
     }
 }
 
-/// The gradient from the log-probabilities and the upstream gradient, in the order of the log-probabilities.
+/// The gradient from the logits, the upstream gradient and what the forward saved. It is written as the forward writes.
 struct LogSoftmaxBackward {
     name: &'static str,
     axis: usize,
+    upstream_axis: usize,
+    statistics: Tensor,
 }
 
 impl LogSoftmaxBackward {
-    fn run<S: SoftmaxKernels>(&self, (out, layout): Arg<S>, (upstream, upstream_layout): Arg<S>) -> Result<(S, Shape)> {
-        let rows: Rows = rows_of(self.name, layout, self.axis)?;
-        let upstream_rows = rows_like(self.name, upstream_layout, self.axis, &rows)?;
-        let grad = S::log_softmax_backward(self.name, (out, &rows), (upstream, &upstream_rows))?;
-        Ok((grad, layout.shape().clone()))
+    fn run<S: SoftmaxKernels>(
+        &self,
+        (logits, layout): Arg<S>,
+        (upstream, upstream_layout): Arg<S>,
+    ) -> Result<(S, Shape)> {
+        let rows = rows_of(self.name, layout, self.axis)?;
+        let upstream_rows = rows_like(self.name, upstream_layout, self.upstream_axis, &rows)?;
+        let grad = S::log_softmax_backward(self.name, (logits, &rows), &self.statistics, (upstream, &upstream_rows))?;
+        Ok((grad, written_shape(layout.shape(), self.axis, &rows)))
     }
 }
 

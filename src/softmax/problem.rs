@@ -45,6 +45,16 @@ impl SoftmaxOptions {
         }
     }
 
+    /// The logit scale as a factor of the logits ahead of a soft cap, and one of their differences to the row's maximum.
+    /// Without a cap the first is the scale's sign: a difference does not overflow where a product would, and does not
+    /// lose what a product's rounding does. A scale of 0 makes all logits 0.
+    pub fn split_scale(&self) -> (f64, f64) {
+        match self.logit_scale {
+            scale if self.softcap.is_some() || scale == 0.0 => (scale, 1.0),
+            scale => (scale.signum(), scale.abs()),
+        }
+    }
+
     /// Checks both tensors against the options.
     pub fn problem(&self, name: &'static str, logits: &Tensor, target: &Tensor) -> Result<CrossEntropy> {
         self.check(name)?;
@@ -245,9 +255,15 @@ pub(crate) trait SoftmaxKernels: DeviceStorage {
         target: Arg<Self>,
     ) -> Result<(Self, Saved, [Self; STATISTICS])>;
 
-    /// `x - log sum exp(x)` of each row, in the order that [`Rows::class_last`] says.
-    fn log_softmax(name: &str, logits: &Self, rows: &Rows) -> Result<Self>;
+    /// `x - log sum exp(x)` of each row, in the order that [`Rows::class_last`] says; with `save`, maximum and rest as
+    /// in [`Saved::statistics`].
+    fn log_softmax(name: &str, logits: &Self, rows: &Rows, save: bool) -> Result<(Self, Option<Self>)>;
 
-    /// `g - exp(y) sum(g)` of each row, in the order of the log-probabilities y.
-    fn log_softmax_backward(name: &str, output: (&Self, &Rows), upstream: (&Self, &Rows)) -> Result<Self>;
+    /// `g - p sum(g)` of each row, in the order of [`Self::log_softmax`], from the statistics that it saved.
+    fn log_softmax_backward(
+        name: &str,
+        logits: (&Self, &Rows),
+        statistics: &Tensor,
+        upstream: (&Self, &Rows),
+    ) -> Result<Self>;
 }

@@ -13,6 +13,7 @@ mod device;
 mod errors;
 mod focal;
 mod fused;
+mod gradient_accuracy;
 mod l1;
 mod linear_cross_entropy;
 mod multi_label;

@@ -30,7 +30,7 @@ pub struct Expected {
 const FUNCTION: f64 = 8.0;
 
 /// A compensated sum: the reference must not need the slack itself.
-fn sum(values: impl Iterator<Item = f64>) -> f64 {
+pub fn sum(values: impl Iterator<Item = f64>) -> f64 {
     let (mut sum, mut lost) = (0f64, 0f64);
     for v in values {
         let next = sum + v;

@@ -1,9 +1,7 @@
 //! The entry points: the passes of which each call is made.
 
 use super::engine::{Engine, RowGroup};
-use super::kernels::{
-    LogProbs, LogProbsGradient, LogitsGradient, RowDetail, RowScalars, RowTargets, States, TargetGradient, log_sum,
-};
+use super::kernels::{LogProbs, LogitsGradient, RowDetail, RowScalars, RowTargets, States, TargetGradient, log_sum};
 use super::logits::{Logits, TargetDistribution};
 use super::targets::RowProblem;
 use crate::cpu::element::{Element, Input, Output, PerRow, Source, Strided, source, with_room};
@@ -15,7 +13,7 @@ use crate::rows::cpu::over_denominator;
 use crate::rows::layout::Rows;
 use crate::softmax::problem::{CrossEntropy, STATISTICS, Saved, SoftmaxKernels};
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, Layout, Result, WithDType};
+use candle_core::{CpuStorage, Layout, Result, Tensor, WithDType};
 use std::ops::Range;
 
 /// Calls `body` with the rows of a problem on its tensors.
@@ -51,7 +49,7 @@ impl SoftmaxKernels for CpuStorage {
         with_rows!(problem, logits, target, rows => {
             // a target that was overwritten since the forward must not lead outside of its row
             rows.check()?;
-            let forward = ForwardResults::new(saved, upstream, rows.rows().count())?;
+            let forward = ForwardResults::new(saved, upstream)?;
             Ok(match of {
                 Argument::Input => rows.logits_gradient(&forward),
                 Argument::Target => rows.target_gradient(&forward),
@@ -99,41 +97,36 @@ impl SoftmaxKernels for CpuStorage {
         with_rows!(problem, logits, target, rows => rows.forward_with_statistics())
     }
 
-    fn log_softmax(name: &str, logits: &Self, rows: &Rows) -> Result<Self> {
-        Ok(with_floats!(name, logits, data => log_softmax(data, rows)))
+    fn log_softmax(name: &str, logits: &Self, rows: &Rows, save: bool) -> Result<(Self, Option<Self>)> {
+        Ok(with_floats!(name, logits, data => log_softmax(data, rows, save)))
     }
 
     fn log_softmax_backward(
         name: &str,
-        (out, rows): (&Self, &Rows),
+        (logits, rows): (&Self, &Rows),
+        statistics: &Tensor,
         (upstream, upstream_rows): (&Self, &Rows),
     ) -> Result<Self> {
         let order = Strided::new(upstream_rows.offset, upstream_rows.axes(rows.class_last()));
-        Ok(with_floats!(name, out, data => log_softmax_backward(data, rows, source(upstream, order)?)))
+        with_floats!(name, logits, data => log_softmax_backward(data, rows, statistics, source(upstream, order)?))
     }
 }
 
 /// What a backward starts from: the forward's results and the upstream gradient.
 struct ForwardResults<'a, A> {
-    statistics: Vec<A>,
+    /// Of all rows: 0 is max, 1 rest, 2 mass.
+    statistics: Vec<Vec<A>>,
     denominator: A,
     upstream: &'a [A],
-    rows: usize,
 }
 
 impl<'a, A: Real> ForwardResults<'a, A> {
-    fn new(saved: &Saved, upstream: Arg<'a, CpuStorage>, rows: usize) -> Result<Self> {
+    fn new(saved: &Saved, upstream: Arg<'a, CpuStorage>) -> Result<Self> {
         Ok(ForwardResults {
-            statistics: saved.statistics.flatten_all()?.to_vec1()?,
+            statistics: saved.statistics.to_vec2()?,
             denominator: saved.denominator.to_scalar()?,
             upstream: own_slice(upstream)?,
-            rows,
         })
-    }
-
-    /// The numbers of some rows: 0 is max, 1 rest, 2 mass.
-    fn kind(&self, kind: usize, rows: &Range<usize>) -> &[A] {
-        &self.statistics[kind * self.rows + rows.start..kind * self.rows + rows.end]
     }
 
     /// The upstream gradients of some rows over the denominator.
@@ -198,12 +191,12 @@ impl<'a, T: Element> RowProblem<'a, T> {
         let uniform_mass = [self.uniform_mass(); LANES];
         let group = |rows: Range<usize>, _: &States<T::Acc>| {
             let targets = self.targets(rows.clone());
-            let mass = if self.kinds() == 3 { forward.kind(2, &rows) } else { &uniform_mass };
-            let (max, rest) = (forward.kind(0, &rows), forward.kind(1, &rows));
+            let kind = |kind: usize| &forward.statistics[kind][rows.clone()];
+            let (max, rest, mass) = (kind(0), kind(1), if self.kinds() == 3 { kind(2) } else { &uniform_mass });
             let scalars = self.gradient_scalars(&targets, max, rest, mass, forward.upstream(&rows));
             RowGroup { scalars, targets }
         };
-        self.engine().emit::<T, _>(None, &LogitsGradient, group)
+        self.engine().emit::<T, _>(None, &LogitsGradient(self.logits.factor), group)
     }
 
     fn target_gradient(&self, forward: &ForwardResults<T::Acc>) -> CpuStorage {
@@ -214,7 +207,7 @@ impl<'a, T: Element> RowProblem<'a, T> {
             Some(weight) => TargetDistribution::Weights { factor: keep, weight },
         };
         let group = |rows: Range<usize>, _: &States<T::Acc>| {
-            let (max, rest) = (forward.kind(0, &rows), forward.kind(1, &rows));
+            let (max, rest) = (&forward.statistics[0][rows.clone()], &forward.statistics[1][rows.clone()]);
             let mut scalars = RowScalars::of_softmax(max, rest);
             for (to, (&max, &rest)) in scalars.log_sum.iter_mut().zip(max.iter().zip(rest)) {
                 *to = log_sum(max, rest);
@@ -222,7 +215,7 @@ impl<'a, T: Element> RowProblem<'a, T> {
             scalars.upstream = forward.upstream(&rows);
             RowGroup { scalars, targets: RowTargets::NONE }
         };
-        Engine::new(&self.logits, &q).emit::<T::Acc, _>(None, &TargetGradient, group)
+        Engine::new(&self.logits, &q).emit::<T::Acc, _>(None, &TargetGradient(self.logits.factor), group)
     }
 
     /// Loss and gradient; the gradient goes to `out`, which may be the logits themselves.
@@ -247,7 +240,7 @@ impl<'a, T: Element> RowProblem<'a, T> {
             RowGroup { scalars: self.gradient_scalars(&targets, max, rest, mass, upstream), targets }
         };
         // SAFETY: this function has the same contract
-        unsafe { self.engine().emit_to(Some(RowDetail::Loss), &LogitsGradient, group, out) };
+        unsafe { self.engine().emit_to(Some(RowDetail::Loss), &LogitsGradient(self.logits.factor), group, out) };
         Ok(self.reduced(loss, denominator))
     }
 
@@ -284,11 +277,12 @@ impl<'a, T: Element> RowProblem<'a, T> {
         let [mut lse, mut z_loss, mut entropy] = [[T::Acc::ZERO; LANES]; 3];
         let [mut correct, mut counted] = [[0f32; LANES]; 2];
         for (lane, row) in rows.enumerate().filter(|(lane, _)| targets.live[*lane]) {
-            lse[lane] = states.max[lane] + states.log_sum[lane];
+            lse[lane] = states.scale * states.max[lane] + states.log_sum[lane];
             if self.options.z_loss != 0.0 {
                 z_loss[lane] = T::Acc::of(self.options.z_loss) * lse[lane] * lse[lane];
             }
-            entropy[lane] = states.log_sum[lane] - states.moment[lane] / (T::Acc::ONE + states.rest[lane]);
+            let mean = states.moment[lane] / (T::Acc::ONE + states.rest[lane]);
+            entropy[lane] = states.log_sum[lane] - states.scale * mean;
             let class = self.indices.as_ref().map_or_else(|| self.most_probable(row), |_| targets.class[lane]);
             correct[lane] = (class == states.argmax[lane] as usize) as u8 as f32;
             counted[lane] = 1.0;
@@ -297,27 +291,44 @@ impl<'a, T: Element> RowProblem<'a, T> {
     }
 }
 
-/// `x - log sum exp(x)` of each row, in the order that [`Rows::class_last`] says.
-fn log_softmax<T: Element>(data: &[T], rows: &Rows) -> CpuStorage {
-    let logits = Logits { x: Input::Shared(data), rows: *rows, scale: T::Acc::ONE, softcap: None };
-    let engine = Engine::new(&logits, &TargetDistribution::None);
+/// `x - log sum exp(x)` of each row, in the order that [`Rows::class_last`] says, and what the backward needs.
+fn log_softmax<T: Element>(data: &[T], rows: &Rows, save: bool) -> (CpuStorage, Option<CpuStorage>) {
+    let count = rows.count();
+    let mut statistics = vec![T::Acc::ZERO; if save { 2 * count } else { 0 }];
+    let saved = PerRow::new(&mut statistics);
+    let logits = Logits::plain(Input::Shared(data), *rows);
     let group = |rows: Range<usize>, states: &States<T::Acc>| {
-        let mut scalars = RowScalars::of_softmax(&states.max[..rows.len()], &states.rest[..rows.len()]);
-        scalars.log_sum = states.log_sum;
+        let (max, rest) = (&states.max[..rows.len()], &states.rest[..rows.len()]);
+        if save {
+            // SAFETY: a row's group is made once
+            unsafe { saved.set(rows.clone(), max) };
+            // SAFETY: as above
+            unsafe { saved.set(count + rows.start..count + rows.end, rest) };
+        }
+        let scalars = RowScalars { log_sum: states.log_sum, ..RowScalars::of_softmax(max, rest) };
         RowGroup { scalars, targets: RowTargets::NONE }
     };
-    engine.emit::<T, _>(Some(RowDetail::Loss), &LogProbs, group)
+    let engine = Engine::new(&logits, &TargetDistribution::None);
+    let log_probs = engine.emit::<T, _>(Some(RowDetail::Loss), &LogProbs, group);
+    (log_probs, save.then(|| T::Acc::to_cpu_storage_owned(statistics)))
 }
 
-/// `g - exp(y) sum(g)` of each row, in the order of the log-probabilities y.
-fn log_softmax_backward<T: Element>(data: &[T], rows: &Rows, source: Box<dyn Source<T::Acc> + '_>) -> CpuStorage {
+/// `g - p sum(g)` of each row, in the order of [`log_softmax`]: the gradient of cross-entropy for probabilities g, with
+/// an upstream gradient of -1.
+fn log_softmax_backward<T: Element>(
+    data: &[T],
+    rows: &Rows,
+    statistics: &Tensor,
+    source: Box<dyn Source<T::Acc> + '_>,
+) -> Result<CpuStorage> {
     let (one, zero) = (T::Acc::ONE, T::Acc::ZERO);
-    let logits = Logits { x: Input::Shared(data), rows: *rows, scale: one, softcap: None };
+    let saved = statistics.to_vec2()?;
+    let logits = Logits::plain(Input::Shared(data), *rows);
     let upstream = TargetDistribution::Dense { source, keep: one, spread: zero, weight: None };
-    let engine = Engine::new(&logits, &upstream);
-    let group = |_: Range<usize>, states: &States<T::Acc>| {
-        let scalars = RowScalars { mass: states.mass, ..RowScalars::ZERO };
+    let group = |rows: Range<usize>, states: &States<T::Acc>| {
+        let mut scalars = RowScalars::of_softmax(&saved[0][rows.clone()], &saved[1][rows.clone()]);
+        (0..rows.len()).for_each(|lane| scalars.set_gradient(lane, states.mass[lane], zero, -one));
         RowGroup { scalars, targets: RowTargets::NONE }
     };
-    engine.emit::<T, _>(Some(RowDetail::Mass), &LogProbsGradient, group)
+    Ok(Engine::new(&logits, &upstream).emit::<T, _>(Some(RowDetail::Mass), &LogitsGradient(one), group))
 }

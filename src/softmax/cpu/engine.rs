@@ -125,7 +125,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
             return unsafe { self.emit_units(reduce, emit, group, out) };
         };
         // several tasks emit a row: it is reduced ahead of them
-        let empty = RowGroup { scalars: RowScalars::ZERO, targets: RowTargets::NONE };
+        let empty = RowGroup { scalars: RowScalars::default(), targets: RowTargets::NONE };
         let mut groups = vec![empty; self.logits.rows.count()];
         let written_groups = PerRow::new(&mut groups);
         self.reduce(detail, |rows, states| {
@@ -176,7 +176,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
     }
 
     fn reduce_strip(&self, detail: RowDetail, strip: &Strip, scratch: &mut TileScratch<T::Acc>) -> States<T::Acc> {
-        let mut states = States::EMPTY;
+        let mut states = States { scale: self.logits.factor, ..States::EMPTY };
         let TileScratch { x, q, .. } = scratch;
         let (x, q) = (x[0].0.as_flattened_mut(), q[0].0.as_flattened_mut());
         let (rows, of) = (strip.rows.clone(), &strip.classes);
@@ -225,7 +225,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         let TileScratch { x, q, .. } = scratch;
         let of = self.logits.rows.classes;
         states.clear();
-        states.resize(place.tiles().count(), States::EMPTY);
+        states.resize(place.tiles().count(), States { scale: self.logits.factor, ..States::EMPTY });
         let Some(detail) = detail else { return };
         for class in (0..of).step_by(DEPTH) {
             let (classes, depth) = (class..(class + DEPTH).min(of), DEPTH.min(of - class));
@@ -255,9 +255,10 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
             return out.fill(MaybeUninit::new(O::from_acc(T::Acc::ZERO)));
         }
         let scalars = group.scalars.lane(lane);
-        let own = group.targets.own(lane).filter(|(class, _)| classes.contains(class));
         // in place, the own logit is gone once the segment is written
-        let own = own.map(|(class, weight)| (class, self.own_value(emit, &scalars, row, class, weight)));
+        let (own, weight) = (group.targets.class[lane], group.targets.weight[lane]);
+        let has_own = weight != T::Acc::ZERO && classes.contains(&own);
+        let own_value = has_own.then(|| self.own_value(emit, &scalars, row, own, weight));
         let TileScratch { x, e, q, slope } = scratch;
         let [x, e, q, slope] =
             [x, e, q, slope].map(|tiles| tiles.first_mut().map(|tile| tile.0.as_flattened_mut()).unwrap_or_default());
@@ -283,9 +284,9 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                 );
             }
         }
-        if let Some((class, value)) = own {
+        if let Some(value) = own_value {
             // SAFETY: each segment of each row is emitted by one unit, and no other slice of it is alive
-            unsafe { out.slice(start + class, 1)[0].write(O::from_acc(value)) };
+            unsafe { out.slice(start + own, 1)[0].write(O::from_acc(value)) };
         }
     }
 

@@ -21,6 +21,8 @@ pub(super) enum RowDetail {
 /// What up to [`LANES`] rows are reduced to.
 #[derive(Clone, Copy)]
 pub(super) struct States<A> {
+    /// The factor of differences of logits.
+    pub(super) scale: A,
     /// The largest logit m.
     pub(super) max: [A; LANES],
     /// `sum exp(x - m)` without the term of one maximum.
@@ -50,6 +52,7 @@ pub(super) struct Part<A> {
 
 impl<A: Real> States<A> {
     pub(super) const EMPTY: Self = States {
+        scale: A::ONE,
         max: [A::NEG_INFINITY; LANES],
         rest: [A::ZERO; LANES],
         linear: [A::ZERO; LANES],
@@ -66,13 +69,15 @@ impl<A: Real> States<A> {
         let grew = part.block_max > row_max;
         let nothing = row_max == A::NEG_INFINITY;
         let shift = if nothing { A::ZERO } else { row_max - max };
-        let shrink = if nothing { A::ZERO } else { shift.vexp::<I>() };
+        let shrink = if nothing { A::ZERO } else { (self.scale * shift).vexp::<I>() };
         // while all is -inf there is no maximum to leave out; a NaN in the rest stays one through the product
         let ties = if max == A::NEG_INFINITY { A::ZERO } else { part.ties };
         let total = A::ONE + rest;
-        self.moment[lane] = shrink * (self.moment[lane] + total * shift) + part.moment;
+        // a shift may be -inf: finite logits can lie farther apart than the largest number
+        let moved = shrink * (self.moment[lane] + total * shift);
+        self.moment[lane] = part.moment + if shrink == A::ZERO { A::ZERO } else { moved };
         self.rest[lane] = if grew { part.tail + (ties - A::ONE) + total * shrink } else { rest + part.tail + ties };
-        self.linear[lane] = self.linear[lane] + mass * shift + part.linear;
+        self.linear[lane] = self.linear[lane] + scaled(mass, shift) + part.linear;
         self.mass[lane] = mass + part.mass;
         self.max[lane] = max;
     }
@@ -99,31 +104,16 @@ impl<A: Real> States<A> {
 
     /// Merges the first lane with that of the classes that follow in the same row.
     pub(super) fn merge(&mut self, next: &Self) {
-        let (next_max, next_rest, next_mass) = (next.max[0], next.rest[0], next.mass[0]);
-        let grew = next_max > self.max[0];
-        if grew {
-            self.argmax[0] = next.argmax[0];
-        }
-        let max = self.max[0].max_or_self(next_max);
-        let shift = if next_max == A::NEG_INFINITY { A::ZERO } else { next_max - max };
-        let shrink = if next_max == A::NEG_INFINITY { A::ZERO } else { shift.vexp::<Baseline>() };
-        // as a part: the next classes below `max`, and their maximum where it is at `max`
-        let (tail, ties) = if shift == A::ZERO && next_max != A::NEG_INFINITY {
-            (next_rest, A::ONE)
-        } else {
-            ((A::ONE + next_rest) * shrink, A::ZERO)
-        };
-        let moved = if shrink == A::ZERO { A::ZERO } else { (A::ONE + next_rest) * shrink * shift };
-        let part = Part {
-            max,
-            block_max: if grew { next_max } else { A::NEG_INFINITY },
-            tail,
-            ties,
-            linear: next.linear[0] + next_mass * shift,
-            mass: next_mass,
-            moment: shrink * next.moment[0] + moved,
-        };
-        self.absorb::<Baseline>(0, part);
+        let (high, low) = if next.max[0] > self.max[0] { (*next, *self) } else { (*self, *next) };
+        let nothing = low.max[0] == A::NEG_INFINITY;
+        let shift = if nothing { A::ZERO } else { low.max[0] - high.max[0] };
+        let shrink = if nothing { A::ZERO } else { (self.scale * shift).vexp::<Baseline>() };
+        let total = A::ONE + low.rest[0];
+        *self = high;
+        self.rest[0] += total * shrink;
+        self.linear[0] += scaled(low.mass[0], shift) + low.linear[0];
+        self.mass[0] += low.mass[0];
+        self.moment[0] += if shrink == A::ZERO { A::ZERO } else { shrink * (low.moment[0] + total * shift) };
         self.log_sum[0] = log_sum(self.max[0], self.rest[0]);
     }
 
@@ -149,25 +139,19 @@ pub(super) struct RowTargets<A> {
 
 impl<A: Real> RowTargets<A> {
     pub(super) const NONE: Self = RowTargets { class: [0; LANES], weight: [A::ZERO; LANES], live: [true; LANES] };
-
-    /// The own class of a lane's row and its weight, if there is one.
-    #[inline(always)]
-    pub(super) fn own(&self, lane: usize) -> Option<(usize, A)> {
-        let weight = self.weight[lane];
-        if weight == A::ZERO { None } else { Some((self.class[lane], weight)) }
-    }
 }
 
 /// The numbers of a row, or of up to [`LANES`] adjacent ones, from which a pass emits its values.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(super) struct RowScalars<V> {
     pub(super) max: V,
     /// `1 / sum exp(x - m)`
     pub(super) inverse: V,
     /// `log sum exp(x - m)`, where an emission needs it
     pub(super) log_sum: V,
-    /// `rest / (1 + rest)`: 1 - p of the most probable class
-    pub(super) confident: V,
+    /// The logit of a class that is more probable than all others together, and `slope p - mass` there; else NaN.
+    pub(super) peak: V,
+    pub(super) at_peak: V,
     /// The factor of the probability, and the sum of the row's q.
     pub(super) slope: V,
     pub(super) mass: V,
@@ -176,23 +160,29 @@ pub(super) struct RowScalars<V> {
 }
 
 impl<A: Real> RowScalars<[A; LANES]> {
-    pub(super) const ZERO: Self = {
-        let zero = [A::ZERO; LANES];
-        RowScalars { max: zero, inverse: zero, log_sum: zero, confident: zero, slope: zero, mass: zero, upstream: zero }
-    };
-
     /// Of rows with these maxima and these sums without the maximum.
     #[inline(always)]
     pub(super) fn of_softmax(max: &[A], rest: &[A]) -> Self {
-        let mut scalars = Self::ZERO;
+        let mut scalars = Self::default();
         for (lane, (&max, &rest)) in max.iter().zip(rest).take(LANES).enumerate() {
             // a row of only -inf, or with +inf, has no softmax
             scalars.max[lane] = if max.is_finite() { max } else { A::NAN };
             let total = A::ONE + rest;
             scalars.inverse[lane] = A::ONE / total;
-            scalars.confident[lane] = rest / total;
+            scalars.peak[lane] = if rest < A::ONE { scalars.max[lane] } else { A::NAN };
+            // -(1 - p)
+            scalars.at_peak[lane] = -rest / total;
         }
         scalars
+    }
+
+    /// Those of the gradient `upstream (slope p - q)` in a lane, for the sum of q and what the slope has beyond it.
+    #[inline(always)]
+    pub(super) fn set_gradient(&mut self, lane: usize, mass: A, beyond: A, upstream: A) {
+        self.slope[lane] = mass + beyond;
+        self.mass[lane] = mass;
+        self.at_peak[lane] = mass * self.at_peak[lane] + beyond * self.inverse[lane];
+        self.upstream[lane] = upstream;
     }
 
     #[inline(always)]
@@ -201,7 +191,8 @@ impl<A: Real> RowScalars<[A; LANES]> {
             max: self.max[lane],
             inverse: self.inverse[lane],
             log_sum: self.log_sum[lane],
-            confident: self.confident[lane],
+            peak: self.peak[lane],
+            at_peak: self.at_peak[lane],
             slope: self.slope[lane],
             mass: self.mass[lane],
             upstream: self.upstream[lane],
@@ -223,28 +214,27 @@ pub(super) trait Emit<A: Real>: Sync {
     fn value<I: Isa, V: PerLane<A>>(&self, row: &RowScalars<V>, lane: usize, x: A, q: A) -> A;
 }
 
-/// `upstream (slope p - q)`
-pub(super) struct LogitsGradient;
-impl<A: Real> Emit<A> for LogitsGradient {
+/// `upstream (slope p - q)`, with a factor of the differences of logits.
+pub(super) struct LogitsGradient<A>(pub(super) A);
+impl<A: Real> Emit<A> for LogitsGradient<A> {
     const IN_LOGITS: bool = true;
 
     #[inline(always)]
     fn value<I: Isa, V: PerLane<A>>(&self, row: &RowScalars<V>, lane: usize, x: A, q: A) -> A {
-        let (max, slope, mass) = (row.max.at(lane), row.slope.at(lane), row.mass.at(lane));
-        let p = (x - max).vexp::<I>() * row.inverse.at(lane);
-        let direct = slope * p - q;
-        // at the most probable class, slope p - q = (mass - q) - mass (1 - p) + (slope - mass) p does not cancel
-        let confident = (mass - q) - mass * row.confident.at(lane) + (slope - mass) * p;
-        row.upstream.at(lane) * if x == max { confident } else { direct }
+        let p = (self.0 * (x - row.max.at(lane))).vexp::<I>() * row.inverse.at(lane);
+        let direct = row.slope.at(lane) * p - q;
+        // p > 1/2: exact where q is nearly all of the mass, so that the gradient of a confident row keeps its digits
+        let at_peak = (row.mass.at(lane) - q) + row.at_peak.at(lane);
+        row.upstream.at(lane) * if x == row.peak.at(lane) { at_peak } else { direct }
     }
 }
 
-/// `upstream w (lse - x)`
-pub(super) struct TargetGradient;
-impl<A: Real> Emit<A> for TargetGradient {
+/// `upstream w (lse - x)`, with a factor of the differences of logits.
+pub(super) struct TargetGradient<A>(pub(super) A);
+impl<A: Real> Emit<A> for TargetGradient<A> {
     #[inline(always)]
     fn value<I: Isa, V: PerLane<A>>(&self, row: &RowScalars<V>, lane: usize, x: A, w: A) -> A {
-        let g = row.upstream.at(lane) * w * (row.log_sum.at(lane) - (x - row.max.at(lane)));
+        let g = row.upstream.at(lane) * w * (row.log_sum.at(lane) - self.0 * (x - row.max.at(lane)));
         if w == A::ZERO { A::ZERO } else { g }
     }
 }
@@ -258,16 +248,8 @@ impl<A: Real> Emit<A> for LogProbs {
     }
 }
 
-/// `g - exp(y) sum(g)` for log-probabilities y
-pub(super) struct LogProbsGradient;
-impl<A: Real> Emit<A> for LogProbsGradient {
-    #[inline(always)]
-    fn value<I: Isa, V: PerLane<A>>(&self, row: &RowScalars<V>, lane: usize, y: A, g: A) -> A {
-        g - y.vexp::<I>() * row.mass.at(lane)
-    }
-}
-
 /// The sums of one reduction step, in lanes: of the classes of one row, or of one row each.
+#[derive(Default)]
 struct LaneSums<A> {
     /// As in [`Part`].
     tail: [A; LANES],
@@ -278,16 +260,11 @@ struct LaneSums<A> {
 }
 
 impl<A: Real> LaneSums<A> {
-    const ZERO: Self = {
-        let zero = [A::ZERO; LANES];
-        LaneSums { tail: zero, ties: zero, linear: zero, mass: zero, moment: zero }
-    };
-
     /// `reference` is the maximum, or 0 where that is -inf.
     #[inline(always)]
-    fn add_exponentials<I: Isa>(&mut self, xs: &[A; LANES], max: impl PerLane<A>, reference: impl PerLane<A>) {
+    fn add_exponentials<I: Isa, P: PerLane<A>>(&mut self, xs: &[A; LANES], scale: A, max: P, reference: P) {
         for (lane, &x) in xs.iter().enumerate() {
-            let v = (x - reference.at(lane)).vexp::<I>();
+            let v = (scale * (x - reference.at(lane))).vexp::<I>();
             let tie = x == max.at(lane);
             self.tail[lane] += if tie { A::ZERO } else { v };
             self.ties[lane] += if tie { A::ONE } else { A::ZERO };
@@ -295,10 +272,10 @@ impl<A: Real> LaneSums<A> {
     }
 
     #[inline(always)]
-    fn add_moment<I: Isa>(&mut self, xs: &[A; LANES], reference: impl PerLane<A>) {
+    fn add_moment<I: Isa>(&mut self, xs: &[A; LANES], scale: A, reference: impl PerLane<A>) {
         for (lane, &x) in xs.iter().enumerate() {
             let d = x - reference.at(lane);
-            let v = d.vexp::<I>();
+            let v = (scale * d).vexp::<I>();
             self.moment[lane] += if v == A::ZERO { A::ZERO } else { v * d };
         }
     }
@@ -306,11 +283,27 @@ impl<A: Real> LaneSums<A> {
     #[inline(always)]
     fn add_q(&mut self, xs: &[A; LANES], q: &[A; LANES], reference: impl PerLane<A>) {
         for lane in 0..LANES {
-            let v = q[lane] * (xs[lane] - reference.at(lane));
-            self.linear[lane] += if q[lane] == A::ZERO { A::ZERO } else { v };
+            self.linear[lane] += scaled(q[lane], xs[lane] - reference.at(lane));
             self.mass[lane] += q[lane];
         }
     }
+}
+
+/// Adds the sums of a few classes to those of many, and begins anew: in one long chain of additions of like numbers, all
+/// roundings could go in one direction.
+#[inline(always)]
+fn settle<A: Real>(sums: &mut [A; LANES], few: &mut [A; LANES]) {
+    for lane in 0..LANES {
+        sums[lane] += few[lane];
+    }
+    *few = [A::ZERO; LANES];
+}
+const FEW: usize = 8;
+
+/// A product in which a factor of 0 wins over an infinite one.
+#[inline(always)]
+fn scaled<A: Real>(factor: A, x: A) -> A {
+    if factor == A::ZERO { A::ZERO } else { factor * x }
 }
 
 /// What the exponents are relative to.
@@ -348,8 +341,18 @@ impl<A: Real, S: Element<Acc = A>, T> Vectorized for ReduceStrip<'_, A, S, T> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         let ReduceStrip { blocks: StripBlocks { states, block, of, q, detail, next }, xs } = self;
+        let scale = states.scale;
         if detail == RowDetail::Mass {
-            return add_masses(states, q.unwrap_or(&[]));
+            for (row, q) in q.unwrap_or(&[]).iter().enumerate() {
+                let mut sums = [0f64; LANES];
+                for q in vectors(q, &end_of(q, A::ZERO)) {
+                    for lane in 0..LANES {
+                        sums[lane] += q[lane].to_f64();
+                    }
+                }
+                states.add_mass(row, sum_lanes(sums));
+            }
+            return;
         }
         let mut block_max = [A::NEG_INFINITY; LANES];
         let nothing = S::from_acc(A::NEG_INFINITY);
@@ -364,15 +367,19 @@ impl<A: Real, S: Element<Acc = A>, T> Vectorized for ReduceStrip<'_, A, S, T> {
             let end = end_of(xs, nothing);
             let max = states.max[row].max_or_self(block_max[row]);
             let reference = reference_of(max);
-            let mut sums = LaneSums::ZERO;
+            let (mut sums, mut tail) = (LaneSums::default(), [A::ZERO; LANES]);
             for (i, xs) in vectors(xs, &end).enumerate() {
                 next.fetch(row * block.len() + i * LANES);
-                sums.add_exponentials::<I>(&S::unordered(xs), max, reference);
+                sums.add_exponentials::<I, _>(&S::unordered(xs), scale, max, reference);
+                if i % FEW == FEW - 1 {
+                    settle(&mut tail, &mut sums.tail);
+                }
             }
+            settle(&mut tail, &mut sums.tail);
             let mut part = Part {
                 max,
                 block_max: block_max[row],
-                tail: sum_lanes(sums.tail),
+                tail: sum_lanes(tail),
                 ties: sum_lanes(sums.ties),
                 linear: A::ZERO,
                 mass: A::ZERO,
@@ -384,20 +391,23 @@ impl<A: Real, S: Element<Acc = A>, T> Vectorized for ReduceStrip<'_, A, S, T> {
                     states.argmax[row] = (block.start + first) as u32;
                 }
                 for xs in vectors(xs, &end) {
-                    sums.add_moment::<I>(&S::ordered(xs), reference);
+                    sums.add_moment::<I>(&S::ordered(xs), scale, reference);
                 }
                 part.moment = sum_lanes(sums.moment);
             }
             if let Some(q) = q {
                 // not by `LaneSums::add_q`, with which this loop takes almost twice as long
-                let (mut linear, mut mass) = ([A::ZERO; LANES], [A::ZERO; LANES]);
-                for (xs, q) in vectors(xs, &end).zip(vectors(q[row], &end_of(q[row], A::ZERO))) {
+                let [mut linear, mut few, mut mass] = [[A::ZERO; LANES]; 3];
+                for (i, (xs, q)) in vectors(xs, &end).zip(vectors(q[row], &end_of(q[row], A::ZERO))).enumerate() {
                     for lane in 0..LANES {
-                        let v = q[lane] * (xs[lane].to_acc() - reference);
-                        linear[lane] += if q[lane] == A::ZERO { A::ZERO } else { v };
-                        mass[lane] += q[lane];
+                        linear[lane] += scaled(q[lane], xs[lane].to_acc() - reference);
+                        few[lane] += q[lane];
+                    }
+                    if i % FEW == FEW - 1 {
+                        settle(&mut mass, &mut few);
                     }
                 }
+                settle(&mut mass, &mut few);
                 (part.linear, part.mass) = (sum_lanes(linear), sum_lanes(mass));
             }
             if block.start == of.start {
@@ -409,20 +419,6 @@ impl<A: Real, S: Element<Acc = A>, T> Vectorized for ReduceStrip<'_, A, S, T> {
         if block.end == of.end {
             states.complete::<I>();
         }
-    }
-}
-
-/// Adds the sum of a block of each row's q to its mass.
-#[inline(always)]
-fn add_masses<A: Real>(states: &mut States<A>, q: &[&[A]]) {
-    for (row, q) in q.iter().enumerate() {
-        let mut sums = [0f64; LANES];
-        for q in vectors(q, &end_of(q, A::ZERO)) {
-            for lane in 0..LANES {
-                sums[lane] += q[lane].to_f64();
-            }
-        }
-        states.add_mass(row, sum_lanes(sums));
     }
 }
 
@@ -443,8 +439,15 @@ impl<A: Real> Vectorized for ReduceTile<'_, A> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         let ReduceTile { states, classes, of, xs, q, detail } = self;
+        let scale = states.scale;
         if detail == RowDetail::Mass {
-            return add_tile_masses(states, q.unwrap_or(&[]));
+            let mut sums = [0f64; LANES];
+            for q in q.unwrap_or(&[]) {
+                for lane in 0..LANES {
+                    sums[lane] += q[lane].to_f64();
+                }
+            }
+            return (0..LANES).for_each(|lane| states.add_mass(lane, sums[lane]));
         }
         let mut block_max = [A::NEG_INFINITY; LANES];
         for xs in xs {
@@ -455,14 +458,17 @@ impl<A: Real> Vectorized for ReduceTile<'_, A> {
             max[lane] = states.max[lane].max_or_self(block_max[lane]);
             reference[lane] = reference_of(max[lane]);
         }
-        let mut sums = LaneSums::ZERO;
-        for xs in xs {
-            sums.add_exponentials::<I>(xs, max, reference);
+        let (mut sums, mut tail, mut mass) = (LaneSums::default(), [A::ZERO; LANES], [A::ZERO; LANES]);
+        for xs in xs.chunks(FEW) {
+            for xs in xs {
+                sums.add_exponentials::<I, _>(xs, scale, max, reference);
+            }
+            settle(&mut tail, &mut sums.tail);
         }
         if detail == RowDetail::Statistics {
             let mut top = states.max;
             for (class, xs) in classes.clone().zip(xs) {
-                sums.add_moment::<I>(xs, reference);
+                sums.add_moment::<I>(xs, scale, reference);
                 for lane in 0..LANES {
                     if xs[lane] > top[lane] {
                         (top[lane], states.argmax[lane]) = (xs[lane], class as u32);
@@ -470,16 +476,19 @@ impl<A: Real> Vectorized for ReduceTile<'_, A> {
                 }
             }
         }
-        for (xs, q) in xs.iter().zip(q.unwrap_or(&[])) {
-            sums.add_q(xs, q, reference);
+        for (xs, q) in xs.chunks(FEW).zip(q.unwrap_or(&[]).chunks(FEW)) {
+            for (xs, q) in xs.iter().zip(q) {
+                sums.add_q(xs, q, reference);
+            }
+            settle(&mut mass, &mut sums.mass);
         }
         let part = |lane: usize| Part {
             max: max[lane],
             block_max: block_max[lane],
-            tail: sums.tail[lane],
+            tail: tail[lane],
             ties: sums.ties[lane],
             linear: sums.linear[lane],
-            mass: sums.mass[lane],
+            mass: mass[lane],
             moment: sums.moment[lane],
         };
         if classes.start == 0 {
@@ -494,20 +503,6 @@ impl<A: Real> Vectorized for ReduceTile<'_, A> {
         if classes.end == of {
             states.complete::<I>();
         }
-    }
-}
-
-/// Adds the sums of some classes' q to the masses of a tile's rows.
-#[inline(always)]
-fn add_tile_masses<A: Real>(states: &mut States<A>, q: &[[A; LANES]]) {
-    let mut sums = [0f64; LANES];
-    for q in q {
-        for lane in 0..LANES {
-            sums[lane] += q[lane].to_f64();
-        }
-    }
-    for (lane, &sum) in sums.iter().enumerate() {
-        states.add_mass(lane, sum);
     }
 }
 
@@ -528,18 +523,19 @@ impl<A: Real> Vectorized for RowLosses<'_, A> {
     fn run<I: Isa>(self) -> [A; LANES] {
         let RowLosses { states, targets, own, has_q, z_loss } = self;
         let States { max, log_sum, mass, linear, .. } = states;
+        let scale = states.scale;
         let RowTargets { weight, live, .. } = targets;
         let mut losses = [A::ZERO; LANES];
         for lane in 0..LANES {
             let log_sum = log_sum[lane];
-            let direct = weight[lane] * (log_sum - (own[lane] - max[lane]));
+            let direct = weight[lane] * (log_sum - scale * (own[lane] - max[lane]));
             // without an own class still NaN in a row without a softmax
             let mut loss = if weight[lane] == A::ZERO { A::ZERO * log_sum } else { direct };
             if has_q {
-                loss += mass[lane] * log_sum - linear[lane];
+                loss += mass[lane] * log_sum - scale * linear[lane];
             }
-            let lse = max[lane] + log_sum;
-            loss += z_loss * lse * lse;
+            let lse = scale * max[lane] + log_sum;
+            loss += if z_loss == A::ZERO { A::ZERO } else { z_loss * lse * lse };
             losses[lane] = if live[lane] { loss } else { A::ZERO };
         }
         losses

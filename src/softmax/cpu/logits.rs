@@ -124,11 +124,19 @@ impl<A: Real> TargetDistribution<'_, A> {
 pub(super) struct Logits<'a, T: Element> {
     pub(super) x: Input<'a, T>,
     pub(super) rows: Rows,
+    /// The logit scale ahead of a soft cap; without one, its sign.
     pub(super) scale: T::Acc,
     pub(super) softcap: Option<T::Acc>,
+    /// What is left of the scale, a factor of differences of logits: they don't overflow, and have no rounding to lose.
+    pub(super) factor: T::Acc,
 }
 
 impl<'a, T: Element> Logits<'a, T> {
+    /// Logits without scale and soft cap.
+    pub(super) fn plain(x: Input<'a, T>, rows: Rows) -> Self {
+        Logits { x, rows, scale: T::Acc::ONE, softcap: None, factor: T::Acc::ONE }
+    }
+
     /// The logits from a class of a row on, which may be those of the next row.
     pub(super) fn after(&self, row: usize, class: usize) -> Ahead<T> {
         self.x.ahead(self.rows.start(row) + class)

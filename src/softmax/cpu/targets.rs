@@ -51,7 +51,8 @@ impl<'a, T: Element> RowProblem<'a, T> {
             let order = Strided::new(order.offset, order.axes(rows.class_last()));
             (None, TargetDistribution::Dense { source: source(target.0, order)?, keep, spread, weight })
         };
-        let logits = Logits { x, rows, scale: of(options.logit_scale), softcap: options.softcap.map(of) };
+        let (scale, factor) = options.split_scale();
+        let logits = Logits { x, rows, scale: of(scale), softcap: options.softcap.map(of), factor: of(factor) };
         Ok(RowProblem { name, options, logits, q, indices, keep, weight })
     }
 
@@ -116,13 +117,12 @@ impl<'a, T: Element> RowProblem<'a, T> {
     ) -> RowScalars<[T::Acc; LANES]> {
         let mut scalars = RowScalars::of_softmax(max, rest);
         for (lane, ((&max, &rest), &mass)) in max.iter().zip(rest).zip(mass).enumerate() {
-            let mass = targets.weight[lane] + mass;
-            scalars.upstream[lane] = upstream[lane] * self.logits.scale;
-            scalars.mass[lane] = mass;
-            scalars.slope[lane] = match self.options.z_loss {
-                0.0 => mass,
-                z => mass + T::Acc::of(2.0 * z) * (scalars.max[lane] + log_sum(max, rest)),
+            let of_z_loss = match self.options.z_loss {
+                0.0 => T::Acc::ZERO,
+                z => T::Acc::of(2.0 * z) * (self.logits.factor * max + log_sum(max, rest)),
             };
+            let upstream = upstream[lane] * T::Acc::of(self.options.logit_scale);
+            scalars.set_gradient(lane, targets.weight[lane] + mass, of_z_loss, upstream);
         }
         scalars
     }

@@ -112,7 +112,7 @@ impl<'a> SoftmaxCall<'a> {
         } else {
             params.mass = options.label_smoothing;
         }
-        params.scale = options.logit_scale;
+        (params.scale, params.factor) = options.split_scale();
         if let Some(cap) = options.softcap {
             (params.capped, params.softcap, params.inverse_cap) = (1, cap, 1.0 / cap);
         }

@@ -3,8 +3,8 @@
 use super::call::{SoftmaxCall, planner};
 use super::detail::{Detail, SoftmaxPass};
 use super::params::{GradientInputs, LogSoftmaxBackwardLaunch, LogSoftmaxLaunch, SoftmaxParams};
-use super::plan::Form;
-use crate::check;
+use super::plan::{Form, RowsShape};
+use crate::check::{self, arithmetic};
 use crate::cuda::gpu::Gpu;
 use crate::cuda::launch::{InputView, alloc, output, upstream_view};
 use crate::custom_op::{Arg, Argument, Locked};
@@ -13,7 +13,7 @@ use crate::rows::layout::Rows;
 use crate::softmax::problem::{CrossEntropy, STATISTICS, Saved, SoftmaxKernels};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaStorage;
-use candle_core::{Layout, Result, bail};
+use candle_core::{Layout, Result, Tensor, bail};
 
 /// A layout that begins where the rows do.
 fn from(rows: &Rows) -> Layout {
@@ -121,11 +121,14 @@ impl SoftmaxKernels for CudaStorage {
         Ok((loss, saved, numbers.map(|numbers| call.wrap(numbers))))
     }
 
-    fn log_softmax(name: &str, logits: &Self, rows: &Rows) -> Result<Self> {
+    fn log_softmax(name: &str, logits: &Self, rows: &Rows, save: bool) -> Result<(Self, Option<Self>)> {
         let (device, dtype) = (&logits.device, logits.dtype());
         let len = rows.count() * rows.classes;
         // SAFETY: the launch below writes all of it
         let mut log_probs = unsafe { alloc(device, dtype, len.max(1))? };
+        // SAFETY: as above
+        let numbers = || unsafe { alloc(device, arithmetic(dtype), (2 * rows.count()).max(1)) };
+        let mut statistics = save.then(numbers).transpose()?;
         if len > 0 {
             let gpu = Gpu::of(device)?;
             let pass = planner(&gpu).one_pass(&Detail::Plain.shape(rows, dtype), false);
@@ -134,37 +137,48 @@ impl SoftmaxKernels for CudaStorage {
                 params: SoftmaxParams::of_rows(RowParams::untargeted(name, rows)?, rows).for_pass(&pass),
                 x: &InputView::new(logits, &from(rows))?.bytes,
                 log_probs: output(&mut log_probs)?,
+                statistics: statistics.as_mut().map(output).transpose()?,
             };
             // SAFETY: the kernel and the grid are the pass's; the rows are those of the tensor, whose elements all have
-            // room
+            // room, as has what is saved of each row
             unsafe { launch.launch(&gpu, &device.cuda_stream(), kernel, pass.grid)? };
         }
-        Ok(CudaStorage { slice: log_probs, device: device.clone() })
+        let wrap = |slice| CudaStorage { slice, device: device.clone() };
+        Ok((wrap(log_probs), statistics.map(wrap)))
     }
 
     fn log_softmax_backward(
         name: &str,
-        (out, rows): (&Self, &Rows),
+        (logits, rows): (&Self, &Rows),
+        statistics: &Tensor,
         (upstream, upstream_rows): (&Self, &Rows),
     ) -> Result<Self> {
-        let (device, dtype) = (&out.device, out.dtype());
+        let (device, dtype) = (&logits.device, logits.dtype());
         if upstream.dtype() != dtype {
             bail!("{name}: an upstream gradient of dtype {:?}, expected {dtype:?}", upstream.dtype());
         }
         if (upstream_rows.count(), upstream_rows.classes) != (rows.count(), rows.classes) {
             bail!("{name}: an upstream gradient of other rows than the log-probabilities'");
         }
+        let statistics = Locked::new(statistics);
+        let (saved, layout) = statistics.arg::<Self>(name)?;
+        if layout.shape().elem_count() != 2 * rows.count() || saved.dtype() != arithmetic(dtype) {
+            bail!("{name}: statistics of other rows than the logits'");
+        }
         let len = rows.count() * rows.classes;
         // SAFETY: the launch below writes all of it
         let mut grad = unsafe { alloc(device, dtype, len.max(1))? };
         if len > 0 {
             let gpu = Gpu::of(device)?;
-            let pass = planner(&gpu).any_layout(&Detail::Plain.shape(rows, dtype));
+            // two of the three tensors lie as the gradient is written
+            let shape = RowsShape { adjacent: rows.class_last(), ..Detail::Plain.shape(rows, dtype) };
+            let pass = planner(&gpu).any_layout(&shape);
             let kernel = Detail::Plain.kernel(dtype, SoftmaxPass::LogSoftmaxBackward, Form::Strided)?;
             let params = SoftmaxParams::of_rows(RowParams::untargeted(name, rows)?, rows).for_pass(&pass);
             let launch = LogSoftmaxBackwardLaunch {
                 params: SoftmaxParams { t: Strides::of(upstream_rows), ..params },
-                log_probs: &InputView::new(out, &from(rows))?.bytes,
+                x: &InputView::new(logits, &from(rows))?.bytes,
+                statistics: &InputView::new(saved, layout)?.bytes,
                 upstream: &InputView::new(upstream, &from(upstream_rows))?.bytes,
                 grad: output(&mut grad)?,
             };

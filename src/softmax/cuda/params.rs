@@ -27,6 +27,7 @@ pub(super) struct SoftmaxParams {
     pub spread: f64,
     pub mass: f64,
     pub scale: f64,
+    pub factor: f64,
     pub softcap: f64,
     pub inverse_cap: f64,
     pub z_loss: f64,
@@ -51,6 +52,7 @@ impl SoftmaxParams {
             spread: 0.0,
             mass: 0.0,
             scale: 1.0,
+            factor: 1.0,
             softcap: 0.0,
             inverse_cap: 0.0,
             z_loss: 0.0,
@@ -271,6 +273,8 @@ pub(super) struct LogSoftmaxLaunch<'a> {
     pub params: SoftmaxParams,
     pub x: BytesView<'a>,
     pub log_probs: OutputView<'a>,
+    /// What the backward needs, where there can be one.
+    pub statistics: Option<OutputView<'a>>,
 }
 
 impl LogSoftmaxLaunch<'_> {
@@ -278,8 +282,8 @@ impl LogSoftmaxLaunch<'_> {
     /// As for [`ReduceLaunch::launch`] with `softmax_log_softmax_*`, except `softmax_log_softmax_backward`.
     pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
         let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
-        // softmax_log_softmax_*(p, x, out)
-        launch.value(&self.params).read(self.x).write(&mut self.log_probs);
+        // softmax_log_softmax_*(p, x, out, statistics)
+        launch.value(&self.params).read(self.x).write(&mut self.log_probs).write_if(self.statistics.as_mut());
         // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
         unsafe { launch.run(grid) }
     }
@@ -288,7 +292,8 @@ impl LogSoftmaxLaunch<'_> {
 /// A launch of `softmax_log_softmax_backward`.
 pub(super) struct LogSoftmaxBackwardLaunch<'a> {
     pub params: SoftmaxParams,
-    pub log_probs: BytesView<'a>,
+    pub x: BytesView<'a>,
+    pub statistics: BytesView<'a>,
     pub upstream: BytesView<'a>,
     pub grad: OutputView<'a>,
 }
@@ -298,8 +303,8 @@ impl LogSoftmaxBackwardLaunch<'_> {
     /// As for [`ReduceLaunch::launch`] with `softmax_log_softmax_backward`.
     pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
         let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
-        // softmax_log_softmax_backward(p, y, g, out)
-        launch.value(&self.params).read(self.log_probs).read(self.upstream).write(&mut self.grad);
+        // softmax_log_softmax_backward(p, x, statistics, g, out)
+        launch.value(&self.params).read(self.x).read(self.statistics).read(self.upstream).write(&mut self.grad);
         // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
         unsafe { launch.run(grid) }
     }
