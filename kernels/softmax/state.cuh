@@ -441,10 +441,10 @@ __device__ __forceinline__ void absorb(State<A, D> &state, const Params &p, cons
 #pragma unroll
         for (int k = 0; k < N; k++) {
             const A d = x[u][k] - reference;
-            const A e = exp_of<D, T>(p, d);
             if (d == A(0)) {
                 ties += A(1);
             } else {
+                const A e = exp_of<D, T>(p, d);
                 part.rest += e;
                 if constexpr (D >= STATISTICS) part.moment += e == A(0) ? A(0) : e * d;
             }

@@ -132,7 +132,8 @@ pub fn nll(log_probs: &Tensor, target: &Tensor) -> Result<Tensor> {
 /// `x - log sum exp(x)` along an axis, differentiable.
 ///
 /// The log-probabilities are in nats, computed in f32 (f64 for f64) and rounded once to the input's dtype; the one of a
-/// very probable class keeps its relative accuracy. The gradient is `g - exp(y) sum(g)`.
+/// very probable class keeps its relative accuracy. The gradient is `g - p sum(g)` with p from the input, not from the
+/// rounded result, so that a 16-bit gradient has no error but its own rounding.
 ///
 /// Definition: [`torch.nn.LogSoftmax`](https://docs.pytorch.org/docs/stable/generated/torch.nn.LogSoftmax.html).
 ///
@@ -144,7 +145,8 @@ pub fn nll(log_probs: &Tensor, target: &Tensor) -> Result<Tensor> {
 /// f16, bf16, f32, f64.
 ///
 /// # Numerics
-/// As for [`CrossEntropyLoss`](crate::CrossEntropyLoss): finite where the input is, NaN only in rows without a softmax.
+/// As for [`CrossEntropyLoss`](crate::CrossEntropyLoss): finite where the input is, or -inf for a result that is
+/// beyond the dtype's lowest number; NaN only in rows without a softmax.
 ///
 /// # Errors
 /// An axis outside of the shape, or a dtype that is not a float.

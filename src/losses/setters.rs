@@ -175,6 +175,9 @@ macro_rules! softmax_setters {
 
         /// Multiplies the logits by this number before anything else: the inverse of a temperature, 1 by default.
         ///
+        /// A number of 0 makes all classes equally probable, one below 0 the lowest logit the most probable. A row with
+        /// a logit of -inf has no softmax then, and is NaN.
+        ///
         #[doc = setter_example!($loss, $inputs, $args, ".with_logit_scale(2.0)", "1.142932")]
         pub fn with_logit_scale(mut self, scale: f64) -> Self {
             self.$($options).+.logit_scale = scale;

@@ -11,9 +11,15 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_fused_loss::{CrossEntropyLoss, Reduction, RowStatistics, log_softmax};
 use std::f64::consts::LN_2;
 
-/// The most units that an element may be off: two for the exponential, of each sum over the classes (of exponentials,
-/// and of q) two, and half a unit for each of the six roundings of `upstream / denominator * (slope p - q)`.
-const UNITS: f64 = 8.0;
+/// The most units that an element may be off: one for the exponential, for each sum over the classes (of exponentials,
+/// and of q) one, and half a unit for each of the six roundings of `upstream / denominator * (slope p - q)`.
+const UNITS: f64 = 6.0;
+/// On CUDA, where the exponential may be off by two, and the product ahead of it.
+const CUDA_UNITS: f64 = 8.0;
+
+fn units_of(device: &Device) -> f64 {
+    if device.is_cuda() { CUDA_UNITS } else { UNITS }
+}
 
 /// One way to have a gradient.
 #[derive(Clone, Copy, Debug, Default)]
@@ -128,7 +134,7 @@ fn off(dtype: DType, got: f64, want: f64, size: f64) -> f64 {
     let acc = arithmetic(dtype);
     // what is below the normal numbers may be flushed, and 16-bit numbers have a least distance
     let least = if acc == DType::F64 { f64::MIN_POSITIVE } else { f32::MIN_POSITIVE as f64 };
-    let rounding = if dtype == acc { 0.0 } else { half_ulp(dtype, want * (1.0 + f32::EPSILON as f64 * UNITS)) };
+    let rounding = if dtype == acc { 0.0 } else { half_ulp(dtype, want * (1.0 + f32::EPSILON as f64 * CUDA_UNITS)) };
     assert!(!got.is_nan(), "expected {want:e}");
     ((got - want).abs() - rounding - 64.0 * least).max(0.0) / (2.0 * half_ulp(acc, size))
 }
@@ -149,7 +155,8 @@ fn every_element_is_within_a_few_units() -> Result<()> {
     for device in devices() {
         let mut worst = (0.0, String::new());
         for dtype in FLOATS {
-            let sizes: &[usize] = if is_slow(&device) { &[2, 64, 333] } else { &[2, 3, 10, 64, 65, 333, 1000, 6000] };
+            let sizes: &[usize] =
+                if is_slow(&device) { &[2, 10, 64, 333, 6000] } else { &[2, 3, 10, 64, 65, 333, 1000, 6000] };
             for (&classes, way) in sizes.iter().flat_map(|c| ways.iter().map(move |w| (c, *w))) {
                 let mut random = Random::new(141);
                 let units = units(way, classes, dtype, &device, &mut random)?;
@@ -159,7 +166,8 @@ fn every_element_is_within_a_few_units() -> Result<()> {
             }
         }
         println!("{:?}: {} units, {}", device.location(), worst.0, worst.1);
-        assert!(worst.0 <= UNITS, "{} units of {UNITS}: {}", worst.0, worst.1);
+        let bound = units_of(&device);
+        assert!(worst.0 <= bound, "{} units of {bound}: {}", worst.0, worst.1);
     }
     Ok(())
 }
@@ -180,9 +188,12 @@ fn the_part_of_the_z_loss_keeps_its_digits() -> Result<()> {
             let t = Tensor::new(&[0u32], &device)?;
             let got = values(&loss.loss_and_grad(&tensor(&x, &[1, 3], dtype, &device)?, &t)?.1)?;
             let want = reference(way, &x, &[1.0, 0.0, 0.0])[0].value;
-            // the slope of a cap is a quotient of an exponential
             let error = (got[0] - want).abs() / (2.0 * half_ulp(dtype, want));
-            assert!(error <= UNITS, "{dtype:?}, {way:?}: got {:e}, expected {want:e}, off by {error} units", got[0]);
+            assert!(
+                error <= units_of(&device),
+                "{dtype:?}, {way:?}: got {:e}, expected {want:e}, off by {error} units",
+                got[0]
+            );
         }
     }
     Ok(())
@@ -210,15 +221,19 @@ fn confident_rows_keep_their_digits() -> Result<()> {
             for (got, factor) in all.into_iter().chain([(of_log_softmax, -1.0)]) {
                 let want = factor * want;
                 let error = (got[0] - want).abs() / (2.0 * half_ulp(dtype, want));
-                assert!(error <= UNITS, "{dtype:?}: got {:e}, expected {want:e}, off by {error} units", got[0]);
+                assert!(
+                    error <= units_of(&device),
+                    "{dtype:?}: got {:e}, expected {want:e}, off by {error} units",
+                    got[0]
+                );
             }
         }
     }
     Ok(())
 }
 
-/// `g - p sum(g)` with p from the input: off by the one rounding to 16 bits, where p from the rounded output would be off
-/// by several.
+/// `g - p sum(g)` with p from the input: off by the one rounding to 16 bits, where p from the rounded output would be
+/// off by several.
 #[test]
 fn log_softmax_has_a_gradient_of_its_input() -> Result<()> {
     for device in devices() {
@@ -242,7 +257,11 @@ fn log_softmax_has_a_gradient_of_its_input() -> Result<()> {
                         let Element { value, size, p } = want;
                         let units = off(dtype, *got, -value, size.max(p * sizes));
                         let what = format!("{dtype:?}, {classes} classes, [{row}, {c}]");
-                        assert!(units <= UNITS, "{what}: got {got:e}, expected {:e}, off by {units} units", -value);
+                        assert!(
+                            units <= units_of(&device),
+                            "{what}: got {got:e}, expected {:e}, off by {units} units",
+                            -value
+                        );
                     }
                 }
             }

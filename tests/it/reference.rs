@@ -363,15 +363,8 @@ impl CrossEntropy {
     }
 }
 
-/// Log-softmax along an axis. `rounding` is what the result's dtype costs at a value, in epsilons: the gradient may be
-/// made from the rounded result.
-pub fn log_softmax(
-    dims: &[usize],
-    axis: usize,
-    x: &[f64],
-    upstream: &[f64],
-    rounding: impl Fn(f64) -> f64,
-) -> Expected {
+/// Log-softmax along an axis.
+pub fn log_softmax(dims: &[usize], axis: usize, x: &[f64], upstream: &[f64]) -> Expected {
     let rows = Rows::of(dims, axis);
     let (mut loss, mut grad) = (vec![near(0.0, 0.0); x.len()], vec![near(0.0, 0.0); x.len()]);
     for row in 0..rows.count() {
@@ -383,7 +376,7 @@ pub fn log_softmax(
             let minus_log_p = softmax.minus_log_p(c);
             loss[at] = near(-minus_log_p.value, minus_log_p.slack);
             let value = upstream[at] - p * total;
-            let p_slack = if p == 0.0 { 0.0 } else { p * (minus_log_p.slack + FUNCTION + rounding(minus_log_p.value)) };
+            let p_slack = if p == 0.0 { 0.0 } else { p * (minus_log_p.slack + FUNCTION) };
             grad[at] = near(value, upstream[at].abs() + p_slack * total.abs() + FUNCTION * p * sizes);
         }
     }

@@ -49,7 +49,11 @@ impl SoftmaxKernels for CpuStorage {
         with_rows!(problem, logits, target, rows => {
             // a target that was overwritten since the forward must not lead outside of its row
             rows.check()?;
-            let forward = ForwardResults::new(saved, upstream)?;
+            let forward = ForwardResults {
+                statistics: saved.statistics.to_vec2()?,
+                denominator: saved.denominator.to_scalar()?,
+                upstream: own_slice(upstream)?,
+            };
             Ok(match of {
                 Argument::Input => rows.logits_gradient(&forward),
                 Argument::Target => rows.target_gradient(&forward),
@@ -120,15 +124,7 @@ struct ForwardResults<'a, A> {
     upstream: &'a [A],
 }
 
-impl<'a, A: Real> ForwardResults<'a, A> {
-    fn new(saved: &Saved, upstream: Arg<'a, CpuStorage>) -> Result<Self> {
-        Ok(ForwardResults {
-            statistics: saved.statistics.to_vec2()?,
-            denominator: saved.denominator.to_scalar()?,
-            upstream: own_slice(upstream)?,
-        })
-    }
-
+impl<A: Real> ForwardResults<'_, A> {
     /// The upstream gradients of some rows over the denominator.
     fn upstream(&self, rows: &Range<usize>) -> [A; LANES] {
         let mut lanes = [A::ZERO; LANES];
@@ -293,17 +289,15 @@ impl<'a, T: Element> RowProblem<'a, T> {
 
 /// `x - log sum exp(x)` of each row, in the order that [`Rows::class_last`] says, and what the backward needs.
 fn log_softmax<T: Element>(data: &[T], rows: &Rows, save: bool) -> (CpuStorage, Option<CpuStorage>) {
-    let count = rows.count();
-    let mut statistics = vec![T::Acc::ZERO; if save { 2 * count } else { 0 }];
+    let (count, kinds, one) = (rows.count(), if save { 2 } else { 0 }, T::Acc::ONE);
+    let mut statistics = vec![T::Acc::ZERO; kinds * count];
     let saved = PerRow::new(&mut statistics);
-    let logits = Logits::plain(Input::Shared(data), *rows);
+    let logits = Logits { x: Input::Shared(data), rows: *rows, scale: one, softcap: None, factor: one };
     let group = |rows: Range<usize>, states: &States<T::Acc>| {
         let (max, rest) = (&states.max[..rows.len()], &states.rest[..rows.len()]);
-        if save {
+        for (kind, values) in [max, rest].into_iter().enumerate().take(kinds) {
             // SAFETY: a row's group is made once
-            unsafe { saved.set(rows.clone(), max) };
-            // SAFETY: as above
-            unsafe { saved.set(count + rows.start..count + rows.end, rest) };
+            unsafe { saved.set(kind * count + rows.start..kind * count + rows.end, values) };
         }
         let scalars = RowScalars { log_sum: states.log_sum, ..RowScalars::of_softmax(max, rest) };
         RowGroup { scalars, targets: RowTargets::NONE }
@@ -323,7 +317,7 @@ fn log_softmax_backward<T: Element>(
 ) -> Result<CpuStorage> {
     let (one, zero) = (T::Acc::ONE, T::Acc::ZERO);
     let saved = statistics.to_vec2()?;
-    let logits = Logits::plain(Input::Shared(data), *rows);
+    let logits = Logits { x: Input::Shared(data), rows: *rows, scale: one, softcap: None, factor: one };
     let upstream = TargetDistribution::Dense { source, keep: one, spread: zero, weight: None };
     let group = |rows: Range<usize>, states: &States<T::Acc>| {
         let mut scalars = RowScalars::of_softmax(&saved[0][rows.clone()], &saved[1][rows.clone()]);

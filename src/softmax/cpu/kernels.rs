@@ -74,8 +74,7 @@ impl<A: Real> States<A> {
         let ties = if max == A::NEG_INFINITY { A::ZERO } else { part.ties };
         let total = A::ONE + rest;
         // a shift may be -inf: finite logits can lie farther apart than the largest number
-        let moved = shrink * (self.moment[lane] + total * shift);
-        self.moment[lane] = part.moment + if shrink == A::ZERO { A::ZERO } else { moved };
+        self.moment[lane] = scaled(shrink, self.moment[lane] + total * shift) + part.moment;
         self.rest[lane] = if grew { part.tail + (ties - A::ONE) + total * shrink } else { rest + part.tail + ties };
         self.linear[lane] = self.linear[lane] + scaled(mass, shift) + part.linear;
         self.mass[lane] = mass + part.mass;
@@ -113,7 +112,7 @@ impl<A: Real> States<A> {
         self.rest[0] += total * shrink;
         self.linear[0] += scaled(low.mass[0], shift) + low.linear[0];
         self.mass[0] += low.mass[0];
-        self.moment[0] += if shrink == A::ZERO { A::ZERO } else { shrink * (low.moment[0] + total * shift) };
+        self.moment[0] += scaled(shrink, low.moment[0] + total * shift);
         self.log_sum[0] = log_sum(self.max[0], self.rest[0]);
     }
 
@@ -170,8 +169,7 @@ impl<A: Real> RowScalars<[A; LANES]> {
             let total = A::ONE + rest;
             scalars.inverse[lane] = A::ONE / total;
             scalars.peak[lane] = if rest < A::ONE { scalars.max[lane] } else { A::NAN };
-            // -(1 - p)
-            scalars.at_peak[lane] = -rest / total;
+            scalars.at_peak[lane] = -rest / total; // -(1 - p)
         }
         scalars
     }
@@ -292,13 +290,12 @@ impl<A: Real> LaneSums<A> {
 /// Adds the sums of a few classes to those of many, and begins anew: in one long chain of additions of like numbers, all
 /// roundings could go in one direction.
 #[inline(always)]
-fn settle<A: Real>(sums: &mut [A; LANES], few: &mut [A; LANES]) {
+fn settle<A: Real>(few: &mut [A; LANES], sums: &mut [A; LANES]) {
     for lane in 0..LANES {
         sums[lane] += few[lane];
+        few[lane] = A::ZERO;
     }
-    *few = [A::ZERO; LANES];
 }
-const FEW: usize = 8;
 
 /// A product in which a factor of 0 wins over an infinite one.
 #[inline(always)]
@@ -371,15 +368,14 @@ impl<A: Real, S: Element<Acc = A>, T> Vectorized for ReduceStrip<'_, A, S, T> {
             for (i, xs) in vectors(xs, &end).enumerate() {
                 next.fetch(row * block.len() + i * LANES);
                 sums.add_exponentials::<I, _>(&S::unordered(xs), scale, max, reference);
-                if i % FEW == FEW - 1 {
-                    settle(&mut tail, &mut sums.tail);
+                if i % 8 == 7 {
+                    settle(&mut sums.tail, &mut tail);
                 }
             }
-            settle(&mut tail, &mut sums.tail);
             let mut part = Part {
                 max,
                 block_max: block_max[row],
-                tail: sum_lanes(tail),
+                tail: sum_lanes(tail) + sum_lanes(sums.tail),
                 ties: sum_lanes(sums.ties),
                 linear: A::ZERO,
                 mass: A::ZERO,
@@ -397,17 +393,13 @@ impl<A: Real, S: Element<Acc = A>, T> Vectorized for ReduceStrip<'_, A, S, T> {
             }
             if let Some(q) = q {
                 // not by `LaneSums::add_q`, with which this loop takes almost twice as long
-                let [mut linear, mut few, mut mass] = [[A::ZERO; LANES]; 3];
-                for (i, (xs, q)) in vectors(xs, &end).zip(vectors(q[row], &end_of(q[row], A::ZERO))).enumerate() {
+                let (mut linear, mut mass) = ([A::ZERO; LANES], [A::ZERO; LANES]);
+                for (xs, q) in vectors(xs, &end).zip(vectors(q[row], &end_of(q[row], A::ZERO))) {
                     for lane in 0..LANES {
                         linear[lane] += scaled(q[lane], xs[lane].to_acc() - reference);
-                        few[lane] += q[lane];
-                    }
-                    if i % FEW == FEW - 1 {
-                        settle(&mut mass, &mut few);
+                        mass[lane] += q[lane];
                     }
                 }
-                settle(&mut mass, &mut few);
                 (part.linear, part.mass) = (sum_lanes(linear), sum_lanes(mass));
             }
             if block.start == of.start {
@@ -459,11 +451,11 @@ impl<A: Real> Vectorized for ReduceTile<'_, A> {
             reference[lane] = reference_of(max[lane]);
         }
         let (mut sums, mut tail, mut mass) = (LaneSums::default(), [A::ZERO; LANES], [A::ZERO; LANES]);
-        for xs in xs.chunks(FEW) {
-            for xs in xs {
+        for few in xs.chunks(8) {
+            for xs in few {
                 sums.add_exponentials::<I, _>(xs, scale, max, reference);
             }
-            settle(&mut tail, &mut sums.tail);
+            settle(&mut sums.tail, &mut tail);
         }
         if detail == RowDetail::Statistics {
             let mut top = states.max;
@@ -476,11 +468,11 @@ impl<A: Real> Vectorized for ReduceTile<'_, A> {
                 }
             }
         }
-        for (xs, q) in xs.chunks(FEW).zip(q.unwrap_or(&[]).chunks(FEW)) {
+        for (xs, q) in xs.chunks(8).zip(q.unwrap_or(&[]).chunks(8)) {
             for (xs, q) in xs.iter().zip(q) {
                 sums.add_q(xs, q, reference);
             }
-            settle(&mut mass, &mut sums.mass);
+            settle(&mut sums.mass, &mut mass);
         }
         let part = |lane: usize| Part {
             max: max[lane],

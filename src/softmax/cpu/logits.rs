@@ -132,11 +132,6 @@ pub(super) struct Logits<'a, T: Element> {
 }
 
 impl<'a, T: Element> Logits<'a, T> {
-    /// Logits without scale and soft cap.
-    pub(super) fn plain(x: Input<'a, T>, rows: Rows) -> Self {
-        Logits { x, rows, scale: T::Acc::ONE, softcap: None, factor: T::Acc::ONE }
-    }
-
     /// The logits from a class of a row on, which may be those of the next row.
     pub(super) fn after(&self, row: usize, class: usize) -> Ahead<T> {
         self.x.ahead(self.rows.start(row) + class)
