@@ -35,13 +35,14 @@ const NAME: &str = "cross_entropy";
 /// (f64 for f64); the gradient has the logits' dtype, rounded once.
 ///
 /// # Numerics
-/// The gradient is finite for all finite logits. So is the loss, unless it is beyond the largest number: it is inf where
-/// it contains a difference of logits that is, as of 3e38 and -3e38 in f32. A logit scale multiplies the differences to
-/// the row's largest logit, not the logits, which could overflow. Classes at -inf are fine (with a scale above 0). A row
-/// that is all -inf, or that has a +inf or a NaN, is NaN, and no other row is affected. The sum over a row is kept
-/// without its largest term, so that even a loss of 4e-9 and its gradient are accurate. Ignored rows are exact zeros
-/// whatever they hold. The bits of the result don't depend on the number of threads. Where all rows are ignored, or
-/// all targets weigh 0, `Mean` is NaN and the gradient zero.
+/// The gradient is finite for all finite logits (the z-loss's where `2 z lse` is). So is the loss, unless it is beyond
+/// the largest number: it is inf where it contains a difference of logits that is, as of 3e38 and -3e38 in f32. A logit
+/// scale multiplies the differences to the row's largest logit, not the logits, which could overflow. Classes at -inf
+/// are fine (with a scale above 0). A row that is all -inf, or that has a +inf or a NaN, is NaN, and no other row is
+/// affected. The sum over a row is kept without its largest term, so that even a loss of 4e-9 and its gradient are
+/// accurate. Ignored rows are exact zeros whatever they hold. The bits of the result don't depend on the number of
+/// threads. Where all rows are ignored, or all targets weigh 0, `Mean` is NaN and the
+/// gradient zero.
 ///
 /// # Errors
 /// Tensors whose shapes, dtypes or devices don't fit, options out of range, and on the CPU a class index outside of

@@ -10,22 +10,26 @@ use candle_core::{DType, Result, Tensor};
 /// `x - log sum exp(x)` along an axis.
 pub(crate) fn log_softmax(logits: &Tensor, axis: usize) -> Result<Tensor> {
     let x = logits.to_dtype(arithmetic(logits.dtype()))?;
-    let (shifted, log_sum, _) = shifted_log_sum(&x, axis)?;
+    let (shifted, log_sum, _) = shifted_log_sum(&x, axis, 1.0)?;
     shifted.broadcast_sub(&log_sum)?.to_dtype(logits.dtype())
 }
 
-/// `x - m`, `log sum exp(x - m)` and m along an axis.
-fn shifted_log_sum(x: &Tensor, axis: usize) -> Result<(Tensor, Tensor, Tensor)> {
+/// Of x times a factor: `x - m`, `log sum exp(x - m)` and m along an axis.
+fn shifted_log_sum(x: &Tensor, axis: usize, factor: f64) -> Result<(Tensor, Tensor, Tensor)> {
     // as a constant: the gradient of the sum of both parts does not depend on it
-    let max = x.max_keepdim(axis)?.detach();
-    let shifted = x.broadcast_sub(&max)?;
+    let mut max = x.max_keepdim(axis)?.detach();
+    let mut shifted = x.broadcast_sub(&max)?;
+    if factor != 1.0 {
+        (shifted, max) = ((shifted * factor)?, (max * factor)?);
+    }
     let log_sum = shifted.exp()?.sum_keepdim(axis)?.log()?;
     Ok((shifted, log_sum, max))
 }
 
-/// Logits after scale and soft cap.
+/// Logits after soft cap and scale, except for the factor of their differences: see [`SoftmaxOptions::split_scale`].
 fn transformed(o: &SoftmaxOptions, logits: Tensor) -> Result<Tensor> {
-    let x = if o.logit_scale == 1.0 { logits } else { (logits * o.logit_scale)? };
+    let (scale, _) = o.split_scale();
+    let x = if scale == 1.0 { logits } else { (logits * scale)? };
     match o.softcap {
         Some(cap) => (x / cap)?.tanh()? * cap,
         None => Ok(x),
@@ -38,7 +42,7 @@ struct ComposedRows {
     indices: Option<ComposedIndices>,
     /// `(N)`, 1 where the row counts, else 0.
     counted: Tensor,
-    /// `(N, C)` after scale and soft cap.
+    /// `(N, C)`, [`transformed`].
     x: Tensor,
     /// `(N, C)`
     log_probs: Tensor,
@@ -61,7 +65,7 @@ impl ComposedRows {
             (Some(indices), counted)
         };
         let x = transformed(o, x)?;
-        let (shifted, log_sum, max) = shifted_log_sum(&x, 1)?;
+        let (shifted, log_sum, max) = shifted_log_sum(&x, 1, o.split_scale().1)?;
         let log_probs = shifted.broadcast_sub(&log_sum)?;
         Ok(ComposedRows { indices, counted, x, log_probs, lse: (log_sum + max)?.squeeze(1)? })
     }
