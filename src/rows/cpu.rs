@@ -38,7 +38,16 @@ const AHEAD: usize = 8;
 pub(crate) struct Tile<A>(pub [[A; LANES]; DEPTH]);
 
 impl<A: Real> Tile<A> {
-    pub const ZERO: Self = Tile([[A::ZERO; LANES]; DEPTH]);
+    /// So many of zeros, by one call of memset: next to a small problem more would take time.
+    pub fn zeros(count: usize) -> Vec<Self> {
+        let mut tiles: Vec<Self> = Vec::with_capacity(count);
+        // SAFETY: there is room for as many, and floats of which all bits are 0 are 0
+        unsafe {
+            tiles.as_mut_ptr().write_bytes(0, count);
+            tiles.set_len(count);
+        }
+        tiles
+    }
 }
 
 /// How the work is divided: by the shape alone, so that the bits of a result don't depend on the number of threads.

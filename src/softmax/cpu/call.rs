@@ -1,7 +1,9 @@
 //! The entry points: the passes of which each call is made.
 
 use super::engine::{Engine, RowGroup};
-use super::kernels::{LogProbs, LogitsGradient, RowDetail, RowScalars, RowTargets, States, TargetGradient, log_sum};
+use super::kernels::{
+    LogProbs, LogitsGradient, RowDetail, RowScalars, RowTargets, States, TargetGradient, Unscaled, log_sum, with_scale,
+};
 use super::logits::{Logits, TargetDistribution};
 use super::targets::RowProblem;
 use crate::cpu::element::{Element, Input, Output, PerRow, Source, Strided, source, with_room};
@@ -192,7 +194,7 @@ impl<'a, T: Element> RowProblem<'a, T> {
             let scalars = self.gradient_scalars(&targets, max, rest, mass, forward.upstream(&rows));
             RowGroup { scalars, targets }
         };
-        self.engine().emit::<T, _>(None, &LogitsGradient(self.logits.factor), group)
+        with_scale!(self.logits.factor, scale => self.engine().emit::<T, _>(None, &LogitsGradient(scale), group))
     }
 
     fn target_gradient(&self, forward: &ForwardResults<T::Acc>) -> CpuStorage {
@@ -235,8 +237,10 @@ impl<'a, T: Element> RowProblem<'a, T> {
             let (max, rest, mass) = (&states.max[..count], &states.rest[..count], &states.mass[..count]);
             RowGroup { scalars: self.gradient_scalars(&targets, max, rest, mass, upstream), targets }
         };
-        // SAFETY: this function has the same contract
-        unsafe { self.engine().emit_to(Some(RowDetail::Loss), &LogitsGradient(self.logits.factor), group, out) };
+        with_scale!(self.logits.factor, scale => {
+            // SAFETY: this function has the same contract
+            unsafe { self.engine().emit_to(Some(RowDetail::Loss), &LogitsGradient(scale), group, out) }
+        });
         Ok(self.reduced(loss, denominator))
     }
 
@@ -324,5 +328,5 @@ fn log_softmax_backward<T: Element>(
         (0..rows.len()).for_each(|lane| scalars.set_gradient(lane, states.mass[lane], zero, -one));
         RowGroup { scalars, targets: RowTargets::NONE }
     };
-    Ok(Engine::new(&logits, &upstream).emit::<T, _>(Some(RowDetail::Mass), &LogitsGradient(one), group))
+    Ok(Engine::new(&logits, &upstream).emit::<T, _>(Some(RowDetail::Mass), &LogitsGradient(Unscaled), group))
 }

@@ -3,6 +3,7 @@
 
 use super::kernels::{
     Emit, EmitBlock, EmitTile, ReduceStrip, ReduceTile, RowDetail, RowScalars, RowTargets, States, StripBlocks,
+    with_scale,
 };
 use super::logits::{Logits, TargetDistribution, TileScratch};
 use crate::cpu::element::{Element, Output, PerRow, as_uninit, build};
@@ -44,14 +45,16 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         (units, (rows.count() * rows.classes / units.max(1)).max(1))
     }
 
-    fn scratch(&self) -> TileScratch<T::Acc> {
-        let count = self.division.tiles();
-        let tiles = |used| vec![Tile::ZERO; if used { count } else { 0 }];
+    fn scratch(&self, emits: bool) -> TileScratch<T::Acc> {
+        let strips = matches!(self.division, Division::Strips { .. });
+        let direct = strips && self.logits.is_read_directly() && !self.logits.x.is_replaced();
+        let tiles = |used| Tile::zeros(if used { self.division.tiles() } else { 0 });
         TileScratch {
-            x: tiles(true),
-            q: tiles(true),
-            e: tiles(!T::INLINE),
-            slope: tiles(self.logits.softcap.is_some()),
+            x: tiles(!direct),
+            // a tile's own classes are added to its q
+            q: tiles(!self.q.is_none() || (emits && !strips)),
+            e: tiles(emits && !T::INLINE),
+            slope: tiles(emits && self.logits.softcap.is_some()),
         }
     }
 
@@ -64,7 +67,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         let mut parts = vec![States::EMPTY; if segments > 1 { units } else { 0 }];
         let written_parts = PerRow::new(&mut parts);
         for_each_task(units, logits * REDUCE_WORK, |units| {
-            let mut scratch = self.scratch();
+            let mut scratch = self.scratch(false);
             let mut states = vec![];
             for unit in units {
                 match self.division {
@@ -150,7 +153,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
     ) {
         let (units, logits) = self.units();
         for_each_task(units, logits * EMIT_WORK, |units| {
-            let mut scratch = self.scratch();
+            let mut scratch = self.scratch(true);
             let (mut states, mut groups) = (vec![], vec![]);
             for unit in units {
                 match self.division {
@@ -200,7 +203,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                     // SAFETY: a row's values are emitted by this task after it is reduced, or by others in a later pass
                     *xs = unsafe { self.logits.stored(row, &block) };
                 }
-                dispatch(ReduceStrip { blocks, xs: &xs[..rows.len()] });
+                self.reduce_blocks(blocks, &xs[..rows.len()]);
             } else {
                 let mut xs: [&[_]; LANES] = [&[]; LANES];
                 for ((row, x), xs) in rows.clone().zip(x.chunks_mut(block.len())).zip(&mut xs) {
@@ -208,10 +211,14 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                     unsafe { self.logits.load(row, class, x, None) };
                     *xs = x;
                 }
-                dispatch(ReduceStrip { blocks, xs: &xs[..rows.len()] });
+                self.reduce_blocks(blocks, &xs[..rows.len()]);
             }
         }
         states
+    }
+
+    fn reduce_blocks<S: Element<Acc = T::Acc>>(&self, blocks: StripBlocks<T::Acc, T>, xs: &[&[S]]) {
+        with_scale!(self.logits.factor, scale => dispatch(ReduceStrip { scale, blocks, xs }));
     }
 
     /// Reduces the rows of a unit's tiles, to states for each; without a detail these are empty.
@@ -232,9 +239,12 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
             // SAFETY: the values of the rows are emitted by this task after they are reduced, or in a later pass
             unsafe { self.logits.load_tiles(place, &classes, x, None) };
             self.q.load_tiles(place, &classes, q);
-            for ((states, x), q) in states.iter_mut().zip(&*x).zip(&*q) {
-                let q = (!self.q.is_none()).then_some(&q.0[..depth]);
-                dispatch(ReduceTile { states, classes: classes.clone(), of, xs: &x.0[..depth], q, detail });
+            for (i, (states, x)) in states.iter_mut().zip(&*x).enumerate() {
+                let q = q.get(i).filter(|_| !self.q.is_none()).map(|q| &q.0[..depth]);
+                let (classes, xs) = (classes.clone(), &x.0[..depth]);
+                with_scale!(self.logits.factor, scale => {
+                    dispatch(ReduceTile { scale, states, classes, of, xs, q, detail })
+                });
             }
         }
     }
@@ -265,7 +275,10 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         for class in classes.clone().step_by(BLOCK) {
             let len = (classes.end - class).min(BLOCK);
             let at = start + class;
-            let (e, q) = (e.get_mut(..len).unwrap_or_default(), self.q.load_block(at, class, &mut q[..len]));
+            let (e, q) = (
+                e.get_mut(..len).unwrap_or_default(),
+                self.q.load_block(at, class, q.get_mut(..len).unwrap_or_default()),
+            );
             if self.logits.is_read_directly() && !self.logits.x.is_replaced() {
                 // SAFETY: the output is another buffer
                 let xs = unsafe { self.logits.stored(row, &(class..class + len)) };

@@ -212,14 +212,57 @@ pub(super) trait Emit<A: Real>: Sync {
     fn value<I: Isa, V: PerLane<A>>(&self, row: &RowScalars<V>, lane: usize, x: A, q: A) -> A;
 }
 
-/// `upstream (slope p - q)`, with a factor of the differences of logits.
-pub(super) struct LogitsGradient<A>(pub(super) A);
-impl<A: Real> Emit<A> for LogitsGradient<A> {
+/// The factor of differences of logits.
+pub(super) trait Scale<A>: Copy + Sync {
+    fn times(self, difference: A) -> A;
+}
+
+/// 1, without a multiplication.
+#[derive(Clone, Copy)]
+pub(super) struct Unscaled;
+
+impl<A: Real> Scale<A> for Unscaled {
+    #[inline(always)]
+    fn times(self, difference: A) -> A {
+        difference
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct ScaledBy<A>(pub(super) A);
+
+impl<A: Real> Scale<A> for ScaledBy<A> {
+    #[inline(always)]
+    fn times(self, difference: A) -> A {
+        self.0 * difference
+    }
+}
+
+/// Calls `body` with a factor as a [`Scale`].
+macro_rules! with_scale {
+    ($factor:expr, $scale:ident => $body:expr) => {
+        match $factor {
+            one if one == $crate::cpu::math::Real::ONE => {
+                let $scale = $crate::softmax::cpu::kernels::Unscaled;
+                $body
+            }
+            factor => {
+                let $scale = $crate::softmax::cpu::kernels::ScaledBy(factor);
+                $body
+            }
+        }
+    };
+}
+pub(super) use with_scale;
+
+/// `upstream (slope p - q)`
+pub(super) struct LogitsGradient<F>(pub(super) F);
+impl<A: Real, F: Scale<A>> Emit<A> for LogitsGradient<F> {
     const IN_LOGITS: bool = true;
 
     #[inline(always)]
     fn value<I: Isa, V: PerLane<A>>(&self, row: &RowScalars<V>, lane: usize, x: A, q: A) -> A {
-        let p = (self.0 * (x - row.max.at(lane))).vexp::<I>() * row.inverse.at(lane);
+        let p = self.0.times(x - row.max.at(lane)).vexp::<I>() * row.inverse.at(lane);
         let direct = row.slope.at(lane) * p - q;
         // p > 1/2: exact where q is nearly all of the mass, so that the gradient of a confident row keeps its digits
         let at_peak = (row.mass.at(lane) - q) + row.at_peak.at(lane);
@@ -260,9 +303,9 @@ struct LaneSums<A> {
 impl<A: Real> LaneSums<A> {
     /// `reference` is the maximum, or 0 where that is -inf.
     #[inline(always)]
-    fn add_exponentials<I: Isa, P: PerLane<A>>(&mut self, xs: &[A; LANES], scale: A, max: P, reference: P) {
+    fn add_exponentials<I: Isa, P: PerLane<A>>(&mut self, xs: &[A; LANES], scale: impl Scale<A>, max: P, reference: P) {
         for (lane, &x) in xs.iter().enumerate() {
-            let v = (scale * (x - reference.at(lane))).vexp::<I>();
+            let v = scale.times(x - reference.at(lane)).vexp::<I>();
             let tie = x == max.at(lane);
             self.tail[lane] += if tie { A::ZERO } else { v };
             self.ties[lane] += if tie { A::ONE } else { A::ZERO };
@@ -270,10 +313,10 @@ impl<A: Real> LaneSums<A> {
     }
 
     #[inline(always)]
-    fn add_moment<I: Isa>(&mut self, xs: &[A; LANES], scale: A, reference: impl PerLane<A>) {
+    fn add_moment<I: Isa>(&mut self, xs: &[A; LANES], scale: impl Scale<A>, reference: impl PerLane<A>) {
         for (lane, &x) in xs.iter().enumerate() {
             let d = x - reference.at(lane);
-            let v = (scale * d).vexp::<I>();
+            let v = scale.times(d).vexp::<I>();
             self.moment[lane] += if v == A::ZERO { A::ZERO } else { v * d };
         }
     }
@@ -313,7 +356,8 @@ fn reference_of<A: Real>(max: A) -> A {
 ///
 /// A short row is a chain of dependent steps (a maximum, exponentials, a sum) that takes several times as long as its
 /// instructions; a processor overlaps the chains of rows that are close to each other in the code.
-pub(super) struct ReduceStrip<'k, A, S, T> {
+pub(super) struct ReduceStrip<'k, A, S, T, F> {
+    pub(super) scale: F,
     pub(super) blocks: StripBlocks<'k, A, T>,
     /// A block of each row, in its storage type or in the arithmetic type.
     pub(super) xs: &'k [&'k [S]],
@@ -332,13 +376,12 @@ pub(super) struct StripBlocks<'k, A, T> {
     pub(super) next: Ahead<T>,
 }
 
-impl<A: Real, S: Element<Acc = A>, T> Vectorized for ReduceStrip<'_, A, S, T> {
+impl<A: Real, S: Element<Acc = A>, T, F: Scale<A>> Vectorized for ReduceStrip<'_, A, S, T, F> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let ReduceStrip { blocks: StripBlocks { states, block, of, q, detail, next }, xs } = self;
-        let scale = states.scale;
+        let ReduceStrip { scale, blocks: StripBlocks { states, block, of, q, detail, next }, xs } = self;
         if detail == RowDetail::Mass {
             for (row, q) in q.unwrap_or(&[]).iter().enumerate() {
                 let mut sums = [0f64; LANES];
@@ -415,7 +458,8 @@ impl<A: Real, S: Element<Acc = A>, T> Vectorized for ReduceStrip<'_, A, S, T> {
 }
 
 /// Adds some classes of a tile's rows to the rows' states.
-pub(super) struct ReduceTile<'k, A> {
+pub(super) struct ReduceTile<'k, A, F> {
+    pub(super) scale: F,
     pub(super) states: &'k mut States<A>,
     /// The classes of the piece, and how many a row has.
     pub(super) classes: Range<usize>,
@@ -425,13 +469,12 @@ pub(super) struct ReduceTile<'k, A> {
     pub(super) detail: RowDetail,
 }
 
-impl<A: Real> Vectorized for ReduceTile<'_, A> {
+impl<A: Real, F: Scale<A>> Vectorized for ReduceTile<'_, A, F> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let ReduceTile { states, classes, of, xs, q, detail } = self;
-        let scale = states.scale;
+        let ReduceTile { scale, states, classes, of, xs, q, detail } = self;
         if detail == RowDetail::Mass {
             let mut sums = [0f64; LANES];
             for q in q.unwrap_or(&[]) {
