@@ -462,10 +462,30 @@ struct IntSource<'a, T> {
     order: Strided,
 }
 
+/// Integers that lie one after the other, as numbers of the arithmetic type.
+struct WidenInts<'k, T, A> {
+    src: &'k [T],
+    dst: &'k mut [A],
+}
+
+impl<T: WithDType, A: Real> Vectorized for WidenInts<'_, T, A> {
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        for (d, s) in self.dst.iter_mut().zip(self.src) {
+            *d = A::of(s.to_f64());
+        }
+    }
+}
+
 impl<T: WithDType, A: Real> Source<A> for IntSource<'_, T> {
     fn load(&self, start: usize, dst: &mut [A]) {
         self.order.runs(start, dst.len(), |at, index, stride, n| {
-            for (i, d) in dst[at..at + n].iter_mut().enumerate() {
+            let dst = &mut dst[at..at + n];
+            if stride == 1 {
+                return dispatch(WidenInts { src: &self.data[index..index + n], dst });
+            }
+            for (i, d) in dst.iter_mut().enumerate() {
                 *d = A::of(self.data[index + i * stride].to_f64());
             }
         })
