@@ -32,6 +32,9 @@ pub(crate) fn not_contiguous(name: &str, layout: &Layout) -> Error {
     .bt()
 }
 
+/// The dtypes of [`is_index`] in words.
+const INDEX_DTYPES: &str = "u8, u32, i16, i32 or i64";
+
 pub(crate) fn is_index(dtype: DType) -> bool {
     matches!(dtype, DType::U8 | DType::U32 | DType::I16 | DType::I32 | DType::I64)
 }
@@ -42,6 +45,14 @@ pub(crate) fn is_float(dtype: DType) -> bool {
 
 pub(crate) fn is_number(dtype: DType) -> bool {
     is_float(dtype) || is_index(dtype)
+}
+
+/// An operand that may be of any dtype that the kernels read.
+pub(crate) fn number(name: &str, what: &str, dtype: DType) -> Result<()> {
+    if is_number(dtype) {
+        return Ok(());
+    }
+    bail!("{name}: {what} of dtype {dtype:?}, expected f16, bf16, f32, f64, {INDEX_DTYPES}")
 }
 
 pub(crate) fn same_device(name: &str, what: &str, tensor: &Tensor, input: &Tensor) -> Result<()> {
@@ -158,7 +169,7 @@ pub(crate) fn class_indices(name: &str, target: &Tensor) -> Result<()> {
 }
 
 pub(crate) fn not_class_indices(name: &str, dtype: DType) -> Error {
-    Error::Msg(format!("{name}: class indices of dtype {dtype:?}, expected u8, u32, i16, i32 or i64")).bt()
+    Error::Msg(format!("{name}: class indices of dtype {dtype:?}, expected {INDEX_DTYPES}")).bt()
 }
 
 /// Of class indices that a problem was not checked with.
@@ -192,7 +203,17 @@ pub(crate) fn class_range(
     )
 }
 
-/// `what` is "target" or "probability".
-pub(crate) fn not_in_unit_interval(name: &str, what: &str, value: impl std::fmt::Display, element: usize) -> Error {
-    Error::Msg(format!("{name}: {what} {value} at element {element}, expected a number in [0, 1]")).bt()
+/// Of an operand whose values are in [0, 1]. `what` is "target" or "probability"; the value is exactly what a tensor of
+/// `dtype` holds.
+pub(crate) fn not_in_unit_interval(name: &str, what: &str, value: f64, dtype: DType, element: usize) -> Error {
+    let (value, expected) = match dtype {
+        DType::F64 => (value.to_string(), "a number in [0, 1]"),
+        // in the digits of its own dtype
+        dtype if is_float(dtype) => ((value as f32).to_string(), "a number in [0, 1]"),
+        _ => (
+            value.to_string(),
+            "0 or 1: `target.ne(0)?` of an image mask of 0 and 255, `target.gt(0)?` of labels -1 and 1",
+        ),
+    };
+    Error::Msg(format!("{name}: {what} {value} at element {element}, expected {expected}")).bt()
 }

@@ -45,11 +45,13 @@ struct ElementParams {
     int64_t elements;
     int64_t span;
     double smooth_scale, smooth_shift;  // target <- scale * target + shift
+    double grad_scale;                  // of the gradient that comes with the loss
     double parameters[TERM_PARAMETERS]; // of the term
     TermNumber term;                    // of the kernels that all terms share
     Reduction reduction;
     DType target_dtype;
     DType mask_dtype;
+    int unit_target;   // where the target is not in [0, 1], an element is NaN
     int small;         // elements < 2^31: divide in 32 bits
     int phase;         // dense: elements from the last 16-byte boundary to the first element
     int upstream_each; // the upstream gradient has a value for each group, not one for all
@@ -84,24 +86,34 @@ template <class In> struct Arrays {
     const void *mask;
 };
 
-// A term with its parameters and the smoothing of its target.
-template <class Term, class A> struct TermAt {
+template <class A> __device__ __forceinline__ bool in_unit(A v) { return v >= A(0) && v <= A(1); }
+
+// A term with its parameters, the range of its target and the smoothing of it. FLOATS: the target holds floats.
+template <class Term, class A, bool FLOATS> struct TermAt {
     TermParameters<A> parameters;
+    bool unit_target;
     A scale, shift;
 
     __device__ __forceinline__ explicit TermAt(const ElementParams &params)
-        : scale(static_cast<A>(params.smooth_scale)), shift(static_cast<A>(params.smooth_shift)) {
+        : unit_target(params.unit_target), scale(static_cast<A>(params.smooth_scale)),
+          shift(static_cast<A>(params.smooth_shift)) {
 #pragma unroll
         for (int i = 0; i < TERM_PARAMETERS; i++) parameters.p[i] = static_cast<A>(params.parameters[i]);
     }
 
+    // Whether input and target are in range.
+    __device__ __forceinline__ bool valid(A x, A t) const {
+        if (Term::PROBABILITIES) return in_unit(x) && in_unit(t);
+        return FLOATS || !opaque(unit_target) || in_unit(t);
+    }
+
     __device__ __forceinline__ Value<A> at(A x, A t, A p) const {
-        if (Term::CHECKED && !Term::valid(x, t)) return {quiet_nan<A>(), quiet_nan<A>()};
+        if (!valid(x, t)) return {quiet_nan<A>(), quiet_nan<A>()};
         return Term::at(x, fma_(scale, t, shift), p, parameters);
     }
 
     __device__ __forceinline__ A by_target(A x, A t, A p) const {
-        if (Term::CHECKED && !Term::valid(x, t)) return quiet_nan<A>();
+        if (!valid(x, t)) return quiet_nan<A>();
         return scale * Term::by_target(x, fma_(scale, t, shift), p, parameters);
     }
 };
@@ -270,12 +282,12 @@ __device__ __forceinline__ double mean_divisor(bool masked, long long count, con
     return masked ? static_cast<double>(count) : static_cast<double>(params.elements / params.group.value);
 }
 
-// The factor of the gradient for an upstream gradient of ones. All threads of the block call it. `counts`: the partial
-// counts of the elements that the mask leaves; null where there is no need to know them, or where each block counts by
-// itself.
+// The factor of the gradient that comes with the loss: the upstream gradient grad_scale over the denominator. All
+// threads of the block call it. `counts`: the partial counts of the elements that the mask leaves; null where there is
+// no need to know them, or where each block counts by itself.
 template <class A>
-__device__ __forceinline__ A ones_scale(const void *mask, const long long *counts, int count_parts,
-                                        const ElementParams &params) {
+__device__ __forceinline__ A fused_scale(const void *mask, const long long *counts, int count_parts,
+                                         const ElementParams &params) {
     __shared__ long long scratch[WARP];
     double divisor = 1.0;
     if (params.reduction == Reduction::Mean) {
@@ -286,7 +298,7 @@ __device__ __forceinline__ A ones_scale(const void *mask, const long long *count
             left = count_elements(mask, params, 0, params.elements, threadIdx.x, blockDim.x, scratch);
         divisor = mean_divisor(mask, left, params);
     }
-    return static_cast<A>(1.0 / (divisor * static_cast<double>(params.group.value)));
+    return static_cast<A>(params.grad_scale / (divisor * static_cast<double>(params.group.value)));
 }
 
 // The sums of a thread.
@@ -338,15 +350,15 @@ __device__ __forceinline__ void write_losses(const LossSums<A> &sums, bool maske
     if (to.denominator) *to.denominator = static_cast<A>(divisor);
 }
 
-// `grad`, with GRAD: the gradient for an upstream gradient of ones.
+// `grad`, with GRAD: the gradient for an upstream gradient of grad_scale everywhere.
 template <class Term, class In, bool GRAD>
 __device__ __forceinline__ void dense_loss_pass(const In *input, const In *target, const Losses<Acc<In>> &to, In *grad,
                                                 const ElementParams &params) {
     using A = Acc<In>;
     constexpr int N = LANES_16B<In>;
     // ahead of all else, as a division of doubles is a subroutine
-    const A grad_scale = GRAD ? ones_scale<A>(nullptr, nullptr, 0, params) : A(1);
-    const TermAt<Term, A> term(params);
+    const A grad_scale = GRAD ? fused_scale<A>(nullptr, nullptr, 0, params) : A(1);
+    const TermAt<Term, A, true> term(params);
     const Span span(params);
     LossSums<A> sums;
     walk_dense<N, 2>(
@@ -389,19 +401,19 @@ __device__ __forceinline__ void dense_loss_pass(const In *input, const In *targe
     write_losses(sums, false, to, span, params);
 }
 
-// `grad`, where it is not null: as above. `counts`: as for `ones_scale`.
+// `grad`, where it is not null: as above. `counts`: as for `fused_scale`.
 template <class In>
 __device__ __forceinline__ void any_loss_pass(const Arrays<In> &a, const long long *counts, int count_parts,
                                               const Losses<Acc<In>> &to, In *grad, const ElementParams &params) {
     using A = Acc<In>;
     constexpr int U = 4;
     A grad_scale = A(1);
-    if (grad) grad_scale = ones_scale<A>(a.mask, counts, count_parts, params);
+    if (grad) grad_scale = fused_scale<A>(a.mask, counts, count_parts, params);
     const Span span(params);
     const int team = blockDim.x;
     LossSums<A> sums;
     with_term(params.term, [&](auto type) {
-        const TermAt<decltype(type), A> term(params);
+        const TermAt<decltype(type), A, false> term(params);
 #pragma unroll 1
         for (int64_t at = span.first + threadIdx.x; at < span.last; at += static_cast<int64_t>(team) * U) {
             const Loaded<In, U> e(a, params, at, span.last, team);
@@ -410,11 +422,11 @@ __device__ __forceinline__ void any_loss_pass(const Arrays<In> &a, const long lo
                 if (!e.in[k]) continue;
                 const int64_t i = at + static_cast<int64_t>(k) * team;
                 const Value<A> v = term.at(e.x[k], e.t[k], e.p[k]);
-                const A loss = e.on[k] ? v.loss * e.w[k] : A(0);
+                const A loss = e.on[k] ? times(e.w[k], v.loss) : A(0);
                 sums.loss += loss;
                 sums.count += e.on[k];
                 if (opaque(to.each)) to.each[i] = loss;
-                if (opaque(grad)) grad[i] = narrow<In>(e.on[k] ? v.grad * e.w[k] * grad_scale : A(0));
+                if (opaque(grad)) grad[i] = narrow<In>(e.on[k] ? times(e.w[k], v.grad) * grad_scale : A(0));
             }
         }
     });
@@ -444,7 +456,7 @@ __device__ __forceinline__ void dense_grad_pass(const In *input, const In *targe
                                                 const Acc<In> *denominator, In *grad, const ElementParams &params) {
     using A = Acc<In>;
     constexpr int N = LANES_16B<In>;
-    const TermAt<Term, A> term(params);
+    const TermAt<Term, A, true> term(params);
     const A scale = upstream_scale(upstream, denominator, params);
     walk_dense<N, 2>(
         Span(params), params.phase,
@@ -485,7 +497,7 @@ __device__ __forceinline__ void any_grad_pass(const Arrays<In> &a, const Acc<In>
     const A scale = upstream_scale(upstream, denominator, params);
     const int team = blockDim.x;
     with_term(params.term, [&](auto type) {
-        const TermAt<decltype(type), A> term(params);
+        const TermAt<decltype(type), A, false> term(params);
 #pragma unroll 1
         for (int64_t at = span.first + threadIdx.x; at < span.last; at += static_cast<int64_t>(team) * U) {
             const Loaded<In, U> e(a, params, at, span.last, team);
@@ -495,29 +507,31 @@ __device__ __forceinline__ void any_grad_pass(const Arrays<In> &a, const Acc<In>
                 const int64_t i = at + static_cast<int64_t>(k) * team;
                 const A g = params.upstream_each ? upstream[divide(i, params.group, params.small)] * scale : scale;
                 const A v = BY_TARGET ? term.by_target(e.x[k], e.t[k], e.p[k]) : term.at(e.x[k], e.t[k], e.p[k]).grad;
-                grad[i] = narrow<Out>(e.on[k] ? v * e.w[k] * g : A(0));
+                grad[i] = narrow<Out>(e.on[k] ? times(e.w[k], v) * g : A(0));
             }
         }
     });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The check, for terms whose operands have a range
+// The check, for operands that have a range
 
-// The lowest index of an element whose input or target is out of range; `bad` stays as it is where there is none.
+// The lowest index of an element that counts and whose input or target is out of range; `bad` stays as it is where
+// there is none.
 template <class In>
 __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long long *bad, const ElementParams &params) {
     const Span span(params);
-    with_term(params.term, [&](auto type) {
 #pragma unroll 1
-        for (int64_t i = span.first + threadIdx.x; i < span.last; i += blockDim.x) {
-            const Loaded<In, 1> e(a, params, i, span.last, 1);
-            if (decltype(type)::valid(e.x[0], e.t[0])) continue;
-            // an integer's minimum does not depend on the order
-            atomicMin(bad, static_cast<unsigned long long>(i));
-            return;
-        }
-    });
+    for (int64_t i = span.first + threadIdx.x; i < span.last; i += blockDim.x) {
+        const Loaded<In, 1> e(a, params, i, span.last, 1);
+        bool good = !e.on[0];
+        with_term(params.term,
+                  [&](auto type) { good |= TermAt<decltype(type), Acc<In>, false>(params).valid(e.x[0], e.t[0]); });
+        if (good) continue;
+        // an integer's minimum does not depend on the order
+        atomicMin(bad, static_cast<unsigned long long>(i));
+        return;
+    }
 }
 
 } // namespace fused_loss

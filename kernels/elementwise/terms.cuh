@@ -1,8 +1,8 @@
 // The formulas of the element-wise family: one struct for each loss, over one element.
 //
 // A term has
-//   CHECKED          whether an input or target can be out of range
-//   valid(x, t)      whether they are in range; where not, the kernels write NaN in place of the term's values
+//   PROBABILITIES    whether input and target have to be in [0, 1]; where one is not, the kernels write NaN in place of
+//                    the term's values
 //   at(x, t, p, o)   the loss and its derivative with respect to the input x
 //   by_target(...)   the loss's derivative with respect to the target t, before label smoothing
 // where t is the smoothed target, p the positive class's weight (1 without) and o the term's parameters. A kernel that
@@ -29,11 +29,11 @@ template <class A> struct Value {
     A grad;
 };
 
-// c * v, but 0 where c is 0 and v infinite; NaN only from NaN. Without a branch.
-template <class A> __device__ __forceinline__ A times(A c, A v) {
-    const bool zero_times_infinity = (c == A(0)) & (abs_(v) == infinity<A>());
-    const A product = c * v;
-    return zero_times_infinity ? A(0) : product;
+// a * b, where 0 times infinity is 0; NaN only from NaN. Without a branch.
+template <class A> __device__ __forceinline__ A times(A a, A b) {
+    const A product = a * b;
+    const bool made_nan = is_nan(product) & !(is_nan(a) | is_nan(b));
+    return made_nan ? A(0) : product;
 }
 
 // ln(1 + z) for z in [0, 1] within 2 ulp: z + z^2 f(z), without the rounding of 1 + z, without a division and in one
@@ -83,10 +83,7 @@ template <class A> struct Logit {
 
 // -(t max(ln x, -100) + (1 - t) max(ln(1 - x), -100)) for a probability x.
 struct Bce {
-    static constexpr bool CHECKED = true;
-
-    template <class A> __device__ __forceinline__ static bool valid(A x, A t) { return unit(x) && unit(t); }
-    template <class A> __device__ __forceinline__ static bool unit(A v) { return v >= A(0) && v <= A(1); }
+    static constexpr bool PROBABILITIES = true;
 
     template <class A> __device__ __forceinline__ static Value<A> at(A x, A t, A, const TermParameters<A> &) {
         const A yes = max_(log_(x), A(-100));
@@ -104,14 +101,12 @@ struct Bce {
 // difference of the two classes' parts, so that a confident and right logit keeps its tiny gradient. The CPU, which is
 // not short of instructions, adds up the four parts of `Logit` instead.
 struct BceWithLogits {
-    static constexpr bool CHECKED = false;
-
-    template <class A> __device__ __forceinline__ static bool valid(A, A) { return true; }
+    static constexpr bool PROBABILITIES = false;
 
     template <class A> __device__ __forceinline__ static Value<A> at(A x, A t, A p, const TermParameters<A> &) {
         const A z = exp_(-abs_(x));
-        const A yes = t * p, no = A(1) - t;
-        const bool positive = x > A(0);
+        const A yes = times(t, p), no = A(1) - t;
+        const bool positive = x >= A(0);
         const A wrong = positive ? no : yes, right = positive ? yes : no;
         // 0 * inf counts as 0: the label that agrees with an infinite logit
         const A far = wrong == A(0) ? A(0) : abs_(x);
@@ -122,7 +117,7 @@ struct BceWithLogits {
     template <class A> __device__ __forceinline__ static A by_target(A x, A, A p, const TermParameters<A> &) {
         // p softplus(-x) - softplus(x), with the shared part taken out so that p = 1 gives -x exactly
         const Logit<A> l(x);
-        return (p - A(1)) * l.part + (times(p, max_(-x, A(0))) - max_(x, A(0)));
+        return times(p - A(1), l.part) + (times(p, max_(-x, A(0))) - max_(x, A(0)));
     }
 };
 
@@ -132,11 +127,9 @@ struct BceWithLogits {
 // By x: a [u^gamma ce' + gamma u^gamma (u' / u) ce], where ce' = sigmoid(x) - t. For a label of exactly 0 or 1, u' / u
 // is sigmoid(-x) or -sigmoid(x): no division, so nothing is lost where u underflows, whatever gamma is.
 struct Focal {
-    static constexpr bool CHECKED = false;
+    static constexpr bool PROBABILITIES = false;
 
     enum Parameter { POSITIVE, NEGATIVE, GAMMA };
-
-    template <class A> __device__ __forceinline__ static bool valid(A, A) { return true; }
 
     template <class A> __device__ __forceinline__ static A wrong(const Logit<A> &l, A t) {
         return fma_(t, l.sigmoid_neg, (A(1) - t) * l.sigmoid);
@@ -182,15 +175,14 @@ struct Focal {
         // ce / u tends to 1 where both underflow, that is where the label is right
         const A per_wrong = u == A(0) ? A(1) : ce / u;
         const A u_slope = l.sigmoid_neg - l.sigmoid;
-        return times(a_slope * raised, ce) + a * (times(o.p[GAMMA] * raised * u_slope, per_wrong) - times(raised, x));
+        const A slope = times(o.p[GAMMA] * raised * u_slope, per_wrong) - times(raised, x);
+        return times(a_slope * raised, ce) + times(a, slope);
     }
 };
 
 // |x - t|. The derivatives are signs, 0 where x = t; NaN where the difference is NaN.
 struct L1 {
-    static constexpr bool CHECKED = false;
-
-    template <class A> __device__ __forceinline__ static bool valid(A, A) { return true; }
+    static constexpr bool PROBABILITIES = false;
 
     template <class A> __device__ __forceinline__ static Value<A> at(A x, A t, A, const TermParameters<A> &) {
         const A difference = x - t;

@@ -4,9 +4,8 @@
 //! multi-label soft margin), about [`BLOCK`] elements. Its operands are read in blocks of the arithmetic type, the
 //! term's [`Formula`] is mapped over them, and the results are summed or written.
 
-use super::problem::{ElementKernels, Elements, LockedOptions};
-use super::terms::{Formula, WithFormula};
-use crate::check;
+use super::problem::{ElementKernels, Elements, LockedOptions, UnitOperands};
+use super::terms::{Formula, WithFormula, product};
 use crate::cpu::element::{Element, Output, Source, Strided, source, with_room};
 use crate::cpu::math::{Isa, LANES, Real, Vectorized, dispatch, sum_of};
 use crate::cpu::parallel::for_each_task;
@@ -26,6 +25,9 @@ const ELEMENT_WORK: usize = 3;
 /// The operands of one call.
 struct ElementsOnCpu<'a, A> {
     problem: &'a Elements,
+    /// Input and target, for a message about one of their elements.
+    checked: [Arg<'a, CpuStorage>; 2],
+    unit: UnitOperands,
     x: Box<dyn Source<A> + 'a>,
     target: Box<dyn Source<A> + 'a>,
     weight: Option<Box<dyn Source<A> + 'a>>,
@@ -38,12 +40,23 @@ struct ElementsOnCpu<'a, A> {
     spread: A,
 }
 
-/// A block of a term's operands; without `p`, all positive weights are 1.
+/// A block of a term's operands and of the mask; without `p`, all positive weights are 1.
 #[derive(Clone, Copy)]
 struct ElementBlock<'s, A> {
     x: &'s [A],
     t: &'s [A],
     p: Option<&'s [A]>,
+    mask: Option<&'s [A]>,
+}
+
+impl<A: Real> ElementBlock<'_, A> {
+    /// Sets the values of the elements that the mask takes out to 0.
+    fn clear_masked(&self, values: &mut [A]) {
+        let Some(mask) = self.mask else { return };
+        for (v, &m) in values.iter_mut().zip(mask) {
+            *v = if m == A::ZERO { A::ZERO } else { *v };
+        }
+    }
 }
 
 /// Room for the operands of a block that can't be read where they are, and for its results.
@@ -51,6 +64,7 @@ struct ElementScratch<A> {
     x: [A; BLOCK],
     t: [A; BLOCK],
     p: [A; BLOCK],
+    mask: [A; BLOCK],
     factor: [A; BLOCK],
     value: [A; BLOCK],
 }
@@ -58,7 +72,7 @@ struct ElementScratch<A> {
 impl<A: Real> ElementScratch<A> {
     fn new() -> Self {
         let block = [A::ZERO; BLOCK];
-        ElementScratch { x: block, t: block, p: block, factor: block, value: block }
+        ElementScratch { x: block, t: block, p: block, mask: block, factor: block, value: block }
     }
 }
 
@@ -84,6 +98,8 @@ impl<'a, A: Real + Element<Acc = A>> ElementsOnCpu<'a, A> {
             group: problem.group(input.1),
             keep: A::of(1.0 - label_smoothing),
             spread: A::of(label_smoothing / 2.0),
+            checked: [input, target],
+            unit: problem.unit_operands(target.0.dtype()),
             problem,
         })
     }
@@ -105,27 +121,10 @@ impl<'a, A: Real + Element<Acc = A>> ElementsOnCpu<'a, A> {
         self.groups().div_ceil(self.groups_per_unit())
     }
 
-    /// Reads a block of the term's operands, in the memory given unless they can be read where they are.
-    fn load<'s>(&'s self, at: usize, x: &'s mut [A], t: &'s mut [A], p: &'s mut [A]) -> ElementBlock<'s, A> {
-        let t = if self.spread == A::ZERO {
-            self.target.read(at, t)
-        } else {
-            self.target.load(at, t);
-            t.iter_mut().for_each(|t| *t = self.keep * *t + self.spread);
-            t
-        };
-        ElementBlock { x: self.x.read(at, x), t, p: self.pos_weight.as_ref().map(|source| source.read(at, p)) }
-    }
-
-    /// Applies weight and mask to the values of a block.
+    /// Applies the weight to the values of a block.
     fn weigh(&self, at: usize, values: &mut [A], factor: &mut [A]) {
-        let factor = &mut factor[..values.len()];
         if let Some(weight) = &self.weight {
-            values.iter_mut().zip(weight.read(at, factor)).for_each(|(v, &w)| *v *= w);
-        }
-        if let Some(mask) = &self.mask {
-            let apply = |(v, &m): (&mut A, &A)| *v = if m == A::ZERO { A::ZERO } else { *v };
-            values.iter_mut().zip(mask.read(at, factor)).for_each(apply);
+            dispatch(Weigh { weight: weight.read(at, &mut factor[..values.len()]), values });
         }
     }
 
@@ -157,8 +156,7 @@ enum FormulaFunction {
     Gradient(Argument),
 }
 
-/// A function of a formula over a block, and where its values go. It returns `false` if the formula is one of
-/// probabilities and an input or a target isn't one.
+/// A function of a formula over a block, and where its values go.
 struct FormulaOverBlock<'k, A> {
     function: FormulaFunction,
     block: ElementBlock<'k, A>,
@@ -166,9 +164,9 @@ struct FormulaOverBlock<'k, A> {
 }
 
 impl<A: Real> WithFormula<A> for FormulaOverBlock<'_, A> {
-    type Output = bool;
+    type Output = ();
 
-    fn with(self, formula: impl Formula<A>) -> bool {
+    fn with(self, formula: impl Formula<A>) {
         dispatch(FormulaMap { formula, over: self })
     }
 }
@@ -179,12 +177,12 @@ struct FormulaMap<'k, A, F> {
 }
 
 impl<A: Real, F: Formula<A>> Vectorized for FormulaMap<'_, A, F> {
-    type Output = bool;
+    type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self) -> bool {
+    fn run<I: Isa>(self) {
         let FormulaMap { formula, over } = self;
-        let FormulaOverBlock { function, block: ElementBlock { x, t, p }, values } = over;
+        let FormulaOverBlock { function, block: ElementBlock { x, t, p, .. }, values } = over;
         // loops, not closures: a closure that isn't inlined is compiled without the instruction set of this function
         macro_rules! map {
             ($method:ident) => {
@@ -202,26 +200,74 @@ impl<A: Real, F: Formula<A>> Vectorized for FormulaMap<'_, A, F> {
                 }
             };
         }
-        let mut good = true;
         match function {
-            FormulaFunction::Loss => {
-                map!(loss);
-                if F::PROBABILITIES {
-                    for (&x, &t) in x.iter().zip(t) {
-                        good &= is_probability(x) & is_probability(t);
-                    }
-                }
-            }
+            FormulaFunction::Loss => map!(loss),
             FormulaFunction::Gradient(Argument::Input) => map!(grad),
             FormulaFunction::Gradient(Argument::Target) => map!(target_grad),
+        }
+    }
+}
+
+/// Whether all numbers of an operand are in [0, 1], but for those that the mask takes out.
+#[derive(Clone, Copy)]
+struct InUnit<'k, A> {
+    values: &'k [A],
+    mask: Option<&'k [A]>,
+}
+
+impl<A: Real> InUnit<'_, A> {
+    /// The first one that isn't.
+    fn first_bad(self) -> Option<usize> {
+        if dispatch(self) {
+            return None;
+        }
+        let counts = |i: usize| self.mask.is_none_or(|mask| mask[i] != A::ZERO);
+        (0..self.values.len()).find(|&i| counts(i) && !is_unit(self.values[i]))
+    }
+}
+
+impl<A: Real> Vectorized for InUnit<'_, A> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<I: Isa>(self) -> bool {
+        let mut good = true;
+        match self.mask {
+            None => {
+                for &v in self.values {
+                    good &= is_unit(v);
+                }
+            }
+            Some(mask) => {
+                for (&v, &m) in self.values.iter().zip(mask) {
+                    good &= is_unit(v) | (m == A::ZERO);
+                }
+            }
         }
         good
     }
 }
 
 #[inline(always)]
-fn is_probability<A: Real>(v: A) -> bool {
+fn is_unit<A: Real>(v: A) -> bool {
     (v >= A::ZERO) & (v <= A::ONE)
+}
+
+/// The weight in front of the values of a block.
+struct Weigh<'k, A> {
+    weight: &'k [A],
+    values: &'k mut [A],
+}
+
+impl<A: Real> Vectorized for Weigh<'_, A> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        for (v, &w) in self.values.iter_mut().zip(self.weight) {
+            *v = product(w, *v);
+        }
+    }
 }
 
 /// The sum of the first `len` of a block's values, in vectors.
@@ -256,7 +302,7 @@ struct ElementPass<'p, 'a, A, O> {
     /// One loss for each group if the reduction is none, else one partial sum for each unit; absent in a backward.
     losses: Option<&'p Output<'p, A>>,
     gradient: Option<ElementGradient<'p, A, O>>,
-    /// The first element that is no probability.
+    /// The first element that is not in [0, 1] though it has to be.
     bad: AtomicUsize,
 }
 
@@ -268,18 +314,24 @@ impl<A: Real + Element<Acc = A>, O: Element<Acc = A>> ElementPass<'_, '_, A, O> 
         let mut sum = A::ZERO;
         for at in range.clone().step_by(BLOCK) {
             let len = (range.end - at).min(BLOCK);
-            let ElementScratch { x, t, p, factor, value } = scratch;
-            let block = all.load(at, &mut x[..len], &mut t[..len], &mut p[..len]);
+            let ElementScratch { x, t, p, mask, factor, value } = scratch;
+            let mask = all.mask.as_ref().map(|source| source.read(at, &mut mask[..len]));
+            let x = all.x.read(at, &mut x[..len]);
+            let t = self.load_target(at, &mut t[..len], x, mask);
+            let p = all.pos_weight.as_ref().map(|source| source.read(at, &mut p[..len]));
+            let block = ElementBlock { x, t, p, mask };
             if let Some(losses) = self.losses {
-                self.evaluate(FormulaFunction::Loss, at, block, &mut value[..len]);
+                self.evaluate(FormulaFunction::Loss, block, &mut value[..len]);
                 all.weigh(at, &mut value[..len], factor);
+                block.clear_masked(&mut value[..len]);
                 sum += self.reduce(losses, &groups, at, len, value);
             }
             if let Some(gradient) = &self.gradient {
                 let values = &mut value[..len];
-                self.evaluate(FormulaFunction::Gradient(gradient.of), at, block, values);
-                self.chain(gradient, at, values);
+                self.evaluate(FormulaFunction::Gradient(gradient.of), block, values);
                 all.weigh(at, values, factor);
+                self.chain(gradient, at, values);
+                block.clear_masked(values);
                 // SAFETY: an element is written by the unit it belongs to
                 O::narrow(values, unsafe { gradient.to.slice(at, len) });
             }
@@ -293,13 +345,37 @@ impl<A: Real + Element<Acc = A>, O: Element<Acc = A>> ElementPass<'_, '_, A, O> 
         }
     }
 
-    /// The values of a function over the block that begins with element `at`. Notes an element that is no probability.
-    fn evaluate(&self, function: FormulaFunction, at: usize, block: ElementBlock<A>, values: &mut [A]) {
-        if !self.elements.problem.term.formula(FormulaOverBlock { function, block, values }) {
-            let bad = |(&x, &t): (&A, &A)| !(is_probability(x) & is_probability(t));
-            let first = block.x.iter().zip(block.t).position(bad);
-            self.bad.fetch_min(at + first.unwrap_or(0), Ordering::Relaxed);
+    /// Reads the targets of a block, in the memory given unless they can be read where they are: checked together with
+    /// the inputs if there are losses to compute, and smoothed.
+    fn load_target<'s>(&'s self, at: usize, t: &'s mut [A], x: &[A], mask: Option<&[A]>) -> &'s [A] {
+        let all = self.elements;
+        if all.spread == A::ZERO {
+            let t = all.target.read(at, t);
+            self.check(at, t, x, mask);
+            return t;
         }
+        all.target.load(at, t);
+        self.check(at, t, x, mask);
+        t.iter_mut().for_each(|t| *t = all.keep * *t + all.spread);
+        t
+    }
+
+    /// Notes the first element that is not in [0, 1] though it has to be.
+    fn check(&self, at: usize, t: &[A], x: &[A], mask: Option<&[A]>) {
+        if self.losses.is_none() {
+            return;
+        }
+        let UnitOperands { input, target } = self.elements.unit;
+        for (values, checked) in [(x, input), (t, target)] {
+            if let Some(first) = checked.then(|| InUnit { values, mask }.first_bad()).flatten() {
+                self.bad.fetch_min(at + first, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// The values of a function over a block.
+    fn evaluate(&self, function: FormulaFunction, block: ElementBlock<A>, values: &mut [A]) {
+        self.elements.problem.term.formula(FormulaOverBlock { function, block, values });
     }
 
     /// The losses of a block: written, or their sum.
@@ -351,11 +427,13 @@ impl<'a, A: Real + Element<Acc = A>> ElementsOnCpu<'a, A> {
         if at == usize::MAX {
             return Ok(());
         }
-        let (mut x, mut t) = ([A::ZERO], [A::ZERO]);
-        self.x.load(at, &mut x);
-        self.target.load(at, &mut t);
-        let (what, value) = if is_probability(x[0]) { ("target", t[0]) } else { ("probability", x[0]) };
-        Err(check::not_in_unit_interval(self.problem.name, what, value, at))
+        let value = |(storage, layout): Arg<CpuStorage>| -> Result<_> {
+            let mut value = [0f64];
+            source(storage, Strided::of(layout))?.load(at, &mut value);
+            Ok((value[0], storage.dtype()))
+        };
+        let [input, target] = self.checked;
+        Err(self.problem.out_of_range(at, value(input)?, value(target)?))
     }
 
     /// The losses, reduced, and in the same pass the gradient, if one is asked for.
@@ -391,7 +469,7 @@ impl<'a, A: Real + Element<Acc = A>> ElementsOnCpu<'a, A> {
         let denominator = self.denominator();
         let mut grad = with_room(self.len);
         let to = &Output::<O>::new(&mut grad, self.len);
-        let (of, upstream) = (Argument::Input, &[A::ONE]);
+        let (of, upstream) = (Argument::Input, &[A::of(self.problem.options.grad_scale)]);
         let gradient = ElementGradient { of, upstream, denominator: A::of(denominator), to };
         let loss = self.losses(denominator, Some(gradient))?;
         // SAFETY: the capacity is `len`, and the pass wrote every element
@@ -467,6 +545,31 @@ mod tests {
     use crate::elementwise::problem::{ElementOptions, Term};
     use crate::reduction::Reduction;
     use candle_core::{DType, Device, Result, Tensor, Var};
+
+    /// A mask takes probabilities and targets out of the check, on both paths, in whichever block they are.
+    #[test]
+    fn masked_probabilities_are_not_checked() -> Result<()> {
+        let n = 2500;
+        let column = |value: f32, elsewhere: f32| -> Result<Tensor> {
+            let values: Vec<_> = (0..n).map(|i| if i == 2000 { value } else { elsewhere }).collect();
+            Tensor::from_vec(values, n, &Device::Cpu)
+        };
+        let (good, mask) = (column(0.5, 0.5)?, column(0.0, 1.0)?);
+        for (x, t) in [(7.0, 0.5), (f32::NAN, 0.5), (0.5, -1.0)] {
+            let (x, t) = (column(x, 0.5)?, column(t, 0.5)?);
+            for fused in [true, false] {
+                let options = ElementOptions { fused, ..ElementOptions::default() };
+                let problem = |mask| ElementOptions { mask, ..options.clone() }.problem("test", Term::Bce, &x, &t);
+                let error = problem(None)?.forward(&x, &t).expect_err("no probability").to_string();
+                assert!(error.contains("at element 2000"), "{error}");
+                let (loss, grad) = problem(Some(mask.clone()))?.loss_and_grad(&x, &t)?;
+                assert!((loss.to_scalar::<f32>()? - std::f32::consts::LN_2).abs() < 1e-6);
+                assert_eq!(grad.to_vec1::<f32>()?, vec![0.0; n]);
+                problem(Some(mask.clone()))?.forward(&good, &good)?;
+            }
+        }
+        Ok(())
+    }
 
     /// For Miri: every term, with and without a loss of each element, of elements that lie apart too.
     #[test]

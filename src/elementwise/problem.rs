@@ -4,7 +4,7 @@
 use crate::check;
 use crate::custom_op::{Arg, Argument, DeviceStorage, Locked};
 use crate::reduction::Reduction;
-use candle_core::{Layout, Result, Shape, Tensor, bail};
+use candle_core::{DType, Error, Layout, Result, Shape, Tensor, bail};
 
 /// The formula of one element, of an input x, a target t and a positive weight p.
 ///
@@ -26,10 +26,38 @@ pub(crate) enum Term {
 /// How many numbers the kernels are given as a term's parameters: `TERM_PARAMETERS` of `kernels/elementwise/terms.cuh`.
 pub(crate) const TERM_PARAMETERS: usize = 3;
 
+/// What a term is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Domain {
+    /// Probabilities and targets in [0, 1].
+    Probabilities,
+    /// Logits, and targets that are 0 or 1 if they are integers. Floats may be anything.
+    Logits,
+    /// Any numbers.
+    Numbers,
+}
+
+impl Domain {
+    /// The input in words, for errors.
+    fn input(self) -> &'static str {
+        match self {
+            Domain::Probabilities => "probabilities",
+            Domain::Logits => "logits",
+            Domain::Numbers => "input",
+        }
+    }
+}
+
+/// Which operands of a problem have to be in [0, 1], where no mask takes them out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct UnitOperands {
+    pub input: bool,
+    pub target: bool,
+}
+
 /// All that the crate has to know of a term but its formula.
 pub(crate) struct TermDeclaration {
-    /// The input in words, for errors.
-    pub input: &'static str,
+    pub domain: Domain,
     /// Its number in `FOR_EACH_TERM` of `kernels/elementwise/terms.cuh`.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub number: i32,
@@ -56,13 +84,13 @@ impl Term {
     pub fn declaration(&self) -> TermDeclaration {
         match *self {
             Term::Bce => TermDeclaration {
-                input: "probabilities",
+                domain: Domain::Probabilities,
                 number: 0,
                 parameters: [0.0; TERM_PARAMETERS],
                 dense: Some(DenseKernels { loss: "loss_bce_dense", fused: "fused_bce_dense", grad: "grad_bce_dense" }),
             },
             Term::BceWithLogits => TermDeclaration {
-                input: "logits",
+                domain: Domain::Logits,
                 number: 1,
                 parameters: [0.0; TERM_PARAMETERS],
                 dense: Some(DenseKernels {
@@ -72,7 +100,7 @@ impl Term {
                 }),
             },
             Term::Focal { alpha, gamma } => TermDeclaration {
-                input: "logits",
+                domain: Domain::Logits,
                 number: 2,
                 parameters: match alpha {
                     Some(alpha) => [alpha, 1.0 - alpha, gamma],
@@ -84,7 +112,9 @@ impl Term {
                     grad: "grad_focal_dense",
                 }),
             },
-            Term::L1 => TermDeclaration { input: "input", number: 3, parameters: [0.0; TERM_PARAMETERS], dense: None },
+            Term::L1 => {
+                TermDeclaration { domain: Domain::Numbers, number: 3, parameters: [0.0; TERM_PARAMETERS], dense: None }
+            }
         }
     }
 
@@ -116,7 +146,7 @@ pub(crate) struct ElementOptions {
     pub reduction: Reduction,
     /// A factor of the gradients of a pass without a graph.
     pub grad_scale: f64,
-    /// On CUDA: synchronise to check the values of the target. The CPU always checks them.
+    /// On CUDA: synchronise to check the values that have to be in [0, 1]. The CPU always checks them.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub target_check: bool,
     /// Whether to run the kernels where there are some, not candle's tensor ops.
@@ -141,7 +171,7 @@ impl Default for ElementOptions {
 impl ElementOptions {
     /// Checks both tensors against the options.
     pub fn problem(&self, name: &'static str, term: Term, input: &Tensor, target: &Tensor) -> Result<Elements> {
-        let arithmetic = check::arithmetic_dtype(name, term.declaration().input, input)?;
+        let arithmetic = check::arithmetic_dtype(name, term.declaration().domain.input(), input)?;
         check::in_unit_interval(name, "label smoothing", self.label_smoothing)?;
         check::finite(name, "grad scale", self.grad_scale)?;
         term.check(name)?;
@@ -149,20 +179,13 @@ impl ElementOptions {
         if target.dims() != input.dims() {
             bail!("{name}: target of shape {:?}, expected the input's shape {:?}", target.dims(), input.dims());
         }
-        if !check::is_number(target.dtype()) {
-            bail!(
-                "{name}: target of dtype {:?}, expected f16, bf16, f32, f64, u8, u32, i16, i32 or i64",
-                target.dtype()
-            );
-        }
+        check::number(name, "target", target.dtype())?;
         let mask = match &self.mask {
             None => None,
-            Some(mask) if !check::is_number(mask.dtype()) => {
-                bail!("{name}: ignore mask of dtype {:?}, expected u8 or any other number", mask.dtype())
-            }
             Some(mask) => {
-                check::same_device(name, "ignore mask", mask, input)?;
-                Some(check::broadcast(name, "ignore mask", mask.detach(), input)?)
+                check::number(name, "mask", mask.dtype())?;
+                check::same_device(name, "mask", mask, input)?;
+                Some(check::broadcast(name, "mask", mask.detach(), input)?)
             }
         };
         let options = ElementOptions {
@@ -227,6 +250,20 @@ impl Elements {
         }
     }
 
+    /// What the values of the operands have to be, with a target of this dtype.
+    pub fn unit_operands(&self, target: DType) -> UnitOperands {
+        let domain = self.term.declaration().domain;
+        let input = domain == Domain::Probabilities;
+        UnitOperands { input, target: input || (domain == Domain::Logits && !target.is_float()) }
+    }
+
+    /// The error about an element whose input or target, given with their dtypes, is not in [0, 1] though it has to.
+    pub fn out_of_range(&self, element: usize, input: (f64, DType), target: (f64, DType)) -> Error {
+        let input_is_bad = self.unit_operands(target.1).input && !(0.0..=1.0).contains(&input.0);
+        let (what, (value, dtype)) = if input_is_bad { ("probability", input) } else { ("target", target) };
+        check::not_in_unit_interval(self.name, what, value, dtype, element)
+    }
+
     pub fn loss_shape(&self, input: &Layout) -> Shape {
         let each = match input.dims() {
             [rows @ .., _] if self.average_rows => Shape::from(rows),
@@ -251,6 +288,6 @@ pub(crate) trait ElementKernels: DeviceStorage {
         upstream: Arg<Self>,
     ) -> Result<Self>;
 
-    /// The loss, and the gradient of the input for an upstream gradient of ones, in row-major order.
+    /// The loss, and the gradient of the input for an upstream gradient of `grad_scale` everywhere, in row-major order.
     fn loss_and_grad(problem: &Elements, input: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)>;
 }

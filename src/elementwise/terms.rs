@@ -8,9 +8,6 @@ use crate::cpu::math::{Isa, Real};
 
 /// Loss and gradients of one element: input x, target t, positive weight p (1 where a loss has none).
 pub(super) trait Formula<A: Real>: Copy + Sync {
-    /// Whether input and target have to be in [0, 1].
-    const PROBABILITIES: bool = false;
-
     fn loss<I: Isa>(self, x: A, t: A, p: A) -> A;
     /// The derivative in x.
     fn grad<I: Isa>(self, x: A, t: A, p: A) -> A;
@@ -51,6 +48,14 @@ fn scaled<A: Real>(factor: A, value: A) -> A {
     if factor == A::ZERO && !value.is_nan() { A::ZERO } else { product }
 }
 
+/// As [`scaled`], whichever of the two is 0: NaN comes from NaN alone.
+#[inline(always)]
+pub(super) fn product<A: Real>(a: A, b: A) -> A {
+    let product = a * b;
+    let made_nan = product.is_nan() & !(a.is_nan() | b.is_nan());
+    if made_nan { A::ZERO } else { product }
+}
+
 /// Binary cross-entropy of a probability, the logarithms clamped at -100 as in PyTorch.
 #[derive(Clone, Copy)]
 struct Bce;
@@ -65,8 +70,6 @@ impl Bce {
 }
 
 impl<A: Real> Formula<A> for Bce {
-    const PROBABILITIES: bool = true;
-
     #[inline(always)]
     fn loss<I: Isa>(self, x: A, t: A, _: A) -> A {
         let (log_x, log_not_x) = Self::clamped_logs::<A, I>(x);
@@ -122,14 +125,14 @@ impl<A: Real> Formula<A> for BceWithLogits {
     #[inline(always)]
     fn loss<I: Isa>(self, x: A, t: A, p: A) -> A {
         let logit = Logit::new::<I>(x);
-        scaled(p * t, logit.softplus_neg) + scaled(A::ONE - t, logit.softplus)
+        scaled(product(p, t), logit.softplus_neg) + scaled(A::ONE - t, logit.softplus)
     }
 
     /// `(1 - t) sigmoid(x) - p t sigmoid(-x)`: nothing cancels at a confident logit.
     #[inline(always)]
     fn grad<I: Isa>(self, x: A, t: A, p: A) -> A {
         let logit = Logit::new::<I>(x);
-        (A::ONE - t) * logit.sigmoid - p * t * logit.sigmoid_neg
+        (A::ONE - t) * logit.sigmoid - product(p, t) * logit.sigmoid_neg
     }
 
     #[inline(always)]
@@ -137,7 +140,7 @@ impl<A: Real> Formula<A> for BceWithLogits {
         // p softplus(-x) - softplus(x) with the logarithm that both have taken out
         let log = (-x.abs()).vexp::<I>().vln_1p_unit::<I>();
         let (negative, positive) = if x > A::ZERO { (A::ZERO, x) } else { (-x, A::ZERO) };
-        (p - A::ONE) * log + scaled(p, negative) - positive
+        product(p - A::ONE, log) + product(p, negative) - positive
     }
 }
 
@@ -199,7 +202,7 @@ impl<A: Real, const SQUARE: bool> Formula<A> for Focal<A, SQUARE> {
     #[inline(always)]
     fn loss<I: Isa>(self, x: A, t: A, _: A) -> A {
         let FocalParts { alpha, modulation, cross_entropy, .. } = self.parts::<I>(x, t);
-        alpha * scaled(modulation, cross_entropy)
+        scaled(alpha * modulation, cross_entropy)
     }
 
     /// `alpha u^gamma (sigmoid(x) - t + gamma (u'/u) cross_entropy)`
@@ -231,7 +234,7 @@ impl<A: Real, const SQUARE: bool> Formula<A> for Focal<A, SQUARE> {
         let per_u = if u == A::ZERO { A::ONE } else { cross_entropy / u };
         let u_slope = logit.sigmoid_neg - logit.sigmoid;
         let slope = -x + scaled(self.gamma, per_u * u_slope);
-        scaled(modulation, alpha_slope * cross_entropy + alpha * slope)
+        scaled(modulation, scaled(alpha_slope, cross_entropy) + scaled(alpha, slope))
     }
 }
 

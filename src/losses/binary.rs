@@ -27,8 +27,8 @@ const BCE_WITH_LOGITS: &str = "binary_cross_entropy_with_logits";
 /// [`Reduction::None`] has that shape.
 ///
 /// # Dtypes
-/// Probabilities f16, bf16, f32 or f64; targets of these or u8, u32, i16, i32 or i64. Arithmetic and loss are f32 (f64
-/// for f64); the gradient has the probabilities' dtype.
+/// Probabilities f16, bf16, f32 or f64; targets of these or, holding 0 and 1, u8, u32, i16, i32 or i64. Arithmetic and
+/// loss are f32 (f64 for f64); the gradient has the probabilities' dtype.
 ///
 /// # Numerics
 /// Finite everywhere in [0, 1], the ends included.
@@ -80,21 +80,13 @@ impl BceLoss {
         weighted: "0.460969",
     }
 
-    /// On CUDA, makes a probability or target outside of [0, 1] an error, at the price of a synchronisation. Off by
-    /// default: the element is NaN instead. The CPU always checks.
-    ///
-    /// ```
-    /// # use candle_core::{Device, Tensor};
-    /// # use candle_fused_loss::BceLoss;
-    /// let probs = Tensor::new(&[0.5f32, 0.25], &Device::Cpu)?;
-    /// let target = Tensor::new(&[1f32, 2.], &Device::Cpu)?;
-    /// let error = BceLoss::new().with_target_check(true).forward(&probs, &target).unwrap_err();
-    /// assert!(error.to_string().contains("target 2 at element 1"));
-    /// # candle_core::Result::Ok(())
-    /// ```
-    pub fn with_target_check(mut self, check: bool) -> Self {
-        self.options.target_check = check;
-        self
+    element_check_setter! {
+        loss: "BceLoss",
+        inputs: "let probs = Tensor::new(&[0.5f32, 0.25], &Device::Cpu)?;",
+        args: "(&probs, &target)",
+        options: self.options,
+        values: "a probability or target outside of [0, 1]",
+        refused: "let target = Tensor::new(&[1u8, 255], &Device::Cpu)?;",
     }
 
     loss_setters! {
@@ -150,28 +142,30 @@ impl BceLoss {
 /// loss = w (p t softplus(-x) + (1 - t) softplus(x)),    softplus(x) = log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|))
 /// ```
 ///
-/// Label smoothing e replaces t by `(1 - e) t + e / 2`. `Mean` divides the sum by the number of elements whose ignore
-/// mask is not 0, with weights too. The gradient is `w ((1 - t) sigmoid(x) - p t sigmoid(-x))`.
+/// Label smoothing e replaces t by `(1 - e) t + e / 2`. `Mean` divides the sum by the number of elements whose mask is
+/// not 0, with weights too. The gradient is `w ((1 - t) sigmoid(x) - p t sigmoid(-x))`.
 ///
 /// Definition:
 /// [`torch.nn.BCEWithLogitsLoss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.BCEWithLogitsLoss.html);
-/// smoothing as in Keras; the ignore mask is this crate's own.
+/// smoothing as in Keras; the mask is this crate's own.
 ///
 /// # Shapes
 /// Logits of any shape and layout, and a target of the same shape. Weight, positive weight and mask broadcast to it.
 /// The loss is a scalar, or with [`Reduction::None`] has that shape.
 ///
 /// # Dtypes
-/// Logits f16, bf16, f32 or f64; targets of these or u8, u32, i16, i32 or i64. Arithmetic and loss are f32 (f64 for
-/// f64); the gradient has the logits' dtype.
+/// Logits f16, bf16, f32 or f64; targets of these or, holding 0 and 1, u8, u32, i16, i32 or i64. Arithmetic and loss
+/// are f32 (f64 for f64); the gradient has the logits' dtype.
 ///
 /// # Numerics
 /// Loss and gradient keep their relative accuracy at either end: a logit of -20 with target 0 has loss 2.06e-9. The
 /// loss of a logit of ±inf is 0 where it agrees with a target of exactly 0 or 1, and +inf where it doesn't.
 ///
 /// # Errors
-/// Shapes, dtypes or devices that don't fit; label smoothing outside of [0, 1]. Setters check nothing: all errors come
-/// from the call that takes the tensors.
+/// Shapes, dtypes or devices that don't fit; label smoothing outside of [0, 1]. On the CPU an integer target other than
+/// 0 and 1, where the mask does not leave it out; on CUDA such an element is NaN instead, unless
+/// [`with_target_check`](Self::with_target_check) is on. Float targets may be any numbers. Setters check nothing: all
+/// errors come from the call that takes the tensors.
 ///
 /// # Example
 /// ```
@@ -251,22 +245,22 @@ impl BceWithLogitsLoss {
         self
     }
 
-    /// Sets a mask: the elements where it is 0 have loss 0 and gradient 0 whatever they hold, and the mean does not
-    /// count them. Any dtype, and any shape that broadcasts to the target's.
-    ///
-    /// ```
-    /// # use candle_core::{Device, Tensor};
-    /// # use candle_fused_loss::BceWithLogitsLoss;
-    /// let logits = Tensor::new(&[0f32, 2.], &Device::Cpu)?;
-    /// let target = Tensor::new(&[1u8, 0], &Device::Cpu)?;
-    /// let mask = Tensor::new(&[1u8, 0], &Device::Cpu)?;
-    /// let loss = BceWithLogitsLoss::new().with_ignore_mask(mask).forward(&logits, &target)?;
-    /// assert!((loss.to_scalar::<f32>()? - std::f32::consts::LN_2).abs() < 1e-6);
-    /// # candle_core::Result::Ok(())
-    /// ```
-    pub fn with_ignore_mask(mut self, mask: Tensor) -> Self {
-        self.options.mask = Some(mask);
-        self
+    element_mask_setter! {
+        loss: "BceWithLogitsLoss",
+        inputs: "let logits = Tensor::new(&[0f32, 2.], &Device::Cpu)?;\n\
+                 let target = Tensor::new(&[1u8, 0], &Device::Cpu)?;",
+        args: "(&logits, &target)",
+        options: self.options,
+        masked: "std::f32::consts::LN_2",
+    }
+
+    element_check_setter! {
+        loss: "BceWithLogitsLoss",
+        inputs: "let logits = Tensor::new(&[0f32, 2.], &Device::Cpu)?;",
+        args: "(&logits, &target)",
+        options: self.options,
+        values: "an integer target other than 0 and 1",
+        refused: "let target = Tensor::new(&[1u8, 255], &Device::Cpu)?;",
     }
 
     loss_setters! {

@@ -28,15 +28,16 @@ const NAME: &str = "sigmoid_focal";
 /// has that shape.
 ///
 /// # Dtypes
-/// Logits f16, bf16, f32 or f64; targets of these or u8, u32, i16, i32 or i64. Arithmetic and loss are f32 (f64 for
-/// f64); the gradient has the logits' dtype.
+/// Logits f16, bf16, f32 or f64; targets of these or, holding 0 and 1, u8, u32, i16, i32 or i64. Arithmetic and loss
+/// are f32 (f64 for f64); the gradient has the logits' dtype.
 ///
 /// # Numerics
 /// Value and gradient are finite for every finite logit and any gamma >= 0, also below 1.
 ///
 /// # Errors
-/// Shapes, dtypes or devices that don't fit; gamma negative or not finite; alpha above 1 or NaN. Setters check nothing:
-/// all errors come from the call that takes the tensors.
+/// Shapes, dtypes or devices that don't fit; gamma negative or not finite; alpha above 1 or NaN; integer targets other
+/// than 0 and 1, as for [`BceWithLogitsLoss`](crate::BceWithLogitsLoss). Setters check nothing: all errors come from
+/// the call that takes the tensors.
 ///
 /// # Example
 /// ```
@@ -110,6 +111,15 @@ impl SigmoidFocalLoss {
     pub fn with_gamma(mut self, gamma: f64) -> Self {
         self.gamma = gamma;
         self
+    }
+
+    element_check_setter! {
+        loss: "SigmoidFocalLoss",
+        inputs: "let logits = Tensor::new(&[0f32, 2.], &Device::Cpu)?;",
+        args: "(&logits, &target)",
+        options: self.options,
+        values: "an integer target other than 0 and 1",
+        refused: "let target = Tensor::new(&[1u8, 255], &Device::Cpu)?;",
     }
 
     loss_setters! {

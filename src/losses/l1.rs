@@ -79,22 +79,13 @@ impl L1Loss {
         weighted: "2.75",
     }
 
-    /// Sets a mask: the elements where it is 0 have loss 0 and gradient 0 whatever they hold, and the mean does not
-    /// count them. Any dtype, and any shape that broadcasts to the target's.
-    ///
-    /// ```
-    /// # use candle_core::{Device, Tensor};
-    /// # use candle_fused_loss::L1Loss;
-    /// let input = Tensor::new(&[1f32, -2.], &Device::Cpu)?;
-    /// let target = Tensor::new(&[4i64, 0], &Device::Cpu)?;
-    /// let mask = Tensor::new(&[1u8, 0], &Device::Cpu)?;
-    /// let loss = L1Loss::new().with_mask(mask).forward(&input, &target)?;
-    /// assert_eq!(loss.to_scalar::<f32>()?, 3.);
-    /// # candle_core::Result::Ok(())
-    /// ```
-    pub fn with_mask(mut self, mask: Tensor) -> Self {
-        self.options.mask = Some(mask);
-        self
+    element_mask_setter! {
+        loss: "L1Loss",
+        inputs: "let input = Tensor::new(&[1f32, -2.], &Device::Cpu)?;\n\
+                 let target = Tensor::new(&[4i64, 0], &Device::Cpu)?;",
+        args: "(&input, &target)",
+        options: self.options,
+        masked: "3.0",
     }
 
     loss_setters! {

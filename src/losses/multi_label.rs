@@ -24,14 +24,15 @@ const NAME: &str = "multi_label_soft_margin";
 /// [`Reduction::None`] has the logits' shape without the last axis.
 ///
 /// # Dtypes
-/// Logits f16, bf16, f32 or f64; targets of these or u8, u32, i16, i32 or i64. Arithmetic and loss are f32 (f64 for
-/// f64); the gradient has the logits' dtype.
+/// Logits f16, bf16, f32 or f64; targets of these or, holding 0 and 1, u8, u32, i16, i32 or i64. Arithmetic and loss
+/// are f32 (f64 for f64); the gradient has the logits' dtype.
 ///
 /// # Numerics
 /// As for [`BceWithLogitsLoss`](crate::BceWithLogitsLoss).
 ///
 /// # Errors
-/// Shapes, dtypes or devices that don't fit. Setters check nothing: all errors come from the call that takes the
+/// Shapes, dtypes or devices that don't fit; integer targets other than 0 and 1, as for
+/// [`BceWithLogitsLoss`](crate::BceWithLogitsLoss). Setters check nothing: all errors come from the call that takes the
 /// tensors.
 ///
 /// # Example
@@ -84,6 +85,15 @@ impl MultiLabelSoftMarginLoss {
     pub fn with_weight(mut self, weight: Tensor) -> Self {
         self.options.weight = Some(weight);
         self
+    }
+
+    element_check_setter! {
+        loss: "MultiLabelSoftMarginLoss",
+        inputs: "let logits = Tensor::new(&[[0.5f32, -1., 3.], [1.5, -2., 0.]], &Device::Cpu)?;",
+        args: "(&logits, &target)",
+        options: self.options,
+        values: "an integer target other than 0 and 1",
+        refused: "let target = Tensor::new(&[[1u8, 255, 1], [0, 1, 0]], &Device::Cpu)?;",
     }
 
     loss_setters! {

@@ -186,6 +186,52 @@ macro_rules! softmax_setters {
     };
 }
 
+/// The setter of element-wise masks; `$masked` is the loss of the first of the two inputs.
+#[rustfmt::skip] // which would indent the examples anew each time
+macro_rules! element_mask_setter {
+    (
+        loss: $loss:literal, inputs: $inputs:literal, args: $args:literal, options: self.$options:ident,
+        masked: $masked:literal $(,)?
+    ) => {
+        /// Sets a mask: an element counts where it is 1, or anything else but 0. Where it is 0, the element is left
+        /// out: its loss and gradient are 0, the mean does not count it, and what input, target and weights hold there
+        /// is not looked at. To leave out a label of 255, say, the mask is `target.ne(255)?`.
+        ///
+        /// Its dtype may be any that a target's may be, and its shape any that broadcasts to the target's.
+        ///
+        #[doc = setter_example!(
+            $loss, $inputs, $args, ".with_mask(mask)", $masked,
+            "let mask = Tensor::new(&[1u8, 0], &Device::Cpu)?;"
+        )]
+        pub fn with_mask(mut self, mask: Tensor) -> Self {
+            self.$options.mask = Some(mask);
+            self
+        }
+    };
+}
+
+/// The setter of the check of values on CUDA; `$refused` makes a target whose element 1 is 255.
+#[rustfmt::skip] // which would indent the examples anew each time
+macro_rules! element_check_setter {
+    (
+        loss: $loss:literal, inputs: $inputs:literal, args: $args:literal, options: self.$options:ident,
+        values: $values:literal, refused: $refused:literal $(,)?
+    ) => {
+        #[doc = concat!("On CUDA, makes ", $values, " an error, at the price of a synchronisation.")]
+        /// Off by default: the element is NaN instead. The CPU always checks.
+        ///
+        #[doc = example!(
+            $loss, $inputs, $refused,
+            concat!("let error = ", $loss, "::new().with_target_check(true).forward", $args, ".unwrap_err();"),
+            "assert!(error.to_string().contains(\"target 255 at element 1\"));",
+        )]
+        pub fn with_target_check(mut self, check: bool) -> Self {
+            self.$options.target_check = check;
+            self
+        }
+    };
+}
+
 /// The setter of element-wise weights; `$weighted` is the loss of the inputs with weights 0.5 and 2.
 #[rustfmt::skip] // which would indent the examples anew each time
 macro_rules! element_weight_setter {

@@ -1,12 +1,12 @@
 //! Binary cross-entropy of probabilities and of logits against the f64 reference: options, dtypes, shapes and layouts.
 
+use super::losses::{BceLoss, BceWithLogitsLoss, FUSED, Reduction};
 use crate::common::{
-    Check, ELEMENT_COUNTS, FLOATS, Memory, NUMBERS, Operand, REDUCTIONS, Random, broadcastable, devices,
+    Check, ELEMENT_COUNTS, FLOATS, Memory, NUMBERS, Operand, REDUCTIONS, Random, broadcastable, cases, devices,
     element_layouts, tensor, values,
 };
 use crate::reference::{Elements, Term};
 use candle_core::{DType, Device, Result, Tensor};
-use candle_fused_loss::{BceLoss, BceWithLogitsLoss, Reduction};
 
 /// One row of the option matrix.
 #[derive(Clone, Copy, Debug, Default)]
@@ -14,13 +14,13 @@ struct Options {
     weight: bool,
     /// The rest is for logits only.
     pos_weight: bool,
-    ignore_mask: bool,
+    mask: bool,
     label_smoothing: f64,
 }
 
 const PROBABILITY_OPTIONS: [Options; 2] = [
-    Options { weight: false, pos_weight: false, ignore_mask: false, label_smoothing: 0.0 },
-    Options { weight: true, pos_weight: false, ignore_mask: false, label_smoothing: 0.0 },
+    Options { weight: false, pos_weight: false, mask: false, label_smoothing: 0.0 },
+    Options { weight: true, pos_weight: false, mask: false, label_smoothing: 0.0 },
 ];
 
 fn logit_options() -> Vec<Options> {
@@ -28,8 +28,8 @@ fn logit_options() -> Vec<Options> {
     let smoothing = [0.0, 0.1, 1.0];
     let mut all = vec![];
     for (weight, pos_weight) in flags.iter().flat_map(|&w| flags.map(|p| (w, p))) {
-        for (ignore_mask, label_smoothing) in flags.iter().flat_map(|&m| smoothing.map(|e| (m, e))) {
-            all.push(Options { weight, pos_weight, ignore_mask, label_smoothing });
+        for (mask, label_smoothing) in flags.iter().flat_map(|&m| smoothing.map(|e| (m, e))) {
+            all.push(Options { weight, pos_weight, mask, label_smoothing });
         }
     }
     all
@@ -100,12 +100,12 @@ impl Case<'_> {
             reference.pos_weight = Some(seen);
             logits = logits.with_pos_weight(weight);
         }
-        if options.ignore_mask {
+        if options.mask {
             let (mask, _) = operand(self, device, random, |r| (r.below(3) > 0) as u8 as f64)?;
             // of any dtype; converted on the CPU, because candle has no such kernel for every pair
             let mask = mask.detach().to_device(&Device::Cpu)?.to_dtype(random.pick(&NUMBERS))?.to_device(device)?;
             reference.mask = Some(values(&mask.broadcast_as(dims)?)?);
-            logits = logits.with_ignore_mask(mask);
+            logits = logits.with_mask(mask);
         }
         let (x, t) = (input.values()?, target.values()?);
         for reduction in REDUCTIONS {
@@ -119,6 +119,7 @@ impl Case<'_> {
                 loss_dims: if reduction == Reduction::None { dims.to_vec() } else { vec![] },
                 forward: &|x, t| if bce { p.forward(x, t) } else { l.forward(x, t) },
                 loss_and_grad: &|x, t| if bce { p.loss_and_grad(x, t) } else { l.loss_and_grad(x, t) },
+                // composed too, these losses have the accuracy of the kernels
                 absolute: 0.0,
                 expected: &|upstream| reference.expected(&x, &t, upstream),
             }
@@ -141,10 +142,10 @@ const CONTIGUOUS: Case = Case {
 fn options_and_dtypes(term: Term, options: &[Options]) -> Result<()> {
     for device in devices() {
         let mut random = Random::new(11);
-        for (dtype, target) in FLOATS.iter().flat_map(|&d| NUMBERS.map(|t| (d, t))) {
-            for &options in options {
-                Case { term, dims: &[3, 4, 5], dtype, target, options, ..CONTIGUOUS }.check(&device, &mut random)?;
-            }
+        let dtypes = FLOATS.iter().flat_map(|&d| NUMBERS.map(|t| (d, t)));
+        let all = dtypes.flat_map(|(dtype, target)| options.iter().map(move |&options| (dtype, target, options)));
+        for (dtype, target, options) in cases(&device, FUSED, all) {
+            Case { term, dims: &[3, 4, 5], dtype, target, options, ..CONTIGUOUS }.check(&device, &mut random)?;
         }
     }
     Ok(())
@@ -153,7 +154,7 @@ fn options_and_dtypes(term: Term, options: &[Options]) -> Result<()> {
 fn layouts(term: Term, options: &[Options]) -> Result<()> {
     for device in devices() {
         let mut random = Random::new(12);
-        for (dims, memory, target_memory) in element_layouts() {
+        for (dims, memory, target_memory) in cases(&device, FUSED, element_layouts()) {
             let (dtype, target) = (random.pick(&FLOATS), random.pick(&NUMBERS));
             let options = random.pick(options);
             Case { term, dims, dtype, memory, target, target_memory, options }.check(&device, &mut random)?;
@@ -165,7 +166,8 @@ fn layouts(term: Term, options: &[Options]) -> Result<()> {
 fn sizes(term: Term, options: &[Options]) -> Result<()> {
     for device in devices() {
         let mut random = Random::new(13);
-        for (n, dtype) in ELEMENT_COUNTS.iter().flat_map(|&n| FLOATS.map(|d| (n, d))) {
+        let all = ELEMENT_COUNTS.iter().flat_map(|&n| FLOATS.map(|d| (n, d)));
+        for (n, dtype) in cases(&device, FUSED, all) {
             let (memory, target_memory) = (random.pick(&[Memory::Contiguous, Memory::Odd]), Memory::Odd);
             let options = random.pick(options);
             Case { term, dims: &[n], dtype, memory, target_memory, options, ..CONTIGUOUS }
@@ -220,7 +222,7 @@ fn shapes_of_weights() -> Result<()> {
             let full = weight.broadcast_as(&dims)?.contiguous()?;
             let loss = |w: &Tensor| {
                 let loss = BceWithLogitsLoss::new().with_pos_weight(w.clone()).with_weight(w.clone());
-                loss.with_ignore_mask(w.gt(0.5)?).loss_and_grad(&x, &t)
+                loss.with_mask(w.gt(0.5)?).loss_and_grad(&x, &t)
             };
             let (got, want) = (loss(&weight)?, loss(&full)?);
             assert_eq!(values(&got.0)?, values(&want.0)?, "loss, weights of shape {shape:?}");

@@ -5,6 +5,9 @@ pub mod losses {
     pub use candle_fused_loss::Reduction;
     pub use candle_fused_loss::unfused::*;
 
+    /// Whether the losses have kernels.
+    pub const FUSED: bool = false;
+
     /// How many epsilons a result may be off in addition to what the reference allows. A composed loss adds up numbers
     /// around 1 where a kernel takes them apart, so that each rounding costs an epsilon; there are a few in a row.
     pub const ABSOLUTE: f64 = 32.0;
@@ -29,8 +32,18 @@ pub mod losses {
     }
 }
 
+#[path = "binary.rs"]
+mod binary;
 #[path = "cross_entropy.rs"]
 mod cross_entropy;
+#[path = "elements.rs"]
+mod elements;
+#[path = "focal.rs"]
+mod focal;
+#[path = "l1.rs"]
+mod l1;
+#[path = "multi_label.rs"]
+mod multi_label;
 #[path = "nll.rs"]
 mod nll;
 #[path = "row_options.rs"]

@@ -174,7 +174,7 @@ fn losses_of_elements() -> Result<()> {
             of(bce.clone().with_weight(weight.clone()).forward(&input, &input), "weight");
             of(logits.clone().with_weight(weight.clone()).forward(&input, &input), "weight");
             of(logits.clone().with_pos_weight(weight.clone()).forward(&input, &input), "pos_weight");
-            of(logits.clone().with_ignore_mask(weight).forward(&input, &input), "ignore mask");
+            of(logits.clone().with_mask(weight).forward(&input, &input), "mask");
         }
         let whole = zeros(&[2], DType::U32, &device)?;
         assert_says(bce.clone().with_weight(whole.clone()).forward(&input, &input), &["weight of dtype U32", "f32"]);
@@ -210,7 +210,7 @@ fn devices_that_differ() -> Result<()> {
     let logits = BceWithLogitsLoss::new();
     assert_says(logits.clone().with_weight(weight.clone()).forward(&here, &here), &["weight", "device"]);
     assert_says(logits.clone().with_pos_weight(weight.clone()).forward(&here, &here), &["pos_weight", "device"]);
-    assert_says(logits.with_ignore_mask(weight.clone()).forward(&here, &here), &["ignore mask", "device"]);
+    assert_says(logits.with_mask(weight.clone()).forward(&here, &here), &["mask", "device"]);
     let ce = CrossEntropyLoss::new().with_weight(weight);
     assert_says(ce.forward(&here, &zeros(&[3], DType::U32, cuda)?), &["cross_entropy", "class weights", "device"]);
     Ok(())
@@ -295,7 +295,7 @@ fn any_loss(random: &mut Random) -> Result<()> {
         ce = ce.with_weight(weight.clone()).with_softcap(option(random, 3.0)).with_normalizer(option(random, 3.0));
         nll = nll.with_weight(weight.clone()).with_normalizer(option(random, 3.0));
         bce = bce.with_weight(weight.clone());
-        logits = logits.with_weight(weight.clone()).with_ignore_mask(any_operand(random, &dims)?);
+        logits = logits.with_weight(weight.clone()).with_mask(any_operand(random, &dims)?);
         logits = logits.with_pos_weight(any_operand(random, &dims)?);
         margin = margin.with_weight(weight);
     }

@@ -1,9 +1,11 @@
 //! Sigmoid focal loss against the f64 reference: options, dtypes, shapes and layouts.
 
-use crate::common::{Check, ELEMENT_COUNTS, FLOATS, Memory, Operand, REDUCTIONS, Random, devices, element_layouts};
+use super::losses::{FUSED, Reduction, SigmoidFocalLoss};
+use crate::common::{
+    Check, ELEMENT_COUNTS, FLOATS, Memory, Operand, REDUCTIONS, Random, cases, devices, element_layouts,
+};
 use crate::reference::{Elements, Term};
 use candle_core::{DType, Device, Result};
-use candle_fused_loss::{Reduction, SigmoidFocalLoss};
 
 #[derive(Clone, Copy, Debug)]
 struct Case<'a> {
@@ -40,6 +42,7 @@ impl Case<'_> {
                 loss_dims: if reduction == Reduction::None { dims.to_vec() } else { vec![] },
                 forward: &|x, t| loss.forward(x, t),
                 loss_and_grad: &|x, t| loss.loss_and_grad(x, t),
+                // composed too, these losses have the accuracy of the kernels
                 absolute: 0.0,
                 expected: &|upstream| reference.expected(&x, &t, upstream),
             }
@@ -54,11 +57,10 @@ fn options_and_dtypes() -> Result<()> {
     let (memory, target_memory) = (Memory::Contiguous, Memory::Contiguous);
     for device in devices() {
         let mut random = Random::new(31);
-        for (dtype, target) in FLOATS.iter().flat_map(|&d| TARGETS.map(|t| (d, t))) {
-            for (alpha, gamma) in ALPHAS.iter().flat_map(|&a| GAMMAS.map(|g| (a, g))) {
-                Case { dims: &[5, 11], dtype, memory, target, target_memory, alpha, gamma }
-                    .check(&device, &mut random)?;
-            }
+        let dtypes = FLOATS.iter().flat_map(|&d| TARGETS.map(|t| (d, t)));
+        let all = dtypes.flat_map(|dtypes| ALPHAS.iter().flat_map(move |&a| GAMMAS.map(|g| (dtypes, a, g))));
+        for ((dtype, target), alpha, gamma) in cases(&device, FUSED, all) {
+            Case { dims: &[5, 11], dtype, memory, target, target_memory, alpha, gamma }.check(&device, &mut random)?;
         }
     }
     Ok(())
@@ -68,7 +70,7 @@ fn options_and_dtypes() -> Result<()> {
 fn layouts() -> Result<()> {
     for device in devices() {
         let mut random = Random::new(32);
-        for (dims, memory, target_memory) in element_layouts() {
+        for (dims, memory, target_memory) in cases(&device, FUSED, element_layouts()) {
             let (dtype, target) = (random.pick(&FLOATS), random.pick(&TARGETS));
             let (alpha, gamma) = (random.pick(&ALPHAS), random.pick(&GAMMAS));
             Case { dims, dtype, memory, target, target_memory, alpha, gamma }.check(&device, &mut random)?;
@@ -82,7 +84,8 @@ fn sizes() -> Result<()> {
     let (target, target_memory) = (DType::U8, Memory::Contiguous);
     for device in devices() {
         let mut random = Random::new(33);
-        for (n, dtype) in ELEMENT_COUNTS.iter().flat_map(|&n| FLOATS.map(|d| (n, d))) {
+        let all = ELEMENT_COUNTS.iter().flat_map(|&n| FLOATS.map(|d| (n, d)));
+        for (n, dtype) in cases(&device, FUSED, all) {
             let (alpha, gamma) = (random.pick(&ALPHAS), random.pick(&GAMMAS));
             let memory = random.pick(&[Memory::Contiguous, Memory::Odd]);
             Case { dims: &[n], dtype, memory, target, target_memory, alpha, gamma }.check(&device, &mut random)?;

@@ -1,12 +1,12 @@
 //! The L1 loss against the f64 reference: options, dtypes, shapes and layouts, and what it does at its corner.
 
+use super::losses::{FUSED, L1Loss, Reduction, l1};
 use crate::common::{
-    Check, ELEMENT_COUNTS, FLOATS, Memory, NUMBERS, Operand, REDUCTIONS, Random, broadcastable, devices,
+    Check, ELEMENT_COUNTS, FLOATS, Memory, NUMBERS, Operand, REDUCTIONS, Random, broadcastable, cases, devices,
     element_layouts, tensor, values,
 };
 use crate::reference::{Elements, Term};
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_fused_loss::{L1Loss, Reduction, l1, unfused};
 
 #[derive(Clone, Copy, Debug)]
 struct Case<'a> {
@@ -77,6 +77,7 @@ impl Case<'_> {
                 loss_dims: if reduction == Reduction::None { dims.to_vec() } else { vec![] },
                 forward: &|x, t| loss.forward(x, t),
                 loss_and_grad: &|x, t| loss.loss_and_grad(x, t),
+                // composed too, these losses have the accuracy of the kernels
                 absolute: 0.0,
                 expected: &|upstream| reference.expected(&x, &t, upstream),
             }
@@ -90,10 +91,10 @@ impl Case<'_> {
 fn options_and_dtypes() -> Result<()> {
     for device in devices() {
         let mut random = Random::new(41);
-        for (dtype, target) in FLOATS.iter().flat_map(|&d| NUMBERS.map(|t| (d, t))) {
-            for (weight, mask) in OPTIONS {
-                Case { dims: &[3, 4, 5], dtype, target, weight, mask, ..CONTIGUOUS }.check(&device, &mut random)?;
-            }
+        let dtypes = FLOATS.iter().flat_map(|&d| NUMBERS.map(|t| (d, t)));
+        let all = dtypes.flat_map(|dtypes| OPTIONS.map(|options| (dtypes, options)));
+        for ((dtype, target), (weight, mask)) in cases(&device, FUSED, all) {
+            Case { dims: &[3, 4, 5], dtype, target, weight, mask, ..CONTIGUOUS }.check(&device, &mut random)?;
         }
     }
     Ok(())
@@ -103,7 +104,7 @@ fn options_and_dtypes() -> Result<()> {
 fn layouts() -> Result<()> {
     for device in devices() {
         let mut random = Random::new(42);
-        for (dims, memory, target_memory) in element_layouts() {
+        for (dims, memory, target_memory) in cases(&device, FUSED, element_layouts()) {
             let (dtype, target) = (random.pick(&FLOATS), random.pick(&NUMBERS));
             let (weight, mask) = random.pick(&OPTIONS);
             Case { dims, dtype, memory, target, target_memory, weight, mask }.check(&device, &mut random)?;
@@ -116,7 +117,8 @@ fn layouts() -> Result<()> {
 fn sizes() -> Result<()> {
     for device in devices() {
         let mut random = Random::new(43);
-        for (n, dtype) in ELEMENT_COUNTS.iter().flat_map(|&n| FLOATS.map(|d| (n, d))) {
+        let all = ELEMENT_COUNTS.iter().flat_map(|&n| FLOATS.map(|d| (n, d)));
+        for (n, dtype) in cases(&device, FUSED, all) {
             let (weight, mask) = random.pick(&OPTIONS);
             let memory = random.pick(&[Memory::Contiguous, Memory::Odd]);
             Case { dims: &[n], dtype, memory, weight, mask, ..CONTIGUOUS }.check(&device, &mut random)?;
@@ -127,7 +129,7 @@ fn sizes() -> Result<()> {
     case.check(&Device::Cpu, &mut Random::new(44))
 }
 
-/// Equal numbers, infinities and NaN, and the same from tensor ops.
+/// Equal numbers, infinities and NaN.
 #[test]
 fn corners() -> Result<()> {
     const INF: f64 = f64::INFINITY;
@@ -148,17 +150,15 @@ fn corners() -> Result<()> {
     for device in devices() {
         let x = Var::from_tensor(&tensor(&x, &[9], DType::F32, &device)?)?;
         let t = Var::from_tensor(&tensor(&t, &[9], DType::F32, &device)?)?;
-        for fused in [true, false] {
-            let loss = L1Loss::new().with_reduction(Reduction::None).with_fused(fused);
-            let value = loss.forward(&x, &t)?;
-            same(&format!("loss, fused {fused}"), &values(&value)?, &want_loss);
-            let grads = value.backward()?;
-            let grad = |of: &Var| values(grads.get(of).expect("a gradient"));
-            same(&format!("gradient, fused {fused}"), &grad(&x)?, &want_grad);
-            same(&format!("target's gradient, fused {fused}"), &grad(&t)?, &want_grad.map(|g| -g));
-            let (_, grad) = loss.loss_and_grad(&x.detach(), &t.detach())?;
-            same(&format!("one-pass gradient, fused {fused}"), &values(&grad)?, &want_grad);
-        }
+        let loss = L1Loss::new().with_reduction(Reduction::None);
+        let value = loss.forward(&x, &t)?;
+        same("loss", &values(&value)?, &want_loss);
+        let grads = value.backward()?;
+        let grad = |of: &Var| values(grads.get(of).expect("a gradient"));
+        same("gradient", &grad(&x)?, &want_grad);
+        same("target's gradient", &grad(&t)?, &want_grad.map(|g| -g));
+        let (_, grad) = loss.loss_and_grad(&x.detach(), &t.detach())?;
+        same("one-pass gradient", &values(&grad)?, &want_grad);
     }
     Ok(())
 }
@@ -170,14 +170,11 @@ fn masks() -> Result<()> {
         let x = Tensor::new(&[1f32, f32::NAN, f32::INFINITY, -1.0], &device)?;
         let t = Tensor::new(&[4i64, 0, 0, 0], &device)?;
         let mask = Tensor::new(&[1u8, 0, 0, 1], &device)?;
-        for fused in [true, false] {
-            let loss = L1Loss::new().with_mask(mask.clone()).with_fused(fused);
-            assert_eq!(values(&loss.forward(&x, &t)?)?, [2.0], "fused {fused}");
-            assert_eq!(values(&loss.clone().with_reduction(Reduction::Sum).forward(&x, &t)?)?, [4.0], "fused {fused}");
-            let each = loss.clone().with_reduction(Reduction::None).forward(&x, &t)?;
-            assert_eq!(values(&each)?, [3.0, 0.0, 0.0, 1.0], "fused {fused}");
-        }
         let loss = L1Loss::new().with_mask(mask);
+        assert_eq!(values(&loss.forward(&x, &t)?)?, [2.0]);
+        assert_eq!(values(&loss.clone().with_reduction(Reduction::Sum).forward(&x, &t)?)?, [4.0]);
+        let each = loss.clone().with_reduction(Reduction::None).forward(&x, &t)?;
+        assert_eq!(values(&each)?, [3.0, 0.0, 0.0, 1.0]);
         assert_eq!(values(&loss.loss_and_grad(&x, &t)?.1)?, [-0.5, 0.0, 0.0, -0.5]);
         let (loss, grad) = L1Loss::new().with_mask(Tensor::zeros(4, DType::U8, &device)?).loss_and_grad(&x, &t)?;
         assert!(values(&loss)?[0].is_nan());
@@ -186,15 +183,14 @@ fn masks() -> Result<()> {
     Ok(())
 }
 
-/// The free functions, and integers beyond those that f32 holds.
+/// The free function, and integers beyond those that f32 holds.
 #[test]
-fn free_functions() -> Result<()> {
+fn free_function() -> Result<()> {
     for device in devices() {
         let x = Tensor::new(&[1f64, -2.0, 0.5], &device)?;
         let t = Tensor::new(&[(1i64 << 53) - 1, -2, 2], &device)?;
         let want = ((1i64 << 53) as f64 - 2.0 + 1.5) / 3.0;
         assert_eq!(values(&l1(&x, &t)?)?, [want]);
-        assert_eq!(values(&unfused::l1(&x, &t)?)?, [want]);
     }
     Ok(())
 }
@@ -213,13 +209,11 @@ fn errors() -> Result<()> {
         let long = Tensor::zeros(4, DType::F32, &device)?;
         says(l1(&x, &Tensor::zeros((3, 2), DType::F32, &device)?), &["l1: target of shape [3, 2]", "[2, 3]"]);
         says(l1(&whole, &x), &["l1: input of dtype U32", "f16, bf16, f32 or f64"]);
-        for fused in [true, false] {
-            let loss = L1Loss::new().with_fused(fused);
-            says(loss.clone().with_weight(long.clone()).forward(&x, &x), &["l1: weight of shape [4]", "[2, 3]"]);
-            says(loss.clone().with_weight(whole.clone()).forward(&x, &x), &["l1: weight of dtype U32"]);
-            says(loss.clone().with_mask(long.clone()).forward(&x, &x), &["l1: ", "mask of shape [4]", "[2, 3]"]);
-            says(loss.loss_and_grad(&x, &long).map(|(loss, _)| loss), &["l1: target of shape [4]"]);
-        }
+        let loss = L1Loss::new();
+        says(loss.clone().with_weight(long.clone()).forward(&x, &x), &["l1: weight of shape [4]", "[2, 3]"]);
+        says(loss.clone().with_weight(whole.clone()).forward(&x, &x), &["l1: weight of dtype U32"]);
+        says(loss.clone().with_mask(long.clone()).forward(&x, &x), &["l1: ", "mask of shape [4]", "[2, 3]"]);
+        says(loss.loss_and_grad(&x, &long).map(|(loss, _)| loss), &["l1: target of shape [4]"]);
     }
     Ok(())
 }

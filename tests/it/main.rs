@@ -3,7 +3,6 @@
 #![allow(clippy::duplicate_mod)] // on purpose, see above
 
 mod accuracy;
-mod binary;
 mod common;
 mod composed;
 #[cfg(feature = "cuda")]
@@ -11,12 +10,9 @@ mod cuda_softmax;
 #[cfg(feature = "cuda")]
 mod device;
 mod errors;
-mod focal;
 mod fused;
 mod gradient_accuracy;
-mod l1;
 mod linear_cross_entropy;
-mod multi_label;
 mod properties;
 mod pytorch;
 mod reference;

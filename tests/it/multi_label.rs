@@ -1,9 +1,11 @@
 //! Multi-label soft margin against the f64 reference: options, dtypes, shapes and layouts.
 
-use crate::common::{Check, FLOATS, Memory, Operand, REDUCTIONS, Random, devices, element_layouts, tensor, values};
+use super::losses::{FUSED, MultiLabelSoftMarginLoss, Reduction};
+use crate::common::{
+    Check, FLOATS, Memory, Operand, REDUCTIONS, Random, cases, devices, element_layouts, tensor, values,
+};
 use crate::reference::{Elements, Term};
 use candle_core::{DType, Device, Result};
-use candle_fused_loss::{MultiLabelSoftMarginLoss, Reduction};
 
 #[derive(Clone, Copy, Debug)]
 struct Case<'a> {
@@ -42,6 +44,7 @@ impl Case<'_> {
                 loss_dims: if reduction == Reduction::None { dims[..dims.len() - 1].to_vec() } else { vec![] },
                 forward: &|x, t| loss.forward(x, t),
                 loss_and_grad: &|x, t| loss.loss_and_grad(x, t),
+                // composed too, these losses have the accuracy of the kernels
                 absolute: 0.0,
                 expected: &|upstream| reference.expected(&x, &t, upstream),
             }
@@ -58,10 +61,11 @@ fn options_and_dtypes() -> Result<()> {
     let (memory, target_memory) = (Memory::Contiguous, Memory::Contiguous);
     for device in devices() {
         let mut random = Random::new(21);
-        for (dtype, target) in FLOATS.iter().flat_map(|&d| TARGETS.map(|t| (d, t))) {
-            for (dims, weight) in [(&[4, 7][..], false), (&[4, 7], true), (&[9], true), (&[2, 3, 33], true)] {
-                Case { dims, dtype, memory, target, target_memory, weight }.check(&device, &mut random)?;
-            }
+        let dtypes = FLOATS.iter().flat_map(|&d| TARGETS.map(|t| (d, t)));
+        let shapes = [(&[4, 7][..], false), (&[4, 7], true), (&[9], true), (&[2, 3, 33], true)];
+        let all = dtypes.flat_map(|dtypes| shapes.map(|shape| (dtypes, shape)));
+        for ((dtype, target), (dims, weight)) in cases(&device, FUSED, all) {
+            Case { dims, dtype, memory, target, target_memory, weight }.check(&device, &mut random)?;
         }
     }
     Ok(())
@@ -71,7 +75,8 @@ fn options_and_dtypes() -> Result<()> {
 fn layouts() -> Result<()> {
     for device in devices() {
         let mut random = Random::new(22);
-        for (dims, memory, target_memory) in element_layouts().into_iter().filter(|(dims, ..)| !dims.is_empty()) {
+        let all = element_layouts().into_iter().filter(|(dims, ..)| !dims.is_empty());
+        for (dims, memory, target_memory) in cases(&device, FUSED, all) {
             let (dtype, target, weight) = (random.pick(&FLOATS), random.pick(&TARGETS), random.below(2) == 1);
             Case { dims, dtype, memory, target, target_memory, weight }.check(&device, &mut random)?;
         }
@@ -85,7 +90,8 @@ fn numbers_of_classes() -> Result<()> {
     let (target_memory, target) = (Memory::Odd, DType::F32);
     for device in devices() {
         let mut random = Random::new(23);
-        for (classes, dtype) in [1, 2, 17, 1000, 2047, 2048, 2049, 5003].iter().flat_map(|&c| FLOATS.map(|d| (c, d))) {
+        let all = [1, 2, 17, 1000, 2047, 2048, 2049, 5003].iter().flat_map(|&c| FLOATS.map(|d| (c, d)));
+        for (classes, dtype) in cases(&device, FUSED, all) {
             let memory = random.pick(&[Memory::Contiguous, Memory::Odd]);
             let dims = &[if classes < 100 { 131 } else { 3 }, classes];
             Case { dims, dtype, memory, target, target_memory, weight: true }.check(&device, &mut random)?;

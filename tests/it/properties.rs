@@ -360,12 +360,12 @@ proptest! {
                     .with_reduction(reduction)
                     .with_label_smoothing(e)
                     .with_pos_weight(weight.clone())
-                    .with_ignore_mask(counted.clone());
+                    .with_mask(counted.clone());
                 let composed_logits = BceWithLogitsLoss::new().with_fused(false)
                     .with_reduction(reduction)
                     .with_label_smoothing(e)
                     .with_pos_weight(weight.clone())
-                    .with_ignore_mask(counted);
+                    .with_mask(counted);
                 let (margin, other_margin) = (
                     MultiLabelSoftMarginLoss::new().with_reduction(reduction).with_weight(weight.clone()),
                     MultiLabelSoftMarginLoss::new()

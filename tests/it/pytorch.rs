@@ -96,7 +96,7 @@ impl Case {
         Ok(rows.broadcast_as(input.shape())?)
     }
 
-    /// For each element of the input, whether an ignored row or the ignore mask takes it out.
+    /// For each element of the input, whether an ignored row or the mask takes it out.
     fn ignored(&self) -> Result<Vec<bool>> {
         if self.has_index_target()? {
             let index = self.option("ignore_index").unwrap_or(-100.0);
@@ -366,7 +366,7 @@ fn binary_cross_entropy_with_logits_agrees() {
         let loss = BceWithLogitsLoss::new().with_reduction(case.reduction());
         let loss = set(loss, case.maybe("weight", device)?, BceWithLogitsLoss::with_weight);
         let loss = set(loss, case.maybe("pos_weight", device)?, BceWithLogitsLoss::with_pos_weight);
-        let loss = set(loss, case.maybe("ignore_mask", device)?, BceWithLogitsLoss::with_ignore_mask);
+        let loss = set(loss, case.maybe("ignore_mask", device)?, BceWithLogitsLoss::with_mask);
         let loss = set(loss, case.option("label_smoothing"), BceWithLogitsLoss::with_label_smoothing);
         check_autograd(case, device, |x, t| loss.forward(x, t))?;
         check_one_pass(case, device, |x, t| loss.loss_and_grad(x, t))

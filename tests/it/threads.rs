@@ -130,7 +130,7 @@ fn logistic_family() -> Result<()> {
         for reduction in REDUCTIONS {
             let bce = BceLoss::new().with_weight(weight.clone()).with_reduction(reduction);
             let logits = BceWithLogitsLoss::new().with_pos_weight(weight.clone()).with_reduction(reduction);
-            let logits = logits.with_ignore_mask(weight.gt(0.3)?);
+            let logits = logits.with_mask(weight.gt(0.3)?);
             let margin = MultiLabelSoftMarginLoss::new().with_weight(weight.clone()).with_reduction(reduction);
             let focal = SigmoidFocalLoss::new().with_reduction(reduction);
             same_in_all_pools(&format!("{dims:?} {dtype:?} {reduction:?}"), || {

@@ -30,7 +30,7 @@ pub(super) fn module(name: &str, dtype: DType) -> Result<&'static Module> {
 
 /// The operands of a call: their memory and how they lie.
 struct ElementOperands<'a> {
-    /// Input and target, for a message about one of their elements.
+    /// Input and target, for their dtypes and a message about one of their elements.
     checked: [Arg<'a, CudaStorage>; 2],
     inputs: OperandInputs<'a>,
     axes: OperandAxes,
@@ -139,11 +139,13 @@ impl<'a> ElementCall<'a> {
             span: spans.span as i64,
             smooth_scale: 1.0 - smoothing,
             smooth_shift: smoothing / 2.0,
+            grad_scale: self.options.grad_scale,
             parameters: term.parameters,
             term: term.number,
             reduction: self.options.reduction.into(),
             target_dtype: inputs.target.tag as i32,
             mask_dtype: inputs.mask.as_ref().map_or(0, |mask| mask.tag as i32),
+            unit_target: self.problem.unit_operands(operands.checked[1].0.dtype()).target as i32,
             small: (self.elements < wide_indices_from()) as i32,
             phase: match variant {
                 Variant::Dense { phase } => phase,
@@ -281,13 +283,13 @@ impl<'a> ElementCall<'a> {
         }
         let locked = self.options.lock();
         let operands = ElementOperands::new(self.problem.name, input, target, &locked)?;
-        if self.options.target_check {
+        if self.options.target_check && self.problem.unit_operands(target.0.dtype()).target {
             self.check(&operands)?;
         }
         self.losses(&operands, with_grad)
     }
 
-    /// Looks for an element that is no probability and waits for the answer.
+    /// Looks for an element that is out of range and waits for the answer.
     fn check(&self, operands: &ElementOperands) -> Result<()> {
         let spans = Spans::each(self.elements as u64, Variant::Any, self.bytes());
         let params = self.params(operands, Variant::Any, &spans);
@@ -300,18 +302,11 @@ impl<'a> ElementCall<'a> {
             Some(&at) if at != u64::MAX => at as usize,
             _ => return Ok(()),
         };
-        let value = |(storage, layout): Arg<CudaStorage>| read_element(storage, layout, at);
-        let is_probability = |v: f64| (0.0..=1.0).contains(&v);
-        let [input, target] = operands.checked;
-        let (what, v) = match value(input)? {
-            x if is_probability(x) => ("target", value(target)?),
-            x => ("probability", x),
+        let value = |(storage, layout): Arg<CudaStorage>| -> Result<_> {
+            Ok((read_element(storage, layout, at)?, storage.dtype()))
         };
-        let name = self.problem.name;
-        match self.accumulator() {
-            DType::F64 => Err(check::not_in_unit_interval(name, what, v, at)),
-            _ => Err(check::not_in_unit_interval(name, what, v as f32, at)),
-        }
+        let [input, target] = operands.checked;
+        Err(self.problem.out_of_range(at, value(input)?, value(target)?))
     }
 }
 

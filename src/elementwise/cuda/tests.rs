@@ -430,7 +430,13 @@ fn probabilities_out_of_range() -> Result<()> {
         let first_line = |s: String| s.lines().next().unwrap_or_default().to_string();
         assert_eq!(first_line(message(&device)?), first_line(message(&Device::Cpu)?));
     }
-    checked.forward(&x.narrow(0, 4, 2)?, &t.narrow(0, 4, 2)?)?;
+    checked.clone().forward(&x.narrow(0, 4, 2)?, &t.narrow(0, 4, 2)?)?;
+    // behind a mask nothing is refused
+    let mask = Tensor::new(&[1u8, 0, 0, 0, 1, 1], &device)?;
+    let (loss, grad) = with(checked, |o| o.options.mask = Some(mask)).loss_and_grad(&x, &t)?;
+    assert!((values(&loss)?[0] - 2f64.ln()).abs() < 1e-6);
+    assert_eq!(values(&loss)?[1..], [0.0; 5]);
+    assert_eq!(values(&grad)?, [-2.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
     Ok(())
 }
 
