@@ -186,6 +186,10 @@ pub(crate) fn through_autograd(
 ) -> Result<(Tensor, Tensor)> {
     let input = Var::from_tensor(&input.detach())?;
     let loss = loss(&input)?;
-    let grad = (&loss * grad_scale)?.backward()?.remove(&input);
+    let grad = match loss.elem_count() {
+        // candle's CUDA part has no ones of an empty shape
+        0 => None,
+        _ => (&loss * grad_scale)?.backward()?.remove(&input),
+    };
     Ok((loss.detach(), grad.map_or_else(|| input.zeros_like(), Ok)?))
 }

@@ -3,10 +3,12 @@
 //! These are the free functions of the crate's root without its kernels; a loss object takes the same path with
 //! `with_fused(false)`. The path is the specification, the oracle that the fused kernels are tested against, the
 //! baseline of the benchmarks, and the implementation on devices without kernels (Metal), where every loss takes it by
-//! itself. Every op makes a tensor of its own, so all of this is slower and needs more memory, and losses and gradients
-//! below the spacing of f32 around 1 are rounded to 0.
+//! itself. Every op makes a tensor of its own, so all of this is slower and needs more memory, and in the softmax
+//! family losses and gradients below the spacing of f32 around 1 are rounded to 0.
 //!
-//! Class indices are checked on the CPU by candle's gather; probabilities are not checked at all.
+//! Class indices out of range are what they are to the kernels: an error on the CPU, NaN on a device unless a check is
+//! asked for. Probabilities, and integers where a label is 0 or 1, are checked on every device, which the host waits
+//! for.
 //!
 //! # Example
 //! ```

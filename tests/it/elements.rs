@@ -46,7 +46,7 @@ impl Loss<'_> {
         let t_var = if t.dtype().is_float() { Some(Var::from_tensor(t)?) } else { None };
         let t = t_var.as_ref().map_or(t, |t| t.as_tensor());
         let loss = (self.forward)(&x, t)?;
-        let grads = loss.backward()?;
+        let grads = loss.sum_all()?.backward()?;
         let target_grad = t_var.as_ref().map(|t| values(grads.get(t).expect("a target's gradient"))).transpose()?;
         let (one_loss, one_grad) = (self.loss_and_grad)(&x.detach(), &t.detach())?;
         Ok(Results {
