@@ -113,8 +113,8 @@ pub(crate) fn is_composed_in_graph(fused: bool, operands: &[&Tensor]) -> bool {
 const KEEP_BACKWARD_GRAPH: &str = "CANDLE_GRAD_DO_NOT_DETACH";
 
 thread_local! {
-    /// The variable as it was at a thread's first loss of tracked tensors, and at its first backward through one. candle
-    /// reads it once a thread too, in the first backward, which may come later than the first loss.
+    /// The variable as it was at a thread's first loss of tracked tensors, and at its first backward through one.
+    /// candle reads it once a thread too, in the first backward, which may come later than the first loss.
     static KEPT_AT_FORWARD: bool = keeps_backward_graph();
     static KEPT_AT_BACKWARD: bool = keeps_backward_graph();
 }

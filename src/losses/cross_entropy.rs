@@ -149,8 +149,8 @@ impl CrossEntropyLoss {
     pub fn loss_and_grad_inplace(&self, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
         if logits.track_op() {
             bail!(
-                "{NAME}: logits of shape {:?} are tracked by autograd, whose backward needs the values that the gradient \
-                 would replace, as does the variable of which they may be a view, expected a copy \
+                "{NAME}: logits of shape {:?} are tracked by autograd, whose backward needs the values that the \
+                 gradient would replace, as does the variable of which they may be a view, expected a copy \
                  (`logits.detach().copy()?`), or loss_and_grad",
                 logits.dims()
             );

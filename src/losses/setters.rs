@@ -1,8 +1,9 @@
 //! The setters that several losses have, each written once together with its documentation.
 //!
-//! A loss gives its name, the lines that make the inputs of its examples, the arguments of a call with them, the path of
-//! its options, and of its gradients the one to look at if there are several. The class indices' losses choose inputs whose logits are `[[1, 2, 3], [1, 2, 0]]`, so that an
-//! option has the same effect in the examples of each; the other losses give the numbers too.
+//! A loss gives its name, the lines that make the inputs of its examples, the arguments of a call with them, the path
+//! of its options, and of its gradients the one to look at if there are several. The class indices' losses choose
+//! inputs whose logits are `[[1, 2, 3], [1, 2, 0]]`, so that an option has the same effect in the examples of each; the
+//! other losses give the numbers too.
 
 /// An example in a doc comment: the inputs, and the lines that are given.
 macro_rules! example {
@@ -100,9 +101,9 @@ macro_rules! row_setters {
             self
         }
 
-        /// Sets the axis of the classes, negative from the end; by default it is 1, or 0 where there is no batch. The loss
-        /// and the gradient are as if it were moved to axis 1: with -1, logits `(N, d1, …, dk, C)` go with a target
-        /// `(N, d1, …, dk)`. The logits of linear cross-entropy have them last, and nowhere else.
+        /// Sets the axis of the classes, negative from the end; by default it is 1, or 0 where there is no batch. The
+        /// loss and the gradient are as if it were moved to axis 1: with -1, logits `(N, d1, …, dk, C)` go with a
+        /// target `(N, d1, …, dk)`. The logits of linear cross-entropy have them last, and nowhere else.
         ///
         #[doc = setter_example!($loss, $inputs, $args, ".with_class_axis(-1)", "0.907606")]
         pub fn with_class_axis(mut self, axis: isize) -> Self {

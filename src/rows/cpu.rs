@@ -48,6 +48,11 @@ impl<A: Real> Tile<A> {
         }
         tiles
     }
+
+    /// The memory of the first tile as a block; none where there is no tile.
+    pub fn block(tiles: &mut [Self]) -> &mut [A] {
+        tiles.first_mut().map(|tile| tile.0.as_flattened_mut()).unwrap_or_default()
+    }
 }
 
 /// How the work is divided: by the shape alone, so that the bits of a result don't depend on the number of threads.

@@ -45,9 +45,9 @@ impl SoftmaxOptions {
         }
     }
 
-    /// The logit scale as a factor of the logits ahead of a soft cap, and one of their differences to the row's largest.
-    /// Without a cap the first is the scale's sign: a difference does not overflow where a product would, and does not
-    /// lose what a product's rounding does. A scale of 0 makes all logits 0.
+    /// The logit scale as a factor of the logits ahead of a soft cap, and one of their differences to the row's
+    /// largest. Without a cap the first is the scale's sign: a difference does not overflow where a product would, and
+    /// does not lose what a product's rounding does. A scale of 0 makes all logits 0.
     pub fn split_scale(&self) -> (f64, f64) {
         match self.logit_scale {
             scale if self.softcap.is_some() || scale == 0.0 => (scale, 1.0),

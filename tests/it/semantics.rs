@@ -11,8 +11,8 @@ use crate::common::{
 };
 use candle_core::{D, DType, Result, Tensor, Var};
 
-/// Elementwise `|got - want| <= relative |want|`, and what composed losses may be off beside it; NaN and infinities must
-/// be themselves.
+/// Elementwise `|got - want| <= relative |want|`, and what composed losses may be off beside it; NaN and infinities
+/// must be themselves.
 #[track_caller]
 fn assert_near(what: &str, got: &[f64], want: &[f64], relative: f64) {
     assert_eq!(got.len(), want.len(), "{what}: number of elements");

@@ -181,7 +181,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
     fn reduce_strip(&self, detail: RowDetail, strip: &Strip, scratch: &mut TileScratch<T::Acc>) -> States<T::Acc> {
         let mut states = States { scale: self.logits.factor, ..States::EMPTY };
         let TileScratch { x, q, .. } = scratch;
-        let (x, q) = (x[0].0.as_flattened_mut(), q[0].0.as_flattened_mut());
+        let (x, q) = (Tile::block(x), Tile::block(q));
         let (rows, of) = (strip.rows.clone(), &strip.classes);
         for class in of.clone().step_by(BLOCK) {
             let block = class..(class + BLOCK).min(of.end);
@@ -270,8 +270,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         let has_own = weight != T::Acc::ZERO && classes.contains(&own);
         let own_value = has_own.then(|| self.own_value(emit, &scalars, row, own, weight));
         let TileScratch { x, e, q, slope } = scratch;
-        let [x, e, q, slope] =
-            [x, e, q, slope].map(|tiles| tiles.first_mut().map(|tile| tile.0.as_flattened_mut()).unwrap_or_default());
+        let [x, e, q, slope] = [x, e, q, slope].map(|tiles| Tile::block(tiles));
         for class in classes.clone().step_by(BLOCK) {
             let len = (classes.end - class).min(BLOCK);
             let at = start + class;

@@ -330,8 +330,8 @@ impl<A: Real> LaneSums<A> {
     }
 }
 
-/// Adds the sums of a few classes to those of many, and begins anew: in one long chain of additions of like numbers, all
-/// roundings could go in one direction.
+/// Adds the sums of a few classes to those of many, and begins anew: in one long chain of additions of like numbers,
+/// all roundings could go in one direction.
 #[inline(always)]
 fn settle<A: Real>(few: &mut [A; LANES], sums: &mut [A; LANES]) {
     for lane in 0..LANES {
