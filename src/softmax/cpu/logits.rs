@@ -99,7 +99,7 @@ impl<A: Real> TargetDistribution<'_, A> {
             place.load_written(source.as_ref(), classes, to);
             place.fill_rest(to, classes.len(), A::ZERO);
         }
-        for to in &mut to[..place.tiles().count()] {
+        for to in to.iter_mut().take(place.tiles().count()) {
             let to = &mut to.0[..classes.len()];
             match self {
                 TargetDistribution::None => return,
