@@ -4,6 +4,7 @@
 use super::layout::{Rows, Run};
 use crate::cpu::element::{Element, Input, Output, Source};
 use crate::cpu::math::{LANES, Real};
+use std::cell::Cell;
 use std::ops::Range;
 
 /// An upstream gradient over the denominator. That is 0 where the rows that count weigh nothing: then no gradient goes
@@ -38,21 +39,31 @@ const AHEAD: usize = 8;
 pub(crate) struct Tile<A>(pub [[A; LANES]; DEPTH]);
 
 impl<A: Real> Tile<A> {
-    /// So many of zeros, by one call of memset: next to a small problem more would take time.
-    pub fn zeros(count: usize) -> Vec<Self> {
-        let mut tiles: Vec<Self> = Vec::with_capacity(count);
-        // SAFETY: there is room for as many, and floats of which all bits are 0 are 0
-        unsafe {
-            tiles.as_mut_ptr().write_bytes(0, count);
-            tiles.set_len(count);
-        }
-        tiles
-    }
-
     /// The memory of the first tile as a block; none where there is no tile.
     pub fn block(tiles: &mut [Self]) -> &mut [A] {
         tiles.first_mut().map(|tile| tile.0.as_flattened_mut()).unwrap_or_default()
     }
+}
+
+/// A cache line, of which only the size and the alignment matter.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct CacheLine(#[expect(dead_code)] [u8; 64]);
+
+/// Calls `work` with so many tiles, in which there are any numbers. The memory stays with the thread: to allocate and
+/// fill it anew would take longer than a small problem.
+pub(crate) fn with_tiles<A: Real>(count: usize, work: impl FnOnce(&mut [Tile<A>])) {
+    thread_local! {
+        static KEPT: Cell<Vec<CacheLine>> = const { Cell::new(Vec::new()) };
+    }
+    let mut lines = KEPT.take();
+    let needed = count * size_of::<Tile<A>>().div_ceil(size_of::<CacheLine>());
+    if lines.len() < needed {
+        lines.resize(needed, CacheLine([0; 64]));
+    }
+    // SAFETY: lines of the tiles' alignment and at least of their size, initialised, and any bits are floats
+    work(unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), count) });
+    KEPT.set(lines);
 }
 
 /// How the work is divided: by the shape alone, so that the bits of a result don't depend on the number of threads.

@@ -9,7 +9,7 @@ use super::logits::{Logits, TargetDistribution, TileScratch};
 use crate::cpu::element::{Element, Output, PerRow, as_uninit, build};
 use crate::cpu::math::{Baseline, LANES, Real, dispatch};
 use crate::cpu::parallel::for_each_task;
-use crate::rows::cpu::{BLOCK, DEPTH, Division, Strip, Tile, TilePlace};
+use crate::rows::cpu::{BLOCK, DEPTH, Division, Strip, Tile, TilePlace, with_tiles};
 use candle_core::CpuStorage;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -45,17 +45,16 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         (units, (rows.count() * rows.classes / units.max(1)).max(1))
     }
 
-    fn scratch(&self, emits: bool) -> TileScratch<T::Acc> {
-        let strips = matches!(self.division, Division::Strips { .. });
-        let direct = strips && self.logits.is_read_directly() && !self.logits.x.is_replaced();
-        let tiles = |used| Tile::zeros(if used { self.division.tiles() } else { 0 });
-        TileScratch {
-            x: tiles(!direct),
-            // a tile's own classes are added to its q
-            q: tiles(!self.q.is_none() || (emits && !strips)),
-            e: tiles(emits && !T::INLINE),
-            slope: tiles(emits && self.logits.softcap.is_some()),
-        }
+    /// Calls `work` with scratch memory for a unit.
+    fn with_scratch(&self, work: impl FnOnce(&mut TileScratch<T::Acc>)) {
+        let count = self.division.tiles();
+        let capped = if self.logits.softcap.is_some() { count } else { 0 };
+        with_tiles(3 * count + capped, |tiles| {
+            let (x, tiles) = tiles.split_at_mut(count);
+            let (q, tiles) = tiles.split_at_mut(count);
+            let (e, slope) = tiles.split_at_mut(count);
+            work(&mut TileScratch { x, q, e, slope });
+        });
     }
 
     /// Reduces every row, and calls `finish` with the states of up to [`LANES`] adjacent rows: once for each row, and
@@ -67,27 +66,28 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         let mut parts = vec![States::EMPTY; if segments > 1 { units } else { 0 }];
         let written_parts = PerRow::new(&mut parts);
         for_each_task(units, logits * REDUCE_WORK, |units| {
-            let mut scratch = self.scratch(false);
-            let mut states = vec![];
-            for unit in units {
-                match self.division {
-                    Division::Strips { rows, segments } => {
-                        let strip = Strip::new(unit, rows, segments, &self.logits.rows);
-                        let states = self.reduce_strip(detail, &strip, &mut scratch);
-                        if segments == 1 {
-                            finish(strip.rows, &states);
-                        } else {
-                            // SAFETY: this task alone has the unit
-                            unsafe { written_parts.set(unit..unit + 1, &[states]) };
+            self.with_scratch(|scratch| {
+                let mut states = vec![];
+                for unit in units {
+                    match self.division {
+                        Division::Strips { rows, segments } => {
+                            let strip = Strip::new(unit, rows, segments, &self.logits.rows);
+                            let states = self.reduce_strip(detail, &strip, scratch);
+                            if segments == 1 {
+                                finish(strip.rows, &states);
+                            } else {
+                                // SAFETY: this task alone has the unit
+                                unsafe { written_parts.set(unit..unit + 1, &[states]) };
+                            }
+                        }
+                        Division::Tiles(tiles) => {
+                            let place = TilePlace::new(&self.logits.rows, unit, tiles);
+                            self.reduce_tiles(Some(detail), &place, &mut states, scratch);
+                            place.tiles().zip(&states).for_each(|(rows, states)| finish(rows, states));
                         }
                     }
-                    Division::Tiles(tiles) => {
-                        let place = TilePlace::new(&self.logits.rows, unit, tiles);
-                        self.reduce_tiles(Some(detail), &place, &mut states, &mut scratch);
-                        place.tiles().zip(&states).for_each(|(rows, states)| finish(rows, states));
-                    }
                 }
-            }
+            });
         });
         for (row, parts) in parts.chunks_mut(segments).enumerate() {
             let Some((states, next)) = parts.split_first_mut() else { continue };
@@ -153,28 +153,29 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
     ) {
         let (units, logits) = self.units();
         for_each_task(units, logits * EMIT_WORK, |units| {
-            let mut scratch = self.scratch(true);
-            let (mut states, mut groups) = (vec![], vec![]);
-            for unit in units {
-                match self.division {
-                    Division::Strips { rows, segments } => {
-                        let strip = Strip::new(unit, rows, segments, &self.logits.rows);
-                        let states =
-                            reduce.map_or(States::EMPTY, |detail| self.reduce_strip(detail, &strip, &mut scratch));
-                        let group = group(strip.rows.clone(), &states);
-                        for (lane, row) in strip.rows.enumerate() {
-                            self.emit_row(emit, (&group, lane), (row, &strip.classes), out, &mut scratch);
+            self.with_scratch(|scratch| {
+                let (mut states, mut groups) = (vec![], vec![]);
+                for unit in units {
+                    match self.division {
+                        Division::Strips { rows, segments } => {
+                            let strip = Strip::new(unit, rows, segments, &self.logits.rows);
+                            let states =
+                                reduce.map_or(States::EMPTY, |detail| self.reduce_strip(detail, &strip, scratch));
+                            let group = group(strip.rows.clone(), &states);
+                            for (lane, row) in strip.rows.enumerate() {
+                                self.emit_row(emit, (&group, lane), (row, &strip.classes), out, scratch);
+                            }
+                        }
+                        Division::Tiles(tiles) => {
+                            let place = TilePlace::new(&self.logits.rows, unit, tiles);
+                            self.reduce_tiles(reduce, &place, &mut states, scratch);
+                            groups.clear();
+                            groups.extend(place.tiles().zip(&states).map(|(rows, states)| group(rows, states)));
+                            self.emit_tiles(emit, &groups, (&place, reduce.is_some()), out, scratch);
                         }
                     }
-                    Division::Tiles(tiles) => {
-                        let place = TilePlace::new(&self.logits.rows, unit, tiles);
-                        self.reduce_tiles(reduce, &place, &mut states, &mut scratch);
-                        groups.clear();
-                        groups.extend(place.tiles().zip(&states).map(|(rows, states)| group(rows, states)));
-                        self.emit_tiles(emit, &groups, (&place, reduce.is_some()), out, &mut scratch);
-                    }
                 }
-            }
+            });
         });
     }
 
@@ -239,7 +240,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
             // SAFETY: the values of the rows are emitted by this task after they are reduced, or in a later pass
             unsafe { self.logits.load_tiles(place, &classes, x, None) };
             self.q.load_tiles(place, &classes, q);
-            for (i, (states, x)) in states.iter_mut().zip(&*x).enumerate() {
+            for (i, (states, x)) in states.iter_mut().zip(x.iter()).enumerate() {
                 let q = q.get(i).filter(|_| !self.q.is_none()).map(|q| &q.0[..depth]);
                 let (classes, xs) = (classes.clone(), &x.0[..depth]);
                 with_scale!(self.logits.factor, scale => {
@@ -336,7 +337,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                 unsafe { self.logits.load_tiles(place, &classes, x, capped.then_some(&mut slope[..])) };
                 self.q.load_tiles(place, &classes, q);
             }
-            for (tile, ((group, x), q)) in groups.iter().zip(&mut *x).zip(&mut *q).enumerate() {
+            for (tile, ((group, x), q)) in groups.iter().zip(x.iter_mut()).zip(q.iter_mut()).enumerate() {
                 let RowGroup { scalars, targets } = group;
                 let q = &mut q.0[..depth];
                 let has_own = targets.weight.iter().any(|weight| *weight != T::Acc::ZERO);

@@ -7,14 +7,14 @@ use crate::rows::layout::{Rows, Run};
 use std::ops::Range;
 
 /// The memory in which a unit of work reads logits and q, and computes what it emits: its tiles, or one for a strip's
-/// blocks. What isn't used is empty, because to fill it takes longer than a small problem.
-pub(super) struct TileScratch<A> {
-    pub(super) x: Vec<Tile<A>>,
-    pub(super) q: Vec<Tile<A>>,
+/// blocks.
+pub(super) struct TileScratch<'m, A> {
+    pub(super) x: &'m mut [Tile<A>],
+    pub(super) q: &'m mut [Tile<A>],
     /// A block on its way to a type that the vectorised loops can't write.
-    pub(super) e: Vec<Tile<A>>,
-    /// The soft cap's.
-    pub(super) slope: Vec<Tile<A>>,
+    pub(super) e: &'m mut [Tile<A>],
+    /// The soft cap's; none where there is no cap.
+    pub(super) slope: &'m mut [Tile<A>],
 }
 
 /// The weighted, smoothed target distribution q: a number for each class of each row. With class indices, what a row's
