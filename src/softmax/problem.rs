@@ -120,10 +120,6 @@ pub(crate) struct Saved {
     /// A scalar in the arithmetic dtype: what the sum of the rows' losses is divided by; 1 unless the reduction is
     /// Mean.
     pub denominator: Tensor,
-    /// Whether the maxima are those of the logits after the scale in any case, as statistics of rows have them. On
-    /// CUDA some kernels leave the scale to the exponentials.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    pub after_scale: bool,
 }
 
 /// The numbers of each row that [`CrossEntropyLoss::statistics`](crate::CrossEntropyLoss::statistics) and

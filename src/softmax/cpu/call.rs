@@ -173,7 +173,6 @@ impl<'a, T: Element> RowProblem<'a, T> {
         Saved {
             statistics: storage(statistics).into_tensor((self.kinds(), self.rows().count())),
             denominator: storage(vec![T::Acc::of(denominator)]).into_tensor(()),
-            after_scale: true,
         }
     }
 

@@ -287,19 +287,11 @@ impl<'a> SoftmaxCall<'a> {
     }
 
     /// What a forward leaves for the backward.
-    pub fn saved(&self, statistics: CudaStorageSlice, denominator: CudaStorageSlice, after_scale: bool) -> Saved {
+    pub fn saved(&self, statistics: CudaStorageSlice, denominator: CudaStorageSlice) -> Saved {
         let shape = (self.statistics_per_row(), self.rows.count());
         Saved {
             statistics: self.wrap(statistics).into_tensor(shape),
             denominator: self.wrap(denominator).into_tensor(()),
-            after_scale,
-        }
-    }
-
-    /// Chooses kernels that understand what the forward saved: the uniform ones take maxima from before the scale.
-    pub fn continue_from(&mut self, saved: &Saved) {
-        if saved.after_scale && self.options.logit_scale != 1.0 {
-            self.detail = Detail::General;
         }
     }
 

@@ -27,7 +27,7 @@ impl SoftmaxKernels for CudaStorage {
         call.check_target(target)?;
         let reduced = call.reduce(&InputView::new(storage, layout)?)?;
         let loss = call.wrap(reduced.loss);
-        Ok((loss, call.saved(reduced.statistics, reduced.denominator, false)))
+        Ok((loss, call.saved(reduced.statistics, reduced.denominator)))
     }
 
     fn backward(
@@ -40,8 +40,7 @@ impl SoftmaxKernels for CudaStorage {
     ) -> Result<Self> {
         let weight = problem.options.rows.lock_weight();
         // the forward has checked the target
-        let mut call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &weight)?;
-        call.continue_from(saved);
+        let call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &weight)?;
         let len = layout.shape().elem_count();
         let dtype = match of {
             Argument::Input => call.dtype,
@@ -117,7 +116,7 @@ impl SoftmaxKernels for CudaStorage {
         call.check_target(target)?;
         let (reduced, numbers) = call.reduce_with_statistics(&InputView::new(storage, layout)?)?;
         let loss = call.wrap(reduced.loss);
-        let saved = call.saved(reduced.statistics, reduced.denominator, true);
+        let saved = call.saved(reduced.statistics, reduced.denominator);
         Ok((loss, saved, numbers.map(|numbers| call.wrap(numbers))))
     }
 
