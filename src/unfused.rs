@@ -32,7 +32,7 @@ use crate::losses::focal::SigmoidFocalLoss;
 use crate::losses::l1::L1Loss;
 use crate::losses::linear_cross_entropy::LinearCrossEntropyLoss;
 use crate::losses::multi_label::MultiLabelSoftMarginLoss;
-use crate::losses::nll::{LOG_SOFTMAX, NllLoss};
+use crate::losses::nll::{NllLoss, log_softmax_by};
 use candle_core::shape::Dim;
 use candle_core::{Result, Tensor};
 
@@ -181,5 +181,5 @@ pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, target: &Tensor) -
 /// # candle_core::Result::Ok(())
 /// ```
 pub fn log_softmax<D: Dim>(logits: &Tensor, dim: D) -> Result<Tensor> {
-    crate::softmax::composed::log_softmax(logits, dim.to_index(logits.shape(), LOG_SOFTMAX)?)
+    log_softmax_by(false, logits, dim)
 }

@@ -9,7 +9,7 @@ use candle_core::shape::Dim;
 use candle_core::{Result, Tensor};
 
 const NAME: &str = "nll";
-pub(crate) const LOG_SOFTMAX: &str = "log_softmax";
+const LOG_SOFTMAX: &str = "log_softmax";
 
 /// Negative log-likelihood of log-probabilities and class indices.
 ///
@@ -162,10 +162,15 @@ pub fn nll(log_probs: &Tensor, target: &Tensor) -> Result<Tensor> {
 /// # }
 /// ```
 pub fn log_softmax<D: Dim>(logits: &Tensor, dim: D) -> Result<Tensor> {
+    log_softmax_by(true, logits, dim)
+}
+
+/// By a kernel where it is `fused`.
+pub(crate) fn log_softmax_by<D: Dim>(fused: bool, logits: &Tensor, dim: D) -> Result<Tensor> {
     let axis = dim.to_index(logits.shape(), LOG_SOFTMAX)?;
     arithmetic_dtype(LOG_SOFTMAX, "logits", logits)?;
     if logits.elem_count() == 0 {
         return Ok(logits.clone());
     }
-    softmax::op::log_softmax(LOG_SOFTMAX, logits, axis)
+    softmax::op::log_softmax(LOG_SOFTMAX, fused, logits, axis)
 }

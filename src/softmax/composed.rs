@@ -9,10 +9,6 @@ use candle_core::{DType, Result, Tensor};
 
 /// `x - log sum exp(x)` along an axis.
 pub(crate) fn log_softmax(logits: &Tensor, axis: usize) -> Result<Tensor> {
-    if logits.elem_count() == 0 {
-        // nothing to reduce, and candle reduces nothing to nothing
-        return Ok(logits.clone());
-    }
     let x = logits.to_dtype(arithmetic(logits.dtype()))?;
     let (shifted, log_sum, _) = shifted_log_sum(&x, axis, 1.0)?;
     shifted.broadcast_sub(&log_sum)?.to_dtype(logits.dtype())
@@ -151,7 +147,7 @@ impl ComposedLoss {
     pub fn new(problem: &CrossEntropy, logits: &Tensor, target: &Tensor) -> Result<Self> {
         let (o, shape) = (&problem.options.rows, row_shape(logits.layout(), problem.axis));
         if logits.elem_count() == 0 {
-            // as in `log_softmax`
+            // nothing to reduce, and candle reduces nothing to nothing
             let losses = logits.to_dtype(arithmetic(logits.dtype()))?.flatten_all()?;
             return Ok(ComposedLoss { loss: reduced(o, losses.clone(), &losses, shape)?, rows: None, losses });
         }

@@ -222,8 +222,8 @@ impl InplaceOp2 for CrossEntropyLossAndGrad {
 }
 
 /// `log_softmax` along any axis, with autograd.
-pub(crate) fn log_softmax(name: &'static str, logits: &Tensor, axis: usize) -> Result<Tensor> {
-    if is_composed_in_graph(true, &[logits]) {
+pub(crate) fn log_softmax(name: &'static str, fused: bool, logits: &Tensor, axis: usize) -> Result<Tensor> {
+    if is_composed_in_graph(fused, &[logits]) {
         return composed::log_softmax(logits, axis);
     }
     let logits = as_rows(logits, axis)?;

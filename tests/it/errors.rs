@@ -1,11 +1,11 @@
 //! Every class of error by example: what the message says, and that nothing else fails or panics.
 
-use crate::common::{FLOATS, Random, devices};
-use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_fused_loss::{
+use super::losses::{
     BceLoss, BceWithLogitsLoss, CrossEntropyLoss, MultiLabelSoftMarginLoss, NllLoss, Reduction, SigmoidFocalLoss,
     log_softmax,
 };
+use crate::common::{FLOATS, Random, devices};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use proptest::prelude::*;
 
 fn zeros(dims: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
@@ -94,7 +94,7 @@ fn dtypes_of_cross_entropy_and_nll() -> Result<()> {
 fn options_of_cross_entropy_and_nll() -> Result<()> {
     for device in devices() {
         let (logits, target) = (zeros(&[3, 2], F32, &device)?, zeros(&[3], DType::U32, &device)?);
-        let fails = |loss: CrossEntropyLoss, parts: &[&str]| {
+        let fails = |loss: candle_fused_loss::CrossEntropyLoss, parts: &[&str]| {
             for result in [loss.forward(&logits, &target), loss.loss_and_grad(&logits, &target).map(|v| v.0)] {
                 assert_says(result, &[&["cross_entropy"], parts].concat());
             }

@@ -17,6 +17,8 @@ mod binary;
 mod cross_entropy;
 #[path = "elements.rs"]
 mod elements;
+#[path = "errors.rs"]
+mod errors;
 #[path = "focal.rs"]
 mod focal;
 #[path = "l1.rs"]

@@ -9,7 +9,6 @@ mod composed;
 mod cuda_softmax;
 #[cfg(feature = "cuda")]
 mod device;
-mod errors;
 mod fused;
 mod gradient_accuracy;
 mod linear_cross_entropy;

@@ -31,7 +31,7 @@ fn all_passes(problem: &CrossEntropy, x: &Tensor, target: &Tensor) -> Result<()>
     assert_eq!(number(&difference)?, 0.0);
     problem.clone().forward_with_statistics(&x, target)?;
     let x = Var::from_tensor(&x)?;
-    log_softmax("log_softmax", &x, 1)?.sqr()?.sum_all()?.backward()?;
+    log_softmax("log_softmax", true, &x, 1)?.sqr()?.sum_all()?.backward()?;
     Ok(())
 }
 

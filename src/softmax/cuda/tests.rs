@@ -408,7 +408,7 @@ fn every_kernel_is_reached() -> Result<()> {
             }
             let on = |device: &Device| -> Result<[Tensor; 2]> {
                 let x = Var::from_tensor(&logits.to_device(device)?)?;
-                let y = crate::softmax::op::log_softmax("log_softmax", x.as_tensor(), 1)?;
+                let y = crate::softmax::op::log_softmax("log_softmax", true, x.as_tensor(), 1)?;
                 let grads = y.sqr()?.sum_all()?.backward()?;
                 Ok([y, grads.get(&x).unwrap().clone()])
             };
@@ -504,7 +504,7 @@ fn small_problems_take_one_launch() -> Result<()> {
             }
             // two numbers of each row are saved for a backward, where there can be one
             for (logits, allocations) in [(logits.as_tensor().clone(), 2), (logits.as_detached_tensor(), 1)] {
-                let log_probs = work_of(|| crate::softmax::op::log_softmax("log_softmax", &logits, 1))?;
+                let log_probs = work_of(|| crate::softmax::op::log_softmax("log_softmax", true, &logits, 1))?;
                 assert_eq!(log_probs, Work { launches: 1, allocations, waits: 0 }, "log_softmax, {rows} x {classes}");
             }
         }
@@ -675,7 +675,7 @@ fn log_softmax_matches_the_cpu() -> Result<()> {
             for (dims, axis) in [(vec![4, 77], 1), (vec![3, 13, 6], 1), (vec![3, 4, 19], 2), (vec![33], 0)] {
                 let on = |device: &Device| -> Result<(Tensor, Tensor)> {
                     let x = Var::from_tensor(&random(&dims, 1, dtype)?.to_device(device)?)?;
-                    let y = crate::softmax::op::log_softmax("log_softmax", x.as_tensor(), axis)?;
+                    let y = crate::softmax::op::log_softmax("log_softmax", true, x.as_tensor(), axis)?;
                     let upstream = random(&dims, 9, dtype)?.to_device(device)?;
                     let grads = (&y * upstream)?.sum_all()?.backward()?;
                     Ok((y, grads.get(&x).unwrap().clone()))
