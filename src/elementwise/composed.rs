@@ -5,8 +5,9 @@
 //! what is detached is a constant, or corrects the rounding of a value. The one exception is said at [`bce`].
 
 use super::problem::{Elements, Term};
-use crate::check::arithmetic;
+use crate::check::{arithmetic, is_index};
 use crate::reduction::Reduction;
+use crate::rows::layout::indices_as_i64;
 use candle_core::{D, DType, Device, Result, Tensor};
 
 /// The loss.
@@ -89,15 +90,9 @@ fn losses(problem: &Elements, input: &Tensor, target: &Tensor) -> Result<(Tensor
     Ok((loss, count))
 }
 
-/// The same numbers in a dtype that candle computes with on their device: on CUDA i16 and i32 have neither conversions
-/// nor comparisons.
+/// The same numbers in a dtype that candle computes with: on CUDA i16 and i32 have neither conversions nor comparisons.
 fn computable(t: &Tensor) -> Result<Tensor> {
-    match t.dtype() {
-        DType::I16 | DType::I32 if !t.device().is_cpu() => {
-            t.to_device(&Device::Cpu)?.to_dtype(DType::I64)?.to_device(t.device())
-        }
-        _ => Ok(t.clone()),
-    }
+    if is_index(t.dtype()) { indices_as_i64(t) } else { Ok(t.clone()) }
 }
 
 /// An `Err` about the first element that is not in [0, 1] though it has to be. `x` and `t` are the operands in the

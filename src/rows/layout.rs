@@ -172,7 +172,7 @@ pub(crate) fn contiguous_indices(target: &Tensor) -> Result<Tensor> {
     target.contiguous()
 }
 
-/// Class indices one after the other, as i64.
+/// Class indices, or other integers, one after the other as i64.
 pub(crate) fn indices_as_i64(target: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if let Storage::Cuda(storage) = &*target.storage_and_layout().0 {

@@ -3,6 +3,8 @@
 //!
 //! A binary of its own, with one test, because the variable belongs to the process.
 
+mod elements;
+
 use std::panic::resume_unwind;
 
 use candle_core::{D, DType, Device, Result, Tensor, Var};
@@ -106,6 +108,7 @@ fn gradients_of_gradients() -> Result<()> {
                 assert!((got - want).abs() < 1e-8 * (1.0 + want.abs()), "{name}[{i}]: got {got}, expected {want}");
             }
         }
+        elements::penalties_have_the_gradients_of_central_differences()?;
         // without a graph the kernels serve as ever
         let (loss, grad) = CrossEntropyLoss::new().loss_and_grad(&x, &Tensor::new(&[2i64, 0], &device)?)?;
         assert!(loss.to_scalar::<f64>()?.is_finite() && grad.dtype() == DType::F64);
