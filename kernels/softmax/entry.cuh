@@ -58,18 +58,19 @@ constexpr int ARCH = 0;
 // The blocks that a multiprocessor has to have room for, for each `Detail`, which limits the registers of a thread.
 // With three blocks, 768 threads have 96 KB of loads in flight. Two are enough for the general kernels, which compute
 // more than they load, and for doubles, which take two registers each. They are also enough on sm_75, whose code takes
-// more registers for want of minima of pairs and of NaN, and for f32 on sm_120, where the code of one kernel does.
+// more registers for want of minima of pairs and of NaN, and for f32 on sm_120, where the code of one kernel does. From
+// sm_100 on the statistics of rows take more registers than two blocks leave.
 constexpr int BLOCKS_OF[] = {ARCH < 800 || sizeof(A) == 8 ? 2 : 3,
-                             ARCH < 800 || (ARCH >= 1200 && sizeof(X) == 4) ? 2 : 3, 2, 2};
+                             ARCH < 800 || (ARCH >= 1200 && sizeof(X) == 4) ? 2 : 3, 2, ARCH >= 1000 ? 1 : 2};
 // The same for forwards over tiles, for fused passes over tiles and for strided rows. 0 leaves the registers to the
-// compiler, which would give the general kernels more of them than there are.
+// compiler, which would give the general kernels more of them than there are, and plain tiles more than they need.
 constexpr int TILE_BLOCKS_OF[] = {sizeof(A) == 4 ? 8 : 4, 5, sizeof(A) == 4 ? 4 : 3};
 #if defined(DETAIL_GENERAL)
 constexpr int STRIDED_BLOCKS = sizeof(A) == 4 ? 5 : 2;
 #elif defined(DETAIL_UNIFORM)
 constexpr int FUSED_TILE_BLOCKS = TILE_BLOCKS_OF[UNIFORM], STRIDED_BLOCKS = 5;
 #else
-constexpr int FUSED_TILE_BLOCKS = 0, STRIDED_BLOCKS = 0;
+constexpr int FUSED_TILE_BLOCKS = ARCH >= 800 && sizeof(A) == 4 ? 8 : 0, STRIDED_BLOCKS = 0;
 #endif
 
 // Forwards.
@@ -168,7 +169,8 @@ EMIT_STRIDED(softmax_emit_general_strided, GeneralGradient)
 FUSED_ROWS(softmax_fused_general_rows, GeneralGradient)
 FUSED_STRIDED(softmax_fused_general_strided, GeneralGradient)
 STATISTICS_KERNEL(softmax_statistics_rows, (ROWS_THREADS, BLOCKS_OF[STATISTICS]), statistics_rows)
-STATISTICS_KERNEL(softmax_statistics_strided, (STRIDED_THREADS, STRIDED_BLOCKS), statistics_strided)
+// the state of a row and the results of all of them take more registers than those of the other passes
+STATISTICS_KERNEL(softmax_statistics_strided, (STRIDED_THREADS, sizeof(A) == 4 ? 4 : 2), statistics_strided)
 
 extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)
     softmax_target_gradient(const Params p, const X *x, const A *weight, const A *statistics, const A *denominator,

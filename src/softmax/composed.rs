@@ -36,6 +36,17 @@ fn transformed(o: &SoftmaxOptions, logits: Tensor) -> Result<Tensor> {
     }
 }
 
+/// The class of each row's first largest number `(N)`, u32. On some devices candle's argmax takes any of them.
+fn first_largest(x: &Tensor) -> Result<Tensor> {
+    let classes = x.dim(1)? as u32;
+    let largest = x.broadcast_eq(&x.max_keepdim(1)?)?;
+    let each = Tensor::arange(0, classes, x.device())?.broadcast_as(x.shape())?.contiguous()?;
+    let none = Tensor::full(classes, x.shape(), x.device())?;
+    let first = largest.where_cond(&each, &none)?.min(1)?;
+    // a row of NaN has no largest number
+    first.lt(classes)?.where_cond(&first, &first.zeros_like()?)
+}
+
 /// The logits as rows of a matrix, and what follows from them.
 struct ComposedRows {
     /// Where the target is class indices.
@@ -123,10 +134,10 @@ impl ComposedRows {
         let entropy = scaled(&log_probs.exp()?, &log_probs)?.sum(1)?.neg()?;
         // of the logits as they are, where the row is ignored too
         let x = as_matrix(logits, problem.axis)?.to_dtype(self.x.dtype())?;
-        let argmax = transformed(&problem.options, x)?.argmax(1)?;
+        let argmax = first_largest(&transformed(&problem.options, x)?)?;
         let own = match &self.indices {
             Some(indices) => indices.classes.clone(),
-            None => as_matrix(target, problem.axis)?.argmax(1)?.to_dtype(DType::I64)?,
+            None => first_largest(&as_matrix(target, problem.axis)?.to_dtype(self.x.dtype())?)?.to_dtype(DType::I64)?,
         };
         let hit = argmax.to_dtype(DType::I64)?.eq(&own)?.to_dtype(DType::F32)?;
         let counts = counted.to_dtype(DType::F32)?;

@@ -47,6 +47,11 @@ pub fn cases<T>(device: &Device, fused: bool, all: impl IntoIterator<Item = T>) 
     all.into_iter().step_by(step).collect()
 }
 
+/// The same for suites that draw their cases: whether one is left out.
+pub fn is_left_out(device: &Device, fused: bool, random: &mut Random) -> bool {
+    !fused && is_slow(device) && random.below(11) != 0
+}
+
 pub const FLOATS: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
 pub const INDICES: [DType; 5] = [DType::U8, DType::U32, DType::I16, DType::I32, DType::I64];
 /// What targets and masks of the element-wise family may be.
