@@ -97,16 +97,18 @@ pub(crate) fn has_kernels(device: &Device) -> bool {
     !device.is_metal()
 }
 
-/// Whether a loss of this input is composed of tensor ops: where that was asked for, or there are no kernels.
+/// Whether a loss of this input is composed of tensor ops: where that was asked for, or there are no kernels. On CUDA
+/// candle's ops take no empty tensors, for which the kernels' path launches nothing.
 pub(crate) fn is_composed(fused: bool, input: &Tensor) -> bool {
-    !fused || !has_kernels(input.device())
+    let composable = !input.device().is_cuda() || input.elem_count() > 0;
+    (!fused && composable) || !has_kernels(input.device())
 }
 
 /// As [`is_composed`] for a loss with autograd: also where gradients are to be differentiated again, which those of
 /// tensor ops can be. The first operand is the input.
 pub(crate) fn is_composed_in_graph(fused: bool, operands: &[&Tensor]) -> bool {
-    operands.first().is_some_and(|input| is_composed(fused, input))
-        || (operands.iter().any(|operand| operand.track_op()) && KEPT_AT_FORWARD.with(|kept| *kept))
+    let twice = operands.iter().any(|operand| operand.track_op()) && KEPT_AT_FORWARD.with(|kept| *kept);
+    operands.first().is_some_and(|input| is_composed(fused && !twice, input))
 }
 
 /// The environment variable that makes candle keep the graph of a backward.
