@@ -15,6 +15,8 @@ use candle_fused_loss::{
 
 const VARIABLE: &str = "CANDLE_GRAD_DO_NOT_DETACH";
 
+const AT: [f64; 6] = [0.3, -0.2, 1.1, 0.9, 0.1, -0.4];
+
 type Loss<'a> = Box<dyn Fn(&Tensor) -> Result<Tensor> + 'a>;
 
 fn devices() -> Result<Vec<Device>> {
@@ -73,9 +75,15 @@ fn penalised(x: &Tensor, loss: &Loss) -> Result<(f64, Vec<f64>)> {
 }
 
 /// Losses ahead of the variable, and their backward after it.
-fn set_too_late(x: &Tensor) -> Result<()> {
-    let var = Var::from_tensor(x)?;
-    let early = losses(x.device())?.iter().map(|(name, loss)| Ok((*name, loss(&var)?))).collect::<Result<Vec<_>>>()?;
+fn set_too_late() -> Result<()> {
+    let mut early = vec![];
+    // devices of this thread: on CUDA each has a stream of its own
+    for device in devices()? {
+        let var = Var::from_tensor(&Tensor::from_slice(&AT, (2, 3), &device)?)?;
+        for (name, loss) in losses(&device)? {
+            early.push((name, loss(&var)?));
+        }
+    }
     // SAFETY: the thread of the test waits for this one
     unsafe { std::env::set_var(VARIABLE, "1") };
     for (name, loss) in early {
@@ -87,19 +95,19 @@ fn set_too_late(x: &Tensor) -> Result<()> {
 
 #[test]
 fn gradients_of_gradients() -> Result<()> {
-    let at = [0.3, -0.2, 1.1, 0.9, 0.1, -0.4];
+    // SAFETY: no other thread of this process runs while its only test does, but those of thread pools, which read no
+    // environment
+    unsafe { std::env::remove_var(VARIABLE) };
+    std::thread::spawn(set_too_late).join().unwrap_or_else(|panic| resume_unwind(panic))?;
+    elements::penalties_have_the_gradients_of_central_differences()?;
     for device in devices()? {
-        // SAFETY: no other thread of this process runs while its only test does, but those of thread pools, which read
-        // no environment
-        unsafe { std::env::remove_var(VARIABLE) };
-        let x = Tensor::from_slice(&at, (2, 3), &device)?;
-        std::thread::scope(|scope| scope.spawn(|| set_too_late(&x)).join().unwrap_or_else(|p| resume_unwind(p)))?;
+        let x = Tensor::from_slice(&AT, (2, 3), &device)?;
         for (name, loss) in losses(&device)? {
             let (_, got) = penalised(&x, &loss)?;
             for (i, got) in got.into_iter().enumerate() {
                 let step = 1e-5;
                 let moved = |by: f64| -> Result<f64> {
-                    let mut at = at;
+                    let mut at = AT;
                     at[i] += by;
                     Ok(penalised(&Tensor::from_slice(&at, (2, 3), &device)?, &loss)?.0)
                 };
@@ -108,7 +116,6 @@ fn gradients_of_gradients() -> Result<()> {
                 assert!((got - want).abs() < 1e-8 * (1.0 + want.abs()), "{name}[{i}]: got {got}, expected {want}");
             }
         }
-        elements::penalties_have_the_gradients_of_central_differences()?;
         // without a graph the kernels serve as ever
         let (loss, grad) = CrossEntropyLoss::new().loss_and_grad(&x, &Tensor::new(&[2i64, 0], &device)?)?;
         assert!(loss.to_scalar::<f64>()?.is_finite() && grad.dtype() == DType::F64);
