@@ -115,10 +115,11 @@ impl Linear {
         if is_composed_in_graph(self.problem.options.rows.fused, &operands(hidden, weight, bias)) {
             return composed::loss_and_statistics(&self, hidden, weight, bias, target);
         }
-        self.attached(hidden, weight, bias, target, true)
+        let (loss, rows) = self.attached(hidden, weight, bias, target, true)?;
+        Ok((loss, rows.ok_or_else(|| Error::msg("statistics that were asked for are missing"))?))
     }
 
-    /// The loss from the kernels, tied to its inputs, and the statistics where they are asked for, else without rows.
+    /// The loss from the kernels, tied to its inputs, and the statistics where they are asked for.
     fn attached(
         self,
         hidden: &Tensor,
@@ -126,7 +127,7 @@ impl Linear {
         bias: Option<&Tensor>,
         target: &Tensor,
         statistics: bool,
-    ) -> Result<(Tensor, RowStatistics)> {
+    ) -> Result<(Tensor, Option<RowStatistics>)> {
         let inputs = Inputs::new(hidden, weight, bias, target)?;
         let wanted = Wanted {
             hidden: hidden.track_op(),
@@ -140,7 +141,8 @@ impl Linear {
             Reduction::Mean | Reduction::Sum => Wanted { statistics, ..wanted },
         };
         let results = self.run(&inputs, &counted, in_forward, None)?;
-        let statistics = row_statistics(&results.statistics, (&inputs, &counted), target.shape())?;
+        let rows = || row_statistics(&results.statistics, (&inputs, &counted), target.shape());
+        let statistics = statistics.then(rows).transpose()?;
         let loss = self.reduced(&inputs, &counted, results.losses)?.reshape(self.loss_shape(target))?;
         if !wanted.gradients() {
             return Ok((loss, statistics));
