@@ -2,7 +2,8 @@
 
 use super::losses::{FUSED, Reduction, SigmoidFocalLoss};
 use crate::common::{
-    Check, ELEMENT_COUNTS, FLOATS, Memory, Operand, REDUCTIONS, Random, cases, devices, element_layouts,
+    Check, ELEMENT_COUNTS, FLOATS, Memory, Operand, REDUCTIONS, Random, arithmetic, cases, devices, element_layouts,
+    stored,
 };
 use crate::reference::{Elements, Term};
 use candle_core::{DType, Device, Result};
@@ -30,7 +31,9 @@ impl Case<'_> {
         let labels = random.labels(n);
         let labels: Vec<_> = labels.iter().map(|t| if self.target.is_float() { *t } else { t.round() }).collect();
         let target = Operand::new(&labels, dims, self.target, device, self.target_memory)?;
-        let (x, t) = (input.values()?, target.values()?);
+        let x = input.values()?;
+        // the label as the arithmetic has it: near 1, most of `1 - t` may be what its rounding left
+        let t: Vec<_> = target.values()?.into_iter().map(|t| stored(arithmetic(dtype), t)).collect();
         let term = Term::Focal { alpha: (alpha >= 0.0).then_some(alpha), gamma };
         for reduction in REDUCTIONS {
             let loss = SigmoidFocalLoss::new().with_alpha(alpha).with_gamma(gamma).with_reduction(reduction);
