@@ -233,6 +233,12 @@ impl<'a, T> Output<'a, T> {
         (Input::Replaced(cells), Output(uninit))
     }
 
+    /// The memory from an element on, which need not exist.
+    #[inline(always)]
+    pub fn ahead(&self, start: usize) -> Ahead<T> {
+        Ahead(self.0.as_ptr().cast::<T>().wrapping_add(start))
+    }
+
     /// # Safety
     /// While the slice is alive, no other slice of this buffer that overlaps it is, here or from an [`Input`]. Only
     /// initialised values are written.
@@ -392,11 +398,21 @@ impl Strided {
             }
         })
     }
+
+    /// Asks for elements from the `start`-th on in advance where they lie one after the other.
+    fn fetch<T>(&self, data: &[T], start: usize) {
+        if let Some(first) = self.contiguous_start() {
+            Ahead(data.as_ptr().wrapping_add(first + start)).fetch(0);
+        }
+    }
 }
 
 /// An operand of any dtype that is read in blocks of the arithmetic type.
 pub(crate) trait Source<A>: Sync {
     fn load(&self, start: usize, dst: &mut [A]);
+
+    /// Asks for elements from the `start`-th on in advance, which need not exist, where it is plain where they lie.
+    fn fetch(&self, _start: usize) {}
 
     /// The elements themselves where they lie one after the other as they are.
     fn borrow(&self, _start: usize, _len: usize) -> Option<&[A]> {
@@ -422,6 +438,10 @@ struct OwnSource<'a, A> {
 impl<A: Real + Element<Acc = A>> Source<A> for OwnSource<'_, A> {
     fn load(&self, start: usize, dst: &mut [A]) {
         self.order.load(self.data, start, dst)
+    }
+
+    fn fetch(&self, start: usize) {
+        self.order.fetch(self.data, start);
     }
 
     fn borrow(&self, start: usize, len: usize) -> Option<&[A]> {
@@ -454,6 +474,10 @@ impl<T: Element, A: Real> Source<A> for FloatSource<'_, T> {
                 *d = A::of(s.to_f64());
             }
         }
+    }
+
+    fn fetch(&self, start: usize) {
+        self.order.fetch(self.data, start);
     }
 }
 

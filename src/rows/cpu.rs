@@ -28,8 +28,11 @@ const FEW_ROWS: usize = 16;
 const FAR: usize = if cfg!(miri) { 16 } else { 1024 };
 /// Tiles that lie side by side in a unit where classes are far apart: of a class, a tile has two cache lines at most.
 const SIDE_BY_SIDE: usize = 4;
-/// More classes make a tile work enough for a unit.
-const SIDE_BY_SIDE_MAX_CLASSES: usize = 512;
+/// With fewer units some threads would have nothing to do: rather than that, there are fewer tiles in each.
+const MANY_UNITS: usize = if cfg!(miri) { 1 } else { 16 };
+/// Rows of so many classes at most are read once where classes are far apart, and kept until their values are emitted:
+/// the same few sets of a cache hold all of a row's lines if its stride is a power of 2, so that none would be left.
+const KEPT_MAX_CLASSES: usize = 16 * DEPTH;
 /// How many classes in advance the memory is asked for them, where they are far apart.
 const AHEAD: usize = 8;
 
@@ -71,16 +74,20 @@ pub(crate) fn with_tiles<A: Real>(count: usize, work: impl FnOnce(&mut [Tile<A>]
 pub(crate) enum Division {
     /// A unit is a [`Strip`]: so many whole rows, or one of so many segments of a row.
     Strips { rows: usize, segments: usize },
-    /// A unit is so many times [`LANES`] rows.
-    Tiles(usize),
+    /// A unit is so many times [`LANES`] rows, of which so many times [`DEPTH`] classes are held at a time.
+    Tiles { tiles: usize, depths: usize },
 }
 
 impl Division {
     pub fn of(rows: &Rows) -> Self {
         let Rows { classes, class_stride, .. } = *rows;
         if class_stride != 1 || classes <= TILE_MAX_CLASSES {
-            let wide = class_stride >= FAR && classes <= SIDE_BY_SIDE_MAX_CLASSES;
-            return Division::Tiles(if wide { SIDE_BY_SIDE } else { 1 });
+            if class_stride < FAR {
+                return Division::Tiles { tiles: 1, depths: 1 };
+            }
+            let tiles = (rows.count() / (MANY_UNITS * LANES)).clamp(1, SIDE_BY_SIDE);
+            let depths = if classes <= KEPT_MAX_CLASSES { classes.div_ceil(DEPTH) } else { 1 };
+            return Division::Tiles { tiles, depths };
         }
         let split = rows.count() < FEW_ROWS && classes > 2 * SEGMENT;
         Division::Strips {
@@ -92,7 +99,7 @@ impl Division {
     pub fn units(self, of: &Rows) -> usize {
         match self {
             Division::Strips { rows, segments } => of.count().div_ceil(rows) * segments,
-            Division::Tiles(tiles) => of.count().div_ceil(tiles * LANES),
+            Division::Tiles { tiles, .. } => of.count().div_ceil(tiles * LANES),
         }
     }
 
@@ -100,15 +107,15 @@ impl Division {
     pub fn segments(self) -> usize {
         match self {
             Division::Strips { segments, .. } => segments,
-            Division::Tiles(_) => 1,
+            Division::Tiles { .. } => 1,
         }
     }
 
-    /// The tiles of a unit; a strip's blocks are as large as one.
-    pub fn tiles(self) -> usize {
+    /// The tiles that are held at a time; a strip's blocks are as large as one.
+    pub fn held(self) -> usize {
         match self {
             Division::Strips { .. } => 1,
-            Division::Tiles(tiles) => tiles,
+            Division::Tiles { tiles, depths } => tiles * depths,
         }
     }
 }
@@ -137,12 +144,28 @@ impl Strip {
 pub(crate) struct TilePlace<'k> {
     of: &'k Rows,
     rows: Range<usize>,
+    depths: usize,
 }
 
 impl<'k> TilePlace<'k> {
-    pub fn new(of: &'k Rows, unit: usize, tiles: usize) -> Self {
+    /// As [`Division::Tiles`] says.
+    pub fn new(of: &'k Rows, unit: usize, (tiles, depths): (usize, usize)) -> Self {
         let first = unit * tiles * LANES;
-        TilePlace { of, rows: first..of.count().min(first + tiles * LANES) }
+        TilePlace { of, rows: first..of.count().min(first + tiles * LANES), depths }
+    }
+
+    /// The classes in pieces of [`DEPTH`], each with those of the tiles in memory that hold it.
+    pub fn pieces(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + use<> {
+        let (of, tiles, depths) = (self.of.classes, self.tiles().count(), self.depths);
+        (0..of.div_ceil(DEPTH)).map(move |piece| {
+            let first = piece % depths * tiles;
+            (piece * DEPTH..of.min((piece + 1) * DEPTH), first..first + tiles)
+        })
+    }
+
+    /// Whether no piece takes the memory of another.
+    pub fn keeps_all(&self) -> bool {
+        self.of.classes <= self.depths * DEPTH
     }
 
     /// The rows of each tile.
@@ -178,12 +201,7 @@ impl<'k> TilePlace<'k> {
                             // SAFETY: elements of the unit's rows, which nobody writes by this function's contract
                             T::widen(unsafe { x.slice(at + class * stride, of.len()) }, &mut to[lanes.clone()]);
                             if stride >= FAR {
-                                // the same rows of a later class, or the next rows of one of the first
-                                let next = match class + AHEAD.min(self.of.classes) {
-                                    next if next < self.of.classes => at + next * stride,
-                                    next => at + (next - self.of.classes) * stride + rows.len(),
-                                };
-                                x.ahead(next).fetch(0);
+                                x.ahead(at + self.ahead(class, stride, rows.len())).fetch(0);
                             }
                         }
                     }
@@ -215,6 +233,15 @@ impl<'k> TilePlace<'k> {
         }
     }
 
+    /// What will be read a while after a class of some rows, counted from the first class: the same rows of a later
+    /// class, or the next rows of one of the first.
+    fn ahead(&self, class: usize, stride: usize, rows: usize) -> usize {
+        match class + AHEAD.min(self.of.classes) {
+            next if next < self.of.classes => next * stride,
+            next => (next - self.of.classes) * stride + rows,
+        }
+    }
+
     /// Reads some classes of an operand in the order in which gradients are written.
     pub fn load_written<A: Real>(&self, source: &dyn Source<A>, classes: &Range<usize>, to: &mut [Tile<A>]) {
         let (stride, (_, step)) = (self.of.written_stride(), self.of.steps());
@@ -224,7 +251,11 @@ impl<'k> TilePlace<'k> {
             if step == 1 {
                 for (i, class) in classes.clone().enumerate() {
                     for TilePart { tile, lanes, of } in parts(&rows) {
-                        source.load(written + class * stride + of.start, &mut to[tile].0[i][lanes]);
+                        let at = written + of.start;
+                        source.load(at + class * stride, &mut to[tile].0[i][lanes]);
+                        if stride >= FAR {
+                            source.fetch(at + self.ahead(class, stride, rows.len()));
+                        }
                     }
                 }
                 continue;
@@ -251,9 +282,12 @@ impl<'k> TilePlace<'k> {
             if step == 1 {
                 for (i, class) in classes.clone().enumerate() {
                     // SAFETY: adjacent elements of one class, of which no slice is alive by this function's contract
-                    let out = unsafe { out.slice(written + class * stride, rows.len()) };
+                    let to = unsafe { out.slice(written + class * stride, rows.len()) };
                     for TilePart { tile, lanes, of } in parts(&rows) {
-                        O::narrow(&e[tile].0[i][lanes], &mut out[of]);
+                        if stride >= FAR {
+                            out.ahead(written + of.start + self.ahead(class, stride, rows.len())).fetch(0);
+                        }
+                        O::narrow(&e[tile].0[i][lanes], &mut to[of]);
                     }
                 }
                 continue;

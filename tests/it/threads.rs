@@ -117,6 +117,42 @@ fn classes_apart_have_the_bits_of_classes_side_by_side() -> Result<()> {
     Ok(())
 }
 
+/// Many classes of a row that lie in a page each: what is kept of them from the loss to the gradient, and how many rows
+/// are worked through at once, changes nothing. In parts of an image, classes lie nearer to each other.
+#[test]
+fn classes_far_apart_have_the_bits_of_classes_near() -> Result<()> {
+    let mut random = Random::new(80);
+    let device = &Device::Cpu;
+    let (images, pixels) = (2, 1100);
+    for (classes, dtype) in [65, 150, 1024, 1025].into_iter().zip([DType::BF16, DType::F32, DType::F16, DType::F64]) {
+        let (dims, n) = ([images, classes, pixels], images * classes * pixels);
+        let x = tensor(&random.normals(n, 3.0), &dims, dtype, device)?;
+        let soft = tensor(&random.uniforms(n), &dims, DType::F32, device)?;
+        let index = indices(&random.classes(images * pixels, classes), &[images, pixels], DType::I64, device)?;
+        let weight = tensor(&random.uniforms(classes), &[classes], DType::F32, device)?;
+        let plain = CrossEntropyLoss::new().with_reduction(Reduction::None);
+        let full = plain.clone().with_weight(weight).with_label_smoothing(0.1).with_softcap(5.0);
+        let results = |x: &Tensor, soft: &Tensor, index: &Tensor| -> Result<Vec<Tensor>> {
+            let mut all = vec![log_softmax(x, 1)?];
+            for (loss, target) in [(&plain, soft), (&full, soft), (&plain, index), (&full, index)] {
+                let (value, grad) = loss.loss_and_grad(x, target)?;
+                all.extend([loss.forward(x, target)?, value, grad]);
+            }
+            Ok(all)
+        };
+        let whole = results(&x, &soft, &index)?;
+        for (start, len) in [(0, 600), (600, 500)] {
+            let part = |t: &Tensor| t.narrow(t.rank() - 1, start, len)?.contiguous();
+            for (i, (whole, part_alone)) in
+                whole.iter().zip(results(&part(&x)?, &part(&soft)?, &part(&index)?)?).enumerate()
+            {
+                assert_same_bits(&format!("result {i} of {dims:?} {dtype:?}"), &part(whole)?, &part_alone)?;
+            }
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn logistic_family() -> Result<()> {
     let mut random = Random::new(72);

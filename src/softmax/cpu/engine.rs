@@ -9,7 +9,7 @@ use super::logits::{Logits, TargetDistribution, TileScratch};
 use crate::cpu::element::{Element, Output, PerRow, as_uninit, build};
 use crate::cpu::math::{Baseline, LANES, Real, dispatch};
 use crate::cpu::parallel::for_each_task;
-use crate::rows::cpu::{BLOCK, DEPTH, Division, Strip, Tile, TilePlace, with_tiles};
+use crate::rows::cpu::{BLOCK, Division, Strip, Tile, TilePlace, with_tiles};
 use candle_core::CpuStorage;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -47,12 +47,12 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
 
     /// Calls `work` with scratch memory for a unit.
     fn with_scratch(&self, work: impl FnOnce(&mut TileScratch<T::Acc>)) {
-        let count = self.division.tiles();
+        let count = self.division.held();
         let capped = if self.logits.softcap.is_some() { count } else { 0 };
-        with_tiles(3 * count + capped, |tiles| {
+        with_tiles(2 * count + 1 + capped, |tiles| {
             let (x, tiles) = tiles.split_at_mut(count);
             let (q, tiles) = tiles.split_at_mut(count);
-            let (e, slope) = tiles.split_at_mut(count);
+            let (e, slope) = tiles.split_at_mut(1);
             work(&mut TileScratch { x, q, e, slope });
         });
     }
@@ -80,8 +80,9 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                                 unsafe { written_parts.set(unit..unit + 1, &[states]) };
                             }
                         }
-                        Division::Tiles(tiles) => {
-                            let place = TilePlace::new(&self.logits.rows, unit, tiles);
+                        Division::Tiles { tiles, .. } => {
+                            // nothing is emitted from the logits of a piece after the next one is read
+                            let place = TilePlace::new(&self.logits.rows, unit, (tiles, 1));
                             self.reduce_tiles(Some(detail), &place, &mut states, scratch);
                             place.tiles().zip(&states).for_each(|(rows, states)| finish(rows, states));
                         }
@@ -166,8 +167,8 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                                 self.emit_row(emit, (&group, lane), (row, &strip.classes), out, scratch);
                             }
                         }
-                        Division::Tiles(tiles) => {
-                            let place = TilePlace::new(&self.logits.rows, unit, tiles);
+                        Division::Tiles { tiles, depths } => {
+                            let place = TilePlace::new(&self.logits.rows, unit, (tiles, depths));
                             self.reduce_tiles(reduce, &place, &mut states, scratch);
                             groups.clear();
                             groups.extend(place.tiles().zip(&states).map(|(rows, states)| group(rows, states)));
@@ -235,13 +236,13 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         states.clear();
         states.resize(place.tiles().count(), States { scale: self.logits.factor, ..States::EMPTY });
         let Some(detail) = detail else { return };
-        for class in (0..of).step_by(DEPTH) {
-            let (classes, depth) = (class..(class + DEPTH).min(of), DEPTH.min(of - class));
+        for (classes, held) in place.pieces() {
+            let (depth, x, q) = (classes.len(), &mut x[held.clone()], &mut q[held]);
             // SAFETY: the values of the rows are emitted by this task after they are reduced, or in a later pass
             unsafe { self.logits.load_tiles(place, &classes, x, None) };
             self.q.load_tiles(place, &classes, q);
-            for (i, (states, x)) in states.iter_mut().zip(x.iter()).enumerate() {
-                let q = q.get(i).filter(|_| !self.q.is_none()).map(|q| &q.0[..depth]);
+            for (states, (x, q)) in states.iter_mut().zip(x.iter().zip(q.iter())) {
+                let q = (!self.q.is_none()).then_some(&q.0[..depth]);
                 let (classes, xs) = (classes.clone(), &x.0[..depth]);
                 with_scale!(self.logits.factor, scale => {
                     dispatch(ReduceTile { scale, states, classes, of, xs, q, detail })
@@ -329,10 +330,9 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
     ) {
         let capped = E::IN_LOGITS && self.logits.softcap.is_some();
         let TileScratch { x, q, slope, .. } = scratch;
-        let of = self.logits.rows.classes;
-        for class in (0..of).step_by(DEPTH) {
-            let (classes, depth) = (class..(class + DEPTH).min(of), DEPTH.min(of - class));
-            if !reduced || of > DEPTH || capped {
+        for (classes, held) in place.pieces() {
+            let (depth, x, q) = (classes.len(), &mut x[held.clone()], &mut q[held]);
+            if !reduced || !place.keeps_all() || capped {
                 // SAFETY: this unit alone writes to the tiles, and has no slice of them here
                 unsafe { self.logits.load_tiles(place, &classes, x, capped.then_some(&mut slope[..])) };
                 self.q.load_tiles(place, &classes, q);

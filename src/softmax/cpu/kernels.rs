@@ -69,13 +69,15 @@ impl<A: Real> States<A> {
         let grew = part.block_max > row_max;
         let nothing = row_max == A::NEG_INFINITY;
         let shift = if nothing { A::ZERO } else { row_max - max };
-        let shrink = if nothing { A::ZERO } else { (self.scale * shift).vexp::<I>() };
+        let power = (self.scale * shift).vexp::<I>();
+        let shrink = if nothing { A::ZERO } else { power };
         // while all is -inf there is no maximum to leave out; a NaN in the rest stays one through the product
         let ties = if max == A::NEG_INFINITY { A::ZERO } else { part.ties };
         let total = A::ONE + rest;
         // a shift may be -inf: finite logits can lie farther apart than the largest number
         self.moment[lane] = scaled(shrink, self.moment[lane] + total * shift) + part.moment;
-        self.rest[lane] = if grew { part.tail + (ties - A::ONE) + total * shrink } else { rest + part.tail + ties };
+        let (grown, same) = (part.tail + (ties - A::ONE) + total * shrink, rest + part.tail + ties);
+        self.rest[lane] = if grew { grown } else { same };
         self.linear[lane] = self.linear[lane] + scaled(mass, shift) + part.linear;
         self.mass[lane] = mass + part.mass;
         self.max[lane] = max;
@@ -289,44 +291,50 @@ impl<A: Real> Emit<A> for LogProbs {
     }
 }
 
-/// The sums of one reduction step, in lanes: of the classes of one row, or of one row each.
-#[derive(Default)]
-struct LaneSums<A> {
-    /// As in [`Part`].
-    tail: [A; LANES],
-    ties: [A; LANES],
-    linear: [A; LANES],
-    mass: [A; LANES],
-    moment: [A; LANES],
+/// Adds to `sum exp(x - max)` over the classes below `max`, and to the number of those at it. `reference` is the
+/// maximum, or 0 where that is -inf. This and the next two are in lanes: of the classes of one row, or of one row each.
+#[inline(always)]
+fn add_exponentials<I: Isa, A: Real, P: PerLane<A>>(
+    (tail, ties): (&mut [A; LANES], &mut [A; LANES]),
+    xs: &[A; LANES],
+    scale: impl Scale<A>,
+    max: P,
+    reference: P,
+) {
+    for (lane, &x) in xs.iter().enumerate() {
+        let v = scale.times(x - reference.at(lane)).vexp::<I>();
+        let tie = x == max.at(lane);
+        tail[lane] += if tie { A::ZERO } else { v };
+        ties[lane] += if tie { A::ONE } else { A::ZERO };
+    }
 }
 
-impl<A: Real> LaneSums<A> {
-    /// `reference` is the maximum, or 0 where that is -inf.
-    #[inline(always)]
-    fn add_exponentials<I: Isa, P: PerLane<A>>(&mut self, xs: &[A; LANES], scale: impl Scale<A>, max: P, reference: P) {
-        for (lane, &x) in xs.iter().enumerate() {
-            let v = scale.times(x - reference.at(lane)).vexp::<I>();
-            let tie = x == max.at(lane);
-            self.tail[lane] += if tie { A::ZERO } else { v };
-            self.ties[lane] += if tie { A::ONE } else { A::ZERO };
-        }
+/// Adds to `sum exp(x - reference) (x - reference)`.
+#[inline(always)]
+fn add_moment<I: Isa, A: Real>(
+    moment: &mut [A; LANES],
+    xs: &[A; LANES],
+    scale: impl Scale<A>,
+    reference: impl PerLane<A>,
+) {
+    for (lane, &x) in xs.iter().enumerate() {
+        let d = x - reference.at(lane);
+        let v = scale.times(d).vexp::<I>();
+        moment[lane] += if v == A::ZERO { A::ZERO } else { v * d };
     }
+}
 
-    #[inline(always)]
-    fn add_moment<I: Isa>(&mut self, xs: &[A; LANES], scale: impl Scale<A>, reference: impl PerLane<A>) {
-        for (lane, &x) in xs.iter().enumerate() {
-            let d = x - reference.at(lane);
-            let v = scale.times(d).vexp::<I>();
-            self.moment[lane] += if v == A::ZERO { A::ZERO } else { v * d };
-        }
-    }
-
-    #[inline(always)]
-    fn add_q(&mut self, xs: &[A; LANES], q: &[A; LANES], reference: impl PerLane<A>) {
-        for lane in 0..LANES {
-            self.linear[lane] += scaled(q[lane], xs[lane] - reference.at(lane));
-            self.mass[lane] += q[lane];
-        }
+/// Adds to `sum q (x - reference)` and to `sum q`.
+#[inline(always)]
+fn add_q<A: Real>(
+    (linear, mass): (&mut [A; LANES], &mut [A; LANES]),
+    xs: &[A; LANES],
+    q: &[A; LANES],
+    reference: impl PerLane<A>,
+) {
+    for lane in 0..LANES {
+        linear[lane] += scaled(q[lane], xs[lane] - reference.at(lane));
+        mass[lane] += q[lane];
     }
 }
 
@@ -407,19 +415,19 @@ impl<A: Real, S: Element<Acc = A>, T, F: Scale<A>> Vectorized for ReduceStrip<'_
             let end = end_of(xs, nothing);
             let max = states.max[row].max_or_self(block_max[row]);
             let reference = reference_of(max);
-            let (mut sums, mut tail) = (LaneSums::default(), [A::ZERO; LANES]);
+            let [mut few, mut tail, mut ties] = [[A::ZERO; LANES]; 3];
             for (i, xs) in vectors(xs, &end).enumerate() {
                 next.fetch(row * block.len() + i * LANES);
-                sums.add_exponentials::<I, _>(&S::unordered(xs), scale, max, reference);
+                add_exponentials::<I, _, _>((&mut few, &mut ties), &S::unordered(xs), scale, max, reference);
                 if i % 8 == 7 {
-                    settle(&mut sums.tail, &mut tail);
+                    settle(&mut few, &mut tail);
                 }
             }
             let mut part = Part {
                 max,
                 block_max: block_max[row],
-                tail: sum_lanes(tail) + sum_lanes(sums.tail),
-                ties: sum_lanes(sums.ties),
+                tail: sum_lanes(tail) + sum_lanes(few),
+                ties: sum_lanes(ties),
                 linear: A::ZERO,
                 mass: A::ZERO,
                 moment: A::ZERO,
@@ -429,19 +437,16 @@ impl<A: Real, S: Element<Acc = A>, T, F: Scale<A>> Vectorized for ReduceStrip<'_
                     let first = xs.iter().position(|x| x.to_acc() == max).unwrap_or(0);
                     states.argmax[row] = (block.start + first) as u32;
                 }
+                let mut moment = [A::ZERO; LANES];
                 for xs in vectors(xs, &end) {
-                    sums.add_moment::<I>(&S::ordered(xs), scale, reference);
+                    add_moment::<I, _>(&mut moment, &S::ordered(xs), scale, reference);
                 }
-                part.moment = sum_lanes(sums.moment);
+                part.moment = sum_lanes(moment);
             }
             if let Some(q) = q {
-                // not by `LaneSums::add_q`, with which this loop takes almost twice as long
                 let (mut linear, mut mass) = ([A::ZERO; LANES], [A::ZERO; LANES]);
                 for (xs, q) in vectors(xs, &end).zip(vectors(q[row], &end_of(q[row], A::ZERO))) {
-                    for lane in 0..LANES {
-                        linear[lane] += scaled(q[lane], xs[lane].to_acc() - reference);
-                        mass[lane] += q[lane];
-                    }
+                    add_q((&mut linear, &mut mass), &S::ordered(xs), q, reference);
                 }
                 (part.linear, part.mass) = (sum_lanes(linear), sum_lanes(mass));
             }
@@ -484,26 +489,23 @@ impl<A: Real, F: Scale<A>> Vectorized for ReduceTile<'_, A, F> {
             }
             return (0..LANES).for_each(|lane| states.add_mass(lane, sums[lane]));
         }
-        let mut block_max = [A::NEG_INFINITY; LANES];
-        for xs in xs {
-            raise(&mut block_max, xs);
-        }
+        let block_max = maxima(xs);
         let (mut max, mut reference) = ([A::ZERO; LANES], [A::ZERO; LANES]);
         for lane in 0..LANES {
             max[lane] = states.max[lane].max_or_self(block_max[lane]);
             reference[lane] = reference_of(max[lane]);
         }
-        let (mut sums, mut tail, mut mass) = (LaneSums::default(), [A::ZERO; LANES], [A::ZERO; LANES]);
-        for few in xs.chunks(8) {
-            for xs in few {
-                sums.add_exponentials::<I, _>(xs, scale, max, reference);
-            }
-            settle(&mut sums.tail, &mut tail);
-        }
+        let (tail, ties) = exponentials::<I, _>(xs, scale, max, reference);
+        // not a closure, which is not inlined
+        let (linear, mass) = match q {
+            Some(q) => weighted(xs, q, reference),
+            None => ([A::ZERO; LANES], [A::ZERO; LANES]),
+        };
+        let mut moment = [A::ZERO; LANES];
         if detail == RowDetail::Statistics {
             let mut top = states.max;
             for (class, xs) in classes.clone().zip(xs) {
-                sums.add_moment::<I>(xs, scale, reference);
+                add_moment::<I, _>(&mut moment, xs, scale, reference);
                 for lane in 0..LANES {
                     if xs[lane] > top[lane] {
                         (top[lane], states.argmax[lane]) = (xs[lane], class as u32);
@@ -511,34 +513,72 @@ impl<A: Real, F: Scale<A>> Vectorized for ReduceTile<'_, A, F> {
                 }
             }
         }
-        for (xs, q) in xs.chunks(8).zip(q.unwrap_or(&[]).chunks(8)) {
-            for (xs, q) in xs.iter().zip(q) {
-                sums.add_q(xs, q, reference);
-            }
-            settle(&mut sums.mass, &mut mass);
-        }
         let part = |lane: usize| Part {
             max: max[lane],
             block_max: block_max[lane],
             tail: tail[lane],
-            ties: sums.ties[lane],
-            linear: sums.linear[lane],
+            ties: ties[lane],
+            linear: linear[lane],
             mass: mass[lane],
-            moment: sums.moment[lane],
+            moment: moment[lane],
         };
         if classes.start == 0 {
             for lane in 0..LANES {
                 states.start(lane, part(lane));
             }
         } else {
+            // a copy, with which no other operand can share memory: only so is the loop vectorised
+            let mut sum = *states;
             for lane in 0..LANES {
-                states.absorb::<I>(lane, part(lane));
+                sum.absorb::<I>(lane, part(lane));
             }
+            *states = sum;
         }
         if classes.end == of {
             states.complete::<I>();
         }
     }
+}
+
+/// The largest logits of a tile. What this and the next two return by value stays in registers.
+#[inline(always)]
+fn maxima<A: Real>(xs: &[[A; LANES]]) -> [A; LANES] {
+    let mut max = [A::NEG_INFINITY; LANES];
+    for xs in xs {
+        raise(&mut max, xs);
+    }
+    max
+}
+
+/// What [`add_exponentials`] adds up for a tile.
+#[inline(always)]
+fn exponentials<I: Isa, A: Real>(
+    xs: &[[A; LANES]],
+    scale: impl Scale<A>,
+    max: [A; LANES],
+    reference: [A; LANES],
+) -> ([A; LANES], [A; LANES]) {
+    let [mut few, mut tail, mut ties] = [[A::ZERO; LANES]; 3];
+    for xs in xs.chunks(8) {
+        for xs in xs {
+            add_exponentials::<I, _, _>((&mut few, &mut ties), xs, scale, max, reference);
+        }
+        settle(&mut few, &mut tail);
+    }
+    (tail, ties)
+}
+
+/// What [`add_q`] adds up for a tile.
+#[inline(always)]
+fn weighted<A: Real>(xs: &[[A; LANES]], q: &[[A; LANES]], reference: [A; LANES]) -> ([A; LANES], [A; LANES]) {
+    let [mut few, mut linear, mut mass] = [[A::ZERO; LANES]; 3];
+    for (xs, q) in xs.chunks(8).zip(q.chunks(8)) {
+        for (xs, q) in xs.iter().zip(q) {
+            add_q((&mut linear, &mut few), xs, q, reference);
+        }
+        settle(&mut few, &mut mass);
+    }
+    (linear, mass)
 }
 
 /// The losses of rows from their states.
