@@ -63,14 +63,15 @@ constexpr int ARCH = 0;
 constexpr int BLOCKS_OF[] = {ARCH < 800 || sizeof(A) == 8 ? 2 : 3,
                              ARCH < 800 || (ARCH >= 1200 && sizeof(X) == 4) ? 2 : 3, 2, ARCH >= 1000 ? 1 : 2};
 // The same for forwards over tiles, for fused passes over tiles and for strided rows. 0 leaves the registers to the
-// compiler, which would give the general kernels more of them than there are, and plain tiles more than they need.
+// compiler, which would give the general kernels more of them than there are, and plain tiles more than they need; with
+// eight blocks, those of sm_80 would spill.
 constexpr int TILE_BLOCKS_OF[] = {sizeof(A) == 4 ? 8 : 4, 5, sizeof(A) == 4 ? 4 : 3};
 #if defined(DETAIL_GENERAL)
 constexpr int STRIDED_BLOCKS = sizeof(A) == 4 ? 5 : 2;
 #elif defined(DETAIL_UNIFORM)
 constexpr int FUSED_TILE_BLOCKS = TILE_BLOCKS_OF[UNIFORM], STRIDED_BLOCKS = 5;
 #else
-constexpr int FUSED_TILE_BLOCKS = ARCH >= 800 && sizeof(A) == 4 ? 8 : 0, STRIDED_BLOCKS = 0;
+constexpr int FUSED_TILE_BLOCKS = ARCH < 800 || sizeof(A) == 8 ? 0 : ARCH == 800 ? 6 : 8, STRIDED_BLOCKS = 0;
 #endif
 
 // Forwards.
