@@ -168,6 +168,8 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                             }
                         }
                         Division::Tiles { tiles, depths } => {
+                            // what is read once needs no memory of its own
+                            let depths = if reduce.is_some() { depths } else { 1 };
                             let place = TilePlace::new(&self.logits.rows, unit, (tiles, depths));
                             self.reduce_tiles(reduce, &place, &mut states, scratch);
                             groups.clear();
