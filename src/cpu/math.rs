@@ -78,7 +78,8 @@ pub(crate) trait Real:
     fn is_nan(self) -> bool;
     fn fma<I: Isa>(self, a: Self, b: Self) -> Self;
 
-    /// `e^x` for `x <= 88` within 1 ulp, 0 where that is below the normal numbers; NaN for NaN.
+    /// `e^x` for `x <= 88` within 1 ulp where that is a normal number; below these 0, but for the first half of an
+    /// octave; NaN for NaN.
     ///
     /// Every exponential of a stable loss is of a number that is not positive. A product that is not a normal number
     /// takes some processors a hundred cycles, and masked logits of -inf would all have one.
@@ -242,11 +243,16 @@ pub(crate) fn end_of<A: Copy>(xs: &[A], fill: A) -> [A; LANES] {
     padded
 }
 
-/// All elements of a slice in vectors of [`LANES`]: the whole ones, then [`end_of`].
+/// The `i`-th of the vectors of [`LANES`] that hold all elements of a slice: the whole ones, then [`end_of`].
+#[inline(always)]
+pub(crate) fn vector<'x, A>(xs: &'x [A], end: &'x [A; LANES], i: usize) -> &'x [A; LANES] {
+    if i < xs.len() / LANES { xs[i * LANES..].first_chunk().unwrap_or(end) } else { end }
+}
+
+/// All elements of a slice in vectors.
 #[inline(always)]
 pub(crate) fn vectors<'x, A>(xs: &'x [A], end: &'x [A; LANES]) -> impl Iterator<Item = &'x [A; LANES]> {
-    let count = xs.len() / LANES;
-    (0..count + 1).map(move |i| if i < count { xs[i * LANES..].first_chunk().unwrap_or(end) } else { end })
+    (0..xs.len().div_ceil(LANES)).map(move |i| vector(xs, end, i))
 }
 
 /// `x <- cap tanh(scale x / cap)`, or `scale x` without a cap; `slope` gets the cap's derivative.
@@ -337,22 +343,24 @@ impl Real for f32 {
 
     #[inline(always)]
     fn vexp<I: Isa>(self) -> f32 {
+        // below -127.5 ln 2 + 1/2 the power of 2 is 0; a comparison that keeps a NaN
+        let x = if self < -88.0 { -88.0 } else { self };
         // x = n ln 2 + r, |r| <= ln(2)/2
         // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits: n and the bias of its exponent
         const ROUND: f32 = 12_582_912.0 + 127.0;
-        let t = self.fma::<I>(std::f32::consts::LOG2_E, ROUND);
+        let t = x.fma::<I>(std::f32::consts::LOG2_E, ROUND);
         let n = t - ROUND;
-        let r = n.fma::<I>(-0.693_359_4, self);
+        let r = n.fma::<I>(-0.693_359_4, x);
         let r = n.fma::<I>(2.121_944_4e-4, r);
         // the minimax polynomial of (e^r - 1 - r) / r^2 for the relative error of e^r, which is 3e-9
         let p = 1.381_461_3e-3_f32
             .fma::<I>(r, 8.368_71e-3)
             .fma::<I>(r, 4.166_839e-2)
             .fma::<I>(r, 1.666_652_1e-1)
-            .fma::<I>(r, 0.499_999_94);
-        let e = (p.fma::<I>(r * r, r) + 1.0) * f32::from_bits(t.to_bits() << 23);
-        // -126 ln 2; what was computed below it, also of -inf, means nothing
-        if self < -87.336_54 { 0.0 } else { e }
+            .fma::<I>(r, 0.499_999_94)
+            .fma::<I>(r, 1.0)
+            .fma::<I>(r, 1.0);
+        p * f32::from_bits(t.to_bits() << 23)
     }
 
     #[inline(always)]
@@ -404,10 +412,11 @@ impl Real for f64 {
     #[inline(always)]
     fn vexp<I: Isa>(self) -> f64 {
         // as for f32
+        let x = if self < -709.0 { -709.0 } else { self };
         const ROUND: f64 = 6_755_399_441_055_744.0 + 1023.0;
-        let t = self.fma::<I>(std::f64::consts::LOG2_E, ROUND);
+        let t = x.fma::<I>(std::f64::consts::LOG2_E, ROUND);
         let n = t - ROUND;
-        let r = n.fma::<I>(-LN2_HI, self);
+        let r = n.fma::<I>(-LN2_HI, x);
         let r = n.fma::<I>(-LN2_LO, r);
         // Taylor to r^13: the remainder at ln(2)/2 is 4e-18
         let mut p = 1.0 / 6_227_020_800.0;
@@ -422,8 +431,7 @@ impl Real for f64 {
         for c in inverse_factorial.into_iter().rev() {
             p = p.fma::<I>(r, c);
         }
-        let e = (p.fma::<I>(r * r, r) + 1.0) * f64::from_bits(t.to_bits() << 52);
-        if self < -708.396_418_532_264 { 0.0 } else { e }
+        p.fma::<I>(r, 1.0).fma::<I>(r, 1.0) * f64::from_bits(t.to_bits() << 52)
     }
 
     #[inline(always)]
@@ -550,8 +558,14 @@ mod tests {
         let mut inputs = floats(-0.0, -120.0);
         inputs.extend(floats(0.0, 88.0));
         inputs.extend([f32::NEG_INFINITY, f32::NAN, f32::from_bits(0xFFC0_1234)]);
-        let worst = worst_ulp(&inputs, Exp, |x| if x.exp() < f32::MIN_POSITIVE as f64 { 0.0 } else { x.exp() });
+        let (normal, tiny): (Vec<f32>, Vec<f32>) =
+            inputs.into_iter().partition(|&x| (x as f64).exp() >= f32::MIN_POSITIVE as f64 || x.is_nan());
+        let worst = worst_ulp(&normal, Exp, f64::exp);
         assert!(worst < 1.0, "{worst}");
+        // not a normal number: that, or 0
+        for (x, y) in tiny.iter().zip(dispatch(Map(&tiny, Exp))) {
+            assert!((0.0..=f32::MIN_POSITIVE).contains(&y) && (y == 0.0 || *x > -87.7), "at {x}: {y}");
+        }
     }
 
     #[test]

@@ -19,6 +19,8 @@ pub(crate) const DEPTH: usize = if cfg!(miri) { 4 } else { 64 };
 pub(crate) const BLOCK: usize = LANES * DEPTH;
 /// Rows of more classes than this are worked through in blocks.
 const TILE_MAX_CLASSES: usize = 64;
+/// The logits of a unit of whole rows, which stay in the second cache: so many rows share what is done once a unit.
+const STRIP: usize = 16 * BLOCK;
 /// Classes a task takes where there are fewer rows than would keep all threads busy.
 pub(crate) const SEGMENT: usize = if cfg!(miri) { BLOCK } else { 8 * BLOCK };
 /// Fewer rows than this are split into segments if they are long.
@@ -90,8 +92,9 @@ impl Division {
             return Division::Tiles { tiles, depths };
         }
         let split = rows.count() < FEW_ROWS && classes > 2 * SEGMENT;
+        let rows_of = |logits: usize| (logits / classes).clamp(1, LANES);
         Division::Strips {
-            rows: (BLOCK / classes).clamp(1, LANES),
+            rows: rows_of(STRIP).min(rows_of(BLOCK).max(rows.count() / MANY_UNITS)),
             segments: if split { classes.div_ceil(SEGMENT) } else { 1 },
         }
     }
@@ -120,7 +123,7 @@ impl Division {
     }
 }
 
-/// Some classes of some rows: one row, or all classes of rows that together are a block at most.
+/// Some classes of some rows: of one row, or all classes of some.
 pub(crate) struct Strip {
     pub rows: Range<usize>,
     pub classes: Range<usize>,
@@ -137,6 +140,12 @@ impl Strip {
             }
         };
         Strip { rows: row..(row + rows).min(of.count()), classes }
+    }
+
+    /// The rows, counted from the first one, in groups: of one row, or of rows that together are a block at most.
+    pub fn at_once(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (rows, count) = (self.rows.len(), (BLOCK / self.classes.len().max(1)).max(1));
+        (0..rows).step_by(count).map(move |first| first..rows.min(first + count))
     }
 }
 

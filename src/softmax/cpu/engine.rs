@@ -2,8 +2,8 @@
 //! pieces that fit into the scratch memory, handed to the vectorised loops, and written.
 
 use super::kernels::{
-    Emit, EmitBlock, EmitTile, ReduceStrip, ReduceTile, RowDetail, RowScalars, RowTargets, States, StripBlocks,
-    with_scale,
+    CompleteStrip, Emit, EmitBlock, EmitTile, ReduceStrip, ReduceTile, RowDetail, RowScalars, RowTargets, States,
+    StripBlocks, with_scale,
 };
 use super::logits::{Logits, TargetDistribution, TileScratch};
 use crate::cpu::element::{Element, Output, PerRow, as_uninit, build};
@@ -67,17 +67,17 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         let written_parts = PerRow::new(&mut parts);
         for_each_task(units, logits * REDUCE_WORK, |units| {
             self.with_scratch(|scratch| {
-                let mut states = vec![];
+                let (mut states, mut of_strip) = (vec![], States::EMPTY);
                 for unit in units {
                     match self.division {
                         Division::Strips { rows, segments } => {
                             let strip = Strip::new(unit, rows, segments, &self.logits.rows);
-                            let states = self.reduce_strip(detail, &strip, scratch);
+                            self.reduce_strip(detail, &strip, &mut of_strip, scratch);
                             if segments == 1 {
-                                finish(strip.rows, &states);
+                                finish(strip.rows, &of_strip);
                             } else {
                                 // SAFETY: this task alone has the unit
-                                unsafe { written_parts.set(unit..unit + 1, &[states]) };
+                                unsafe { written_parts.set(unit..unit + 1, &[of_strip]) };
                             }
                         }
                         Division::Tiles { tiles, .. } => {
@@ -155,14 +155,15 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         let (units, logits) = self.units();
         for_each_task(units, logits * EMIT_WORK, |units| {
             self.with_scratch(|scratch| {
-                let (mut states, mut groups) = (vec![], vec![]);
+                let (mut states, mut of_strip, mut groups) = (vec![], States::EMPTY, vec![]);
                 for unit in units {
                     match self.division {
                         Division::Strips { rows, segments } => {
                             let strip = Strip::new(unit, rows, segments, &self.logits.rows);
-                            let states =
-                                reduce.map_or(States::EMPTY, |detail| self.reduce_strip(detail, &strip, scratch));
-                            let group = group(strip.rows.clone(), &states);
+                            if let Some(detail) = reduce {
+                                self.reduce_strip(detail, &strip, &mut of_strip, scratch);
+                            }
+                            let group = group(strip.rows.clone(), &of_strip);
                             for (lane, row) in strip.rows.enumerate() {
                                 self.emit_row(emit, (&group, lane), (row, &strip.classes), out, scratch);
                             }
@@ -182,46 +183,55 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         });
     }
 
-    fn reduce_strip(&self, detail: RowDetail, strip: &Strip, scratch: &mut TileScratch<T::Acc>) -> States<T::Acc> {
-        let mut states = States { scale: self.logits.factor, ..States::EMPTY };
+    fn reduce_strip(
+        &self,
+        detail: RowDetail,
+        strip: &Strip,
+        states: &mut States<T::Acc>,
+        scratch: &mut TileScratch<T::Acc>,
+    ) {
+        *states = States { scale: self.logits.factor, ..States::EMPTY };
         let TileScratch { x, q, .. } = scratch;
         let (x, q) = (Tile::block(x), Tile::block(q));
-        let (rows, of) = (strip.rows.clone(), &strip.classes);
-        for class in of.clone().step_by(BLOCK) {
-            let block = class..(class + BLOCK).min(of.end);
-            let mut qs: [&[_]; LANES] = [&[]; LANES];
-            for ((row, q), qs) in rows.clone().zip(q.chunks_mut(block.len())).zip(&mut qs) {
-                *qs = self.q.load_block(row * self.logits.rows.classes + class, class, q).unwrap_or(&[]);
-            }
-            let blocks = StripBlocks {
-                states: &mut states,
-                next: self.logits.after(rows.end - 1, block.end),
-                q: (!self.q.is_none()).then_some(&qs[..rows.len()]),
-                block: block.clone(),
-                of: of.clone(),
-                detail,
-            };
-            if detail == RowDetail::Mass || self.logits.is_read_directly() {
-                let mut xs: [&[_]; LANES] = [&[]; LANES];
-                for (row, xs) in rows.clone().zip(&mut xs) {
-                    // SAFETY: a row's values are emitted by this task after it is reduced, or by others in a later pass
-                    *xs = unsafe { self.logits.stored(row, &block) };
+        let of = &strip.classes;
+        for lanes in strip.at_once() {
+            let rows = strip.rows.start + lanes.start..strip.rows.start + lanes.end;
+            for class in of.clone().step_by(BLOCK) {
+                let block = class..(class + BLOCK).min(of.end);
+                let len = block.len();
+                for (row, q) in rows.clone().zip(q.chunks_mut(len)) {
+                    self.q.load(row * self.logits.rows.classes + class, class, q);
                 }
-                self.reduce_blocks(blocks, &xs[..rows.len()]);
-            } else {
-                let mut xs: [&[_]; LANES] = [&[]; LANES];
-                for ((row, x), xs) in rows.clone().zip(x.chunks_mut(block.len())).zip(&mut xs) {
+                let blocks = StripBlocks {
+                    states,
+                    lanes: lanes.clone(),
+                    next: self.logits.after(rows.end - 1, block.end),
+                    q: (!self.q.is_none()).then_some(&q[..rows.len() * len]),
+                    block: block.clone(),
+                    of: of.clone(),
+                    detail,
+                };
+                if detail == RowDetail::Mass || self.logits.is_read_directly() {
+                    // SAFETY: a row's values are emitted by this task after it is reduced, or by others in a later pass
+                    self.reduce_blocks(blocks, |row| unsafe { self.logits.stored(rows.start + row, &block) });
+                    continue;
+                }
+                for (row, x) in rows.clone().zip(x.chunks_mut(len)) {
                     // SAFETY: a row's values are emitted by this task after it is reduced, or by others in a later pass
                     unsafe { self.logits.load(row, class, x, None) };
-                    *xs = x;
                 }
-                self.reduce_blocks(blocks, &xs[..rows.len()]);
+                let x = &*x;
+                self.reduce_blocks(blocks, |row| &x[row * len..][..len]);
             }
         }
-        states
+        dispatch(CompleteStrip { states, rows: strip.rows.len() });
     }
 
-    fn reduce_blocks<S: Element<Acc = T::Acc>>(&self, blocks: StripBlocks<T::Acc, T>, xs: &[&[S]]) {
+    fn reduce_blocks<'x, S: Element<Acc = T::Acc>>(
+        &self,
+        blocks: StripBlocks<'x, T::Acc, T>,
+        xs: impl Fn(usize) -> &'x [S],
+    ) {
         with_scale!(self.logits.factor, scale => dispatch(ReduceStrip { scale, blocks, xs }));
     }
 

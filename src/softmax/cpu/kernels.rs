@@ -2,7 +2,7 @@
 
 use crate::cpu::element::Element;
 use crate::cpu::math::{
-    Ahead, Baseline, Isa, LANES, PerLane, Real, Vectorized, end_of, max_lanes, raise, sum_lanes, vectors,
+    Ahead, Baseline, Isa, LANES, PerLane, Real, Vectorized, end_of, max_lanes, raise, sum_lanes, vector, vectors,
 };
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -42,9 +42,8 @@ pub(super) struct States<A> {
 pub(super) struct Part<A> {
     pub(super) max: A,
     pub(super) block_max: A,
-    /// `sum exp(x - max)` over the classes below `max`, and the number of those at it.
-    pub(super) tail: A,
-    pub(super) ties: A,
+    /// `sum exp(x - max)`, without the term of one maximum if the block raised it.
+    pub(super) rest: A,
     pub(super) linear: A,
     pub(super) mass: A,
     pub(super) moment: A,
@@ -71,13 +70,11 @@ impl<A: Real> States<A> {
         let shift = if nothing { A::ZERO } else { row_max - max };
         let power = (self.scale * shift).vexp::<I>();
         let shrink = if nothing { A::ZERO } else { power };
-        // while all is -inf there is no maximum to leave out; a NaN in the rest stays one through the product
-        let ties = if max == A::NEG_INFINITY { A::ZERO } else { part.ties };
         let total = A::ONE + rest;
         // a shift may be -inf: finite logits can lie farther apart than the largest number
         self.moment[lane] = scaled(shrink, self.moment[lane] + total * shift) + part.moment;
-        let (grown, same) = (part.tail + (ties - A::ONE) + total * shrink, rest + part.tail + ties);
-        self.rest[lane] = if grew { grown } else { same };
+        // a NaN in the rest stays one through the product
+        self.rest[lane] = part.rest + if grew { total * shrink } else { rest };
         self.linear[lane] = self.linear[lane] + scaled(mass, shift) + part.linear;
         self.mass[lane] = mass + part.mass;
         self.max[lane] = max;
@@ -86,9 +83,9 @@ impl<A: Real> States<A> {
     /// As [`Self::absorb`] for the first part of a row, without an exponential.
     #[inline(always)]
     fn start(&mut self, lane: usize, part: Part<A>) {
-        let Part { max, tail, ties, linear, mass, moment, .. } = part;
+        let Part { max, rest, linear, mass, moment, .. } = part;
         self.max[lane] = max;
-        self.rest[lane] = if max == A::NEG_INFINITY { tail } else { tail + (ties - A::ONE) };
+        self.rest[lane] = rest;
         self.linear[lane] = linear;
         self.mass[lane] = mass;
         self.moment[lane] = moment;
@@ -118,10 +115,11 @@ impl<A: Real> States<A> {
         self.log_sum[0] = log_sum(self.max[0], self.rest[0]);
     }
 
-    /// Makes the states those of rows that are complete.
+    /// Makes the states those of rows that are complete: in the first lanes, of which there are a whole number of
+    /// vectors.
     #[inline(always)]
-    fn complete<I: Isa>(&mut self) {
-        for lane in 0..LANES {
+    fn complete<I: Isa>(&mut self, rows: usize) {
+        for lane in 0..rows.next_multiple_of(8).min(LANES) {
             let log_sum = A::of(self.rest[lane].to_f64().vln_1p::<I>());
             self.log_sum[lane] = if self.max[lane].is_finite() { log_sum } else { A::NAN };
         }
@@ -309,6 +307,31 @@ fn add_exponentials<I: Isa, A: Real, P: PerLane<A>>(
     }
 }
 
+/// Vectors whose sum is added to that of the others: in one long chain of additions of like numbers, all roundings
+/// could go in one direction.
+const GROUP: usize = 8;
+
+/// What [`add_exponentials`] adds up for a row's classes. `next` is called with each vector's number.
+#[inline(always)]
+fn sum_exponentials<I: Isa, S: Element>(
+    (xs, end): (&[S], &[S; LANES]),
+    scale: impl Scale<S::Acc>,
+    (max, reference): (S::Acc, S::Acc),
+    next: impl Fn(usize),
+) -> (S::Acc, S::Acc) {
+    let count = xs.len().div_ceil(LANES);
+    let [mut few, mut tail, mut ties] = [[S::Acc::ZERO; LANES]; 3];
+    for first in (0..count).step_by(GROUP) {
+        for i in first..count.min(first + GROUP) {
+            next(i);
+            let xs = S::unordered(vector(xs, end, i));
+            add_exponentials::<I, _, _>((&mut few, &mut ties), &xs, scale, max, reference);
+        }
+        settle(&mut few, &mut tail);
+    }
+    (sum_lanes(tail), sum_lanes(ties))
+}
+
 /// Adds to `sum exp(x - reference) (x - reference)`.
 #[inline(always)]
 fn add_moment<I: Isa, A: Real>(
@@ -354,6 +377,14 @@ fn scaled<A: Real>(factor: A, x: A) -> A {
     if factor == A::ZERO { A::ZERO } else { factor * x }
 }
 
+/// [`Part::rest`] of a sum below the maximum and the number of classes at it. While all is -inf there is no maximum to
+/// leave out.
+#[inline(always)]
+fn rest_of<A: Real>(tail: A, ties: A, max: A, grew: bool) -> A {
+    let others = if grew { ties - A::ONE } else { ties };
+    if max == A::NEG_INFINITY { tail } else { tail + others }
+}
+
 /// What the exponents are relative to.
 #[inline(always)]
 fn reference_of<A: Real>(max: A) -> A {
@@ -364,78 +395,80 @@ fn reference_of<A: Real>(max: A) -> A {
 ///
 /// A short row is a chain of dependent steps (a maximum, exponentials, a sum) that takes several times as long as its
 /// instructions; a processor overlaps the chains of rows that are close to each other in the code.
-pub(super) struct ReduceStrip<'k, A, S, T, F> {
+pub(super) struct ReduceStrip<'k, A, T, F, X> {
     pub(super) scale: F,
     pub(super) blocks: StripBlocks<'k, A, T>,
-    /// A block of each row, in its storage type or in the arithmetic type.
-    pub(super) xs: &'k [&'k [S]],
+    /// The block of a row, in its storage type or in the arithmetic type.
+    pub(super) xs: X,
 }
 
 /// All of a [`ReduceStrip`] but the logits.
 pub(super) struct StripBlocks<'k, A, T> {
     pub(super) states: &'k mut States<A>,
+    /// The rows' lanes in the states.
+    pub(super) lanes: Range<usize>,
     /// The classes of the blocks, of all those that are reduced.
     pub(super) block: Range<usize>,
     pub(super) of: Range<usize>,
-    /// The q of each row, if there is any.
-    pub(super) q: Option<&'k [&'k [A]]>,
+    /// The q of all rows' blocks, one after the other, if there is any.
+    pub(super) q: Option<&'k [A]>,
     pub(super) detail: RowDetail,
     /// What will be read next: fetched while the exponentials of these blocks are computed.
     pub(super) next: Ahead<T>,
 }
 
-impl<A: Real, S: Element<Acc = A>, T, F: Scale<A>> Vectorized for ReduceStrip<'_, A, S, T, F> {
+impl<'k, A, S, T, F, X> Vectorized for ReduceStrip<'k, A, T, F, X>
+where
+    A: Real,
+    S: Element<Acc = A>,
+    F: Scale<A>,
+    X: Fn(usize) -> &'k [S],
+{
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let ReduceStrip { scale, blocks: StripBlocks { states, block, of, q, detail, next }, xs } = self;
+        let ReduceStrip { scale, blocks: StripBlocks { states, lanes, block, of, q, detail, next }, xs } = self;
         if detail == RowDetail::Mass {
-            for (row, q) in q.unwrap_or(&[]).iter().enumerate() {
+            for (row, q) in q.unwrap_or(&[]).chunks(block.len()).enumerate() {
                 let mut sums = [0f64; LANES];
                 for q in vectors(q, &end_of(q, A::ZERO)) {
                     for lane in 0..LANES {
                         sums[lane] += q[lane].to_f64();
                     }
                 }
-                states.add_mass(row, sum_lanes(sums));
+                states.add_mass(lanes.start + row, sum_lanes(sums));
             }
             return;
         }
-        let mut block_max = [A::NEG_INFINITY; LANES];
-        let nothing = S::from_acc(A::NEG_INFINITY);
-        for (max, xs) in block_max.iter_mut().zip(xs) {
-            let mut lanes = [A::NEG_INFINITY; LANES];
+        let (mut block_max, nothing) = ([A::ZERO; LANES], S::from_acc(A::NEG_INFINITY));
+        for (row, max) in block_max.iter_mut().enumerate().take(lanes.len()) {
+            let (xs, mut maxima) = (xs(row), [A::NEG_INFINITY; LANES]);
             for xs in vectors(xs, &end_of(xs, nothing)) {
-                raise(&mut lanes, &S::unordered(xs));
+                raise(&mut maxima, &S::unordered(xs));
             }
-            *max = max_lanes(lanes);
+            *max = max_lanes(maxima);
         }
-        for (row, xs) in xs.iter().enumerate() {
+        for (row, lane) in lanes.enumerate() {
+            let xs = xs(row);
             let end = end_of(xs, nothing);
-            let max = states.max[row].max_or_self(block_max[row]);
+            let max = states.max[lane].max_or_self(block_max[row]);
             let reference = reference_of(max);
-            let [mut few, mut tail, mut ties] = [[A::ZERO; LANES]; 3];
-            for (i, xs) in vectors(xs, &end).enumerate() {
-                next.fetch(row * block.len() + i * LANES);
-                add_exponentials::<I, _, _>((&mut few, &mut ties), &S::unordered(xs), scale, max, reference);
-                if i % 8 == 7 {
-                    settle(&mut few, &mut tail);
-                }
-            }
+            let grew = block_max[row] > states.max[lane];
+            let fetch = |i: usize| next.fetch(row * block.len() + i * LANES);
+            let (tail, ties) = sum_exponentials::<I, _>((xs, &end), scale, (max, reference), fetch);
             let mut part = Part {
                 max,
                 block_max: block_max[row],
-                tail: sum_lanes(tail) + sum_lanes(few),
-                ties: sum_lanes(ties),
+                rest: rest_of(tail, ties, max, grew),
                 linear: A::ZERO,
                 mass: A::ZERO,
                 moment: A::ZERO,
             };
             if detail == RowDetail::Statistics {
-                if block_max[row] > states.max[row] {
+                if grew {
                     let first = xs.iter().position(|x| x.to_acc() == max).unwrap_or(0);
-                    states.argmax[row] = (block.start + first) as u32;
+                    states.argmax[lane] = (block.start + first) as u32;
                 }
                 let mut moment = [A::ZERO; LANES];
                 for xs in vectors(xs, &end) {
@@ -445,20 +478,33 @@ impl<A: Real, S: Element<Acc = A>, T, F: Scale<A>> Vectorized for ReduceStrip<'_
             }
             if let Some(q) = q {
                 let (mut linear, mut mass) = ([A::ZERO; LANES], [A::ZERO; LANES]);
-                for (xs, q) in vectors(xs, &end).zip(vectors(q[row], &end_of(q[row], A::ZERO))) {
+                let q = &q[row * xs.len()..][..xs.len()];
+                for (xs, q) in vectors(xs, &end).zip(vectors(q, &end_of(q, A::ZERO))) {
                     add_q((&mut linear, &mut mass), &S::ordered(xs), q, reference);
                 }
                 (part.linear, part.mass) = (sum_lanes(linear), sum_lanes(mass));
             }
             if block.start == of.start {
-                states.start(row, part);
+                states.start(lane, part);
             } else {
-                states.absorb::<I>(row, part);
+                states.absorb::<I>(lane, part);
             }
         }
-        if block.end == of.end {
-            states.complete::<I>();
-        }
+    }
+}
+
+/// [`States::complete`] once all of a strip is reduced.
+pub(super) struct CompleteStrip<'k, A> {
+    pub(super) states: &'k mut States<A>,
+    pub(super) rows: usize,
+}
+
+impl<A: Real> Vectorized for CompleteStrip<'_, A> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        self.states.complete::<I>(self.rows);
     }
 }
 
@@ -513,11 +559,15 @@ impl<A: Real, F: Scale<A>> Vectorized for ReduceTile<'_, A, F> {
                 }
             }
         }
+        let grew = |lane: usize| block_max[lane] > states.max[lane];
+        let mut rest = [A::ZERO; LANES];
+        for lane in 0..LANES {
+            rest[lane] = rest_of(tail[lane], ties[lane], max[lane], grew(lane));
+        }
         let part = |lane: usize| Part {
             max: max[lane],
             block_max: block_max[lane],
-            tail: tail[lane],
-            ties: ties[lane],
+            rest: rest[lane],
             linear: linear[lane],
             mass: mass[lane],
             moment: moment[lane],
@@ -535,7 +585,7 @@ impl<A: Real, F: Scale<A>> Vectorized for ReduceTile<'_, A, F> {
             *states = sum;
         }
         if classes.end == of {
-            states.complete::<I>();
+            states.complete::<I>(LANES);
         }
     }
 }
@@ -559,7 +609,7 @@ fn exponentials<I: Isa, A: Real>(
     reference: [A; LANES],
 ) -> ([A; LANES], [A; LANES]) {
     let [mut few, mut tail, mut ties] = [[A::ZERO; LANES]; 3];
-    for xs in xs.chunks(8) {
+    for xs in xs.chunks(GROUP) {
         for xs in xs {
             add_exponentials::<I, _, _>((&mut few, &mut ties), xs, scale, max, reference);
         }
@@ -572,7 +622,7 @@ fn exponentials<I: Isa, A: Real>(
 #[inline(always)]
 fn weighted<A: Real>(xs: &[[A; LANES]], q: &[[A; LANES]], reference: [A; LANES]) -> ([A; LANES], [A; LANES]) {
     let [mut few, mut linear, mut mass] = [[A::ZERO; LANES]; 3];
-    for (xs, q) in xs.chunks(8).zip(q.chunks(8)) {
+    for (xs, q) in xs.chunks(GROUP).zip(q.chunks(GROUP)) {
         for (xs, q) in xs.iter().zip(q) {
             add_q((&mut linear, &mut few), xs, q, reference);
         }
