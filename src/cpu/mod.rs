@@ -4,6 +4,7 @@ pub(crate) mod element;
 pub(crate) mod indices;
 pub(crate) mod math;
 pub(crate) mod parallel;
+pub(crate) mod stream;
 
 use crate::custom_op::Arg;
 use candle_core::{CpuStorage, Result, bail};

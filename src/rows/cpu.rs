@@ -5,6 +5,7 @@ use super::layout::{Rows, Run};
 use crate::cpu::element::{Element, Input, Output, Source};
 use crate::cpu::math::{LANES, Real};
 use std::cell::Cell;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// An upstream gradient over the denominator. That is 0 where the rows that count weigh nothing: then no gradient goes
@@ -20,7 +21,7 @@ pub(crate) const BLOCK: usize = LANES * DEPTH;
 /// Rows of more classes than this are worked through in blocks.
 const TILE_MAX_CLASSES: usize = 64;
 /// The logits of a unit of whole rows, which stay in the second cache: so many rows share what is done once a unit.
-const STRIP: usize = 16 * BLOCK;
+pub(crate) const STRIP: usize = 16 * BLOCK;
 /// Classes a task takes where there are fewer rows than would keep all threads busy.
 pub(crate) const SEGMENT: usize = if cfg!(miri) { BLOCK } else { 8 * BLOCK };
 /// Fewer rows than this are split into segments if they are long.
@@ -44,9 +45,23 @@ const AHEAD: usize = 8;
 pub(crate) struct Tile<A>(pub [[A; LANES]; DEPTH]);
 
 impl<A: Real> Tile<A> {
-    /// The memory of the first tile as a block; none where there is no tile.
+    /// The memory of the tiles as numbers one after the other.
     pub fn block(tiles: &mut [Self]) -> &mut [A] {
-        tiles.first_mut().map(|tile| tile.0.as_flattened_mut()).unwrap_or_default()
+        // SAFETY: a tile is an array of numbers without padding, so that tiles in a row are numbers in a row
+        unsafe { std::slice::from_raw_parts_mut(tiles.as_mut_ptr().cast(), tiles.len() * DEPTH * LANES) }
+    }
+}
+
+impl<A: Real> Tile<A> {
+    /// The memory of the first tile as room for as many elements as a block has, of a type that is not larger.
+    ///
+    /// # Safety
+    /// Only initialised values are written.
+    pub unsafe fn room<O: Element<Acc = A>>(tiles: &mut [Self], len: usize) -> &mut [MaybeUninit<O>] {
+        assert!(size_of::<O>() <= size_of::<A>() && len <= BLOCK && !tiles.is_empty());
+        // SAFETY: so many bytes, aligned to more than an element is; what is written are numbers of the tile's again, as
+        // any bits are
+        unsafe { std::slice::from_raw_parts_mut(tiles.as_mut_ptr().cast(), len) }
     }
 }
 

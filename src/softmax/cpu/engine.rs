@@ -2,14 +2,15 @@
 //! pieces that fit into the scratch memory, handed to the vectorised loops, and written.
 
 use super::kernels::{
-    CompleteStrip, Emit, EmitBlock, EmitTile, ReduceStrip, ReduceTile, RowDetail, RowScalars, RowTargets, States,
-    StripBlocks, with_scale,
+    CompleteStrip, Emit, EmitBlock, EmitTile, PowersGradient, ReduceStrip, ReduceTile, RowDetail, RowScalars,
+    RowTargets, States, StripBlocks, with_scale,
 };
 use super::logits::{Logits, TargetDistribution, TileScratch};
 use crate::cpu::element::{Element, Output, PerRow, as_uninit, build};
 use crate::cpu::math::{Baseline, LANES, Real, dispatch};
 use crate::cpu::parallel::for_each_task;
-use crate::rows::cpu::{BLOCK, Division, Strip, Tile, TilePlace, with_tiles};
+use crate::cpu::stream;
+use crate::rows::cpu::{BLOCK, Division, STRIP, Strip, Tile, TilePlace, with_tiles};
 use candle_core::CpuStorage;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -29,6 +30,29 @@ pub(super) struct Engine<'k, 'a, T: Element> {
     division: Division,
 }
 
+/// How a pass gets from the logits to its output.
+#[derive(Clone, Copy, Default)]
+struct Way {
+    /// Whether the exponentials of the reduction are kept for what is emitted: all those of a unit.
+    keeps_powers: bool,
+    /// Whether the output is stored past the cache.
+    past_cache: bool,
+}
+
+/// Where the values of a block of a row are emitted from.
+#[derive(Clone, Copy)]
+enum BlockSource {
+    /// The exponentials that the reduction has kept.
+    Powers,
+    /// The logits as they are stored.
+    Stored,
+    /// The logits in the scratch memory.
+    Loaded,
+}
+
+/// The blocks of exponentials that are kept.
+pub(super) const POWER_BLOCKS: usize = STRIP / BLOCK;
+
 /// The work of a logit in a pass that reduces, and in one that emits a value for it.
 const REDUCE_WORK: usize = 1;
 const EMIT_WORK: usize = 2;
@@ -46,14 +70,18 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
     }
 
     /// Calls `work` with scratch memory for a unit.
-    fn with_scratch(&self, work: impl FnOnce(&mut TileScratch<T::Acc>)) {
+    fn with_scratch(&self, way: Way, work: impl FnOnce(&mut TileScratch<T::Acc>)) {
         let count = self.division.held();
         let capped = if self.logits.softcap.is_some() { count } else { 0 };
-        with_tiles(2 * count + 1 + capped, |tiles| {
+        let powers = if way.keeps_powers { POWER_BLOCKS } else { 0 };
+        with_tiles(2 * count + 2 + capped + powers, |tiles| {
             let (x, tiles) = tiles.split_at_mut(count);
             let (q, tiles) = tiles.split_at_mut(count);
-            let (e, slope) = tiles.split_at_mut(1);
-            work(&mut TileScratch { x, q, e, slope });
+            let (e, tiles) = tiles.split_at_mut(1);
+            let (staged, tiles) = tiles.split_at_mut(1);
+            let (slope, powers) = tiles.split_at_mut(capped);
+            let references = [T::Acc::ZERO; POWER_BLOCKS];
+            work(&mut TileScratch { x, q, e, slope, staged, powers, references });
         });
     }
 
@@ -66,7 +94,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         let mut parts = vec![States::EMPTY; if segments > 1 { units } else { 0 }];
         let written_parts = PerRow::new(&mut parts);
         for_each_task(units, logits * REDUCE_WORK, |units| {
-            self.with_scratch(|scratch| {
+            self.with_scratch(Way::default(), |scratch| {
                 let (mut states, mut of_strip) = (vec![], States::EMPTY);
                 for unit in units {
                     match self.division {
@@ -153,8 +181,9 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         out: &Output<O>,
     ) {
         let (units, logits) = self.units();
+        let way = self.way::<O, E>(reduce);
         for_each_task(units, logits * EMIT_WORK, |units| {
-            self.with_scratch(|scratch| {
+            self.with_scratch(way, |scratch| {
                 let (mut states, mut of_strip, mut groups) = (vec![], States::EMPTY, vec![]);
                 for unit in units {
                     match self.division {
@@ -165,7 +194,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                             }
                             let group = group(strip.rows.clone(), &of_strip);
                             for (lane, row) in strip.rows.enumerate() {
-                                self.emit_row(emit, (&group, lane), (row, &strip.classes), out, scratch);
+                                self.emit_row(emit, way, (&group, lane), (row, &strip.classes), out, scratch);
                             }
                         }
                         Division::Tiles { tiles, depths } => {
@@ -180,7 +209,28 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                     }
                 }
             });
+            if way.past_cache {
+                stream::fence();
+            }
         });
+    }
+
+    fn way<O: Element, E: Emit<T::Acc>>(&self, reduce: Option<RowDetail>) -> Way {
+        let classes = self.logits.rows.classes;
+        let Division::Strips { rows, segments: 1 } = self.division else { return Way::default() };
+        let bytes = self.logits.rows.count() * classes * size_of::<O>();
+        // of several blocks, an exponential is a product of two, whose differences are each rounded: not in f64, which is
+        // there for its digits
+        let most = if size_of::<T::Acc>() > size_of::<f32>() { BLOCK } else { STRIP };
+        Way {
+            keeps_powers: E::OF_POWERS
+                && reduce == Some(RowDetail::Loss)
+                && self.logits.softcap.is_none()
+                && classes <= most
+                && rows * classes <= STRIP,
+            // the lines that are replaced are in the cache
+            past_cache: !self.logits.x.is_replaced() && stream::exceeds_cache(bytes),
+        }
     }
 
     fn reduce_strip(
@@ -191,8 +241,8 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         scratch: &mut TileScratch<T::Acc>,
     ) {
         *states = States { scale: self.logits.factor, ..States::EMPTY };
-        let TileScratch { x, q, .. } = scratch;
-        let (x, q) = (Tile::block(x), Tile::block(q));
+        let TileScratch { x, q, powers, references, .. } = scratch;
+        let (x, q, powers) = (Tile::block(x), Tile::block(q), Tile::block(powers));
         let of = &strip.classes;
         for lanes in strip.at_once() {
             let rows = strip.rows.start + lanes.start..strip.rows.start + lanes.end;
@@ -207,6 +257,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                     lanes: lanes.clone(),
                     next: self.logits.after(rows.end - 1, block.end),
                     q: (!self.q.is_none()).then_some(&q[..rows.len() * len]),
+                    powers: powers.get_mut(lanes.start * of.len() + class..).unwrap_or_default(),
                     block: block.clone(),
                     of: of.clone(),
                     detail,
@@ -214,14 +265,17 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                 if detail == RowDetail::Mass || self.logits.is_read_directly() {
                     // SAFETY: a row's values are emitted by this task after it is reduced, or by others in a later pass
                     self.reduce_blocks(blocks, |row| unsafe { self.logits.stored(rows.start + row, &block) });
-                    continue;
+                } else {
+                    for (row, x) in rows.clone().zip(x.chunks_mut(len)) {
+                        // SAFETY: as above
+                        unsafe { self.logits.load(row, class, x, None) };
+                    }
+                    let x = &*x;
+                    self.reduce_blocks(blocks, |row| &x[row * len..][..len]);
                 }
-                for (row, x) in rows.clone().zip(x.chunks_mut(len)) {
-                    // SAFETY: a row's values are emitted by this task after it is reduced, or by others in a later pass
-                    unsafe { self.logits.load(row, class, x, None) };
+                if let Some(reference) = references.get_mut(class / BLOCK) {
+                    *reference = states.max[lanes.start];
                 }
-                let x = &*x;
-                self.reduce_blocks(blocks, |row| &x[row * len..][..len]);
             }
         }
         dispatch(CompleteStrip { states, rows: strip.rows.len() });
@@ -267,6 +321,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
     fn emit_row<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
         &self,
         emit: &E,
+        way: Way,
         (group, lane): (&RowGroup<T::Acc>, usize),
         (row, classes): (usize, &Range<usize>),
         out: &Output<O>,
@@ -279,56 +334,77 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
             return out.fill(MaybeUninit::new(O::from_acc(T::Acc::ZERO)));
         }
         let scalars = group.scalars.lane(lane);
-        // in place, the own logit is gone once the segment is written
         let (own, weight) = (group.targets.class[lane], group.targets.weight[lane]);
-        let has_own = weight != T::Acc::ZERO && classes.contains(&own);
-        let own_value = has_own.then(|| self.own_value(emit, &scalars, row, own, weight));
-        let TileScratch { x, e, q, slope } = scratch;
-        let [x, e, q, slope] = [x, e, q, slope].map(|tiles| Tile::block(tiles));
         for class in classes.clone().step_by(BLOCK) {
-            let len = (classes.end - class).min(BLOCK);
-            let at = start + class;
-            let (e, q) = (
-                e.get_mut(..len).unwrap_or_default(),
-                self.q.load_block(at, class, q.get_mut(..len).unwrap_or_default()),
-            );
-            if self.logits.is_read_directly() && !self.logits.x.is_replaced() {
-                // SAFETY: the output is another buffer
-                let xs = unsafe { self.logits.stored(row, &(class..class + len)) };
-                // SAFETY: each segment of each row is emitted by one unit, and the logits are another buffer
-                let out = unsafe { out.slice(at, len) };
-                emit_block(EmitBlock { emit, row: scalars, xs, q, slope: None, out }, e);
+            let block = class..(class + BLOCK).min(classes.end);
+            let has_own = weight != T::Acc::ZERO && block.contains(&own);
+            let own = has_own.then(|| (own - class, weight + self.q.at(own)));
+            let source = if way.keeps_powers {
+                BlockSource::Powers
+            } else if self.logits.is_read_directly() && !self.logits.x.is_replaced() {
+                BlockSource::Stored
             } else {
-                let (xs, mut slope) = (&mut x[..len], slope.get_mut(..len));
+                let (x, slope) = (Tile::block(scratch.x), Tile::block(scratch.slope).get_mut(..block.len()));
                 // SAFETY: this unit alone writes to the segment, and has no slice of it here
-                unsafe { self.logits.load(row, class, xs, slope.as_deref_mut()) };
-                // SAFETY: each segment of each row is emitted by one unit, and the slice of its logits is gone
-                let out = unsafe { out.slice(at, len) };
-                emit_block(
-                    EmitBlock { emit, row: scalars, xs, q, slope: slope.as_deref().filter(|_| E::IN_LOGITS), out },
-                    e,
-                );
+                unsafe { self.logits.load(row, class, &mut x[..block.len()], slope) };
+                BlockSource::Loaded
+            };
+            let place = (row, lane, &block);
+            // SAFETY: each segment of each row is emitted by one unit, and no slice of its logits is alive if it replaces
+            // them
+            let to = unsafe { out.slice(start + class, block.len()) };
+            if way.past_cache {
+                let staged = std::mem::take(&mut scratch.staged);
+                // SAFETY: values are written
+                let values = unsafe { Tile::room(staged, block.len()) };
+                self.emit_block(emit, source, (&scalars, own), place, values, scratch);
+                stream::copy_past_cache(values, to);
+                scratch.staged = staged;
+            } else {
+                self.emit_block(emit, source, (&scalars, own), place, to, scratch);
             }
-        }
-        if let Some(value) = own_value {
-            // SAFETY: each segment of each row is emitted by one unit, and no other slice of it is alive
-            unsafe { out.slice(start + own, 1)[0].write(O::from_acc(value)) };
         }
     }
 
-    /// The value of a row's own class, whose weight adds to its q.
-    fn own_value<E: Emit<T::Acc>>(
+    /// Emits the values of a block of a row. Its own class comes with its q, if it is in the block.
+    fn emit_block<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
         &self,
         emit: &E,
-        scalars: &RowScalars<T::Acc>,
-        row: usize,
-        class: usize,
-        weight: T::Acc,
-    ) -> T::Acc {
-        let (mut x, mut slope) = ([T::Acc::ZERO], [T::Acc::ONE]);
-        // SAFETY: the class is in a segment that this unit alone writes, later
-        unsafe { self.logits.load(row, class, &mut x, Some(&mut slope)) };
-        emit.value::<Baseline, T::Acc>(scalars, 0, x[0], weight + self.q.at(class)) * slope[0]
+        source: BlockSource,
+        (scalars, own): (&RowScalars<T::Acc>, Option<(usize, T::Acc)>),
+        (row, lane, block): (usize, usize, &Range<usize>),
+        out: &mut [MaybeUninit<O>],
+        scratch: &mut TileScratch<T::Acc>,
+    ) {
+        let (classes, len) = (self.logits.rows.classes, block.len());
+        let TileScratch { x, e, q, slope, powers, references, .. } = scratch;
+        let [x, e, q, slope, powers] = [x, e, q, slope, powers].map(|tiles| Tile::block(tiles));
+        let e = &mut e[..len];
+        let q = self.q.load_block(row * classes + block.start, block.start, q.get_mut(..len).unwrap_or_default());
+        let value = match source {
+            BlockSource::Powers => {
+                let reference = if classes <= BLOCK { scalars.max } else { references[block.start / BLOCK] };
+                let row = scalars.of_powers(self.logits.factor, reference);
+                let xs = &powers[lane * classes + block.start..][..len];
+                emit_block(EmitBlock { emit: &PowersGradient, row, xs, q, slope: None, out }, e);
+                own.map(|(i, q)| PowersGradient.value::<Baseline, _>(&row, 0, xs[i], q))
+            }
+            BlockSource::Stored => {
+                // SAFETY: the output is another buffer
+                let xs = unsafe { self.logits.stored(row, block) };
+                emit_block(EmitBlock { emit, row: *scalars, xs, q, slope: None, out }, e);
+                own.map(|(i, q)| emit.value::<Baseline, _>(scalars, 0, xs[i].to_acc(), q))
+            }
+            BlockSource::Loaded => {
+                let (xs, slope) = (&x[..len], slope.get(..len).filter(|_| E::IN_LOGITS));
+                emit_block(EmitBlock { emit, row: *scalars, xs, q, slope, out }, e);
+                let chain = |i: usize| slope.map_or(T::Acc::ONE, |slope| slope[i]);
+                own.map(|(i, q)| chain(i) * emit.value::<Baseline, _>(scalars, 0, xs[i], q))
+            }
+        };
+        if let Some(((i, _), value)) = own.zip(value) {
+            out[i].write(O::from_acc(value));
+        }
     }
 
     /// The place comes with whether the scratch memory is as [`Self::reduce_tiles`] of it left it.

@@ -198,6 +198,17 @@ impl<A: Real> RowScalars<[A; LANES]> {
     }
 }
 
+impl<A: Real> RowScalars<A> {
+    /// Where exponentials take the place of the logits: they are relative to `reference`, the row's maximum so far.
+    pub(super) fn of_powers(self, scale: A, reference: A) -> Self {
+        let is_max = reference == self.max;
+        let shrink = if is_max { A::ONE } else { (scale * (reference - self.max)).vexp::<Baseline>() };
+        // another logit whose exponential is 1 is no peak's neighbour: together they have more than half of the mass
+        let has_peak = shrink == A::ONE && !self.peak.is_nan();
+        RowScalars { inverse: self.inverse * shrink, peak: if has_peak { A::ONE } else { A::NAN }, ..self }
+    }
+}
+
 /// `log sum exp(x - m)`, NaN where the row has no finite maximum.
 #[inline(always)]
 pub(super) fn log_sum<A: Real>(max: A, rest: A) -> A {
@@ -206,6 +217,8 @@ pub(super) fn log_sum<A: Real>(max: A, rest: A) -> A {
 
 /// The value that a pass emits for a logit of a lane's row.
 pub(super) trait Emit<A: Real>: Sync {
+    /// Whether [`PowersGradient`] emits the same from the exponentials that a reduction has computed.
+    const OF_POWERS: bool = false;
     /// Whether the value is a derivative in the logits, so that the soft cap's slope belongs to it.
     const IN_LOGITS: bool = false;
 
@@ -258,15 +271,30 @@ pub(super) use with_scale;
 /// `upstream (slope p - q)`
 pub(super) struct LogitsGradient<F>(pub(super) F);
 impl<A: Real, F: Scale<A>> Emit<A> for LogitsGradient<F> {
+    const OF_POWERS: bool = true;
     const IN_LOGITS: bool = true;
 
     #[inline(always)]
     fn value<I: Isa, V: PerLane<A>>(&self, row: &RowScalars<V>, lane: usize, x: A, q: A) -> A {
         let p = self.0.times(x - row.max.at(lane)).vexp::<I>() * row.inverse.at(lane);
-        let direct = row.slope.at(lane) * p - q;
-        // p > 1/2: exact where q is nearly all of the mass, so that the gradient of a confident row keeps its digits
-        let at_peak = (row.mass.at(lane) - q) + row.at_peak.at(lane);
-        row.upstream.at(lane) * if x == row.peak.at(lane) { at_peak } else { direct }
+        gradient(row, lane, p, q, x == row.peak.at(lane))
+    }
+}
+
+#[inline(always)]
+fn gradient<A: Real, V: PerLane<A>>(row: &RowScalars<V>, lane: usize, p: A, q: A, is_peak: bool) -> A {
+    let direct = row.slope.at(lane) * p - q;
+    // p > 1/2: exact where q is nearly all of the mass, so that the gradient of a confident row keeps its digits
+    let at_peak = (row.mass.at(lane) - q) + row.at_peak.at(lane);
+    row.upstream.at(lane) * if is_peak { at_peak } else { direct }
+}
+
+/// [`LogitsGradient`] from the exponentials of a block of a row, for scalars by [`RowScalars::of_powers`].
+pub(super) struct PowersGradient;
+impl<A: Real> Emit<A> for PowersGradient {
+    #[inline(always)]
+    fn value<I: Isa, V: PerLane<A>>(&self, row: &RowScalars<V>, lane: usize, power: A, q: A) -> A {
+        gradient(row, lane, power * row.inverse.at(lane), q, power == row.peak.at(lane))
     }
 }
 
@@ -311,25 +339,67 @@ fn add_exponentials<I: Isa, A: Real, P: PerLane<A>>(
 /// could go in one direction.
 const GROUP: usize = 8;
 
-/// What [`add_exponentials`] adds up for a row's classes. `next` is called with each vector's number.
+/// What [`add_exponentials`] adds up for a row's classes; `powers` gets the exponentials, unless it is empty. `next` is
+/// called with each vector's number.
 #[inline(always)]
 fn sum_exponentials<I: Isa, S: Element>(
     (xs, end): (&[S], &[S; LANES]),
     scale: impl Scale<S::Acc>,
     (max, reference): (S::Acc, S::Acc),
+    powers: &mut [S::Acc],
     next: impl Fn(usize),
 ) -> (S::Acc, S::Acc) {
     let count = xs.len().div_ceil(LANES);
     let [mut few, mut tail, mut ties] = [[S::Acc::ZERO; LANES]; 3];
     for first in (0..count).step_by(GROUP) {
-        for i in first..count.min(first + GROUP) {
-            next(i);
-            let xs = S::unordered(vector(xs, end, i));
-            add_exponentials::<I, _, _>((&mut few, &mut ties), &xs, scale, max, reference);
+        let vectors = first..count.min(first + GROUP);
+        if powers.is_empty() {
+            for i in vectors {
+                next(i);
+                let xs = S::unordered(vector(xs, end, i));
+                add_exponentials::<I, _, _>((&mut few, &mut ties), &xs, scale, max, reference);
+            }
+        } else {
+            for i in vectors {
+                next(i);
+                let whole = xs.get(i * LANES..).and_then(|xs| xs.first_chunk());
+                match (whole, powers.get_mut(i * LANES..).and_then(|powers| powers.first_chunk_mut())) {
+                    (Some(xs), Some(to)) => {
+                        keep_exponentials::<I, _>((&mut few, &mut ties), &S::ordered(xs), scale, (max, reference), to);
+                    }
+                    // the end, whose first lanes are in the vector before
+                    _ => {
+                        let mut to = [S::Acc::ZERO; LANES];
+                        let xs = S::ordered(end);
+                        keep_exponentials::<I, _>((&mut few, &mut ties), &xs, scale, (max, reference), &mut to);
+                        let last = &mut powers[i * LANES..];
+                        last.copy_from_slice(&to[LANES - last.len()..]);
+                    }
+                }
+            }
         }
         settle(&mut few, &mut tail);
     }
     (sum_lanes(tail), sum_lanes(ties))
+}
+
+/// As [`add_exponentials`]; the exponentials are kept.
+#[inline(always)]
+fn keep_exponentials<I: Isa, A: Real>(
+    (tail, ties): (&mut [A; LANES], &mut [A; LANES]),
+    xs: &[A; LANES],
+    scale: impl Scale<A>,
+    (max, reference): (A, A),
+    to: &mut [A; LANES],
+) {
+    for lane in 0..LANES {
+        let x = xs[lane];
+        let v = scale.times(x - reference).vexp::<I>();
+        let tie = x == max;
+        tail[lane] += if tie { A::ZERO } else { v };
+        ties[lane] += if tie { A::ONE } else { A::ZERO };
+        to[lane] = v;
+    }
 }
 
 /// Adds to `sum exp(x - reference) (x - reference)`.
@@ -412,6 +482,8 @@ pub(super) struct StripBlocks<'k, A, T> {
     pub(super) of: Range<usize>,
     /// The q of all rows' blocks, one after the other, if there is any.
     pub(super) q: Option<&'k [A]>,
+    /// Where the exponentials of all rows' blocks are kept, one after the other; empty if they are not.
+    pub(super) powers: &'k mut [A],
     pub(super) detail: RowDetail,
     /// What will be read next: fetched while the exponentials of these blocks are computed.
     pub(super) next: Ahead<T>,
@@ -428,7 +500,7 @@ where
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let ReduceStrip { scale, blocks: StripBlocks { states, lanes, block, of, q, detail, next }, xs } = self;
+        let ReduceStrip { scale, blocks: StripBlocks { states, lanes, block, of, q, powers, detail, next }, xs } = self;
         if detail == RowDetail::Mass {
             for (row, q) in q.unwrap_or(&[]).chunks(block.len()).enumerate() {
                 let mut sums = [0f64; LANES];
@@ -456,7 +528,8 @@ where
             let reference = reference_of(max);
             let grew = block_max[row] > states.max[lane];
             let fetch = |i: usize| next.fetch(row * block.len() + i * LANES);
-            let (tail, ties) = sum_exponentials::<I, _>((xs, &end), scale, (max, reference), fetch);
+            let powers = powers.get_mut(row * xs.len()..(row + 1) * xs.len()).unwrap_or_default();
+            let (tail, ties) = sum_exponentials::<I, _>((xs, &end), scale, (max, reference), powers, fetch);
             let mut part = Part {
                 max,
                 block_max: block_max[row],

@@ -1,5 +1,6 @@
 //! How the logits of rows and their target distribution are read.
 
+use super::engine::POWER_BLOCKS;
 use crate::cpu::element::{Element, Input, Source};
 use crate::cpu::math::{Ahead, LANES, Real, ScaleAndCap, dispatch};
 use crate::rows::cpu::{Tile, TilePlace};
@@ -15,6 +16,12 @@ pub(super) struct TileScratch<'m, A> {
     pub(super) e: &'m mut [Tile<A>],
     /// The soft cap's; none where there is no cap.
     pub(super) slope: &'m mut [Tile<A>],
+    /// A strip's exponentials, if its pass keeps them.
+    pub(super) powers: &'m mut [Tile<A>],
+    /// Of a row's blocks: the maximum that these are relative to.
+    pub(super) references: [A; POWER_BLOCKS],
+    /// A block on its way past the cache, if it goes there.
+    pub(super) staged: &'m mut [Tile<A>],
 }
 
 /// The weighted, smoothed target distribution q: a number for each class of each row. With class indices, what a row's
