@@ -40,19 +40,32 @@ fn working_cuda_device() -> Option<Device> {
     found.ok().flatten()
 }
 
-/// Lets memory that is freed on a CUDA device stay with the process, for the next step to take.
+/// Lets memory that is freed stay with the process, for the next step to take.
 ///
-/// A training step allocates and frees the same large tensors again and again. By default CUDA's memory pool, from
-/// which candle allocates, returns all free memory to the system whenever the host waits for the device, as it does to
-/// read a loss. The next step has to map gigabytes again while the GPU idles, which can take longer than the kernels.
-/// This function raises the pool's release threshold to the maximum, for the whole process. Call it once, before the
-/// first step.
+/// A training step allocates and frees the same large tensors again and again, and by default what is free goes back to
+/// the system. The next step then maps the same gigabytes once more, which can take longer than all computation. Call
+/// this function once, for the device that the program trains on; on the CPU as the first thing in `main`.
 ///
-/// The price is memory: the process keeps as much as it ever had in use at once, and other processes on the GPU can't
-/// have it. On other devices nothing changes.
+/// The price is memory: the process keeps as much as it ever had in use at once, and no other process can have it. Leave
+/// it alone in a program that shares a machine whose memory is short, that needs much of it once and then runs on
+/// for long, or whose many threads allocate and free blocks of more than a kilobyte all the time.
+///
+/// **CPU.** With glibc's allocator, which is Rust's default on most Linux systems, blocks of 32 MB and more are mapped
+/// and unmapped each time. This function sets three of its parameters for the whole process: no block is mapped by
+/// itself any more (`M_MMAP_MAX` 0), the heap never shrinks (`M_TRIM_THRESHOLD`), and there is one heap for all threads
+/// (`M_ARENA_MAX` 1). Without the last, other threads than the main one have heaps of their own, made of pieces of 64
+/// MB, and larger blocks are mapped there all the same. A thread that has allocated something *before* the call keeps
+/// such a heap, and threads that start later may get it once more: so call it before any thread is started.
+///
+/// With another allocator (of musl, macOS, Windows, or a `#[global_allocator]`) nothing changes: choose one that keeps
+/// its pages, and tell it so. The README has settings of mimalloc and jemalloc, with times.
+///
+/// **CUDA.** candle allocates from the device's memory pool, which by default returns all free memory to the system
+/// whenever the host waits for the device, as it does to read a loss. This function raises the pool's release threshold
+/// to the maximum, for the whole process. The CPU's allocator stays as it is. On other devices nothing changes.
 ///
 /// # Errors
-/// Those of the driver.
+/// Those of the allocator or the driver, if it refuses.
 ///
 /// # Example
 /// ```
@@ -63,15 +76,43 @@ fn working_cuda_device() -> Option<Device> {
 /// # candle_core::Result::Ok(())
 /// ```
 ///
-/// Source: [the stream-ordered memory
+/// Sources: [mallopt(3)](https://man7.org/linux/man-pages/man3/mallopt.3.html); [the stream-ordered memory
 /// allocator](https://docs.nvidia.com/cuda/cuda-c-programming-guide/#stream-ordered-memory-allocator),
 /// `cudaMemPoolAttrReleaseThreshold`.
 pub fn keep_memory(device: &Device) -> Result<()> {
     match device {
+        Device::Cpu => keep_heap(),
         #[cfg(feature = "cuda")]
         Device::Cuda(device) => keep_pool(device),
         _ => Ok(()),
     }
+}
+
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn keep_heap() -> Result<()> {
+    // One arena is worth its price: the other arenas' heaps end at 64 MB, and a block that fits in none is mapped
+    // whatever `M_MMAP_MAX` says. What threads allocate in small, up to a kilobyte, comes from caches of their own
+    // without a lock; a step allocates little else but tensors.
+    let settings = [
+        // the most blocks that are mapped by themselves
+        (libc::M_MMAP_MAX, 0, "M_MMAP_MAX"),
+        // as an unsigned number the largest: as much may be free at the end of the heap
+        (libc::M_TRIM_THRESHOLD, -1, "M_TRIM_THRESHOLD"),
+        (libc::M_ARENA_MAX, 1, "M_ARENA_MAX"),
+    ];
+    for (parameter, value, name) in settings {
+        // SAFETY: numbers are passed, and the function locks the heap while it sets them
+        if unsafe { libc::mallopt(parameter, value) } == 0 {
+            candle_core::bail!("keep_memory: the allocator refuses {name} = {value} (mallopt returned 0)");
+        }
+    }
+    Ok(())
+}
+
+/// There is no setting that every allocator has.
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+fn keep_heap() -> Result<()> {
+    Ok(())
 }
 
 #[cfg(feature = "cuda")]
