@@ -10,7 +10,7 @@
 mod common;
 
 use common::case::{Case, FORWARD, GRADIENT, Implementation, Pass, Unit, cases};
-use common::machine::Machine;
+use common::machine::{Freed, Machine};
 use common::work::Inputs;
 use criterion::{BenchmarkId, Criterion, Throughput};
 use std::time::Duration;
@@ -67,8 +67,9 @@ fn time(
 }
 
 fn main() {
+    // before criterion starts threads
+    let machine = Machine::best(Freed::Kept, false).expect("a device");
     let mut criterion = Criterion::default().configure_from_args();
-    let machine = Machine::best(false).expect("a device");
     eprintln!("{}", machine.name);
     let quick = std::env::args().any(|arg| arg == "--quick");
     for case in cases(machine.device.is_cuda(), false) {

@@ -3,8 +3,19 @@
 use candle_core::{Device, Result};
 use std::time::{Duration, Instant};
 
+/// What becomes of memory that is freed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Freed {
+    /// It stays with the process, as after `keep_memory`.
+    Kept,
+    /// Large blocks go back to the system, and the next ones are mapped anew.
+    Returned,
+}
+
 pub struct Machine {
     pub device: Device,
+    #[allow(dead_code)]
+    pub freed: Freed,
     /// The hardware's name: the CPU's model or the GPU's.
     pub name: String,
     /// The last-level cache.
@@ -80,31 +91,44 @@ impl Clock {
 }
 
 impl Machine {
-    pub fn cpu() -> Self {
-        Machine { device: Device::Cpu, name: cpu_name(), cache_bytes: cpu_cache_bytes(), clock: Clock::Host }
+    /// The CPU, whose freed memory is `freed`. To be called before anything starts threads.
+    pub fn cpu(freed: Freed) -> Result<Self> {
+        // elsewhere `keep_memory` has nothing to tell the allocator
+        let can_keep = cfg!(all(target_os = "linux", target_env = "gnu"));
+        let freed = if can_keep { freed } else { Freed::Returned };
+        if freed == Freed::Kept {
+            candle_fused_loss::keep_memory(&Device::Cpu)?;
+        }
+        let (name, cache_bytes) = (cpu_name(), cpu_cache_bytes());
+        Ok(Machine { device: Device::Cpu, freed, name, cache_bytes, clock: Clock::Host })
     }
 
     #[cfg(feature = "cuda")]
     fn gpu(gpu: super::gpu::Gpu) -> Self {
         let super::gpu::Gpu { device, name, cache_bytes, clock } = gpu;
-        Machine { device, name, cache_bytes, clock: Clock::Gpu(clock) }
+        Machine { device, freed: Freed::Kept, name, cache_bytes, clock: Clock::Gpu(clock) }
     }
 
     /// The GPU where one works and this is a build for it, else the CPU. `rehearsal`: the times are not looked at, and
     /// may be anything but long.
     ///
-    /// On a GPU, freed memory stays with the process. The memory pool would give it back whenever the host waits for
-    /// the device, which is after each sample, and the next one would measure how gigabytes are mapped anew.
+    /// Freed memory stays with the process. Else it would go back after each sample, and the next one would measure how
+    /// gigabytes are mapped anew: on the CPU by the allocator, on a GPU by the memory pool whenever the host waits for
+    /// the device. `freed` can ask for that on the CPU.
     #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
-    pub fn best(rehearsal: bool) -> Result<Self> {
+    pub fn best(freed: Freed, rehearsal: bool) -> Result<Self> {
         let device = candle_fused_loss::best_device();
         match &device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) if freed == Freed::Returned => {
+                candle_core::bail!("memory that is freed on a GPU is kept, as PyTorch keeps it")
+            }
             #[cfg(feature = "cuda")]
             Device::Cuda(cuda) => {
                 candle_fused_loss::keep_memory(&device)?;
                 super::gpu::Gpu::new(cuda, rehearsal).map(Self::gpu)
             }
-            Device::Cpu => Ok(Self::cpu()),
+            Device::Cpu => Self::cpu(freed),
             _ => candle_core::bail!("the benches know the CPU and CUDA"),
         }
     }

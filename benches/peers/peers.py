@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times the same losses in PyTorch, eager and compiled, and on a GPU in Liger-Kernel, QuACK and cut-cross-entropy.
 
-    python3 benches/peers/peers.py --device cuda|cpu [--threads N] [--without names,by,comma]
+    python3 benches/peers/peers.py --device cuda|cpu [--threads N] [--without names,by,comma] [--fresh-memory]
     python3 benches/peers/peers.py --check --device cuda        what can be imported, and whether it runs
 
 The first form is a server that the bench `report` starts and asks case by case, so that the peers of a case are timed
@@ -42,6 +42,7 @@ import math
 import os
 import pathlib
 import re
+import resource
 import sys
 import time
 from importlib import metadata
@@ -52,6 +53,10 @@ REPLAYED_BYTES = 32 << 20
 # What compiling may take in one request, in seconds: after that nothing more is compiled, as the asking side gives up.
 COMPILING = 60
 SOFTCAP = 30.0
+# What glibc reads when a program starts: the same that `keep_memory` sets in the asking one.
+KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_ARENA_MAX": "1"}
+# Seconds after which samples count even if the heap still grows.
+SETTLING = 4.0
 
 INDEXED = {"cross_entropy", "cross_entropy_softcap", "nll", "log_softmax"}
 RANKS = {"rows": 2, "shifted": 3, "image": 4, "linear": 3}
@@ -141,6 +146,11 @@ def version(package):
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def page_faults():
+    """The pages that this process has been given so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def cpu_cache():
@@ -324,13 +334,16 @@ class Contender:
         self.samples = []
 
     def sample(self, machine, r):
+        """Microseconds a call, and the pages that they got."""
         if self.clock == "graph":
-            return machine.time(self.work) / self.calls
+            return machine.time(self.work) / self.calls, 0
         timed = machine.host_time if self.clock == "host" else machine.time
         if self.clock == "host" and self.us < 5e4:
             # timed as in a loop, whatever ran before
             timed(self.work, self.calls, 3 + r * self.calls)
-        return timed(self.work, self.calls, 3 + r * self.calls)
+        pages = page_faults()
+        us = timed(self.work, self.calls, 3 + r * self.calls)
+        return us, page_faults() - pages
 
 
 class Server:
@@ -341,6 +354,7 @@ class Server:
         self.versions = []
         self.problems = []
         self.lost = False
+        self.keeps_memory = not self.cuda and not options.fresh_memory
         without = set(filter(None, options.without.split(",")))
         try:
             import_torch()
@@ -424,17 +438,7 @@ class Server:
                 except Exception as e:  # a peer that fails is listed, the others go on
                     problems.append(f"{name} {case}: {describe(e)}")
                     self.after_failure()
-            started = time.perf_counter() - min(spent, case.seconds / 2)
-            for r in range(MAX_SAMPLES):
-                for c in list(contenders):
-                    needed = 1 if c.us * c.calls > case.seconds * 1e5 else MIN_SAMPLES
-                    if r >= needed and time.perf_counter() - started > case.seconds:
-                        continue
-                    try:
-                        c.samples.append(c.sample(machine, r))
-                    except Exception as e:
-                        problems.append(f"{c.name} {case}: {describe(e)}")
-                        contenders.remove(c)
+            self.sample(case, contenders, problems, min(spent, case.seconds / 2))
         sm_mhz = machine.sm_mhz()
         return [
             {
@@ -448,6 +452,32 @@ class Server:
             }
             for c in contenders
         ]
+
+    def sample(self, case, contenders, problems, spent):
+        """Samples of all in turns, of whose seconds some are spent. Of kept memory, each call should get what the one
+        before has freed. But an aligned block, as PyTorch's are, takes a larger one to be found in, and glibc's heap
+        grows for up to a dozen calls until there are such: a sample in which it grew does not count."""
+        few = max(16, case.input_bytes() // 4096 // 100) if self.keeps_memory else math.inf
+        began, r = time.perf_counter(), 0
+        todo = list(contenders)
+        while todo:
+            for c in list(todo):
+                elapsed = time.perf_counter() - began
+                enough = 1 if c.us * c.calls > case.seconds * 1e5 else MIN_SAMPLES
+                if len(c.samples) == MAX_SAMPLES or len(c.samples) >= enough and elapsed + spent > case.seconds:
+                    todo.remove(c)
+                    continue
+                try:
+                    us, pages = c.sample(self.machine, r)
+                except Exception as e:
+                    problems.append(f"{c.name} {case}: {describe(e)}")
+                    contenders.remove(c)
+                    todo.remove(c)
+                    continue
+                c.us = min(c.us, us)
+                if pages < few or elapsed > max(SETTLING, 2 * case.seconds):
+                    c.samples.append(us)
+            r += 1
 
     def function_of(self, name, case):
         function = self.tables[name].get(case.loss)
@@ -610,12 +640,20 @@ def check(options):
     return 0 if good else 1
 
 
-def leave_software_gpu():
-    """Starts this program anew where the software GPU's stand-ins for CUDA's libraries would be loaded by PyTorch."""
+def settle_environment(options):
+    """Starts this program anew where the environment that it was started in is not the one to measure in."""
+    wanted = dict(os.environ)
+    # PyTorch would load the software GPU's stand-ins for CUDA's libraries
     home, path = os.environ.get("SOFTGPU_HOME"), os.environ.get("LD_LIBRARY_PATH", "").split(":")
     if home and f"{home}/lib" in path:
-        os.environ["LD_LIBRARY_PATH"] = ":".join(p for p in path if p != f"{home}/lib")
-        os.execv(sys.executable, [sys.executable, os.path.abspath(__file__), *sys.argv[1:]])
+        wanted["LD_LIBRARY_PATH"] = ":".join(p for p in path if p != f"{home}/lib")
+    # as the asking process has told its own allocator; on a GPU neither tells it anything
+    for variable in KEPT_MEMORY:
+        wanted.pop(variable, None)
+    if options.device == "cpu" and not options.fresh_memory:
+        wanted.update(KEPT_MEMORY)
+    if wanted != dict(os.environ):
+        os.execve(sys.executable, [sys.executable, os.path.abspath(__file__), *sys.argv[1:]], wanted)
 
 
 def main():
@@ -623,10 +661,11 @@ def main():
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     parser.add_argument("--threads", type=int, help="threads of the CPU")
     parser.add_argument("--without", default="", help="implementations to leave out, by commas")
+    parser.add_argument("--fresh-memory", action="store_true", help="on the CPU, do not keep memory that is freed")
     parser.add_argument("--check", action="store_true", help="say what can be imported and run, and end")
     parser.add_argument("--resumed", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    leave_software_gpu()
+    settle_environment(options)
     if options.check:
         sys.exit(check(options))
     serve(options)

@@ -25,7 +25,7 @@ mod table;
 use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
 use common::case::{Case, FORWARD, GRADIENT, HOST, Implementation, Loss, Pass, SMALL, Shape, cases};
-use common::machine::Machine;
+use common::machine::{Freed, Machine};
 use common::work::Inputs;
 use driver::Driver;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -67,6 +67,10 @@ struct Options {
     /// Seconds; what matters most comes first, and what does not fit is left out
     #[arg(long, default_value_t = 1800)]
     time_budget: u64,
+    /// On the CPU, let the system have large blocks that are freed, as it does by default, and map them anew for the
+    /// next call; the peers too. The rows go to a file of their own
+    #[arg(long)]
+    fresh_memory: bool,
     /// Threads of the CPU [default: all cores]
     #[arg(long)]
     threads: Option<usize>,
@@ -117,8 +121,8 @@ fn main() -> Result<()> {
         unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
     }
     let machine = match options.device {
-        On::Cpu => Machine::cpu(),
-        On::Best | On::Cuda => Machine::best(options.rehearse)?,
+        On::Cpu => Machine::cpu(options.freed())?,
+        On::Best | On::Cuda => Machine::best(options.freed(), options.rehearse)?,
     };
     if options.device == On::Cuda && !machine.device.is_cuda() {
         bail!("no CUDA device works, or this is a build without the cuda feature");
@@ -136,6 +140,10 @@ impl Options {
     /// Whether no number of the run is to be believed.
     fn hurry(&self) -> bool {
         self.quick || self.rehearse
+    }
+
+    fn freed(&self) -> Freed {
+        if self.fresh_memory { Freed::Returned } else { Freed::Kept }
     }
 
     /// The cases to measure.
@@ -209,7 +217,10 @@ impl<'a> Report<'a> {
             }
         };
         let budget = Duration::from_secs_f64(options.time_budget as f64 * options.peers_share);
-        let start = |command: &String| Peers::start(command, is_cuda && !options.rehearse, threads, budget);
+        let start = |command: &String| {
+            let kind = peers::Kind { cuda: is_cuda && !options.rehearse, threads, freed: options.freed() };
+            Peers::start(command, kind, budget)
+        };
         let peers = options.peers.as_ref().map(start).transpose()?;
         if let Some(peers) = &peers {
             println!("peers: {} ({})", peers.names.join(", "), peers.versions);

@@ -1,4 +1,4 @@
-//! An allocator that counts, where it is asked to.
+//! An allocator that counts, where it is asked to; and page faults.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
@@ -51,6 +51,20 @@ unsafe impl GlobalAlloc for Counting {
         // SAFETY: the caller's promise
         unsafe { System.realloc(pointer, layout, new_size) }
     }
+}
+
+/// The pages that this process has been given so far, where the system counts them.
+pub fn page_faults() -> i64 {
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: a plain struct of numbers, for which zeros are a value
+        let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+        // SAFETY: the pointer is to a `rusage` that lives as long as the call
+        if unsafe { libc::getrusage(libc::RUSAGE_SELF, &raw mut usage) } == 0 {
+            return usage.ru_minflt;
+        }
+    }
+    0
 }
 
 /// The most bytes that `work` had allocated at a time, and what it returned.

@@ -2,6 +2,7 @@
 //! what is compared runs on the same device right after one another.
 
 use crate::common::case::{Case, Pass};
+use crate::common::machine::Freed;
 use crate::series::{Measured, Times};
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
@@ -22,6 +23,13 @@ pub struct Peers {
     left: Duration,
 }
 
+/// What the peers run on.
+pub struct Kind {
+    pub cuda: bool,
+    pub threads: usize,
+    pub freed: Freed,
+}
+
 /// What importing everything may take, and what compiling a function may take beyond its measurement.
 const IMPORTS: Duration = Duration::from_secs(120);
 const COMPILATION: Duration = Duration::from_secs(90);
@@ -31,7 +39,8 @@ const COMPILED: &str = "torch.compile";
 
 impl Peers {
     /// `command` runs a Python script, "python3" for example. The peers may take `budget` in all.
-    pub fn start(command: &str, cuda: bool, threads: usize, budget: Duration) -> Result<Self> {
+    pub fn start(command: &str, kind: Kind, budget: Duration) -> Result<Self> {
+        let Kind { cuda, threads, freed } = kind;
         let started = Instant::now();
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/peers/peers.py");
         let mut words = command.split_whitespace();
@@ -40,6 +49,7 @@ impl Peers {
             .args(words)
             .arg(script)
             .args(["--device", if cuda { "cuda" } else { "cpu" }, "--threads", &threads.to_string()])
+            .args((freed == Freed::Returned).then_some("--fresh-memory"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

@@ -1,6 +1,6 @@
 //! Pictures, made of a CSV file's rows and nothing else.
 
-use crate::table::Row;
+use crate::table::{FRESH, Row};
 use anyhow::Result;
 use plotters::coord::Shift;
 use plotters::prelude::*;
@@ -65,8 +65,9 @@ fn panels(rows: &[Row], y: &'static str, logarithmic: bool, value: Value) -> Vec
         let Some(v) = value(row, (n * classes) as f64).filter(|v| v.is_finite() && *v > 0.0) else { continue };
         let gradient = row.pass != "forward";
         let what = if gradient { "with gradient" } else { "forward" };
+        let memory = if row.memory == FRESH { ", fresh memory" } else { "" };
         let panel = panels.entry((gradient, row.dtype.clone())).or_insert_with(|| Panel {
-            title: format!("cross-entropy {}, {what}: {}, {}", row.dtype, row.device, row.date),
+            title: format!("cross-entropy {}, {what}{memory}: {}, {}", row.dtype, row.device, row.date),
             gradient,
             y,
             logarithmic,

@@ -1,10 +1,10 @@
 //! One interleaved series of measurements.
 
 use crate::common::case::{Case, Implementation, Loss, Pass};
-use crate::common::machine::{Machine, Replay};
+use crate::common::machine::{Freed, Machine, Replay};
 use crate::common::work::Inputs;
 use crate::driver::Driver;
-use crate::memory::peak_of;
+use crate::memory::{page_faults, peak_of};
 use anyhow::Result;
 use std::time::{Duration, Instant};
 
@@ -80,10 +80,9 @@ struct Contender<'a> {
     clock: &'static str,
     /// The time of `count` calls, on the sets from the `first` on.
     time: Box<dyn Fn(usize, usize) -> candle_core::Result<Duration> + 'a>,
+    /// One call, of the fastest sample so far.
+    one: Duration,
     calls: usize,
-    /// Whether a sample is preceded by the same calls, not timed.
-    repeats: bool,
-    min_samples: usize,
     next: usize,
     peak_bytes: Option<usize>,
     sm_mhz: Option<u32>,
@@ -131,9 +130,8 @@ impl Series<'_> {
                 pass,
                 clock: if machine.device.is_cpu() || pass == Pass::HostCall { "host" } else { "events" },
                 time: Box::new(time),
+                one,
                 calls: if pass == Pass::HostCall { HOST_CALLS } else { calls(machine, one) },
-                repeats: machine.device.is_cpu() && one < REPEATED,
-                min_samples: if one > self.time / 10 { 1 } else { MIN_SAMPLES },
                 next: 2,
                 peak_bytes: machine.device.is_cpu().then_some(peak),
                 sm_mhz: None,
@@ -151,27 +149,7 @@ impl Series<'_> {
                 contenders.push(self.replayed(recorder, pass));
             }
         }
-        let started = Instant::now();
-        for round in 0..MAX_SAMPLES {
-            for c in &mut contenders {
-                let Ok(samples) = &mut c.samples else { continue };
-                if round >= c.min_samples && started.elapsed() > self.time {
-                    continue;
-                }
-                if c.repeats {
-                    let _ = (c.time)(c.next, c.calls);
-                }
-                match (c.time)(c.next, c.calls) {
-                    Ok(time) => samples.push(time.as_secs_f64() * 1e6 / c.calls as f64),
-                    Err(e) => c.samples = Err(e.to_string()),
-                }
-                c.next += c.calls;
-                // once, after a sample that every contender has
-                if round + 1 == c.min_samples {
-                    c.sm_mhz = self.driver.and_then(Driver::sm_mhz);
-                }
-            }
-        }
+        self.sample(machine, &mut contenders);
         let measured = contenders.into_iter().map(|c| Measured {
             implementation: c.implementation.to_string(),
             pass: c.pass,
@@ -181,6 +159,52 @@ impl Series<'_> {
             sm_mhz: c.sm_mhz,
         });
         Ok(measured.collect())
+    }
+
+    /// Samples of all in turns.
+    fn sample(&self, machine: &Machine, contenders: &mut [Contender]) {
+        let few = self.few_pages(machine);
+        let started = Instant::now();
+        let mut open = true;
+        while open {
+            open = false;
+            for c in contenders.iter_mut() {
+                let Ok(samples) = &mut c.samples else { continue };
+                let enough = if c.one > self.time / 10 { 1 } else { MIN_SAMPLES };
+                if samples.len() == MAX_SAMPLES || samples.len() >= enough && started.elapsed() > self.time {
+                    continue;
+                }
+                open = true;
+                if machine.device.is_cpu() && c.one < REPEATED {
+                    let _ = (c.time)(c.next, c.calls);
+                }
+                let pages = page_faults();
+                match (c.time)(c.next, c.calls) {
+                    Ok(time) => {
+                        c.one = c.one.min(time / c.calls as u32);
+                        // a block that was freed may be in pieces when its like is asked for again
+                        if page_faults() - pages < few || started.elapsed() > 2 * self.time {
+                            samples.push(time.as_secs_f64() * 1e6 / c.calls as f64);
+                        }
+                    }
+                    Err(e) => c.samples = Err(e.to_string()),
+                }
+                c.next += c.calls;
+                // once, after a sample that every contender has
+                if c.sm_mhz.is_none() && c.samples.as_ref().is_ok_and(|samples| samples.len() == enough) {
+                    c.sm_mhz = self.driver.and_then(Driver::sm_mhz);
+                }
+            }
+        }
+    }
+
+    /// New pages from which on a call shows a heap that still grows: of kept memory, each call should get what the one
+    /// before has freed.
+    fn few_pages(&self, machine: &Machine) -> i64 {
+        match machine.device.is_cpu() && machine.freed == Freed::Kept {
+            true => ((self.case.input_bytes() / 4096 / 100) as i64).max(16),
+            false => i64::MAX,
+        }
     }
 
     /// This crate's kernels without the host: one call on each set of inputs, recorded once. What can't be recorded is
@@ -194,14 +218,13 @@ impl Series<'_> {
             implementation: "fused-graph",
             pass,
             clock: "graph",
-            repeats: false,
+            one: Duration::ZERO,
             calls: replay.as_ref().map_or(0, |(inputs, _)| inputs.sets()),
             time: Box::new(move |_, _| match &replay {
                 // the inputs live as long as the recording, which has their addresses
                 Some((_, replay)) => recorder.clock.time(replay),
                 None => candle_core::bail!("nothing was recorded"),
             }),
-            min_samples: MIN_SAMPLES,
             next: 0,
             peak_bytes: None,
             sm_mhz: None,

@@ -1,7 +1,7 @@
 //! The rows: written to the CSV file as they come, printed, and read again for the pictures.
 
 use crate::common::case::{Case, Implementation, Minimum, Pass, Unit};
-use crate::common::machine::Machine;
+use crate::common::machine::{Freed, Machine};
 use crate::driver::Driver;
 use crate::first;
 use crate::rates::{Rate, Rates};
@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-const COLUMNS: &str = "date,device,driver,toolkit,versions,threads,implementation,loss,pass,dtype,shape,p20_us,p50_us,\
-                       p80_us,bytes,bytes_formula,gb_per_s,share_of_copy,peak_bytes,method,sm_mhz";
+const COLUMNS: &str = "date,device,driver,toolkit,versions,threads,memory,implementation,loss,pass,dtype,shape,p20_us,\
+                       p50_us,p80_us,bytes,bytes_formula,gb_per_s,share_of_copy,peak_bytes,method,sm_mhz";
 
 /// What every row of a run says.
 pub struct Environment {
@@ -24,7 +24,11 @@ pub struct Environment {
     toolkit: String,
     versions: String,
     threads: usize,
+    memory: &'static str,
 }
+
+/// Of a run in which freed memory was not kept.
+pub const FRESH: &str = "fresh";
 
 impl Environment {
     pub fn new(machine: &Machine, driver: Option<&Driver>) -> Self {
@@ -44,6 +48,10 @@ impl Environment {
             toolkit,
             versions,
             threads: rayon::current_num_threads(),
+            memory: match machine.freed {
+                Freed::Kept => "kept",
+                Freed::Returned => FRESH,
+            },
         }
     }
 }
@@ -104,12 +112,13 @@ struct Entry<'a> {
 }
 
 impl Table {
-    /// Begins a file named after the device. One that is there already is replaced.
+    /// Begins a file named after the device, and after fresh memory. One that is there already is replaced.
     pub fn create(folder: &Path, environment: Environment) -> Result<Self> {
         std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
         let slug = environment.device.to_lowercase().replace(|c: char| !c.is_ascii_alphanumeric(), "-");
         let slug = slug.split('-').filter(|part| !part.is_empty()).collect::<Vec<_>>().join("-");
-        let path = folder.join(format!("{slug}.csv"));
+        let kind = if environment.memory == FRESH { ".fresh" } else { "" };
+        let path = folder.join(format!("{slug}{kind}.csv"));
         let mut file = File::create(&path).with_context(|| path.display().to_string())?;
         writeln!(file, "{COLUMNS}")?;
         Ok(Table { path, file, environment, rates: None })
@@ -154,7 +163,7 @@ impl Table {
     }
 
     fn write(&mut self, entry: Entry) -> Result<()> {
-        let Environment { date, device, driver, toolkit, versions, threads } = &self.environment;
+        let Environment { date, device, driver, toolkit, versions, threads, memory } = &self.environment;
         let Entry { implementation, loss, pass, dtype, shape, times, work, peak_bytes, method, sm_mhz, .. } = entry;
         let Times { p20, p50, p80 } = times;
         let Minimum { amount, formula, .. } = work;
@@ -166,8 +175,8 @@ impl Table {
         let (device, driver, toolkit) = (text(device), text(driver), text(toolkit));
         let versions = text(entry.versions.unwrap_or(versions));
         let row = format!(
-            "{date},{device},{driver},{toolkit},{versions},{threads},{implementation},{loss},{pass},{dtype},{shape},\
-             {p20:.3},{p50:.3},{p80:.3},{amount},{formula},{rate:.3},{share},{peak},{method},{sm_mhz}\n",
+            "{date},{device},{driver},{toolkit},{versions},{threads},{memory},{implementation},{loss},{pass},{dtype},\
+             {shape},{p20:.3},{p50:.3},{p80:.3},{amount},{formula},{rate:.3},{share},{peak},{method},{sm_mhz}\n",
         );
         // one write for each row, so that a run that is cut off leaves whole rows
         self.file.write_all(row.as_bytes())?;
@@ -247,6 +256,8 @@ pub struct Row {
     pub device: String,
     pub driver: String,
     pub date: String,
+    /// Empty in files from before there was a choice.
+    pub memory: String,
     pub implementation: String,
     pub loss: String,
     pub pass: String,
@@ -286,6 +297,7 @@ pub fn read(path: &Path) -> Result<Vec<Row>> {
             device: text("device")?,
             driver: text("driver")?,
             date: text("date")?,
+            memory: field("memory").unwrap_or_default().to_string(),
             implementation: text("implementation")?,
             loss: text("loss")?,
             pass: text("pass")?,
