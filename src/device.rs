@@ -46,16 +46,16 @@ fn working_cuda_device() -> Option<Device> {
 /// the system. The next step then maps the same gigabytes once more, which can take longer than all computation. Call
 /// this function once, for the device that the program trains on; on the CPU as the first thing in `main`.
 ///
-/// The price is memory: the process keeps as much as it ever had in use at once, and no other process can have it. Leave
-/// it alone in a program that shares a machine whose memory is short, that needs much of it once and then runs on
-/// for long, or whose many threads allocate and free blocks of more than a kilobyte all the time.
+/// The price is memory: the process keeps as much as it ever had in use at once, and no other process can have it.
+/// Don't call it in a program that shares a machine whose memory is short, that needs much memory once and then runs
+/// for long, or whose threads allocate and free blocks of more than a kilobyte all the time.
 ///
 /// **CPU.** With glibc's allocator, which is Rust's default on most Linux systems, blocks of 32 MB and more are mapped
 /// and unmapped each time. This function sets three of its parameters for the whole process: no block is mapped by
 /// itself any more (`M_MMAP_MAX` 0), the heap never shrinks (`M_TRIM_THRESHOLD`), and there is one heap for all threads
 /// (`M_ARENA_MAX` 1). Without the last, other threads than the main one have heaps of their own, made of pieces of 64
-/// MB, and larger blocks are mapped there all the same. A thread that has allocated something *before* the call keeps
-/// such a heap, and threads that start later may get it once more: so call it before any thread is started.
+/// MB, and larger blocks are mapped there all the same. A thread that has allocated anything *before* the call keeps
+/// such a heap, and threads that start later may come to share it: so call this before any thread is started.
 ///
 /// With another allocator (of musl, macOS, Windows, or a `#[global_allocator]`) nothing changes: choose one that keeps
 /// its pages, and tell it so. The README has settings of mimalloc and jemalloc, with times.
@@ -90,9 +90,10 @@ pub fn keep_memory(device: &Device) -> Result<()> {
 
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 fn keep_heap() -> Result<()> {
-    // One arena is worth its price: the other arenas' heaps end at 64 MB, and a block that fits in none is mapped
-    // whatever `M_MMAP_MAX` says. What threads allocate in small, up to a kilobyte, comes from caches of their own
-    // without a lock; a step allocates little else but tensors.
+    // One arena is worth its price: the heaps of others end at 64 MB, and a block that fits in none is mapped whatever
+    // `M_MMAP_MAX` says, so that a training thread would keep nothing. Blocks of up to a kilobyte come from caches of
+    // each thread's own, without a lock; and beyond those a step allocates few blocks, most of them tensors. Two
+    // threads that did nothing but allocate up to 64 KB and free it took 0.6 to 0.8 us for that, against 0.1 to 0.4.
     let settings = [
         // the most blocks that are mapped by themselves
         (libc::M_MMAP_MAX, 0, "M_MMAP_MAX"),

@@ -24,7 +24,7 @@ mod glibc {
     const ROWS: usize = 32_768;
     const CLASSES: usize = 1000;
     /// One buffer of the gradient's size, mapped anew, takes at least a fault for each large page, and 512 times as
-    /// many in pages of 4 KB. Without one, the calls took at most 4 faults.
+    /// many in pages of 4 KB. Without one, a step took none.
     const LARGE_PAGE: usize = 2 << 20;
     const ONE_BUFFER: i64 = (ROWS * CLASSES * size_of::<f32>() / LARGE_PAGE) as i64;
 
@@ -60,8 +60,8 @@ mod glibc {
         ])
     }
 
-    /// First with kept memory, then without it in a new process, as the setting can't be undone in this one: where memory
-    /// is kept anyway, the first would mean nothing.
+    /// First with kept memory, then without it in a new process, as the setting can't be undone in this one. Where
+    /// memory is kept anyway, the first would mean nothing.
     pub fn keeps_memory() -> Result<()> {
         const FRESH: &str = "--fresh";
         let fresh = std::env::args().any(|arg| arg == FRESH);
@@ -77,12 +77,12 @@ mod glibc {
             let steps = scope.spawn(|| faults_of_steps(&x, &target, &elsewhere));
             steps.join().expect("the steps of the other thread")
         })?;
-        let faults = here.into_iter().chain(there);
+        let faults = [here, there].concat();
         if fresh {
-            assert!(faults.clone().all(|n| n >= ONE_BUFFER), "{faults:?}: nothing to keep, without the call");
+            assert!(faults.iter().all(|&n| n >= ONE_BUFFER), "{faults:?}: nothing to keep, without the call");
             return Ok(());
         }
-        assert!(faults.clone().all(|n| n < ONE_BUFFER), "{faults:?}: {ONE_BUFFER} are those of one buffer");
+        assert!(faults.iter().all(|&n| n < ONE_BUFFER), "{faults:?}: {ONE_BUFFER} are those of one buffer");
         let program = std::env::current_exe()?;
         let mut without = std::process::Command::new(program);
         // the same by the environment would be kept memory too

@@ -42,7 +42,7 @@ static ALLOCATOR: memory::Counting = memory::Counting;
 fn main() -> Result<ExitCode> {
     let options = Options::parse();
     let device = options.device()?;
-    // so that each step reuses the memory of the step before
+    // so that each step reuses the memory of the step before; before anything starts threads
     candle_fused_loss::keep_memory(&device)?;
     let corpus = Corpus::load(options.vocabulary())?;
     println!("{}", corpus.sentence());

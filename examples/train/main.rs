@@ -39,7 +39,7 @@ use training::Outcome;
 fn main() -> Result<ExitCode> {
     let options = Options::parse();
     let device = options.device()?;
-    // so that each step reuses the memory of the step before
+    // so that each step reuses the memory of the step before; before anything starts threads
     candle_fused_loss::keep_memory(&device)?;
     println!("{}", report::heading(&options, &device));
 
