@@ -116,6 +116,10 @@ fn main() -> Result<()> {
     if options.rehearse && options.out.is_none() {
         out = elsewhere.join("candle-fused-loss-rehearsal");
     }
+    let set = ["MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"].into_iter().find(|name| std::env::var_os(name).is_some());
+    if let (true, Some(name)) = (options.fresh_memory, set) {
+        bail!("--fresh-memory, but {name} in the environment has told the allocator what to do with free memory");
+    }
     if let Some(threads) = options.threads {
         // SAFETY: nothing else runs yet; rayon and candle read it on first use
         unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
@@ -218,7 +222,7 @@ impl<'a> Report<'a> {
         };
         let budget = Duration::from_secs_f64(options.time_budget as f64 * options.peers_share);
         let start = |command: &String| {
-            let kind = peers::Kind { cuda: is_cuda && !options.rehearse, threads, freed: options.freed() };
+            let kind = peers::Kind { cuda: is_cuda && !options.rehearse, threads, freed: machine.freed };
             Peers::start(command, kind, budget)
         };
         let peers = options.peers.as_ref().map(start).transpose()?;
