@@ -31,13 +31,54 @@ pub(crate) trait Element: WithDType {
         }
         lanes
     }
+    /// Rows as columns.
+    #[inline(always)]
+    fn transpose(rows: [&[Self; SQUARE]; SQUARE]) -> [[Self::Acc; SQUARE]; SQUARE] {
+        let mut columns = [[Self::Acc::ZERO; SQUARE]; SQUARE];
+        for (i, column) in columns.iter_mut().enumerate() {
+            for (to, row) in column.iter_mut().zip(rows) {
+                *to = row[i].to_acc();
+            }
+        }
+        columns
+    }
     fn widen(src: &[Self], dst: &mut [Self::Acc]);
     fn narrow(src: &[Self::Acc], dst: &mut [MaybeUninit<Self>]);
 }
 
+/// The side of a square that [`Element::transpose`] takes.
+pub(crate) const SQUARE: usize = 4;
+
+/// [`Element::transpose`] by the instructions for it, of which LLVM makes none by itself: `load` makes four `f32` of a
+/// row.
+#[cfg(target_arch = "x86_64")]
+macro_rules! transpose_by_sse {
+    ($row:ident => $load:expr) => {
+        #[inline(always)]
+        fn transpose(rows: [&[Self; SQUARE]; SQUARE]) -> [[f32; SQUARE]; SQUARE] {
+            use std::arch::x86_64::*;
+            let mut columns = [[0.0; SQUARE]; SQUARE];
+            // SAFETY: SSE2 is part of x86_64, and each load and store is of a row or column of four numbers
+            unsafe {
+                let [mut a, mut b, mut c, mut d] = {
+                    let load = |$row: &[Self; SQUARE]| $load;
+                    [load(rows[0]), load(rows[1]), load(rows[2]), load(rows[3])]
+                };
+                _MM_TRANSPOSE4_PS(&mut a, &mut b, &mut c, &mut d);
+                _mm_storeu_ps(columns[0].as_mut_ptr(), a);
+                _mm_storeu_ps(columns[1].as_mut_ptr(), b);
+                _mm_storeu_ps(columns[2].as_mut_ptr(), c);
+                _mm_storeu_ps(columns[3].as_mut_ptr(), d);
+            }
+            columns
+        }
+    };
+}
+
 macro_rules! own_arithmetic {
-    ($t:ty) => {
+    ($t:ty $(, $transpose:item)?) => {
         impl Element for $t {
+            $($transpose)?
             type Acc = $t;
             const INLINE: bool = true;
             #[inline(always)]
@@ -61,7 +102,11 @@ macro_rules! own_arithmetic {
         }
     };
 }
-own_arithmetic!(f32);
+own_arithmetic!(
+    f32,
+    #[cfg(target_arch = "x86_64")]
+    transpose_by_sse! { row => _mm_loadu_ps(row.as_ptr()) }
+);
 own_arithmetic!(f64);
 
 impl Element for bf16 {
@@ -80,6 +125,12 @@ impl Element for bf16 {
         let is_nan = bits & 0x7FFF_FFFF > 0x7F80_0000;
         bf16::from_bits(if is_nan { quiet_nan } else { rounded } as u16)
     }
+    #[cfg(target_arch = "x86_64")]
+    transpose_by_sse!(row => {
+        // the upper half of an f32
+        let row = _mm_loadl_epi64(row.as_ptr().cast());
+        _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), row))
+    });
     /// The even elements, then the odd ones: two operations on 32 bits that hold two elements.
     #[inline(always)]
     fn unordered(xs: &[bf16; LANES]) -> [f32; LANES] {

@@ -2,6 +2,7 @@
 //! lie.
 
 use super::layout::{Rows, Run};
+use crate::cpu::element::SQUARE;
 use crate::cpu::element::{Element, Input, Output, Source};
 use crate::cpu::math::{LANES, Real};
 use std::cell::Cell;
@@ -192,6 +193,11 @@ impl<'k> TilePlace<'k> {
         self.of.classes <= self.depths * DEPTH
     }
 
+    /// Where the rows after these begin, if each row's classes are adjacent.
+    pub fn after(&self) -> Option<usize> {
+        (self.of.class_stride == 1).then(|| self.of.start(self.rows.end.min(self.of.count().saturating_sub(1))))
+    }
+
     /// The rows of each tile.
     pub fn tiles(&self) -> impl Iterator<Item = Range<usize>> + use<> {
         let end = self.rows.end;
@@ -237,16 +243,24 @@ impl<'k> TilePlace<'k> {
                 assert!(lanes.end <= LANES);
                 let (to, first) = (&mut to[tile].0, lanes.start);
                 let start = |lane: usize| read + (of.start + lane - first) * step + classes.start * stride;
-                // several rows at a time, which are one store
-                while stride == 1 && lanes.len() >= 4 {
-                    // SAFETY: elements of one of the rows, which nobody writes by this function's contract
-                    let row = |lane: usize| unsafe { x.slice(start(lane), depth) };
-                    let lane = lanes.start;
-                    let rows = row(lane).iter().zip(row(lane + 1)).zip(row(lane + 2)).zip(row(lane + 3));
-                    for (to, (((a, b), c), d)) in to.iter_mut().zip(rows) {
-                        to[lane..lane + 4].copy_from_slice(&[a.to_acc(), b.to_acc(), c.to_acc(), d.to_acc()]);
+                if stride == 1 && step == depth && lanes == (0..LANES) {
+                    // SAFETY: elements of the rows, which nobody writes by this function's contract
+                    let rows = unsafe { x.slice(start(0), LANES * depth) };
+                    match depth {
+                        1 => deinterleave::<T, 1>(rows, to),
+                        2 => deinterleave::<T, 2>(rows, to),
+                        3 => deinterleave::<T, 3>(rows, to),
+                        _ => {}
                     }
-                    lanes.start += 4;
+                    if depth < SQUARE {
+                        continue;
+                    }
+                }
+                while stride == 1 && depth >= SQUARE && lanes.len() >= SQUARE {
+                    // SAFETY: as above
+                    let row = |i: usize| unsafe { x.slice(start(lanes.start + i), depth) };
+                    transpose([row(0), row(1), row(2), row(3)], lanes.start, to);
+                    lanes.start += SQUARE;
                 }
                 for lane in lanes {
                     // SAFETY: elements of one of the rows, which nobody writes by this function's contract
@@ -332,6 +346,32 @@ impl<'k> TilePlace<'k> {
                     }
                 }
             }
+        }
+    }
+}
+
+/// Makes rows lanes, from the first of them on; they have as many classes as a square at least.
+#[inline(always)]
+fn transpose<T: Element>(rows: [&[T]; SQUARE], lane: usize, to: &mut [[T::Acc; LANES]; DEPTH]) {
+    let depth = rows[0].len();
+    for first in (0..depth).step_by(SQUARE) {
+        // the last ones once more, rather than fewer than a square has
+        let first = first.min(depth - SQUARE);
+        let [a, b, c, d] = rows;
+        let (Some(a), Some(b)) = (a[first..].first_chunk(), b[first..].first_chunk()) else { break };
+        let (Some(c), Some(d)) = (c[first..].first_chunk(), d[first..].first_chunk()) else { break };
+        for (to, class) in to[first..first + SQUARE].iter_mut().zip(T::transpose([a, b, c, d])) {
+            to[lane..lane + SQUARE].copy_from_slice(&class);
+        }
+    }
+}
+
+/// Makes whole rows lanes that lie one after the other.
+#[inline(always)]
+fn deinterleave<T: Element, const CLASSES: usize>(rows: &[T], to: &mut [[T::Acc; LANES]; DEPTH]) {
+    for (lane, row) in rows.as_chunks::<CLASSES>().0.iter().enumerate().take(LANES) {
+        for (to, x) in to.iter_mut().zip(row) {
+            to[lane] = x.to_acc();
         }
     }
 }

@@ -302,6 +302,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         states.clear();
         states.resize(place.tiles().count(), States { scale: self.logits.factor, ..States::EMPTY });
         let Some(detail) = detail else { return };
+        let next = place.after().map(|start| self.logits.x.ahead(start));
         for (classes, held) in place.pieces() {
             let (depth, x, q) = (classes.len(), &mut x[held.clone()], &mut q[held]);
             // SAFETY: the values of the rows are emitted by this task after they are reduced, or in a later pass
@@ -311,7 +312,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                 let q = (!self.q.is_none()).then_some(&q.0[..depth]);
                 let (classes, xs) = (classes.clone(), &x.0[..depth]);
                 with_scale!(self.logits.factor, scale => {
-                    dispatch(ReduceTile { scale, states, classes, of, xs, q, detail })
+                    dispatch(ReduceTile { scale, states, classes, of, xs, q, detail, next })
                 });
             }
         }

@@ -582,7 +582,7 @@ impl<A: Real> Vectorized for CompleteStrip<'_, A> {
 }
 
 /// Adds some classes of a tile's rows to the rows' states.
-pub(super) struct ReduceTile<'k, A, F> {
+pub(super) struct ReduceTile<'k, A, T, F> {
     pub(super) scale: F,
     pub(super) states: &'k mut States<A>,
     /// The classes of the piece, and how many a row has.
@@ -591,14 +591,16 @@ pub(super) struct ReduceTile<'k, A, F> {
     pub(super) xs: &'k [[A; LANES]],
     pub(super) q: Option<&'k [[A; LANES]]>,
     pub(super) detail: RowDetail,
+    /// What will be read next, if it is known.
+    pub(super) next: Option<Ahead<T>>,
 }
 
-impl<A: Real, F: Scale<A>> Vectorized for ReduceTile<'_, A, F> {
+impl<A: Real, T, F: Scale<A>> Vectorized for ReduceTile<'_, A, T, F> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let ReduceTile { scale, states, classes, of, xs, q, detail } = self;
+        let ReduceTile { scale, states, classes, of, xs, q, detail, next } = self;
         if detail == RowDetail::Mass {
             let mut sums = [0f64; LANES];
             for q in q.unwrap_or(&[]) {
@@ -614,7 +616,7 @@ impl<A: Real, F: Scale<A>> Vectorized for ReduceTile<'_, A, F> {
             max[lane] = states.max[lane].max_or_self(block_max[lane]);
             reference[lane] = reference_of(max[lane]);
         }
-        let (tail, ties) = exponentials::<I, _>(xs, scale, max, reference);
+        let (tail, ties) = exponentials::<I, _, _>(xs, scale, max, reference, next);
         // not a closure, which is not inlined
         let (linear, mass) = match q {
             Some(q) => weighted(xs, q, reference),
@@ -675,15 +677,19 @@ fn maxima<A: Real>(xs: &[[A; LANES]]) -> [A; LANES] {
 
 /// What [`add_exponentials`] adds up for a tile.
 #[inline(always)]
-fn exponentials<I: Isa, A: Real>(
+fn exponentials<I: Isa, A: Real, T>(
     xs: &[[A; LANES]],
     scale: impl Scale<A>,
     max: [A; LANES],
     reference: [A; LANES],
+    next: Option<Ahead<T>>,
 ) -> ([A; LANES], [A; LANES]) {
     let [mut few, mut tail, mut ties] = [[A::ZERO; LANES]; 3];
-    for xs in xs.chunks(GROUP) {
-        for xs in xs {
+    for (group, xs) in xs.chunks(GROUP).enumerate() {
+        for (i, xs) in xs.iter().enumerate() {
+            if let Some(next) = &next {
+                next.fetch((group * GROUP + i) * LANES);
+            }
             add_exponentials::<I, _, _>((&mut few, &mut ties), xs, scale, max, reference);
         }
         settle(&mut few, &mut tail);
