@@ -2,7 +2,7 @@
 
 use crate::cpu::element::Element;
 use crate::cpu::math::{
-    Ahead, Baseline, Isa, LANES, PerLane, Real, Vectorized, end_of, max_lanes, raise, sum_lanes, vector, vectors,
+    Ahead, Baseline, Isa, LANES, PerLane, Real, Vectorized, end_of, max_lanes, raise, sum_lanes, vectors,
 };
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -339,47 +339,58 @@ fn add_exponentials<I: Isa, A: Real, P: PerLane<A>>(
 /// could go in one direction.
 const GROUP: usize = 8;
 
-/// What [`add_exponentials`] adds up for a row's classes; `powers` gets the exponentials, unless it is empty. `next` is
-/// called with each vector's number.
+/// What [`add_exponentials`] adds up for a row's classes. `next` is called with each vector's number.
 #[inline(always)]
 fn sum_exponentials<I: Isa, S: Element>(
+    (xs, end): (&[S], &[S; LANES]),
+    scale: impl Scale<S::Acc>,
+    (max, reference): (S::Acc, S::Acc),
+    next: impl Fn(usize),
+) -> (S::Acc, S::Acc) {
+    let [mut few, mut tail, mut ties] = [[S::Acc::ZERO; LANES]; 3];
+    let (whole, rest) = xs.as_chunks::<LANES>();
+    for (group, xs) in whole.chunks(GROUP).enumerate() {
+        for (i, xs) in xs.iter().enumerate() {
+            next(group * GROUP + i);
+            add_exponentials::<I, _, _>((&mut few, &mut ties), &S::unordered(xs), scale, max, reference);
+        }
+        settle(&mut few, &mut tail);
+    }
+    if !rest.is_empty() {
+        next(whole.len());
+        add_exponentials::<I, _, _>((&mut few, &mut ties), &S::unordered(end), scale, max, reference);
+        settle(&mut few, &mut tail);
+    }
+    (sum_lanes(tail), sum_lanes(ties))
+}
+
+/// As [`sum_exponentials`]; `powers` gets the exponentials.
+#[inline(always)]
+fn sum_and_keep_exponentials<I: Isa, S: Element>(
     (xs, end): (&[S], &[S; LANES]),
     scale: impl Scale<S::Acc>,
     (max, reference): (S::Acc, S::Acc),
     powers: &mut [S::Acc],
     next: impl Fn(usize),
 ) -> (S::Acc, S::Acc) {
-    let count = xs.len().div_ceil(LANES);
     let [mut few, mut tail, mut ties] = [[S::Acc::ZERO; LANES]; 3];
-    for first in (0..count).step_by(GROUP) {
-        let vectors = first..count.min(first + GROUP);
-        if powers.is_empty() {
-            for i in vectors {
-                next(i);
-                let xs = S::unordered(vector(xs, end, i));
-                add_exponentials::<I, _, _>((&mut few, &mut ties), &xs, scale, max, reference);
-            }
-        } else {
-            for i in vectors {
-                next(i);
-                let whole = xs.get(i * LANES..).and_then(|xs| xs.first_chunk());
-                match (whole, powers.get_mut(i * LANES..).and_then(|powers| powers.first_chunk_mut())) {
-                    (Some(xs), Some(to)) => {
-                        keep_exponentials::<I, _>((&mut few, &mut ties), &S::ordered(xs), scale, (max, reference), to);
-                    }
-                    // the end, whose first lanes are in the vector before
-                    _ => {
-                        let mut to = [S::Acc::ZERO; LANES];
-                        let xs = S::ordered(end);
-                        keep_exponentials::<I, _>((&mut few, &mut ties), &xs, scale, (max, reference), &mut to);
-                        let last = &mut powers[i * LANES..];
-                        last.copy_from_slice(&to[LANES - last.len()..]);
-                    }
-                }
-            }
+    let (whole, _) = xs.as_chunks::<LANES>();
+    let (to_whole, to_end) = powers.as_chunks_mut::<LANES>();
+    for (group, (xs, to)) in whole.chunks(GROUP).zip(to_whole.chunks_mut(GROUP)).enumerate() {
+        for (i, (xs, to)) in xs.iter().zip(to).enumerate() {
+            next(group * GROUP + i);
+            keep_exponentials::<I, _>((&mut few, &mut ties), &S::ordered(xs), scale, (max, reference), to);
         }
         settle(&mut few, &mut tail);
     }
+    if !to_end.is_empty() {
+        next(whole.len());
+        // its first lanes are in the vector before
+        let mut to = [S::Acc::ZERO; LANES];
+        keep_exponentials::<I, _>((&mut few, &mut ties), &S::ordered(end), scale, (max, reference), &mut to);
+        to_end.copy_from_slice(&to[LANES - to_end.len()..]);
+    }
+    settle(&mut few, &mut tail);
     (sum_lanes(tail), sum_lanes(ties))
 }
 
@@ -529,7 +540,11 @@ where
             let grew = block_max[row] > states.max[lane];
             let fetch = |i: usize| next.fetch(row * block.len() + i * LANES);
             let powers = powers.get_mut(row * xs.len()..(row + 1) * xs.len()).unwrap_or_default();
-            let (tail, ties) = sum_exponentials::<I, _>((xs, &end), scale, (max, reference), powers, fetch);
+            let (tail, ties) = if powers.is_empty() {
+                sum_exponentials::<I, _>((xs, &end), scale, (max, reference), fetch)
+            } else {
+                sum_and_keep_exponentials::<I, _>((xs, &end), scale, (max, reference), powers, fetch)
+            };
             let mut part = Part {
                 max,
                 block_max: block_max[row],
