@@ -22,7 +22,9 @@ pub(crate) const BLOCK: usize = LANES * DEPTH;
 /// Rows of more classes than this are worked through in blocks.
 const TILE_MAX_CLASSES: usize = 64;
 /// The logits of a unit of whole rows, which stay in the second cache: so many rows share what is done once a unit.
-pub(crate) const STRIP: usize = 16 * BLOCK;
+pub(crate) const STRIP: usize = STRIP_BLOCKS * BLOCK;
+/// The blocks of a strip of one row.
+pub(crate) const STRIP_BLOCKS: usize = 16;
 /// Classes a task takes where there are fewer rows than would keep all threads busy.
 pub(crate) const SEGMENT: usize = if cfg!(miri) { BLOCK } else { 8 * BLOCK };
 /// Fewer rows than this are split into segments if they are long.
@@ -54,15 +56,15 @@ impl<A: Real> Tile<A> {
 }
 
 impl<A: Real> Tile<A> {
-    /// The memory of the first tile as room for as many elements as a block has, of a type that is not larger.
+    /// The memory of the tiles as room for as many elements of a type that is not larger.
     ///
     /// # Safety
     /// Only initialised values are written.
-    pub unsafe fn room<O: Element<Acc = A>>(tiles: &mut [Self], len: usize) -> &mut [MaybeUninit<O>] {
-        assert!(size_of::<O>() <= size_of::<A>() && len <= BLOCK && !tiles.is_empty());
-        // SAFETY: so many bytes, aligned to more than an element is; what is written are numbers of the tile's again, as
-        // any bits are
-        unsafe { std::slice::from_raw_parts_mut(tiles.as_mut_ptr().cast(), len) }
+    pub unsafe fn room<O: Element<Acc = A>>(tiles: &mut [Self]) -> &mut [MaybeUninit<O>] {
+        assert!(size_of::<O>() <= size_of::<A>());
+        // SAFETY: so many bytes, aligned to more than an element is; what is written are numbers of the tile's again,
+        // as any bits are
+        unsafe { std::slice::from_raw_parts_mut(tiles.as_mut_ptr().cast(), tiles.len() * BLOCK) }
     }
 }
 

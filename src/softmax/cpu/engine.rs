@@ -9,8 +9,8 @@ use super::logits::{Logits, TargetDistribution, TileScratch};
 use crate::cpu::element::{Element, Output, PerRow, as_uninit, build};
 use crate::cpu::math::{Baseline, LANES, Real, dispatch};
 use crate::cpu::parallel::for_each_task;
-use crate::cpu::stream;
-use crate::rows::cpu::{BLOCK, Division, STRIP, Strip, Tile, TilePlace, with_tiles};
+use crate::cpu::stream::{self, Stage};
+use crate::rows::cpu::{BLOCK, Division, STRIP, STRIP_BLOCKS, Strip, Tile, TilePlace, with_tiles};
 use candle_core::CpuStorage;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -50,9 +50,6 @@ enum BlockSource {
     Loaded,
 }
 
-/// The blocks of exponentials that are kept.
-pub(super) const POWER_BLOCKS: usize = STRIP / BLOCK;
-
 /// The work of a logit in a pass that reduces, and in one that emits a value for it.
 const REDUCE_WORK: usize = 1;
 const EMIT_WORK: usize = 2;
@@ -73,14 +70,14 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
     fn with_scratch(&self, way: Way, work: impl FnOnce(&mut TileScratch<T::Acc>)) {
         let count = self.division.held();
         let capped = if self.logits.softcap.is_some() { count } else { 0 };
-        let powers = if way.keeps_powers { POWER_BLOCKS } else { 0 };
-        with_tiles(2 * count + 2 + capped + powers, |tiles| {
+        let powers = if way.keeps_powers { STRIP_BLOCKS } else { 0 };
+        with_tiles(2 * count + 3 + capped + powers, |tiles| {
             let (x, tiles) = tiles.split_at_mut(count);
             let (q, tiles) = tiles.split_at_mut(count);
             let (e, tiles) = tiles.split_at_mut(1);
-            let (staged, tiles) = tiles.split_at_mut(1);
+            let (staged, tiles) = tiles.split_at_mut(2);
             let (slope, powers) = tiles.split_at_mut(capped);
-            let references = [T::Acc::ZERO; POWER_BLOCKS];
+            let references = [T::Acc::ZERO; STRIP_BLOCKS];
             work(&mut TileScratch { x, q, e, slope, staged, powers, references });
         });
     }
@@ -184,6 +181,9 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         let way = self.way::<O, E>(reduce);
         for_each_task(units, logits * EMIT_WORK, |units| {
             self.with_scratch(way, |scratch| {
+                let staged = std::mem::take(&mut scratch.staged);
+                // SAFETY: values are written
+                let mut stage = way.past_cache.then(|| Stage::new(unsafe { Tile::room(staged) }));
                 let (mut states, mut of_strip, mut groups) = (vec![], States::EMPTY, vec![]);
                 for unit in units {
                     match self.division {
@@ -194,7 +194,14 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                             }
                             let group = group(strip.rows.clone(), &of_strip);
                             for (lane, row) in strip.rows.enumerate() {
-                                self.emit_row(emit, way, (&group, lane), (row, &strip.classes), out, scratch);
+                                self.emit_row(
+                                    emit,
+                                    way,
+                                    (&group, lane),
+                                    (row, &strip.classes),
+                                    (out, &mut stage),
+                                    scratch,
+                                );
                             }
                         }
                         Division::Tiles { tiles, depths } => {
@@ -208,10 +215,12 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                         }
                     }
                 }
+                if let Some(stage) = &mut stage {
+                    // SAFETY: no slice of what this task has written is alive
+                    unsafe { stage.end(out) };
+                    stream::fence();
+                }
             });
-            if way.past_cache {
-                stream::fence();
-            }
         });
     }
 
@@ -219,8 +228,8 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         let classes = self.logits.rows.classes;
         let Division::Strips { rows, segments: 1 } = self.division else { return Way::default() };
         let bytes = self.logits.rows.count() * classes * size_of::<O>();
-        // of several blocks, an exponential is a product of two, whose differences are each rounded: not in f64, which is
-        // there for its digits
+        // of several blocks, an exponential is a product of two, whose differences are each rounded: not in f64, which
+        // is there for its digits
         let most = if size_of::<T::Acc>() > size_of::<f32>() { BLOCK } else { STRIP };
         Way {
             keeps_powers: E::OF_POWERS
@@ -325,7 +334,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         way: Way,
         (group, lane): (&RowGroup<T::Acc>, usize),
         (row, classes): (usize, &Range<usize>),
-        out: &Output<O>,
+        (out, stage): (&Output<O>, &mut Option<Stage<O>>),
         scratch: &mut TileScratch<T::Acc>,
     ) {
         let start = row * self.logits.rows.classes;
@@ -351,18 +360,14 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                 BlockSource::Loaded
             };
             let place = (row, lane, &block);
-            // SAFETY: each segment of each row is emitted by one unit, and no slice of its logits is alive if it replaces
-            // them
-            let to = unsafe { out.slice(start + class, block.len()) };
-            if way.past_cache {
-                let staged = std::mem::take(&mut scratch.staged);
-                // SAFETY: values are written
-                let values = unsafe { Tile::room(staged, block.len()) };
-                self.emit_block(emit, source, (&scalars, own), place, values, scratch);
-                stream::copy_past_cache(values, to);
-                scratch.staged = staged;
-            } else {
-                self.emit_block(emit, source, (&scalars, own), place, to, scratch);
+            let (at, len) = (start + class, block.len());
+            let mut write =
+                |values: &mut [MaybeUninit<O>]| self.emit_block(emit, source, (&scalars, own), place, values, scratch);
+            match stage {
+                // SAFETY: each segment of each row is emitted by one unit, which has no slice of it
+                Some(stage) => unsafe { stage.piece(out, at, len, write) },
+                // SAFETY: as above, and no slice of its logits is alive if it replaces them
+                None => write(unsafe { out.slice(at, len) }),
             }
         }
     }

@@ -1,9 +1,8 @@
 //! How the logits of rows and their target distribution are read.
 
-use super::engine::POWER_BLOCKS;
 use crate::cpu::element::{Element, Input, Source};
 use crate::cpu::math::{Ahead, LANES, Real, ScaleAndCap, dispatch};
-use crate::rows::cpu::{Tile, TilePlace};
+use crate::rows::cpu::{STRIP_BLOCKS, Tile, TilePlace};
 use crate::rows::layout::{Rows, Run};
 use std::ops::Range;
 
@@ -19,8 +18,8 @@ pub(super) struct TileScratch<'m, A> {
     /// A strip's exponentials, if its pass keeps them.
     pub(super) powers: &'m mut [Tile<A>],
     /// Of a row's blocks: the maximum that these are relative to.
-    pub(super) references: [A; POWER_BLOCKS],
-    /// A block on its way past the cache, if it goes there.
+    pub(super) references: [A; STRIP_BLOCKS],
+    /// For a block on its way past the cache, and a line.
     pub(super) staged: &'m mut [Tile<A>],
 }
 

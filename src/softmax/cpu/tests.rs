@@ -1,7 +1,8 @@
 //! Small problems through every pass, for Miri: what unsafe code relies on, not the numbers, which the integration
-//! tests look at.
+//! tests look at; and results past the cache, which are large elsewhere.
 
-use crate::rows::cpu::SEGMENT;
+use crate::cpu::stream::FORCED;
+use crate::rows::cpu::{BLOCK, SEGMENT};
 use crate::rows::options::RowOptions;
 use crate::softmax::op::log_softmax;
 use crate::softmax::problem::{CrossEntropy, SoftmaxOptions};
@@ -61,4 +62,55 @@ fn small_segments_keep_to_their_memory() -> Result<()> {
     let classes = 2 * SEGMENT + 5;
     let x = Tensor::rand(-2f32, 2., (1, classes), &Device::Cpu)?;
     all_passes(&problem(None), &x, &Tensor::new(&[7u32], &Device::Cpu)?)
+}
+
+/// Stored past the cache, a result is the same to the last bit: rows of any alignment, some of which are ignored.
+#[test]
+fn results_past_the_cache_are_the_same() -> Result<()> {
+    for (rows, classes) in [(70, 70), (5, 5000), (40, 1000), (9, 33), (2, 40_000)] {
+        for dtype in [DType::F32, DType::BF16, DType::F16, DType::F64] {
+            let x = Tensor::randn(0f32, 3., (rows, classes), &Device::Cpu)?.to_dtype(dtype)?;
+            let target: Vec<u32> = (0..rows as u32).map(|row| row % 7).collect();
+            let target = Tensor::from_vec(target, rows, &Device::Cpu)?;
+            for softcap in [None, Some(5.0)] {
+                let results = |past_cache: bool| {
+                    FORCED.set(past_cache);
+                    let (_, grad) = problem(softcap).loss_and_grad(&x, &target)?;
+                    let log_probs = log_softmax("log_softmax", true, &x, 1)?;
+                    FORCED.set(false);
+                    let bits = |t: &Tensor| t.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>();
+                    Ok::<_, candle_core::Error>((bits(&grad)?, bits(&log_probs)?))
+                };
+                assert_eq!(results(true)?, results(false)?, "{rows} x {classes} {dtype:?} {softcap:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The gradient of rows of several blocks comes from exponentials that are relative to the maximum so far: whether it
+/// rises, falls, or is another block's twice, the gradient is that of f64.
+#[test]
+fn gradients_of_rising_and_falling_rows() -> Result<()> {
+    let classes = 3 * BLOCK + 100;
+    let slopes = [30.0, -30.0, 0.0, 200.0, -200.0];
+    let value = |i: usize, slope: f64| {
+        let noise = ((i * 7919) % 1024) as f64 / 256.0;
+        // exact in f32, and their differences too
+        ((slope * i as f64 / classes as f64 + noise) * 256.0).round() / 256.0
+    };
+    let x: Vec<f64> = slopes.iter().flat_map(|&slope| (0..classes).map(move |i| value(i, slope))).collect();
+    let x = Tensor::from_vec(x, (slopes.len(), classes), &Device::Cpu)?;
+    let target = Tensor::new(&[0u32, 2, 1500, 6143, 6144], &Device::Cpu)?;
+    let mut plain = problem(None);
+    (plain.options.label_smoothing, plain.options.rows.ignore_index) = (0.0, -100);
+    let (_, want) = plain.clone().loss_and_grad(&x, &target)?;
+    let (_, got) = plain.loss_and_grad(&x.to_dtype(DType::F32)?, &target)?;
+    let (want, got) = (want.flatten_all()?.to_vec1::<f64>()?, got.flatten_all()?.to_vec1::<f32>()?);
+    for (i, (want, got)) in want.into_iter().zip(got).enumerate() {
+        // two exponentials of an ulp each, the sum and two products: 6 units, as everywhere; below the normal numbers 0
+        let bound = 6.0 * f32::EPSILON as f64 * want.abs() + f32::MIN_POSITIVE as f64;
+        assert!((want - got as f64).abs() <= bound, "element {i}: {want} {got}");
+    }
+    Ok(())
 }
