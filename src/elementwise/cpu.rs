@@ -6,14 +6,15 @@
 
 use super::problem::{ElementKernels, Elements, LockedOptions, UnitOperands};
 use super::terms::{Formula, WithFormula, product};
-use crate::cpu::element::{Element, Output, Source, Strided, source, with_room};
+use crate::cpu::element::{Element, Output, Source, Strided, as_uninit, source, with_room};
 use crate::cpu::math::{Isa, LANES, Real, Vectorized, dispatch, sum_of};
 use crate::cpu::parallel::for_each_task;
-use crate::cpu::{own_slice, sum_in_order, with_floats};
+use crate::cpu::{own_slice, stream, sum_in_order, with_floats};
 use crate::custom_op::{Arg, Argument};
 use crate::reduction::Reduction;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Result, Tensor, WithDType};
+use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -60,19 +61,23 @@ impl<A: Real> ElementBlock<'_, A> {
 }
 
 /// Room for the operands of a block that can't be read where they are, and for its results.
-struct ElementScratch<A> {
+struct ElementScratch<A, O> {
     x: [A; BLOCK],
     t: [A; BLOCK],
     p: [A; BLOCK],
     mask: [A; BLOCK],
     factor: [A; BLOCK],
-    value: [A; BLOCK],
+    loss: [A; BLOCK],
+    grad: [A; BLOCK],
+    /// A gradient on its way past the cache.
+    staged: [MaybeUninit<O>; BLOCK],
 }
 
-impl<A: Real> ElementScratch<A> {
+impl<A: Real, O: Copy> ElementScratch<A, O> {
     fn new() -> Self {
         let block = [A::ZERO; BLOCK];
-        ElementScratch { x: block, t: block, p: block, mask: block, factor: block, value: block }
+        let staged = [MaybeUninit::uninit(); BLOCK];
+        ElementScratch { x: block, t: block, p: block, mask: block, factor: block, loss: block, grad: block, staged }
     }
 }
 
@@ -149,18 +154,12 @@ impl<'a, A: Real + Element<Acc = A>> ElementsOnCpu<'a, A> {
     }
 }
 
-/// The function of a formula that is mapped over a block.
-#[derive(Clone, Copy)]
-enum FormulaFunction {
-    Loss,
-    Gradient(Argument),
-}
-
-/// A function of a formula over a block, and where its values go.
+/// What is asked of a formula over a block, and where its values go: the losses, the gradient of an argument, or the
+/// losses and the gradient of the input.
 struct FormulaOverBlock<'k, A> {
-    function: FormulaFunction,
     block: ElementBlock<'k, A>,
-    values: &'k mut [A],
+    losses: Option<&'k mut [A]>,
+    grads: Option<(Argument, &'k mut [A])>,
 }
 
 impl<A: Real> WithFormula<A> for FormulaOverBlock<'_, A> {
@@ -182,28 +181,45 @@ impl<A: Real, F: Formula<A>> Vectorized for FormulaMap<'_, A, F> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         let FormulaMap { formula, over } = self;
-        let FormulaOverBlock { function, block: ElementBlock { x, t, p, .. }, values } = over;
+        let FormulaOverBlock { block: ElementBlock { x, t, p, .. }, losses, grads } = over;
         // loops, not closures: a closure that isn't inlined is compiled without the instruction set of this function
         macro_rules! map {
-            ($method:ident) => {
+            ($method:ident, $values:expr) => {
                 match p {
                     None => {
-                        for ((v, &x), &t) in values.iter_mut().zip(x).zip(t) {
+                        for ((v, &x), &t) in $values.iter_mut().zip(x).zip(t) {
                             *v = formula.$method::<I>(x, t, A::ONE);
                         }
                     }
                     Some(p) => {
-                        for (((v, &x), &t), &p) in values.iter_mut().zip(x).zip(t).zip(p) {
+                        for (((v, &x), &t), &p) in $values.iter_mut().zip(x).zip(t).zip(p) {
                             *v = formula.$method::<I>(x, t, p);
                         }
                     }
                 }
             };
         }
-        match function {
-            FormulaFunction::Loss => map!(loss),
-            FormulaFunction::Gradient(Argument::Input) => map!(grad),
-            FormulaFunction::Gradient(Argument::Target) => map!(target_grad),
+        match (losses, grads) {
+            (None, None) => {}
+            (Some(losses), None) => map!(loss, losses),
+            (None, Some((Argument::Input, grads))) => map!(grad, grads),
+            (None, Some((Argument::Target, grads))) => map!(target_grad, grads),
+            (Some(losses), Some((Argument::Input, grads))) => match p {
+                None => {
+                    for (((loss, grad), &x), &t) in losses.iter_mut().zip(grads).zip(x).zip(t) {
+                        (*loss, *grad) = formula.loss_and_grad::<I>(x, t, A::ONE);
+                    }
+                }
+                Some(p) => {
+                    for ((((loss, grad), &x), &t), &p) in losses.iter_mut().zip(grads).zip(x).zip(t).zip(p) {
+                        (*loss, *grad) = formula.loss_and_grad::<I>(x, t, p);
+                    }
+                }
+            },
+            (Some(losses), Some((Argument::Target, grads))) => {
+                map!(loss, losses);
+                map!(target_grad, grads)
+            }
         }
     }
 }
@@ -287,6 +303,68 @@ impl<A: Real> Vectorized for BlockSum<'_, A> {
     }
 }
 
+/// The derivatives of the steps behind the formula, for a block.
+#[derive(Clone, Copy)]
+enum ChainFactors<'k, A> {
+    All(A),
+    /// Their upstream gradient each, and what it is multiplied by.
+    Each(&'k [A], A),
+}
+
+/// The derivatives of a block, multiplied by those of the steps behind the formula and written.
+struct WriteGradient<'k, A, O> {
+    values: &'k [A],
+    factors: ChainFactors<'k, A>,
+    mask: Option<&'k [A]>,
+    out: &'k mut [MaybeUninit<O>],
+}
+
+impl<A: Real, O: Element<Acc = A>> Vectorized for WriteGradient<'_, A, O> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let WriteGradient { values, factors, mask, out } = self;
+        let values = out.iter_mut().zip(values);
+        match (factors, mask) {
+            (ChainFactors::All(factor), None) => {
+                for (out, &v) in values {
+                    out.write(O::from_acc(v * factor));
+                }
+            }
+            (ChainFactors::All(factor), Some(mask)) => {
+                for ((out, &v), &m) in values.zip(mask) {
+                    out.write(O::from_acc(if m == A::ZERO { A::ZERO } else { v * factor }));
+                }
+            }
+            (ChainFactors::Each(upstream, factor), None) => {
+                for ((out, &v), &g) in values.zip(upstream) {
+                    out.write(O::from_acc(v * (g * factor)));
+                }
+            }
+            (ChainFactors::Each(upstream, factor), Some(mask)) => {
+                for (((out, &v), &g), &m) in values.zip(upstream).zip(mask) {
+                    out.write(O::from_acc(if m == A::ZERO { A::ZERO } else { v * (g * factor) }));
+                }
+            }
+        }
+    }
+}
+
+impl<A: Real + Element<Acc = A>, O: Element<Acc = A>> WriteGradient<'_, A, O> {
+    /// By way of `through` if the output's type can't be written directly.
+    fn write(self, through: &mut [A]) {
+        if O::INLINE {
+            return dispatch(self);
+        }
+        let WriteGradient { values, factors, mask, out } = self;
+        let through = &mut through[..values.len()];
+        // SAFETY: the kernel writes values only
+        dispatch(WriteGradient { values, factors, mask, out: unsafe { as_uninit(through) } });
+        O::narrow(through, out);
+    }
+}
+
 /// The gradient of an operand: the upstream gradient of all groups or of each, the loss's denominator, and where it
 /// goes.
 struct ElementGradient<'p, A, O> {
@@ -294,54 +372,62 @@ struct ElementGradient<'p, A, O> {
     upstream: &'p [A],
     denominator: A,
     to: &'p Output<'p, O>,
+    /// Whether it is written past the cache.
+    past_cache: bool,
+}
+
+/// One loss for each group if the reduction is none, else one partial sum for each unit.
+struct ElementLosses<'p, A> {
+    to: &'p Output<'p, A>,
+    /// Whether those of single elements are written past the cache.
+    past_cache: bool,
 }
 
 /// One pass over the elements.
 struct ElementPass<'p, 'a, A, O> {
     elements: &'p ElementsOnCpu<'a, A>,
-    /// One loss for each group if the reduction is none, else one partial sum for each unit; absent in a backward.
-    losses: Option<&'p Output<'p, A>>,
+    /// Absent in a backward.
+    losses: Option<ElementLosses<'p, A>>,
     gradient: Option<ElementGradient<'p, A, O>>,
     /// The first element that is not in [0, 1] though it has to be.
     bad: AtomicUsize,
 }
 
 impl<A: Real + Element<Acc = A>, O: Element<Acc = A>> ElementPass<'_, '_, A, O> {
-    fn unit(&self, unit: usize, scratch: &mut ElementScratch<A>) {
+    fn unit(&self, unit: usize, scratch: &mut ElementScratch<A, O>) {
         let all = self.elements;
         let groups = unit * all.groups_per_unit()..((unit + 1) * all.groups_per_unit()).min(all.groups());
         let range = groups.start * all.group..groups.end * all.group;
         let mut sum = A::ZERO;
         for at in range.clone().step_by(BLOCK) {
             let len = (range.end - at).min(BLOCK);
-            let ElementScratch { x, t, p, mask, factor, value } = scratch;
+            let ElementScratch { x, t, p, mask, factor, loss, grad, staged } = scratch;
             let mask = all.mask.as_ref().map(|source| source.read(at, &mut mask[..len]));
             let x = all.x.read(at, &mut x[..len]);
             let t = self.load_target(at, &mut t[..len], x, mask);
             let p = all.pos_weight.as_ref().map(|source| source.read(at, &mut p[..len]));
             let block = ElementBlock { x, t, p, mask };
-            if let Some(losses) = self.losses {
-                self.evaluate(FormulaFunction::Loss, block, &mut value[..len]);
-                all.weigh(at, &mut value[..len], factor);
-                block.clear_masked(&mut value[..len]);
-                sum += self.reduce(losses, &groups, at, len, value);
+            all.problem.term.formula(FormulaOverBlock {
+                block,
+                losses: self.losses.as_ref().map(|_| &mut loss[..len]),
+                grads: self.gradient.as_ref().map(|gradient| (gradient.of, &mut grad[..len])),
+            });
+            if let Some(losses) = &self.losses {
+                all.weigh(at, &mut loss[..len], factor);
+                block.clear_masked(&mut loss[..len]);
+                sum += self.reduce(losses, &groups, at, len, loss);
             }
             if let Some(gradient) = &self.gradient {
-                let values = &mut value[..len];
-                self.evaluate(FormulaFunction::Gradient(gradient.of), block, values);
-                all.weigh(at, values, factor);
-                self.chain(gradient, at, values);
-                block.clear_masked(values);
-                // SAFETY: an element is written by the unit it belongs to
-                O::narrow(values, unsafe { gradient.to.slice(at, len) });
+                all.weigh(at, &mut grad[..len], factor);
+                self.write_gradient(gradient, at, &grad[..len], mask, (factor, loss, &mut staged[..len]));
             }
         }
-        let Some(losses) = self.losses else { return };
+        let Some(losses) = &self.losses else { return };
         let reduced = all.reduction() != Reduction::None;
         if reduced || all.group > BLOCK {
             let share = if reduced { A::ONE } else { all.share() };
             // SAFETY: this unit alone writes its element
-            unsafe { losses.slice(unit, 1)[0].write(sum * share) };
+            unsafe { losses.to.slice(unit, 1)[0].write(sum * share) };
         }
     }
 
@@ -373,55 +459,89 @@ impl<A: Real + Element<Acc = A>, O: Element<Acc = A>> ElementPass<'_, '_, A, O> 
         }
     }
 
-    /// The values of a function over a block.
-    fn evaluate(&self, function: FormulaFunction, block: ElementBlock<A>, values: &mut [A]) {
-        self.elements.problem.term.formula(FormulaOverBlock { function, block, values });
-    }
-
     /// The losses of a block: written, or their sum.
-    fn reduce(&self, losses: &Output<A>, groups: &Range<usize>, at: usize, len: usize, values: &mut [A; BLOCK]) -> A {
+    fn reduce(
+        &self,
+        losses: &ElementLosses<A>,
+        groups: &Range<usize>,
+        at: usize,
+        len: usize,
+        values: &mut [A; BLOCK],
+    ) -> A {
         let all = self.elements;
         if all.reduction() != Reduction::None || all.group > BLOCK {
             return dispatch(BlockSum { values, len });
         }
         if all.group == 1 {
             // SAFETY: a group is written by the unit it belongs to
-            A::narrow(&values[..len], unsafe { losses.slice(at, len) });
+            let to = unsafe { losses.to.slice(at, len) };
+            if losses.past_cache {
+                // SAFETY: they are only read
+                stream::copy_past_cache(unsafe { as_uninit(&mut values[..len]) }, to);
+            } else {
+                A::narrow(&values[..len], to);
+            }
             return A::ZERO;
         }
         for (group, values) in groups.clone().zip(values[..len].chunks(all.group)) {
             let sum = values.iter().fold(0f64, |sum, v| sum + v.to_f64());
             // SAFETY: a group is written by the unit it belongs to
-            unsafe { losses.slice(group, 1)[0].write(A::of(sum / all.group as f64)) };
+            unsafe { losses.to.slice(group, 1)[0].write(A::of(sum / all.group as f64)) };
         }
         A::ZERO
     }
 
-    /// Multiplies the derivatives of a block by those of the steps behind the formula.
-    fn chain(&self, gradient: &ElementGradient<A, O>, at: usize, values: &mut [A]) {
-        let all = self.elements;
+    /// Multiplies the derivatives of a block by those of the steps behind the formula, and writes them. The memory is for
+    /// what is on its way there.
+    fn write_gradient(
+        &self,
+        gradient: &ElementGradient<A, O>,
+        at: usize,
+        values: &[A],
+        mask: Option<&[A]>,
+        (upstreams, through, staged): (&mut [A; BLOCK], &mut [A; BLOCK], &mut [MaybeUninit<O>]),
+    ) {
+        let (all, len) = (self.elements, values.len());
         let smoothing = if gradient.of == Argument::Target { all.keep } else { A::ONE };
         let factor = smoothing * all.share() / gradient.denominator;
-        match gradient.upstream {
-            [upstream] => values.iter_mut().for_each(|v| *v *= *upstream * factor),
-            upstream if all.group == 1 => {
-                values.iter_mut().zip(&upstream[at..]).for_each(|(v, &g)| *v *= g * factor);
+        let factors = match gradient.upstream {
+            [upstream] => ChainFactors::All(*upstream * factor),
+            upstream if all.group == 1 => ChainFactors::Each(&upstream[at..][..len], factor),
+            upstream => {
+                let upstreams = &mut upstreams[..len];
+                upstreams.iter_mut().enumerate().for_each(|(i, g)| *g = upstream[(at + i) / all.group]);
+                ChainFactors::Each(upstreams, factor)
             }
-            upstream => values.iter_mut().enumerate().for_each(|(i, v)| *v *= upstream[(at + i) / all.group] * factor),
+        };
+        // SAFETY: an element is written by the unit it belongs to
+        let to = unsafe { gradient.to.slice(at, len) };
+        if gradient.past_cache {
+            WriteGradient { values, factors, mask, out: &mut *staged }.write(through);
+            stream::copy_past_cache(staged, to);
+        } else {
+            WriteGradient { values, factors, mask, out: to }.write(through);
         }
+    }
+
+    fn is_past_cache(&self) -> bool {
+        let losses = self.losses.as_ref().is_some_and(|losses| losses.past_cache);
+        losses || self.gradient.as_ref().is_some_and(|gradient| gradient.past_cache)
     }
 }
 
 impl<'a, A: Real + Element<Acc = A>> ElementsOnCpu<'a, A> {
     fn run<O: Element<Acc = A>>(
         &self,
-        losses: Option<&Output<A>>,
+        losses: Option<ElementLosses<A>>,
         gradient: Option<ElementGradient<A, O>>,
     ) -> Result<()> {
         let pass = ElementPass { elements: self, losses, gradient, bad: AtomicUsize::new(usize::MAX) };
         for_each_task(self.units(), self.groups_per_unit() * self.group * ELEMENT_WORK, |units| {
             let mut scratch = ElementScratch::new();
             units.for_each(|unit| pass.unit(unit, &mut scratch));
+            if pass.is_past_cache() {
+                stream::fence();
+            }
         });
         let at = pass.bad.into_inner();
         if at == usize::MAX {
@@ -444,8 +564,11 @@ impl<'a, A: Real + Element<Acc = A>> ElementsOnCpu<'a, A> {
     ) -> Result<CpuStorage> {
         let none = self.reduction() == Reduction::None;
         let count = if none { self.groups() } else { self.units() };
-        let mut losses = vec![A::ZERO; count];
-        self.run(Some(&Output::in_place(&mut losses).1), gradient)?;
+        let mut losses = with_room(count);
+        let past_cache = none && stream::exceeds_cache(count * size_of::<A>());
+        self.run(Some(ElementLosses { to: &Output::new(&mut losses, count), past_cache }), gradient)?;
+        // SAFETY: the capacity is `count`, and the pass wrote a number for each group or unit
+        unsafe { losses.set_len(count) };
         Ok(A::to_cpu_storage_owned(if none {
             losses
         } else {
@@ -458,7 +581,8 @@ impl<'a, A: Real + Element<Acc = A>> ElementsOnCpu<'a, A> {
     fn gradient<O: Element<Acc = A>>(&self, of: Argument, upstream: &[A], denominator: A) -> Result<CpuStorage> {
         let mut grad = with_room(self.len);
         let to = &Output::<O>::new(&mut grad, self.len);
-        self.run(None, Some(ElementGradient { of, upstream, denominator, to }))?;
+        let past_cache = stream::exceeds_cache(self.len * size_of::<O>());
+        self.run(None, Some(ElementGradient { of, upstream, denominator, to, past_cache }))?;
         // SAFETY: the capacity is `len`, and the pass wrote every element
         unsafe { grad.set_len(self.len) };
         Ok(O::to_cpu_storage_owned(grad))
@@ -470,7 +594,8 @@ impl<'a, A: Real + Element<Acc = A>> ElementsOnCpu<'a, A> {
         let mut grad = with_room(self.len);
         let to = &Output::<O>::new(&mut grad, self.len);
         let (of, upstream) = (Argument::Input, &[A::of(self.problem.options.grad_scale)]);
-        let gradient = ElementGradient { of, upstream, denominator: A::of(denominator), to };
+        let past_cache = stream::exceeds_cache(self.len * size_of::<O>());
+        let gradient = ElementGradient { of, upstream, denominator: A::of(denominator), to, past_cache };
         let loss = self.losses(denominator, Some(gradient))?;
         // SAFETY: the capacity is `len`, and the pass wrote every element
         unsafe { grad.set_len(self.len) };

@@ -13,6 +13,11 @@ pub(super) trait Formula<A: Real>: Copy + Sync {
     fn grad<I: Isa>(self, x: A, t: A, p: A) -> A;
     /// The derivative in t.
     fn target_grad<I: Isa>(self, x: A, t: A, p: A) -> A;
+    /// Loss and derivative in x: the compiler computes once what both need.
+    #[inline(always)]
+    fn loss_and_grad<I: Isa>(self, x: A, t: A, p: A) -> (A, A) {
+        (self.loss::<I>(x, t, p), self.grad::<I>(x, t, p))
+    }
 }
 
 /// Something to be done with a formula, whichever it is.
