@@ -1,6 +1,6 @@
 //! Class indices of any dtype.
 
-use super::math::{LANES, Real};
+use super::math::{Isa, LANES, Real, Vectorized, dispatch};
 use crate::check;
 use crate::custom_op::Arg;
 use candle_core::backend::BackendStorage;
@@ -79,7 +79,7 @@ impl<'a> Indices<'a> {
     /// Checks every class index, and sums the weights of the rows that count.
     pub fn total<A: Real>(&self, name: &str, ignore_index: i64, classes: usize, weight: Option<&[A]>) -> Result<f64> {
         let counted = (0..self.len()).map(|row| (row, self.get(row))).filter(|(_, class)| *class != ignore_index);
-        let count = with_indices!(self, t => count(t, ignore_index, classes));
+        let count = with_indices!(self, t => dispatch(CountRows { indices: t, ignore_index, classes }));
         if count.is_none() {
             let all = (0..self.len()).map(|row| self.get(row));
             check::class_range(name, all, self.dtype(), classes, ignore_index)?;
@@ -92,14 +92,25 @@ impl<'a> Indices<'a> {
 }
 
 /// How many rows count, or nothing if a class is out of range.
-fn count<I: Copy + Into<i64>>(indices: &[I], ignore_index: i64, classes: usize) -> Option<usize> {
-    let (mut count, mut good) = (0, true);
-    for &class in indices {
-        let class = class.into();
-        let counts = class != ignore_index;
-        // as an unsigned number a negative class is a large one
-        good &= !counts | ((class as u64) < classes as u64);
-        count += counts as usize;
+struct CountRows<'k, I> {
+    indices: &'k [I],
+    ignore_index: i64,
+    classes: usize,
+}
+
+impl<C: Copy + Into<i64>> Vectorized for CountRows<'_, C> {
+    type Output = Option<usize>;
+
+    #[inline(always)]
+    fn run<I: Isa>(self) -> Option<usize> {
+        let (mut count, mut good) = (0, true);
+        for &class in self.indices {
+            let class = class.into();
+            let counts = class != self.ignore_index;
+            // as an unsigned number a negative class is a large one
+            good &= !counts | ((class as u64) < self.classes as u64);
+            count += counts as usize;
+        }
+        good.then_some(count)
     }
-    good.then_some(count)
 }

@@ -3,9 +3,9 @@
 use super::problem::{Nll, NllKernels};
 use crate::cpu::element::{Element, Output, build};
 use crate::cpu::indices::Indices;
-use crate::cpu::math::{LANES, Real};
+use crate::cpu::math::{Isa, LANES, Real, Vectorized, dispatch};
 use crate::cpu::parallel::for_each_task;
-use crate::cpu::{own_slice, sum_in_order, with_floats};
+use crate::cpu::{own_slice, stream, sum_in_order, with_floats};
 use crate::custom_op::{Arg, Locked};
 use crate::reduction::Reduction;
 use crate::rows::cpu::over_denominator;
@@ -13,9 +13,12 @@ use crate::rows::layout::Rows;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Result, Tensor, WithDType};
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 /// The work of a row, one element that is rarely in the first cache: 4 ns.
 const ROW_WORK: usize = 16;
+/// Gradients of rows of fewer bytes than this stay in the cache: each has a line that is written twice.
+const LONG_ROW: usize = 1024;
 
 impl NllKernels for CpuStorage {
     fn forward(problem: &Nll, log_probs: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
@@ -47,6 +50,71 @@ impl NllKernels for CpuStorage {
             let rows = NllRows::new(problem, data, problem.rows(log_probs.1)?, target, &weight)?;
             Ok(rows.gradient(denominator.to_scalar()?, own_slice(upstream)?))
         })
+    }
+}
+
+/// Where the losses of tiles go: those of each row, or their sums.
+#[derive(Clone, Copy)]
+enum TileLosses<'k, A> {
+    Each(&'k Output<'k, A>),
+    Sums(&'k Output<'k, f64>),
+}
+
+/// The losses of tiles of [`LANES`] rows.
+struct NllTiles<'k, 'a, T: Element> {
+    rows: &'k NllRows<'a, T>,
+    tiles: Range<usize>,
+    to: TileLosses<'k, T::Acc>,
+}
+
+impl<T: Element> Vectorized for NllTiles<'_, '_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let NllRows { problem, x, rows: place, indices, weight, .. } = self.rows;
+        let (count, ignored) = (place.count(), problem.options.ignore_index);
+        for tile in self.tiles {
+            let rows = tile * LANES..((tile + 1) * LANES).min(count);
+            let len = rows.len();
+            let classes = indices.load(rows.clone());
+            // all reads of a tile before the first use of one: a row's number is rarely in the cache
+            let mut xs = [T::Acc::ZERO; LANES];
+            for ((to, row), class) in xs.iter_mut().zip(rows.clone()).zip(classes) {
+                let class = if class == ignored { 0 } else { class as usize };
+                *to = x[place.start(row) + class * place.class_stride].to_acc();
+            }
+            let mut losses = [T::Acc::ZERO; LANES];
+            match weight {
+                None => {
+                    for ((loss, x), class) in losses.iter_mut().zip(xs).zip(classes) {
+                        *loss = if class == ignored { T::Acc::ZERO } else { -x };
+                    }
+                }
+                Some(weights) => {
+                    for ((loss, x), class) in losses[..len].iter_mut().zip(xs).zip(classes) {
+                        let weight = if class == ignored { T::Acc::ZERO } else { weights[class as usize] };
+                        *loss = if weight == T::Acc::ZERO { T::Acc::ZERO } else { -weight * x };
+                    }
+                }
+            }
+            match self.to {
+                // SAFETY: the rows of a tile are one task's alone
+                TileLosses::Each(out) => T::Acc::narrow(&losses[..len], unsafe { out.slice(rows.start, len) }),
+                TileLosses::Sums(out) => {
+                    // there is no row behind the last one
+                    losses[len..].fill(T::Acc::ZERO);
+                    let mut sums = [0f64; 8];
+                    for losses in losses.chunks_exact(sums.len()) {
+                        for (sum, loss) in sums.iter_mut().zip(losses) {
+                            *sum += loss.to_f64();
+                        }
+                    }
+                    // SAFETY: a tile is one task's alone
+                    unsafe { out.slice(tile, 1)[0].write(sums.iter().sum()) };
+                }
+            }
+        }
     }
 }
 
@@ -91,52 +159,68 @@ impl<'a, T: Element> NllRows<'a, T> {
     }
 
     fn loss(&self) -> CpuStorage {
-        let count = self.rows.count();
-        let mut losses = vec![T::Acc::ZERO; count];
-        let out = Output::in_place(&mut losses).1;
-        for_each_task(count.div_ceil(LANES), LANES * ROW_WORK, |tiles| {
-            let range = tiles.start * LANES..(tiles.end * LANES).min(count);
-            // SAFETY: these rows are this task's alone
-            let losses = unsafe { out.slice(range.start, range.len()) };
-            let ignored = self.problem.options.ignore_index;
-            for (losses, first) in losses.chunks_mut(LANES).zip(range.step_by(LANES)) {
-                let rows = first..first + losses.len();
-                let classes = self.indices.load(rows.clone());
-                // all reads of a tile before the first use of one: a row's number is rarely in the cache
-                let mut xs = [T::Acc::ZERO; LANES];
-                for ((x, row), class) in xs.iter_mut().zip(rows).zip(classes) {
-                    let class = if class == ignored { 0 } else { class as usize };
-                    *x = self.x[self.rows.start(row) + class * self.rows.class_stride].to_acc();
-                }
-                for ((loss, x), class) in losses.iter_mut().zip(xs).zip(classes) {
-                    let weight = match self.weight {
-                        _ if class == ignored => T::Acc::ZERO,
-                        Some(weight) => weight[class as usize],
-                        None => T::Acc::ONE,
-                    };
-                    loss.write(if weight == T::Acc::ZERO { T::Acc::ZERO } else { -weight * x });
-                }
-            }
-        });
+        let (count, tiles) = (self.rows.count(), self.rows.count().div_ceil(LANES));
+        let run = |to: TileLosses<T::Acc>| {
+            for_each_task(tiles, LANES * ROW_WORK, |tiles| dispatch(NllTiles { rows: self, tiles, to }));
+        };
         T::Acc::to_cpu_storage_owned(match self.problem.options.reduction {
-            Reduction::None => losses,
-            Reduction::Mean | Reduction::Sum => vec![T::Acc::of(sum_in_order(&losses) / self.denominator)],
+            // SAFETY: the tiles have all rows
+            Reduction::None => unsafe { build(count, |out| run(TileLosses::Each(out))) },
+            Reduction::Mean | Reduction::Sum => {
+                // SAFETY: each tile has a sum
+                let sums = unsafe { build(tiles, |out| run(TileLosses::Sums(out))) };
+                vec![T::Acc::of(sum_in_order(&sums) / self.denominator)]
+            }
         })
     }
 
     /// Zeros, and a number at each row's own class.
     fn gradient(&self, denominator: T::Acc, upstream: &[T::Acc]) -> CpuStorage {
-        let len = self.rows.count() * self.rows.classes;
-        // SAFETY: all of it is filled, through the only slice of it; with a constant, which makes it a call of memset
-        let mut grad: Vec<T> =
-            unsafe { build(len, |out| out.slice(0, len).fill(MaybeUninit::new(T::from_acc(T::Acc::ZERO)))) };
-        for row in 0..self.rows.count() {
+        let Rows { classes, outer, inner, .. } = self.rows;
+        // the rows of a unit are written next to each other
+        let (units, of_unit) = if self.rows.class_last() { (self.rows.count(), 1) } else { (outer, inner) };
+        let len = units * of_unit * classes;
+        let past_cache = stream::exceeds_cache(len * size_of::<T>()) && classes * size_of::<T>() >= LONG_ROW;
+        let fill = |out: &Output<T>| {
+            for_each_task(units, of_unit * classes, |units| {
+                let rows = units.start * of_unit..units.end * of_unit;
+                let first = rows.start * classes;
+                // SAFETY: these rows are this task's alone
+                let out = unsafe { out.slice(first, rows.len() * classes) };
+                self.fill_gradient(rows, denominator, upstream, past_cache, out);
+            })
+        };
+        // SAFETY: all rows are filled
+        let grad = unsafe { build(len, fill) };
+        T::to_cpu_storage_owned(grad)
+    }
+
+    /// The gradients of some rows, in memory that is theirs.
+    fn fill_gradient(
+        &self,
+        rows: Range<usize>,
+        denominator: T::Acc,
+        upstream: &[T::Acc],
+        past_cache: bool,
+        out: &mut [MaybeUninit<T>],
+    ) {
+        let zero = MaybeUninit::new(T::from_acc(T::Acc::ZERO));
+        if past_cache {
+            let zeros = [zero; LONG_ROW];
+            out.chunks_mut(LONG_ROW).for_each(|out| stream::copy_past_cache(&zeros[..out.len()], out));
+            // before other stores to the same memory, too
+            stream::fence();
+        } else {
+            // with a constant, which makes it a call of memset
+            out.fill(MaybeUninit::new(T::from_acc(T::Acc::ZERO)));
+        }
+        let first = rows.start * self.rows.classes;
+        for row in rows {
             let Some((class, weight)) = self.own(row) else { continue };
             let upstream = over_denominator(upstream[if upstream.len() == 1 { 0 } else { row }], denominator);
             let at = self.rows.written_start(row) + class * self.rows.written_stride();
-            grad[at] = T::from_acc(-(weight * upstream));
+            out[at - first].write(T::from_acc(-(weight * upstream)));
         }
-        T::to_cpu_storage_owned(grad)
     }
 }
 
