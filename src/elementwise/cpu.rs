@@ -491,8 +491,8 @@ impl<A: Real + Element<Acc = A>, O: Element<Acc = A>> ElementPass<'_, '_, A, O> 
         A::ZERO
     }
 
-    /// Multiplies the derivatives of a block by those of the steps behind the formula, and writes them. The memory is for
-    /// what is on its way there.
+    /// Multiplies the derivatives of a block by those of the steps behind the formula, and writes them. The memory is
+    /// for what is on its way there.
     fn write_gradient(
         &self,
         gradient: &ElementGradient<A, O>,
@@ -667,9 +667,56 @@ impl ElementKernels for CpuStorage {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
     use crate::elementwise::problem::{ElementOptions, Term};
-    use crate::reduction::Reduction;
-    use candle_core::{DType, Device, Result, Tensor, Var};
+    use candle_core::{DType, Device, Storage, Var};
+    use half::{bf16, f16};
+
+    /// The losses and gradients of a problem, written past the cache or not.
+    fn pass<O: Element<Acc = f32>>(
+        problem: &Elements,
+        (input, target): (&Tensor, &Tensor),
+        upstream: &[f32],
+        past_cache: bool,
+    ) -> Result<(Vec<f32>, Vec<O>)> {
+        let (input, target) = (input.storage_and_layout(), target.storage_and_layout());
+        let (Storage::Cpu(x), Storage::Cpu(t)) = (&*input.0, &*target.0) else { panic!("tensors on the CPU") };
+        let locked = problem.options.lock();
+        let elements = ElementsOnCpu::<f32>::new(problem, (x, input.1), (t, target.1), &locked)?;
+        let (mut losses, mut grad) = (vec![f32::NAN; elements.len], vec![O::from_acc(f32::NAN); elements.len]);
+        let (to, losses_to) = (&Output::in_place(&mut grad).1, &Output::in_place(&mut losses).1);
+        let gradient = ElementGradient { of: Argument::Input, upstream, denominator: 3.0, to, past_cache };
+        elements.run(Some(ElementLosses { to: losses_to, past_cache }), Some(gradient))?;
+        Ok((losses, grad))
+    }
+
+    /// What is written past the cache is what is written through it, to the bit.
+    #[test]
+    fn values_past_the_cache_are_the_same() -> Result<()> {
+        fn check<O: Element<Acc = f32> + std::fmt::Debug>(n: usize) -> Result<()> {
+            let x = Tensor::randn(0f32, 3., n, &Device::Cpu)?.to_dtype(O::DTYPE)?;
+            let t = Tensor::rand(0f32, 1., n, &Device::Cpu)?;
+            let mask = (&t * 2.0)?.to_dtype(DType::U8)?;
+            let upstreams: Vec<f32> = (0..n).map(|i| i as f32 - 7.0).collect();
+            for mask in [None, Some(mask)] {
+                let options = ElementOptions { mask, reduction: Reduction::None, ..ElementOptions::default() };
+                let problem = options.problem("test", Term::BceWithLogits, &x, &t)?;
+                for upstream in [&upstreams[..1], &upstreams] {
+                    let (losses, grad) = pass::<O>(&problem, (&x, &t), upstream, false)?;
+                    let (losses_past, grad_past) = pass::<O>(&problem, (&x, &t), upstream, true)?;
+                    assert!(losses.iter().all(|v| v.is_finite()) && grad.iter().all(|v| v.to_acc().is_finite()));
+                    assert_eq!((losses, grad), (losses_past, grad_past), "{:?} {n}", O::DTYPE);
+                }
+            }
+            Ok(())
+        }
+        for n in [1, 37, 2 * BLOCK + 333] {
+            check::<f32>(n)?;
+            check::<bf16>(n)?;
+            check::<f16>(n)?;
+        }
+        Ok(())
+    }
 
     /// A mask takes probabilities and targets out of the check, on both paths, in whichever block they are.
     #[test]
@@ -692,6 +739,25 @@ mod tests {
                 assert_eq!(grad.to_vec1::<f32>()?, vec![0.0; n]);
                 problem(Some(mask.clone()))?.forward(&good, &good)?;
             }
+        }
+        Ok(())
+    }
+
+    /// A pass for both computes the loss of a pass without a gradient and the gradient of one without a loss, to the
+    /// bit.
+    #[test]
+    fn loss_and_gradient_are_those_of_separate_passes() -> Result<()> {
+        let focal = |gamma| Term::Focal { alpha: Some(0.25), gamma };
+        for term in [Term::Bce, Term::BceWithLogits, focal(2.0), focal(1.5), Term::L1] {
+            let x = Var::from_tensor(&Tensor::rand(0f32, 1., 1537, &Device::Cpu)?)?;
+            let t = Tensor::rand(0f32, 1., 1537, &Device::Cpu)?;
+            let problem = ElementOptions::default().problem("test", term, &x, &t)?;
+            let loss = problem.clone().forward(&x, &t)?;
+            let (loss_again, grad_again) = problem.loss_and_grad(&x, &t)?;
+            let grads = loss.backward()?;
+            let grad = grads.get(&x).expect("a gradient").to_vec1::<f32>()?;
+            assert_eq!(loss.to_scalar::<f32>()?, loss_again.to_scalar::<f32>()?, "{term:?}");
+            assert_eq!(grad, grad_again.to_vec1::<f32>()?, "{term:?}");
         }
         Ok(())
     }

@@ -226,9 +226,35 @@ impl<'a, T: Element> NllRows<'a, T> {
 
 #[cfg(test)]
 mod tests {
-    use crate::nll::problem::Nll;
+    use super::*;
     use crate::rows::options::RowOptions;
-    use candle_core::{Device, Result, Tensor, Var};
+    use candle_core::{Device, Storage, Var};
+
+    /// A gradient that is written past the cache is the one that is written through it, of classes in a row and apart.
+    #[test]
+    fn a_gradient_past_the_cache_is_the_same() -> Result<()> {
+        for dims in [vec![5, 1037], vec![3, 40, 7], vec![2, 1, 3]] {
+            let x = Tensor::rand(-2f32, -1., dims.clone(), &Device::Cpu)?;
+            let count: usize = x.elem_count() / dims[1];
+            let target: Vec<_> =
+                (0..count).map(|row| if row == 1 { -100 } else { (row * 31 % dims[1]) as i64 }).collect();
+            let target = Tensor::new(target, &Device::Cpu)?;
+            let problem = Nll { name: "test", axis: 1, options: RowOptions::default() };
+            let (input, target) = (x.storage_and_layout(), target.storage_and_layout());
+            let (Storage::Cpu(CpuStorage::F32(data)), Storage::Cpu(t)) = (&*input.0, &*target.0) else {
+                panic!("tensors on the CPU")
+            };
+            let rows = NllRows::new(&problem, data, problem.rows(input.1)?, (t, target.1), &None)?;
+            let CpuStorage::F32(grad) = rows.gradient(4.0, &[1.0]) else { panic!("a gradient of the input's dtype") };
+            assert_eq!(grad.iter().filter(|&&v| v == -0.25).count(), count - 1);
+            let mut past = vec![MaybeUninit::new(f32::NAN); grad.len()];
+            rows.fill_gradient(0..count, 4.0, &[1.0], true, &mut past);
+            // SAFETY: all were initialised from the start
+            let past: Vec<_> = past.iter().map(|v| unsafe { v.assume_init() }).collect();
+            assert_eq!(grad, past);
+        }
+        Ok(())
+    }
 
     /// For Miri.
     #[test]
