@@ -39,6 +39,18 @@ struct Way {
     past_cache: bool,
 }
 
+/// A block of a row that is emitted.
+struct RowBlock<'k, A> {
+    row: usize,
+    /// The row's lane in its unit.
+    lane: usize,
+    classes: Range<usize>,
+    scalars: &'k RowScalars<A>,
+    /// The row's own class, counted from the first one here, with its q; if it is here.
+    own: Option<(usize, A)>,
+    source: BlockSource,
+}
+
 /// Where the values of a block of a row are emitted from.
 #[derive(Clone, Copy)]
 enum BlockSource {
@@ -346,23 +358,22 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         let scalars = group.scalars.lane(lane);
         let (own, weight) = (group.targets.class[lane], group.targets.weight[lane]);
         for class in classes.clone().step_by(BLOCK) {
-            let block = class..(class + BLOCK).min(classes.end);
-            let has_own = weight != T::Acc::ZERO && block.contains(&own);
+            let classes = class..(class + BLOCK).min(classes.end);
+            let (at, len) = (start + class, classes.len());
+            let has_own = weight != T::Acc::ZERO && classes.contains(&own);
             let own = has_own.then(|| (own - class, weight + self.q.at(own)));
             let source = if way.keeps_powers {
                 BlockSource::Powers
             } else if self.logits.is_read_directly() && !self.logits.x.is_replaced() {
                 BlockSource::Stored
             } else {
-                let (x, slope) = (Tile::block(scratch.x), Tile::block(scratch.slope).get_mut(..block.len()));
+                let (x, slope) = (Tile::block(scratch.x), Tile::block(scratch.slope).get_mut(..len));
                 // SAFETY: this unit alone writes to the segment, and has no slice of it here
-                unsafe { self.logits.load(row, class, &mut x[..block.len()], slope) };
+                unsafe { self.logits.load(row, class, &mut x[..len], slope) };
                 BlockSource::Loaded
             };
-            let place = (row, lane, &block);
-            let (at, len) = (start + class, block.len());
-            let mut write =
-                |values: &mut [MaybeUninit<O>]| self.emit_block(emit, source, (&scalars, own), place, values, scratch);
+            let block = RowBlock { row, lane, classes, scalars: &scalars, own, source };
+            let write = |values: &mut [MaybeUninit<O>]| self.emit_block(emit, block, values, scratch);
             match stage {
                 // SAFETY: each segment of each row is emitted by one unit, which has no slice of it
                 Some(stage) => unsafe { stage.piece(out, at, len, write) },
@@ -372,32 +383,31 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         }
     }
 
-    /// Emits the values of a block of a row. Its own class comes with its q, if it is in the block.
+    /// Emits the values of a block.
     fn emit_block<O: Element<Acc = T::Acc>, E: Emit<T::Acc>>(
         &self,
         emit: &E,
-        source: BlockSource,
-        (scalars, own): (&RowScalars<T::Acc>, Option<(usize, T::Acc)>),
-        (row, lane, block): (usize, usize, &Range<usize>),
+        block: RowBlock<T::Acc>,
         out: &mut [MaybeUninit<O>],
         scratch: &mut TileScratch<T::Acc>,
     ) {
-        let (classes, len) = (self.logits.rows.classes, block.len());
+        let RowBlock { row, lane, classes, scalars, own, source } = block;
+        let (of, first, len) = (self.logits.rows.classes, classes.start, classes.len());
         let TileScratch { x, e, q, slope, powers, references, .. } = scratch;
         let [x, e, q, slope, powers] = [x, e, q, slope, powers].map(|tiles| Tile::block(tiles));
         let e = &mut e[..len];
-        let q = self.q.load_block(row * classes + block.start, block.start, q.get_mut(..len).unwrap_or_default());
+        let q = self.q.load_block(row * of + first, first, q.get_mut(..len).unwrap_or_default());
         let value = match source {
             BlockSource::Powers => {
-                let reference = if classes <= BLOCK { scalars.max } else { references[block.start / BLOCK] };
+                let reference = if of <= BLOCK { scalars.max } else { references[first / BLOCK] };
                 let row = scalars.of_powers(self.logits.factor, reference);
-                let xs = &powers[lane * classes + block.start..][..len];
+                let xs = &powers[lane * of + first..][..len];
                 emit_block(EmitBlock { emit: &PowersGradient, row, xs, q, slope: None, out }, e);
                 own.map(|(i, q)| PowersGradient.value::<Baseline, _>(&row, 0, xs[i], q))
             }
             BlockSource::Stored => {
                 // SAFETY: the output is another buffer
-                let xs = unsafe { self.logits.stored(row, block) };
+                let xs = unsafe { self.logits.stored(row, &classes) };
                 emit_block(EmitBlock { emit, row: *scalars, xs, q, slope: None, out }, e);
                 own.map(|(i, q)| emit.value::<Baseline, _>(scalars, 0, xs[i].to_acc(), q))
             }
