@@ -1,4 +1,5 @@
-//! What the CPU kernels of all families are made of: vector mathematics, elements of any dtype and layout, tasks.
+//! What the CPU kernels of all families are made of: vector mathematics, elements of any dtype and layout, stores past
+//! the cache, tasks.
 
 pub(crate) mod element;
 pub(crate) mod indices;
