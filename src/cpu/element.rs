@@ -338,8 +338,8 @@ pub(crate) unsafe fn as_uninit<T: Copy>(slice: &mut [T]) -> &mut [MaybeUninit<T>
 
 /// An empty vector with room for `len` elements that will all be written.
 ///
-/// A large one is a fresh mapping, and the page faults of writing 4 KB at a time would cost more than computing what is
-/// written: ask for large pages.
+/// Unless the allocator keeps its memory, a large one is a fresh mapping, and the page faults of writing 4 KB at a time
+/// would cost more than computing what is written: ask for large pages.
 pub(crate) fn with_room<T>(len: usize) -> Vec<T> {
     let vec = Vec::with_capacity(len);
     #[cfg(all(target_os = "linux", not(miri)))]

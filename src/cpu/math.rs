@@ -343,7 +343,7 @@ impl Real for f32 {
 
     #[inline(always)]
     fn vexp<I: Isa>(self) -> f32 {
-        // below -127.5 ln 2 + 1/2 the power of 2 is 0; a comparison that keeps a NaN
+        // there n is -127, for which the power of 2 below is 0; a comparison that keeps a NaN
         let x = if self < -88.0 { -88.0 } else { self };
         // x = n ln 2 + r, |r| <= ln(2)/2
         // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits: n and the bias of its exponent
