@@ -11,8 +11,8 @@ const LINE: usize = 64;
 
 /// Whether the last-level cache can't hold a result of so many bytes.
 ///
-/// Smaller results take less time past the cache too (4 to 32 MB of cross-entropy's gradient or log-softmax 0.83 to 0.97
-/// on a Zen 4 with 32 MB), but who reads them next would have to wait for memory.
+/// Smaller results take less time past the cache too (4 to 32 MB of cross-entropy's gradient or log-softmax 0.83 to
+/// 0.97 on a Zen 4 with 32 MB), but who reads them next would have to wait for memory.
 pub(crate) fn exceeds_cache(bytes: usize) -> bool {
     /// Of less than this, no machine's last-level cache is meant.
     const LEAST: usize = 8 << 20;
