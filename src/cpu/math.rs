@@ -243,16 +243,15 @@ pub(crate) fn end_of<A: Copy>(xs: &[A], fill: A) -> [A; LANES] {
     padded
 }
 
-/// The `i`-th of the vectors of [`LANES`] that hold all elements of a slice: the whole ones, then [`end_of`].
-#[inline(always)]
-pub(crate) fn vector<'x, A>(xs: &'x [A], end: &'x [A; LANES], i: usize) -> &'x [A; LANES] {
-    if i < xs.len() / LANES { xs[i * LANES..].first_chunk().unwrap_or(end) } else { end }
-}
-
-/// All elements of a slice in vectors.
+/// All elements of a slice in vectors of [`LANES`]: the whole ones, then [`end_of`] if there are more.
 #[inline(always)]
 pub(crate) fn vectors<'x, A>(xs: &'x [A], end: &'x [A; LANES]) -> impl Iterator<Item = &'x [A; LANES]> {
-    (0..xs.len().div_ceil(LANES)).map(move |i| vector(xs, end, i))
+    let count = xs.len() / LANES;
+    (0..xs.len().div_ceil(LANES)).map(
+        move |i| {
+            if i < count { xs[i * LANES..].first_chunk().unwrap_or(end) } else { end }
+        },
+    )
 }
 
 /// `x <- cap tanh(scale x / cap)`, or `scale x` without a cap; `slope` gets the cap's derivative.

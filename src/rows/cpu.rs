@@ -53,9 +53,7 @@ impl<A: Real> Tile<A> {
         // SAFETY: a tile is an array of numbers without padding, so that tiles in a row are numbers in a row
         unsafe { std::slice::from_raw_parts_mut(tiles.as_mut_ptr().cast(), tiles.len() * DEPTH * LANES) }
     }
-}
 
-impl<A: Real> Tile<A> {
     /// The memory of the tiles as room for as many elements of a type that is not larger.
     ///
     /// # Safety

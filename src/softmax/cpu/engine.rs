@@ -238,7 +238,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
 
     fn way<O: Element, E: Emit<T::Acc>>(&self, reduce: Option<RowDetail>) -> Way {
         let classes = self.logits.rows.classes;
-        let Division::Strips { rows, segments: 1 } = self.division else { return Way::default() };
+        let Division::Strips { segments: 1, .. } = self.division else { return Way::default() };
         let bytes = self.logits.rows.count() * classes * size_of::<O>();
         // of several blocks, an exponential is a product of two, whose differences are each rounded: not in f64, which
         // is there for its digits
@@ -247,8 +247,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
             keeps_powers: E::OF_POWERS
                 && reduce == Some(RowDetail::Loss)
                 && self.logits.softcap.is_none()
-                && classes <= most
-                && rows * classes <= STRIP,
+                && classes <= most,
             // the lines that are replaced are in the cache
             past_cache: !self.logits.x.is_replaced() && stream::exceeds_cache(bytes),
         }
