@@ -141,10 +141,25 @@ __device__ __forceinline__ double count_rows(const RowParams &p, const Targets<A
     return sum;
 }
 
-// The first stage of a counted denominator that a gradient needs before the rows' losses are known.
+// Lets a launch that is allowed to overlap with this one begin, once all blocks have come here or ended.
+__device__ __forceinline__ void let_next_launch_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the launch that this one may overlap with has ended and its results are visible.
+__device__ __forceinline__ void wait_for_last_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The first stage of a counted denominator that a gradient needs before the rows' losses are known: at most 64 sums.
 template <class A>
 __device__ __forceinline__ void count(const RowParams &p, const Targets<A> &targets, double *counts) {
     __shared__ double scratch[WARP];
+    let_next_launch_begin();
     const double sum = count_rows(p, targets, blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x,
                                   static_cast<int64_t>(gridDim.x) * blockDim.x);
     const double total = block_reduce<Sum>(sum, scratch);
@@ -157,14 +172,27 @@ __device__ __forceinline__ A denominator_of(const RowParams &p, const Targets<A>
                                             double *scratch) {
     if (!p.counted) return A(p.normalizer);
     const int thread = threadIdx.x + blockDim.x * threadIdx.y;
-    const int threads = blockDim.x * blockDim.y;
+    if (p.counts == 0) return A(block_reduce<Sum>(count_rows(p, targets, thread, blockDim.x * blockDim.y), scratch));
+    wait_for_last_launch();
+    // each warp by itself, so that none waits for another
     double sum = 0;
-    if (p.counts == 0) {
-        sum = count_rows(p, targets, thread, threads);
-    } else {
-        for (int i = thread; i < p.counts; i += threads) sum += counts[i];
-    }
-    return A(block_reduce<Sum>(sum, scratch));
+    for (int i = thread % WARP; i < p.counts; i += WARP) sum += counts[i];
+    return A(warp_reduce<Sum>(sum));
 }
+
+// The same, looked up when it is first needed: a block has its first logits on their way by then.
+template <class A> class LazyDivisor {
+    A value;
+    bool known = false;
+
+  public:
+    // All threads of the block call it alike.
+    __device__ __forceinline__ A get(const RowParams &p, const Targets<A> &targets, const double *counts,
+                                     double *scratch) {
+        if (!known) value = denominator_of(p, targets, counts, scratch);
+        known = true;
+        return value;
+    }
+};
 
 } // namespace fused_loss

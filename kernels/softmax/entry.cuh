@@ -11,7 +11,7 @@
 //   softmax_reduce_uniform_registers_4                                     softmax_fused_uniform_registers_4
 //   softmax_reduce_uniform_registers_8                                     softmax_fused_uniform_registers_8
 //   softmax_reduce_uniform_registers_16                                    softmax_fused_uniform_registers_16
-//   softmax_merge_uniform                                                  softmax_fused_uniform_cluster
+//   softmax_merge_uniform
 //
 // DETAIL_PLAIN: class indices alone, where the further numbers of the uniform kernels would take time: forwards, and
 // loss and gradient, of adjacent classes. And log-softmax.
@@ -21,11 +21,12 @@
 //   softmax_reduce_plain_registers_4       softmax_fused_plain_registers_4     softmax_log_softmax_registers_4
 //   softmax_reduce_plain_registers_8       softmax_fused_plain_registers_8     softmax_log_softmax_registers_8
 //   softmax_reduce_plain_registers_16      softmax_fused_plain_registers_16    softmax_log_softmax_registers_16
-//                                          softmax_fused_plain_cluster         softmax_log_softmax_strided
-//                                                                              softmax_log_softmax_backward
+//                                                                              softmax_log_softmax_strided
+//                                                                              softmax_log_softmax_backward_rows
+//                                                                              softmax_log_softmax_backward_any
 //
 // DETAIL_GENERAL: all other options, and all of them for doubles. These kernels are limited by their arithmetic, so
-// there are no tiles, registers and clusters, which save memory traffic.
+// there are no tiles and registers, which save memory traffic.
 //
 //   softmax_reduce_general_rows       softmax_emit_general_rows         softmax_fused_general_rows
 //   softmax_reduce_general_strided    softmax_emit_general_strided      softmax_fused_general_strided
@@ -34,7 +35,8 @@
 //
 // DETAIL_LOG_SOFTMAX: log-softmax alone, for doubles.
 //
-//   softmax_log_softmax_rows          softmax_log_softmax_strided       softmax_log_softmax_backward
+//   softmax_log_softmax_rows          softmax_log_softmax_strided       softmax_log_softmax_backward_rows
+//                                                                       softmax_log_softmax_backward_any
 //
 // src/softmax/cuda/detail.rs has the same names, and src/softmax/cuda/params.rs the same parameters. The shapes of
 // launches are chosen in src/softmax/cuda/plan.rs.
@@ -114,22 +116,12 @@ constexpr int FUSED_TILE_BLOCKS = ARCH < 800 || sizeof(A) == 8 ? 0 : ARCH == 800
         const Outputs<A> left = {loss, nullptr, partials, ticket, result, nullptr};                                   \
         BODY;                                                                                                         \
     }
-#define FUSED_ROWS(NAME, RULE)                                  \
-    FUSED_KERNEL(NAME, (ROWS_THREADS, BLOCKS_OF[RULE::DETAIL]), \
-                 (fused_rows<RULE, false>(p, x, out, targets, counts, left)))
+#define FUSED_ROWS(NAME, RULE) \
+    FUSED_KERNEL(NAME, (ROWS_THREADS, BLOCKS_OF[RULE::DETAIL]), (fused_rows<RULE>(p, x, out, targets, counts, left)))
 #define FUSED_STRIDED(NAME, RULE) \
     FUSED_KERNEL(NAME, (STRIDED_THREADS, STRIDED_BLOCKS), (fused_strided<RULE>(p, x, out, targets, counts, left)))
 #define FUSED_TILE(NAME, RULE) \
     FUSED_KERNEL(NAME, (TILE_THREADS, FUSED_TILE_BLOCKS), (fused_tiles<RULE>(p, x, out, targets, counts, left)))
-
-// A row over the blocks of a cluster, whose size the launch says.
-#if __CUDA_ARCH__ >= 900
-#define FUSED_CLUSTER(NAME, RULE)                               \
-    FUSED_KERNEL(NAME, (ROWS_THREADS, BLOCKS_OF[RULE::DETAIL]), \
-                 (fused_rows<RULE, true>(p, x, out, targets, counts, left)))
-#else
-#define FUSED_CLUSTER(NAME, RULE)
-#endif
 
 // Rows in registers, W windows a thread: the blocks of 256 threads that a multiprocessor has to have room for, of
 // kernels that write a value for each class and of those that don't. src/softmax/cuda/plan.rs has the same numbers,
@@ -173,10 +165,16 @@ STATISTICS_KERNEL(softmax_statistics_rows, (ROWS_THREADS, BLOCKS_OF[STATISTICS])
 // the state of a row and the results of all of them take more registers than those of the other passes
 STATISTICS_KERNEL(softmax_statistics_strided, (STRIDED_THREADS, sizeof(A) == 4 ? 4 : 2), statistics_strided)
 
-extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)
+// For adjacent classes and for classes apart.
+extern "C" __global__ void __launch_bounds__(ROWS_THREADS)
     softmax_target_gradient(const Params p, const X *x, const A *weight, const A *statistics, const A *denominator,
                             const A *upstream, A *out) {
-    target_gradient(p, x, weight, {statistics, denominator, upstream}, out);
+    const GradientInputs<A> in = {statistics, denominator, upstream};
+    if (p.x.class_stride == 1) {
+        target_gradient_rows(p, x, weight, in, out);
+    } else {
+        target_gradient_strided(p, x, weight, in, out);
+    }
 }
 
 #elif defined(DETAIL_UNIFORM)
@@ -194,7 +192,6 @@ EMIT_TILE(softmax_emit_uniform_tile, UniformGradient)
 FUSED_ROWS(softmax_fused_uniform_rows, UniformGradient)
 FUSED_STRIDED(softmax_fused_uniform_strided, UniformGradient)
 FUSED_TILE(softmax_fused_uniform_tile, UniformGradient)
-FUSED_CLUSTER(softmax_fused_uniform_cluster, UniformGradient)
 FUSED_REGISTERS(softmax_fused_uniform_registers_4, UniformGradient, 4)
 FUSED_REGISTERS(softmax_fused_uniform_registers_8, UniformGradient, 8)
 FUSED_REGISTERS(softmax_fused_uniform_registers_16, UniformGradient, 16)
@@ -208,7 +205,6 @@ REDUCE_REGISTERS(softmax_reduce_plain_registers_8, PLAIN, 8)
 REDUCE_REGISTERS(softmax_reduce_plain_registers_16, PLAIN, 16)
 FUSED_ROWS(softmax_fused_plain_rows, PlainGradient)
 FUSED_TILE(softmax_fused_plain_tile, PlainGradient)
-FUSED_CLUSTER(softmax_fused_plain_cluster, PlainGradient)
 FUSED_REGISTERS(softmax_fused_plain_registers_4, PlainGradient, 4)
 FUSED_REGISTERS(softmax_fused_plain_registers_8, PlainGradient, 8)
 FUSED_REGISTERS(softmax_fused_plain_registers_16, PlainGradient, 16)
@@ -227,10 +223,15 @@ LOG_SOFTMAX_KERNEL(softmax_log_softmax_tile, (TILE_THREADS), log_softmax_tiles)
 LOG_SOFTMAX_KERNEL(softmax_log_softmax_rows, (ROWS_THREADS, BLOCKS_OF[PLAIN]), log_softmax_rows)
 LOG_SOFTMAX_KERNEL(softmax_log_softmax_strided, (STRIDED_THREADS), log_softmax_strided)
 
-extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)
-    softmax_log_softmax_backward(const Params p, const X *x, const A *statistics, const X *g, X *out) {
-    log_softmax_backward(p, x, statistics, g, out);
-}
+#define LOG_SOFTMAX_BACKWARD_KERNEL(NAME, BOUNDS, BODY)                                                       \
+    extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const Params p, const X *x, const A *statistics, \
+                                                             const X *g, X *out) {                            \
+        BODY(p, x, statistics, g, out);                                                                       \
+    }
+
+LOG_SOFTMAX_BACKWARD_KERNEL(softmax_log_softmax_backward_rows, (ROWS_THREADS, BLOCKS_OF[PLAIN]),
+                            log_softmax_backward_rows)
+LOG_SOFTMAX_BACKWARD_KERNEL(softmax_log_softmax_backward_any, (STRIDED_THREADS), log_softmax_backward_any)
 
 #endif
 

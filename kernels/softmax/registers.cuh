@@ -24,7 +24,7 @@ template <class T, int W> struct Share {
 
     // All of it -inf where the row is not `wanted`.
     __device__ __forceinline__ Share(const Windows<T> &w, int lane, int lanes, bool wanted) {
-        load_windows(in_register(w.row + w.head), lane, lanes, wanted ? w.count : 0, windows);
+        load_windows(w.words(), 0, lane, lanes, wanted ? w.count : 0, windows);
 #pragma unroll
         for (int e = 0; e < EDGES; e++) {
             const int i = lane + e * lanes;
@@ -75,15 +75,13 @@ template <class T, int W> struct Share {
     }
 };
 
-// Writes the rule's values for a row.
+// Writes the rule's values for a row that is aligned as its logits are.
 template <class Rule, class T, int W>
 __device__ __forceinline__ void emit_share(const Params &p, const Windows<T> &w, const RowScalars<float> &s,
                                            const Share<T, W> &share, float x_t, T *out, int lane, int lanes) {
     constexpr int N = Window<T>::N;
-    const bool alike = phase_of<T, N>(w.row) == phase_of<T, N>(out);
     if (s.kind != Kind::LIVE) {
-        const Windows<T> written = w.written_to(out);
-        fill_windows(written, narrow<T>(dead_value<float>(s.kind)), out, lane, lanes, 0, written.count);
+        fill_windows(w, dead_value<float>(s.kind), out, lane, lanes, 0, w.count);
         return;
     }
     const Operands<float> none = {{nullptr, nullptr}, 0};
@@ -91,7 +89,7 @@ __device__ __forceinline__ void emit_share(const Params &p, const Windows<T> &w,
 #pragma unroll
     for (int u = 0; u < W; u++) {
         const int i = lane + u * lanes;
-        if (i < w.count) emit_window<Rule>(p, none, s, w.first(i), share.windows[u], to + i * N, alike);
+        if (i < w.count) emit_window<Rule>(p, none, s, w.first(i), share.windows[u], to + i * N);
     }
 #pragma unroll
     for (int e = 0; e < Share<T, W>::EDGES; e++) {
@@ -111,10 +109,11 @@ __device__ __forceinline__ void emit_share(const Params &p, const Windows<T> &w,
 
 // Consecutive rows are `Params::x.outer_stride` apart.
 //
-// Applies f(row, whether it exists, its windows, lane, share, target, own logit) to each row; all threads call f alike.
-// Without TARGETS all rows count.
-template <bool TARGETS, int W, class T, class F>
-__device__ __forceinline__ void for_each_share(const Params &p, const T *x, const Targets<float> &targets, F f) {
+// Applies f(row, whether it exists, its windows, lane, share, target, own logit) to each row; all threads call f alike,
+// and before that `prepare` once, with the first loads on their way. Without TARGETS all rows count.
+template <bool TARGETS, int W, class T, class G, class F>
+__device__ __forceinline__ void for_each_share(const Params &p, const T *x, const Targets<float> &targets, G prepare,
+                                               F f) {
     const int lanes = p.team, lane = threadIdx.x % lanes, teams = blockDim.x / lanes;
     const int64_t step = static_cast<int64_t>(gridDim.x) * teams;
     const auto target_of = [&](int64_t row) -> Target<float> {
@@ -133,6 +132,7 @@ __device__ __forceinline__ void for_each_share(const Params &p, const T *x, cons
     // the first logits do not wait for their target
     Share<T, W> share(windows_of(row), lane, lanes, row < p.rows);
     float x_t = own(row, target);
+    prepare();
     for (; first < p.rows; first += step, row += step) {
         const Target<float> after = target_of(row + 2 * step);
         if constexpr (AHEAD<W>) {
@@ -156,28 +156,32 @@ __device__ __forceinline__ void reduce_registers(const Params &p, const T *x, co
                                                  const Outputs<float> &out) {
     __shared__ double scratch[WARP];
     double2 total = {0, 0};
-    for_each_share<true, W>(p, x, targets,
-                            [&](int64_t row, bool exists, const Windows<T> &w, int lane, const Share<T, W> &share,
-                                const Target<float> &target, float x_t) {
-                                const State<float, D> state = share.template reduce<D>(p, w);
-                                if (!exists || lane != 0) return;
-                                const double2 one = finish_row<D>(p, out, target, x_t, state, row);
-                                total.x += one.x, total.y += one.y;
-                            });
+    for_each_share<true, W>(
+        p, x, targets, [] {},
+        [&](int64_t row, bool exists, const Windows<T> &w, int lane, const Share<T, W> &share,
+            const Target<float> &target, float x_t) {
+            const State<float, D> state = share.template reduce<D>(p, w);
+            if (!exists || lane != 0) return;
+            const double2 one = finish_row<D>(p, out, target, x_t, state, row);
+            total.x += one.x, total.y += one.y;
+        });
     if (out.partials || out.result || out.denominator)
         finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
-// Loss and gradient; the gradient may replace the logits (x null), as a row's are in registers before its gradient is
-// written. Reads E, writes E.
+// Loss and gradient, whose rows are aligned alike; the gradient may replace the logits (x null), as a row's are in
+// registers before its gradient is written. Reads E, writes E.
 template <class Rule, int W, class T>
 __device__ __forceinline__ void fused_registers(const Params &p, const T *x, T *to, const Targets<float> &targets,
                                                 const double *counts, const Outputs<float> &out) {
     constexpr Detail D = Rule::DETAIL;
     __shared__ double scratch[WARP];
-    const float upstream = over(static_cast<float>(p.grad_scale), denominator_of(p, targets, counts, scratch));
+    float upstream = 0;
     double2 total = {0, 0};
-    for_each_share<true, W>(p, x ? x : to, targets,
+    const auto prepare = [&] {
+        upstream = over(static_cast<float>(p.grad_scale), denominator_of(p, targets, counts, scratch));
+    };
+    for_each_share<true, W>(p, x ? x : to, targets, prepare,
                             [&](int64_t row, bool exists, const Windows<T> &w, int lane, const Share<T, W> &share,
                                 const Target<float> &target, float x_t) {
                                 const State<float, D> state = share.template reduce<D>(p, w);
@@ -193,18 +197,19 @@ __device__ __forceinline__ void fused_registers(const Params &p, const T *x, T *
     if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
-// log-softmax. Reads E, writes E.
+// log-softmax, whose rows are aligned as the logits'. Reads E, writes E.
 template <int W, class T>
 __device__ __forceinline__ void log_softmax_registers(const Params &p, const T *x, T *to, float *statistics) {
-    for_each_share<false, W>(p, x, {nullptr, nullptr},
-                             [&](int64_t row, bool exists, const Windows<T> &w, int lane, const Share<T, W> &share,
-                                 const Target<float> &, float) {
-                                 const State<float, PLAIN> state = share.template reduce<PLAIN>(p, w);
-                                 if (!exists) return;
-                                 if (lane == 0) write_statistics<PLAIN>(p, statistics, row, state);
-                                 emit_share<LogProbs>(p, w, RowScalars<float>::of(state.max, state.rest), share, 0.0f,
-                                                      to + row * p.classes, lane, p.team);
-                             });
+    for_each_share<false, W>(
+        p, x, {nullptr, nullptr}, [] {},
+        [&](int64_t row, bool exists, const Windows<T> &w, int lane, const Share<T, W> &share, const Target<float> &,
+            float) {
+            const State<float, PLAIN> state = share.template reduce<PLAIN>(p, w);
+            if (!exists) return;
+            if (lane == 0) write_statistics<PLAIN>(p, statistics, row, state);
+            emit_share<LogProbs>(p, w, RowScalars<float>::of(state.max, state.rest), share, 0.0f, to + row * p.classes,
+                                 lane, p.team);
+        });
 }
 
 } // namespace softmax

@@ -1,13 +1,15 @@
 // Passes over rows of adjacent classes.
 //
-// A row is cut into aligned windows of 16 bytes, whatever the row's own alignment: with 50257 classes each row begins
-// somewhere else. A window is moved by one access; the few classes before the first and behind the last one, the edges,
-// go one to a thread. Where logits and gradient are not aligned alike, all classes of the gradient are edges.
-// `Params::team` threads share a row: a part of a warp, so that a block has several rows, or a block.
+// A row is cut into windows of 16 bytes, whatever the row's own alignment: with 50257 classes each row begins somewhere
+// else. A pass that writes a value for each class has its windows aligned where it writes, any other where it reads;
+// such a window is moved by one access. Where logits and gradient are not aligned alike, a window of logits is made of
+// the two aligned words that it touches. The few classes before the first window and behind the last one, the edges, go
+// one to a thread. `Params::team` threads share a row: a part of a warp, so that a block has several rows, or a block,
+// or with clusters all threads of neighbouring blocks.
 //
 // Bytes, with E those of the logits: `reduce` reads E; `emit` (the backward) reads E and writes E; `fused` and
-// `log_softmax` read E, keep it in shared memory and write E, the least that is possible. What of a row shared memory
-// does not hold is read a second time.
+// `log_softmax` read E, keep it in shared memory and write E, the least that is possible; `log_softmax_backward` reads
+// E twice and writes E. What of a row shared memory does not hold is read a second time.
 #pragma once
 
 #include "state.cuh"
@@ -47,13 +49,25 @@ template <class T> struct alignas(16) Window {
     __device__ __forceinline__ Acc<T> logit(int k) const { return at[k / Unit<T>::LOGITS].logit(k % Unit<T>::LOGITS); }
 };
 
-// Stores a window in one access: left to itself, the compiler sometimes makes four of it.
-template <class T, int N> __device__ __forceinline__ void store_window(T *to, const Pack<T, N> &window) {
-    static_assert(sizeof(window.at) == 16, "a window is 16 bytes");
-    const uint4 v = *reinterpret_cast<const uint4 *>(window.at);
+// Stores 16 bytes in one access: left to itself, the compiler sometimes makes four of it.
+template <class T, int N> __device__ __forceinline__ void store_word(T *to, const Pack<T, N> &pack) {
+    static_assert(sizeof(pack.at) == 16, "a word is 16 bytes");
+    const uint4 v = *reinterpret_cast<const uint4 *>(pack.at);
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(v.x), "r"(v.y),
                  "r"(v.z), "r"(v.w)
                  : "memory");
+}
+
+// Stores the values of a window.
+template <class T, class A, int N> __device__ __forceinline__ void store_values(T *to, const A (&values)[N]) {
+    constexpr int M = LANES_16B<T>;
+#pragma unroll
+    for (int i = 0; i < N; i += M) {
+        Pack<T, M> pack;
+#pragma unroll
+        for (int k = 0; k < M; k++) pack.at[k] = narrow<T>(values[i + k]);
+        store_word(to + i, pack);
+    }
 }
 
 // The same pointer into global memory, made opaque so that the compiler keeps it: left to itself, it recomputes the
@@ -72,21 +86,32 @@ template <class T> struct Windows {
     int head;     // classes before window 0
     int count;    // windows
     int edges;    // classes before window 0 and behind the last one
+    int shift;    // how many classes behind a word of 16 bytes a window begins
 
-    __device__ __forceinline__ Windows(const T *row, int classes) : row(row) {
+    // Windows that are words of the row.
+    __device__ __forceinline__ Windows(const T *row, int classes) : row(row), shift(0) {
         head = min((N - phase_of<T, N>(row)) % N, classes);
         count = (classes - head) / N;
         edges = classes - count * N;
     }
 
-    // The windows for a pass that writes a row of as many classes to `out`.
-    __device__ __forceinline__ Windows written_to(const T *out) const {
-        Windows w = *this;
-        if (phase_of<T, N>(row) != phase_of<T, N>(out)) {
-            w.edges += w.count * N;
-            w.head = w.count = 0;
-        }
-        return w;
+    // Windows that are words of `to`, where a value for each class is written.
+    template <class To> __device__ __forceinline__ Windows(const T *row, const To *to, int classes) : row(row) {
+        constexpr int M = LANES_16B<To> < N ? LANES_16B<To> : N;
+        head = min((M - phase_of<To, M>(to)) % M, classes);
+        shift = phase_of<T, N>(row + head);
+        // behind the row, where the second word of a last window might reach, the tensor may end
+        count = max(0, classes - head - (shift == 0 ? 0 : N - shift)) / N;
+        edges = classes - count * N;
+    }
+
+    // The word that window 0 begins in.
+    __device__ __forceinline__ const T *words() const { return in_register(row + head - shift); }
+
+    // Leaves at most `most` windows.
+    __device__ __forceinline__ void limit(int classes, int most) {
+        count = min(count, most);
+        edges = classes - count * N;
     }
 
     // A window's first class, and an edge's class.
@@ -103,14 +128,37 @@ template <class T> struct Windows {
     }
 };
 
-// The windows i, i + step, … below `end`, and -inf behind it; `body` is window 0. All loads are issued before one is
-// waited for.
+// The elements shift, shift + 1, … of two words.
+template <class T> __device__ __forceinline__ Window<T> joined(uint4 low, uint4 high, int shift) {
+    const int bytes = shift * static_cast<int>(sizeof(T));
+    uint32_t w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int i = 0; i < 6; i++) w[i] = bytes & 8 ? w[i + 2] : w[i];
+#pragma unroll
+    for (int i = 0; i < 5; i++) w[i] = bytes & 4 ? w[i + 1] : w[i];
+    if constexpr (sizeof(T) < 4) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) w[i] = __funnelshift_r(w[i], w[i + 1], bytes % 4 * 8);
+    }
+    return Window<T>::of({w[0], w[1], w[2], w[3]});
+}
+
+// The windows i, i + step, … below `end`, and -inf behind it, where window 0 begins `shift` elements behind the word at
+// `words`. All words that windows begin in are on their way before one is waited for.
 template <class T, int U>
-__device__ __forceinline__ void load_windows(const T *body, int i, int step, int end, Window<T> (&to)[U]) {
+__device__ __forceinline__ void load_windows(const T *words, int shift, int i, int step, int end, Window<T> (&to)[U]) {
+    constexpr int N = Window<T>::N;
 #pragma unroll
     for (int u = 0; u < U; u++) {
         to[u] = Window<T>::lowest();
-        if (i + u * step < end) to[u] = Window<T>::load(body + static_cast<int64_t>(i + u * step) * Window<T>::N);
+        if (i + u * step < end) to[u] = Window<T>::load(words + static_cast<int64_t>(i + u * step) * N);
+    }
+    if (shift == 0) return;
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        if (i + u * step >= end) continue;
+        const Window<T> high = Window<T>::load(words + static_cast<int64_t>(i + u * step) * N + N);
+        to[u] = joined<T>(to[u].bits(), high.bits(), shift);
     }
 }
 
@@ -155,6 +203,17 @@ __device__ __forceinline__ State<float, D> state_of_windows(const Params &p, con
     return state_of<D, T>(p, units);
 }
 
+// Has a thread's first windows fetched to the second-level cache, ahead of what decides whether they are read: without
+// registers for them, and whatever has to be waited for until then.
+template <int U, class T>
+__device__ __forceinline__ void prefetch_windows(const Windows<T> &w, int first, int step, int end) {
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        const T *word = w.row + w.head - w.shift + static_cast<int64_t>(first + u * step) * Windows<T>::N;
+        if (first + u * step < end) asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(word)));
+    }
+}
+
 // Reduces the windows begin + thread, begin + thread + step, … below `end`, U at a time (GENERAL: see QUEUE); with the
 // first window, the edges.
 template <Detail D, int U, class T>
@@ -163,24 +222,26 @@ __device__ __forceinline__ State<Acc<T>, D> reduce_windows(const Params &p, cons
                                                            int end, Kept kept) {
     constexpr int N = Windows<T>::N;
     State<Acc<T>, D> state = State<Acc<T>, D>::empty();
-    const T *body = in_register(w.row + w.head);
+    const T *words = w.words();
     if constexpr (D >= GENERAL) {
         constexpr int Q = QUEUE<D>;
         Window<T> next[Q];
-        load_windows(body, begin + thread, step, end, next);
+        load_windows(words, w.shift, begin + thread, step, end, next);
 #pragma unroll 1
         for (int i = begin + thread, j = 0; i < end; i += step, j++) {
             const Window<T> window = next[0];
 #pragma unroll
             for (int u = 1; u < Q; u++) next[u - 1] = next[u];
-            if (i + Q * step < end) next[Q - 1] = Window<T>::load(body + static_cast<int64_t>(i + Q * step) * N);
+            Window<T> last[1];
+            load_windows(words, w.shift, i + Q * step, step, end, last);
+            next[Q - 1] = last[0];
             if (j < kept.count) kept.at(j) = window.bits();
             absorb<D, T, 1, N>(state, p, o, w.first(i), 0, [&](int, int k) { return window.logit(k); });
         }
     } else {
         for (int i = begin + thread, j = 0; i < end; i += U * step, j += U) {
             Window<T> windows[U];
-            load_windows(body, i, step, end, windows);
+            load_windows(words, w.shift, i, step, end, windows);
 #pragma unroll
             for (int u = 0; u < U; u++) {
                 if (j + u < kept.count) kept.at(j + u) = windows[u].bits();
@@ -213,76 +274,91 @@ __device__ __forceinline__ State<Acc<T>, D> reduce_windows(const Params &p, cons
 }
 
 // Fills the windows and edges of a row that doesn't count.
-template <class T>
-__device__ __forceinline__ void fill_windows(const Windows<T> &w, T value, T *out, int thread, int step, int begin,
-                                             int end) {
-    Pack<T, Windows<T>::N> pack;
+template <class T, class To>
+__device__ __forceinline__ void fill_windows(const Windows<T> &w, Acc<T> value, To *out, int thread, int step,
+                                             int begin, int end) {
+    Acc<T> values[Windows<T>::N];
 #pragma unroll
-    for (int k = 0; k < Windows<T>::N; k++) pack.at[k] = value;
-    for (int i = begin + thread; i < end; i += step) store_window(out + w.first(i), pack);
+    for (Acc<T> &v : values) v = value;
+    for (int i = begin + thread; i < end; i += step) store_values(out + w.first(i), values);
     if (begin == 0) {
-        for (int i = thread; i < w.edges; i += step) out[w.edge(i)] = value;
+        for (int i = thread; i < w.edges; i += step) out[w.edge(i)] = narrow<To>(value);
     }
 }
 
-// Writes the rule's values for a window whose first class is `first`; element by element where `to` is not aligned.
-template <class Rule, class T>
+// Writes the rule's values for a window whose first class is `first`.
+template <class Rule, class T, class To>
 __device__ __forceinline__ void emit_window(const Params &p, const Operands<Acc<T>> &o, const RowScalars<Acc<T>> &s,
-                                            int first, const Window<T> &window, T *to, bool aligned = true) {
+                                            int first, const Window<T> &window, To *to) {
     constexpr int N = Window<T>::N;
     Acc<T> x[N], y[N];
 #pragma unroll
     for (int k = 0; k < N; k++) x[k] = window.logit(k);
     Rule::template emit<T>(p, o, s, first, x, y);
-    Pack<T, N> written;
-#pragma unroll
-    for (int k = 0; k < N; k++) written.at[k] = narrow<T>(y[k]);
-    if (aligned) {
-        store_window(to, written);
-    } else {
-#pragma unroll
-        for (int k = 0; k < N; k++) to[k] = written.at[k];
-    }
+    store_values(to, y);
 }
 
-// Writes the windows begin + thread, begin + thread + step, … below `end`; with the first window, the edges. From the
-// last to the first, as the last ones are still in the cache if the row was read before; the first ones from shared
-// memory where they were kept.
-template <class Rule, class T>
+// A thread's turns through the windows begin + thread, begin + thread + step, … below `end`, U at a time and from the
+// last to the first, as the last ones are still in the cache if the row was read before.
+template <int U> struct Turns {
+    int begin, end, step; // of the thread
+    int count;            // its windows
+
+    __device__ __forceinline__ Turns(int thread, int step, int begin, int end)
+        : begin(begin + thread), end(end), step(step),
+          count(begin + thread < end ? (end - begin - thread + step - 1) / step : 0) {}
+
+    // How many of its windows lie before the first turn's. A turn follows U below, and the last one is 0.
+    __device__ __forceinline__ int first() const { return (count + U - 1) / U * U - U; }
+    __device__ __forceinline__ int window(int j) const { return begin + j * step; }
+
+    // A turn's windows, from shared memory where they were kept.
+    template <class T>
+    __device__ __forceinline__ void load(const T *words, int shift, int j, Kept kept, Window<T> (&to)[U]) const {
+        if (j < kept.count) {
+#pragma unroll
+            for (int u = 0; u < U; u++) {
+                if (j + u < count) to[u] = Window<T>::of(kept.at(j + u));
+            }
+        } else {
+            load_windows(words, shift, window(j), step, end, to);
+        }
+    }
+};
+
+// Windows that a rule's pass loads at a time.
+template <class Rule> constexpr int EMIT_BATCH = BATCH<Rule::DETAIL>;
+template <> constexpr int EMIT_BATCH<TargetGradient> = 4;
+
+// Writes the rule's values for the windows begin + thread, begin + thread + step, … below `end`; if `begin` is 0, the
+// edges.
+template <class Rule, class T, class To>
 __device__ __forceinline__ void emit_windows(const Params &p, const Operands<Acc<T>> &o, const Windows<T> &w,
-                                             const RowScalars<Acc<T>> &s, T *out, int thread, int step, int begin,
+                                             const RowScalars<Acc<T>> &s, To *out, int thread, int step, int begin,
                                              int end, Kept kept) {
-    constexpr int U = BATCH<Rule::DETAIL>, N = Windows<T>::N;
+    constexpr int U = EMIT_BATCH<Rule>, N = Windows<T>::N;
     if (s.kind != Kind::LIVE) {
-        fill_windows(w, narrow<T>(dead_value<Acc<T>>(s.kind)), out, thread, step, begin, end);
+        fill_windows(w, dead_value<Acc<T>>(s.kind), out, thread, step, begin, end);
         return;
     }
     // the thread that writes the own class's window (or edge) afterwards writes that class once more
     const bool owner = Rule::OWN && s.target >= 0 && w.thread_of(s.target, begin, end, step) == thread;
-    T own = narrow<T>(Acc<T>(0));
+    To own = narrow<To>(Acc<T>(0));
     if constexpr (Rule::OWN) {
         // before this thread overwrites the logit
-        if (owner) own = narrow<T>(Rule::template own_value<T>(p, s, widen<Acc<T>>(w.row[s.target])));
+        if (owner) own = narrow<To>(Rule::template own_value<T>(p, s, widen<Acc<T>>(w.row[s.target])));
     }
-    const T *logits = in_register(w.row + w.head);
-    T *to = in_register(out + w.head);
-    const int mine = begin + thread < end ? (end - begin - thread + step - 1) / step : 0;
-    for (int j = (mine + U - 1) / U * U - U; j >= 0; j -= U) {
-        const int i = begin + thread + j * step;
+    const T *logits = w.words();
+    To *to = in_register(out + w.head);
+    const Turns<U> turns(thread, step, begin, end);
+    for (int j = turns.first(); j >= 0; j -= U) {
         Window<T> windows[U];
-        if (j < kept.count) {
-#pragma unroll
-            for (int u = 0; u < U; u++) {
-                if (j + u < mine) windows[u] = Window<T>::of(kept.at(j + u));
-            }
-        } else {
-            load_windows(logits, i, step, end, windows);
-        }
+        turns.load(logits, w.shift, j, kept, windows);
 #pragma unroll
         for (int u = 0; u < U; u++) {
-            if (j + u < mine)
-                emit_window<Rule>(p, o, s, w.first(i + u * step), windows[u],
-                                  to + static_cast<int64_t>(i + u * step) * N);
+            const int i = turns.window(j + u);
+            if (j + u < turns.count)
+                emit_window<Rule>(p, o, s, w.first(i), windows[u], to + static_cast<int64_t>(i) * N);
         }
     }
     if (begin == 0) {
@@ -291,7 +367,7 @@ __device__ __forceinline__ void emit_windows(const Params &p, const Operands<Acc
             const Acc<T> x[1] = {widen<Acc<T>>(w.row[c])};
             Acc<T> y[1];
             Rule::template emit<T>(p, o, s, c, x, y);
-            out[c] = narrow<T>(y[0]);
+            out[c] = narrow<To>(y[0]);
         }
     }
     if (owner) out[s.target] = own;
@@ -340,46 +416,85 @@ __device__ __forceinline__ double2 finish_row(const Params &p, const Outputs<A> 
     return {static_cast<double>(loss), static_cast<double>(target.weight)};
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Who works on what
+
+// The threads that share a row: some neighbouring threads of a block or, in a cluster, all threads of its blocks.
+struct Team {
+    int blocks, rank;    // blocks that share a row, and this block's place among them
+    int lanes;           // threads of a block that share a row
+    int thread, threads; // this thread's place among all that share a row, and their number
+
+    __device__ __forceinline__ Team(const Params &p, int blocks = 1, int rank = 0)
+        : blocks(blocks), rank(rank), lanes(p.team), thread(threadIdx.x % p.team + rank * blockDim.x),
+          threads(p.team * blocks) {}
+
+    // The teams of a grid, without those of parts of a row, and this one's block or cluster among them.
+    __device__ __forceinline__ int count() const { return gridDim.x / blocks; }
+    __device__ __forceinline__ int block() const { return blockIdx.x / blocks; }
+};
+
+// The rows of a team in turn: f(row, whether it exists), called by all threads of a block alike.
+template <class F> __device__ __forceinline__ void for_each_row(const Params &p, const Team &team, F f) {
+    const int teams = blockDim.x / team.lanes;
+    const int64_t step = static_cast<int64_t>(team.count()) * teams;
+    for (int64_t first = static_cast<int64_t>(team.block()) * teams; first < p.rows; first += step) {
+        const int64_t row = first + threadIdx.x / team.lanes;
+        f(row < p.rows ? row : 0, row < p.rows);
+    }
+}
+
+// A block's part of the windows of a row: all of them unless the grid has several blocks for a row. Only the first part
+// begins at 0, also where there is no window at all.
+struct Part {
+    int begin, end;
+
+    __device__ __forceinline__ explicit Part(int windows) {
+        const int part = (windows + gridDim.y - 1) / gridDim.y;
+        begin = blockIdx.y == 0 ? 0 : max(1, min(windows, static_cast<int>(blockIdx.y) * part));
+        end = min(windows, begin + part);
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Passes that read
+
 // Forward. Each team takes rows in turn; with gridDim.y > 1 a team of a whole block takes that part of its row, and
 // leaves the state for `merge_splits`. Reads E.
 template <Detail D, class T>
 __device__ __forceinline__ void reduce_rows(const Params &p, const T *x, const Targets<Acc<T>> &targets, Acc<T> *splits,
                                             const Outputs<Acc<T>> &out) {
     using A = Acc<T>;
+    constexpr int U = READ_BATCH<D, T>;
     __shared__ double scratch[WARP];
     __shared__ State<A, D> states[WARP];
-    const int team = p.team, thread = threadIdx.x % team, teams = blockDim.x / team;
+    const Team team(p);
     double2 total = {0, 0};
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * teams; first < p.rows;
-         first += static_cast<int64_t>(gridDim.x) * teams) {
-        const int64_t row = first + threadIdx.x / team;
-        const bool exists = row < p.rows;
+    for_each_row(p, team, [&](int64_t row, bool exists) {
         State<A, D> state = State<A, D>::empty();
         Target<A> target = {Kind::IGNORED, -1, A(0), A(0)};
         A x_t = A(0);
         if (exists) {
-            target = read_target(p, targets, row);
             const T *logits = x + p.x.start(row);
-            x_t = own_logit<D>(p, logits, target);
             const Windows<T> w(logits, p.classes);
-            const int part = (w.count + gridDim.y - 1) / gridDim.y;
-            // only the first part begins at 0, also where there is no window at all
-            const int begin = blockIdx.y == 0 ? 0 : max(1, min(w.count, static_cast<int>(blockIdx.y) * part));
-            const int end = min(w.count, begin + part);
+            const Part part(w.count);
+            prefetch_windows<U>(w, part.begin + team.thread, team.threads, part.end);
+            target = read_target(p, targets, row);
+            x_t = own_logit<D>(p, logits, target);
             if (target.kind == Kind::LIVE) {
-                state = reduce_windows<D, READ_BATCH<D, T>>(p, operands_of(p, targets, row), w, thread, team, begin,
-                                                            end, {nullptr, 0});
+                state = reduce_windows<D, U>(p, operands_of(p, targets, row), w, team.thread, team.threads, part.begin,
+                                             part.end, {nullptr, 0});
             }
         }
-        state = merge_team<T>(p, state, team, states);
-        if (!exists || thread != 0) continue;
+        state = merge_team<T>(p, state, team.lanes, states);
+        if (!exists || team.thread != 0) return;
         if (gridDim.y > 1) {
             state.each([&](auto field, int i) { splits[(row * gridDim.y + blockIdx.y) * 4 + i] = field; });
-            continue;
+            return;
         }
         const double2 one = finish_row<D>(p, out, target, x_t, state, row);
         total.x += one.x, total.y += one.y;
-    }
+    });
     if (gridDim.y == 1 && (out.partials || out.result || out.denominator))
         finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
@@ -437,34 +552,36 @@ template <class T>
 __device__ __forceinline__ void statistics_rows(const Params &p, const T *x, const Targets<Acc<T>> &targets,
                                                 const Outputs<Acc<T>> &out, const StatisticsOutputs<Acc<T>> &numbers) {
     using A = Acc<T>;
+    constexpr int U = BATCH<STATISTICS>;
     __shared__ double scratch[WARP];
     __shared__ State<A, STATISTICS> states[WARP];
-    const int team = p.team, thread = threadIdx.x % team, teams = blockDim.x / team;
+    const Team team(p);
     double2 total = {0, 0};
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * teams; first < p.rows;
-         first += static_cast<int64_t>(gridDim.x) * teams) {
-        const int64_t row = first + threadIdx.x / team;
-        const bool exists = row < p.rows;
+    for_each_row(p, team, [&](int64_t row, bool exists) {
         State<A, STATISTICS> state = State<A, STATISTICS>::empty();
         Target<A> target = {Kind::IGNORED, -1, A(0), A(0)};
         A x_t = A(0);
         if (exists) {
-            target = read_target(p, targets, row);
             const T *logits = x + p.x.start(row);
-            x_t = own_logit<STATISTICS>(p, logits, target);
             const Windows<T> w(logits, p.classes);
-            state = reduce_windows<STATISTICS, BATCH<STATISTICS>>(p, operands_of(p, targets, row), w, thread, team, 0,
-                                                                  w.count, {nullptr, 0});
+            prefetch_windows<QUEUE<STATISTICS>>(w, team.thread, team.threads, w.count);
+            target = read_target(p, targets, row);
+            x_t = own_logit<STATISTICS>(p, logits, target);
+            state = reduce_windows<STATISTICS, U>(p, operands_of(p, targets, row), w, team.thread, team.threads, 0,
+                                                  w.count, {nullptr, 0});
         }
-        state = merge_team<T>(p, state, team, states);
-        if (!exists || thread != 0) continue;
+        state = merge_team<T>(p, state, team.lanes, states);
+        if (!exists || team.thread != 0) return;
         const double2 one = finish_row<STATISTICS>(p, out, target, x_t, state, row);
         write_row_statistics(p, numbers, target, A(one.x), state, row);
         total.x += one.x, total.y += one.y;
-    }
+    });
     if (out.partials || out.result || out.denominator)
         finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Passes that write from what a forward saved
 
 // The operands of a backward beside the logits and their targets.
 template <class A> struct GradientInputs {
@@ -483,28 +600,47 @@ __device__ __forceinline__ RowScalars<A> saved_scalars(const Params &p, const Ta
     return RowScalars<A>::template gradient<Rule::DETAIL>(p, target, max, rest, mass, g);
 }
 
-// The backward: upstream / denominator * (slope p - q). Reads E, writes E, one launch. A team
-// has a row; with gridDim.y > 1 a part of it. The gradient may replace the logits (x null).
+// A row's scalars for the gradient of its probability target.
+template <class A>
+__device__ __forceinline__ RowScalars<A> target_scalars(const Params &p, const GradientInputs<A> &in, int64_t row) {
+    RowScalars<A> s = RowScalars<A>::of(in.statistics[row], in.statistics[p.rows + row]);
+    s.upstream = over(in.upstream[p.upstream_rows ? row : 0], *in.denominator);
+    return s;
+}
+
+// The values of a rule, whose scalars `scalars(row)` reads, for each class. Reads E, writes E, one launch. A team has a
+// row; with gridDim.y > 1 a part of it. The values may replace the logits (x null).
+template <class Rule, class T, class To, class F>
+__device__ __forceinline__ void emit_rows_by(const Params &p, const T *x, const Targets<Acc<T>> &targets, To *out,
+                                             F scalars) {
+    constexpr int U = EMIT_BATCH<Rule>;
+    const Team team(p);
+    for_each_row(p, team, [&](int64_t row, bool exists) {
+        if (!exists) return;
+        To *to = out + row * p.classes;
+        const Windows<T> w(x + p.x.start(row), to, p.classes);
+        const Part part(w.count);
+        const Turns<U> turns(team.thread, team.threads, part.begin, part.end);
+        prefetch_windows<U>(w, turns.window(turns.first()), team.threads, part.end);
+        emit_windows<Rule>(p, operands_of(p, targets, row), w, scalars(row), to, team.thread, team.threads, part.begin,
+                           part.end, {nullptr, 0});
+    });
+}
+
+// The backward: upstream / denominator * (slope p - q).
 template <class Rule, class T>
 __device__ __forceinline__ void emit_rows(const Params &p, const T *x, const Targets<Acc<T>> &targets,
                                           const GradientInputs<Acc<T>> &in, T *out) {
-    using A = Acc<T>;
-    if (!x) x = out;
-    const int team = p.team, thread = threadIdx.x % team, teams = blockDim.x / team;
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * teams; first < p.rows;
-         first += static_cast<int64_t>(gridDim.x) * teams) {
-        const int64_t row = first + threadIdx.x / team;
-        if (row >= p.rows) continue;
-        const Target<A> target = read_target(p, targets, row);
-        const RowScalars<A> s = saved_scalars<Rule>(p, target, in, row);
-        T *to = out + row * p.classes;
-        const Windows<T> w = Windows<T>(x + p.x.start(row), p.classes).written_to(to);
-        const int part = (w.count + gridDim.y - 1) / gridDim.y;
-        // only the first part begins at 0, also where there is no window at all
-        const int begin = blockIdx.y == 0 ? 0 : max(1, min(w.count, static_cast<int>(blockIdx.y) * part));
-        const int end = min(w.count, begin + part);
-        emit_windows<Rule>(p, operands_of(p, targets, row), w, s, to, thread, team, begin, end, {nullptr, 0});
-    }
+    emit_rows_by<Rule>(p, x ? x : out, targets, out,
+                       [&](int64_t row) { return saved_scalars<Rule>(p, read_target(p, targets, row), in, row); });
+}
+
+// The gradient of probability targets, in the arithmetic dtype.
+template <class T>
+__device__ __forceinline__ void target_gradient_rows(const Params &p, const T *x, const Acc<T> *weight,
+                                                     const GradientInputs<Acc<T>> &in, Acc<T> *out) {
+    const Targets<Acc<T>> targets = {nullptr, weight};
+    emit_rows_by<TargetGradient>(p, x, targets, out, [&](int64_t row) { return target_scalars(p, in, row); });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -548,18 +684,22 @@ __device__ __forceinline__ uint32_t cluster_address(const void *, unsigned) { re
 template <class A> __device__ __forceinline__ void cluster_load(A &, uint32_t) {}
 #endif
 
+// The team of a kernel that may run in clusters.
+__device__ __forceinline__ Team cluster_team(const Params &p) {
+    return Team(p, static_cast<int>(cluster_size()), static_cast<int>(cluster_rank()));
+}
+
 // The shared memory of a block that the other blocks of its cluster read.
 template <class A, Detail D> struct Exchange {
     State<A, D> state;
     A own_logit;
 };
 
-// Merges the states of the `blocks` blocks of a cluster, a power of two up to 16, and fetches the own logit from the
-// block that read it: all threads of all its blocks call it and get both, the same bits. The blocks' `shared` may be
-// used again.
+// Merges the states of the blocks of a cluster, a power of two up to 16, and fetches the own logit from the block that
+// read it: all threads of all its blocks call it and get both, the same bits. The blocks' `shared` may be used again.
 template <class T, class A, Detail D>
-__device__ __forceinline__ void merge_cluster(const Params &p, State<A, D> &state, A &own_logit, int owner, int blocks,
-                                              Exchange<A, D> *shared) {
+__device__ __forceinline__ void merge_cluster(const Params &p, const Team &team, State<A, D> &state, A &own_logit,
+                                              int owner, Exchange<A, D> *shared) {
     if (threadIdx.x == 0) {
         shared->state = state;
         shared->own_logit = own_logit;
@@ -567,24 +707,40 @@ __device__ __forceinline__ void merge_cluster(const Params &p, State<A, D> &stat
     cluster_sync();
     cluster_load(own_logit, cluster_address(&shared->own_logit, owner));
     // neighbouring lanes fetch a block's state each, in one trip, and exchange them
-    const unsigned rank = threadIdx.x & (blocks - 1);
+    const unsigned rank = threadIdx.x & (team.blocks - 1);
     state.each([&](auto &field, int) {
         // a field has the same offset in the other block as in this one
         const ptrdiff_t offset = reinterpret_cast<const char *>(&field) - reinterpret_cast<const char *>(&state);
         cluster_load(field, cluster_address(reinterpret_cast<const char *>(&shared->state) + offset, rank));
     });
-    state = merge_lanes<T>(p, state, blocks);
+    state = merge_lanes<T>(p, state, team.blocks);
     // no block overwrites its state, or exits, while others read it
     cluster_sync();
 }
 
-// Loss and gradient in one pass. A team (or, with CLUSTER, a cluster of blocks) reads its row once, keeps
-// `Params::kept` windows a thread in shared memory, merges the states, and writes the gradient from the kept windows.
-// The other windows are read a second time, the most recent first, which the second-level cache serves.
+// The sum of the numbers of the threads that share a row: all threads of the block, and of its cluster, call it and get
+// it. `scratch` may be used again at once.
+__device__ __forceinline__ double sum_row(const Team &team, double sum, double *scratch) {
+    sum = team_reduce<Sum>(sum, team.lanes, scratch);
+    if (team.blocks == 1) return sum;
+    if (threadIdx.x == 0) *scratch = sum;
+    cluster_sync();
+    cluster_load(sum, cluster_address(scratch, threadIdx.x & (team.blocks - 1)));
+    sum = lanes_reduce<Sum>(sum, team.blocks);
+    cluster_sync();
+    return sum;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Passes that keep a row
+
+// Loss and gradient in one pass. The threads of a team read their row once, keep `Params::kept` windows each in shared
+// memory, merge their states, and write the gradient from the kept windows. The other windows are read a second time,
+// the most recent first, which the second-level cache serves.
 //
 // The gradient may replace the logits (x null): a window is read, and written, by one thread alone, and the own logits
 // are read before the barriers (or the shuffles) of the merge.
-template <class Rule, bool CLUSTER, class T>
+template <class Rule, class T>
 __device__ __forceinline__ void fused_rows(const Params &p, const T *x, T *to, const Targets<Acc<T>> &targets,
                                            const double *counts, const Outputs<Acc<T>> &out) {
     using A = Acc<T>;
@@ -595,47 +751,43 @@ __device__ __forceinline__ void fused_rows(const Params &p, const T *x, T *to, c
     __shared__ Exchange<A, D> exchange;
     if (!x) x = to;
     const Kept kept = {slots + threadIdx.x, p.kept};
-    const int team = p.team, teams = blockDim.x / team;
-    const int size = CLUSTER ? cluster_size() : 1, rank = CLUSTER ? cluster_rank() : 0;
-    const int blocks = gridDim.x / size, block = blockIdx.x / size;
-    const int thread = threadIdx.x % team + rank * blockDim.x, threads = team * size;
-    const A upstream = over(A(p.grad_scale), denominator_of(p, targets, counts, scratch));
+    const Team team = cluster_team(p);
+    LazyDivisor<A> divisor;
     double2 total = {0, 0};
-    for (int64_t first = static_cast<int64_t>(block) * teams; first < p.rows;
-         first += static_cast<int64_t>(blocks) * teams) {
-        const int64_t row = first + threadIdx.x / team;
-        const bool exists = row < p.rows;
+    for_each_row(p, team, [&](int64_t row, bool exists) {
         State<A, D> state = State<A, D>::empty();
         Target<A> target = {Kind::IGNORED, -1, A(0), A(0)};
         A x_t = A(0);
         int owner = 0;
-        const int64_t at = exists ? row : 0;
-        const T *logits = x + p.x.start(at);
-        T *gradient = to + at * p.classes;
-        const Windows<T> w(logits, p.classes);
-        const Operands<A> o = operands_of(p, targets, at);
+        const T *logits = x + p.x.start(row);
+        T *gradient = to + row * p.classes;
+        const Windows<T> w(logits, gradient, p.classes);
+        const Operands<A> o = operands_of(p, targets, row);
         if (exists) {
+            prefetch_windows<BATCH<D>>(w, team.thread, team.threads, w.count);
             target = read_target(p, targets, row);
-            // in a cluster, by the block that will overwrite it
-            owner = w.thread_of(max(0, target.index), 0, w.count, threads) / blockDim.x;
-            if (!CLUSTER || owner == rank) x_t = own_logit<D>(p, logits, target);
-            if (target.kind == Kind::LIVE)
-                state = reduce_windows<D, BATCH<D>>(p, o, w, thread, threads, 0, w.count, kept);
+            // by the block that will overwrite it
+            owner = w.thread_of(max(0, target.index), 0, w.count, team.threads) / blockDim.x;
+            if (team.blocks == 1 || owner == team.rank) x_t = own_logit<D>(p, logits, target);
+            if (target.kind == Kind::LIVE) {
+                state = reduce_windows<D, BATCH<D>>(p, o, w, team.thread, team.threads, 0, w.count, kept);
+            }
         }
-        state = merge_team<T>(p, state, team, states);
-        if constexpr (CLUSTER) merge_cluster<T>(p, state, x_t, owner, size, &exchange);
-        if (!exists) continue;
-        if (thread == 0) {
+        state = merge_team<T>(p, state, team.lanes, states);
+        if (team.blocks > 1) merge_cluster<T>(p, team, state, x_t, owner, &exchange);
+        const A upstream = over(A(p.grad_scale), divisor.get(p, targets, counts, scratch));
+        if (!exists) return;
+        if (team.thread == 0) {
             const double2 one = finish_row<D>(p, out, target, x_t, state, row);
             total.x += one.x, total.y += one.y;
         }
-        RowScalars<A> s =
+        const auto s =
             RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(p, state), upstream);
-        const Windows<T> written = w.written_to(gradient);
-        emit_windows<Rule>(p, o, written, s, gradient, thread, threads, 0, written.count, kept);
-    }
+        emit_windows<Rule>(p, o, w, s, gradient, team.thread, team.threads, 0, w.count, kept);
+    });
     // in a cluster, the first block has the losses
-    if (rank == 0 && (out.partials || out.result)) finish_block(p, out, total.x, total.y, scratch, block, blocks);
+    if (team.rank == 0 && (out.partials || out.result))
+        finish_block(p, out, total.x, total.y, scratch, team.block(), team.count());
 }
 
 // log-softmax: x - m - log-sum, and what its backward needs. As `fused_rows` with another rule.
@@ -644,25 +796,86 @@ __device__ __forceinline__ void log_softmax_rows(const Params &p, const T *x, T 
     using A = Acc<T>;
     extern __shared__ uint4 slots[];
     __shared__ State<A, PLAIN> states[WARP];
+    __shared__ Exchange<A, PLAIN> exchange;
     const Kept kept = {slots + threadIdx.x, p.kept};
     const Operands<A> none = {{nullptr, nullptr}, 0};
-    const int team = p.team, thread = threadIdx.x % team, teams = blockDim.x / team;
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * teams; first < p.rows;
-         first += static_cast<int64_t>(gridDim.x) * teams) {
-        const int64_t row = first + threadIdx.x / team;
-        const bool exists = row < p.rows;
-        const int64_t at = exists ? row : 0;
-        T *result = to + at * p.classes;
-        const Windows<T> w(x + p.x.start(at), p.classes);
+    const Team team = cluster_team(p);
+    for_each_row(p, team, [&](int64_t row, bool exists) {
+        T *result = to + row * p.classes;
+        const Windows<T> w(x + p.x.start(row), result, p.classes);
         State<A, PLAIN> state = State<A, PLAIN>::empty();
-        if (exists) state = reduce_windows<PLAIN, BATCH<PLAIN>>(p, none, w, thread, team, 0, w.count, kept);
-        state = merge_team<T>(p, state, team, states);
-        if (!exists) continue;
-        if (thread == 0) write_statistics<PLAIN>(p, statistics, row, state);
-        const Windows<T> written = w.written_to(result);
-        emit_windows<LogProbs>(p, none, written, RowScalars<A>::of(state.max, state.rest), result, thread, team, 0,
-                               written.count, kept);
-    }
+        if (exists) {
+            state = reduce_windows<PLAIN, BATCH<PLAIN>>(p, none, w, team.thread, team.threads, 0, w.count, kept);
+        }
+        state = merge_team<T>(p, state, team.lanes, states);
+        A unused = A(0);
+        if (team.blocks > 1) merge_cluster<T>(p, team, state, unused, 0, &exchange);
+        if (!exists) return;
+        if (team.thread == 0) write_statistics<PLAIN>(p, statistics, row, state);
+        emit_windows<LogProbs>(p, none, w, RowScalars<A>::of(state.max, state.rest), result, team.thread, team.threads,
+                               0, w.count, kept);
+    });
+}
+
+// log-softmax backward: g - p sum(g); see `LogSoftmaxGradient`. A team reads its row of g for the sum and keeps it,
+// then reads its logits.
+template <class T>
+__device__ __forceinline__ void log_softmax_backward_rows(const Params &p, const T *x, const Acc<T> *statistics,
+                                                          const T *g, T *to) {
+    using A = Acc<T>;
+    // the second loop has windows of both operands
+    constexpr int U = BATCH<PLAIN>, HALF = U / 2, N = Window<T>::N;
+    extern __shared__ uint4 slots[];
+    __shared__ double scratch[WARP];
+    const Kept kept = {slots + threadIdx.x, p.kept};
+    const Team team = cluster_team(p);
+    for_each_row(p, team, [&](int64_t row, bool exists) {
+        T *out = to + row * p.classes;
+        Windows<T> wx(x + p.x.start(row), out, p.classes), wg(g + p.t.start(row), out, p.classes);
+        wx.limit(p.classes, wg.count), wg.limit(p.classes, wx.count);
+        const T *logits = wx.words(), *upstream = wg.words();
+        const Turns<HALF> turns(team.thread, team.threads, 0, wx.count);
+        double sum = 0;
+        if (exists) {
+            for (int j = 0; j < turns.count; j += U) {
+                Window<T> of_g[U];
+                load_windows(upstream, wg.shift, turns.window(j), team.threads, turns.end, of_g);
+                // short sums in the arithmetic dtype
+                A sums[4] = {};
+#pragma unroll
+                for (int u = 0; u < U; u++) {
+                    if (j + u < kept.count) kept.at(j + u) = of_g[u].bits();
+                    if (j + u >= turns.count) continue;
+#pragma unroll
+                    for (int k = 0; k < N; k++) sums[k % 4] += of_g[u].logit(k);
+                }
+                sum += static_cast<double>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+            }
+            for (int i = team.thread; i < wg.edges; i += team.threads) sum += widen<A>(wg.row[wg.edge(i)]);
+            prefetch_windows<HALF>(wx, turns.window(turns.first()), team.threads, turns.end);
+        }
+        const A mass = A(sum_row(team, sum, scratch));
+        if (!exists) return;
+        const LogSoftmaxGradient<A> rule(p, statistics, row, mass);
+        T *values = in_register(out + wx.head);
+        for (int j = turns.first(); j >= 0; j -= HALF) {
+            Window<T> of_x[HALF], of_g[HALF];
+            turns.load(logits, wx.shift, j, {nullptr, 0}, of_x);
+            turns.load(upstream, wg.shift, j, kept, of_g);
+#pragma unroll
+            for (int u = 0; u < HALF; u++) {
+                if (j + u >= turns.count) continue;
+                A y[N];
+#pragma unroll
+                for (int k = 0; k < N; k++) y[k] = rule.template value<T>(p, of_x[u].logit(k), of_g[u].logit(k));
+                store_values(values + static_cast<int64_t>(turns.window(j + u)) * N, y);
+            }
+        }
+        for (int i = team.thread; i < wx.edges; i += team.threads) {
+            const int c = wx.edge(i);
+            out[c] = narrow<T>(rule.template value<T>(p, widen<A>(wx.row[c]), widen<A>(wg.row[c])));
+        }
+    });
 }
 
 } // namespace softmax

@@ -643,6 +643,39 @@ struct LogProbs {
     }
 };
 
+// upstream / denominator * keep * w (lse - x): the gradient of a probability target. `upstream` has all factors but w.
+struct TargetGradient {
+    static constexpr Detail DETAIL = GENERAL;
+    static constexpr bool OWN = false;
+    template <class T, int N, class A>
+    __device__ __forceinline__ static void emit(const Params &p, const Operands<A> &o, const RowScalars<A> &s,
+                                                int first, const A (&x)[N], A (&y)[N]) {
+#pragma unroll
+        for (int k = 0; k < N; k++) {
+            A slope;
+            const A v = transform(p, x[k], slope);
+            const A w = o.weight ? A(p.keep) * o.weight[first + k] : A(p.keep);
+            y[k] = w == A(0) ? A(0) : s.upstream * w * (s.log_sum - scaled<GENERAL>(p, v - s.max));
+        }
+    }
+};
+
+// g - p sum(g): the gradient of log-softmax, from the logits and what the forward saved, so that p has no rounding to
+// 16 bits in it. It is the gradient of cross-entropy for probabilities g, with an upstream gradient of -1.
+template <class A> struct LogSoftmaxGradient {
+    RowScalars<A> s;
+
+    __device__ __forceinline__ LogSoftmaxGradient(const Params &p, const A *statistics, int64_t row, A sum) {
+        const A rest = statistics[p.rows + row];
+        s = RowScalars<A>::of(statistics[row], rest);
+        s.set_slope(sum, A(0), rest);
+        s.upstream = A(-1);
+    }
+    template <class T> __device__ __forceinline__ A value(const Params &p, A x, A g) const {
+        return gradient_value<PLAIN, T>(p, s, x, g);
+    }
+};
+
 // The value for all classes of a row that is ignored, whatever its logits are, or that has a bad target.
 template <class A> __device__ __forceinline__ A dead_value(Kind kind) {
     return kind == Kind::IGNORED ? A(0) : quiet_nan<A>();

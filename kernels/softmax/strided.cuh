@@ -221,12 +221,11 @@ __device__ __forceinline__ void log_softmax_strided(const Params &p, const T *x,
 // ---------------------------------------------------------------------------------------------------------------------
 // Passes that are rare enough to have one form for all layouts
 
-// log-softmax backward: g - p sum(g), from the logits and what the forward saved, so that p has no rounding to 16 bits
-// in it. It is the gradient of cross-entropy for probabilities g, with an upstream gradient of -1. `p.t` are the
-// strides of g. Reads x once and g twice (the second time from a cache), writes E.
+// log-softmax backward: see `LogSoftmaxGradient`. `p.t` are the strides of g. Reads x once and g twice (the second time
+// from a cache), writes E.
 template <class T>
-__device__ __forceinline__ void log_softmax_backward(const Params &p, const T *x, const Acc<T> *statistics, const T *g,
-                                                     T *out) {
+__device__ __forceinline__ void log_softmax_backward_any(const Params &p, const T *x, const Acc<T> *statistics,
+                                                         const T *g, T *out) {
     using A = Acc<T>;
     __shared__ double sums[STRIDED_THREADS];
     for_strided_rows(p, [&](int64_t row, bool exists) {
@@ -245,37 +244,33 @@ __device__ __forceinline__ void log_softmax_backward(const Params &p, const T *x
         const A mass = A(column[0]);
         __syncthreads();
         if (!exists) return;
-        const A rest = statistics[p.rows + row];
-        RowScalars<A> s = RowScalars<A>::of(statistics[row], rest);
-        s.set_slope(mass, A(0), rest);
-        s.upstream = A(-1);
+        const LogSoftmaxGradient<A> rule(p, statistics, row, mass);
         const Written written(p, row);
         for (int c = threadIdx.y; c < p.classes; c += blockDim.y) {
-            const A v = gradient_value<PLAIN, T>(p, s, widen<A>(logits[c * p.x.class_stride]),
-                                                 widen<A>(upstream[c * p.t.class_stride]));
+            const A v = rule.template value<T>(p, widen<A>(logits[c * p.x.class_stride]),
+                                               widen<A>(upstream[c * p.t.class_stride]));
             out[written.start + c * written.stride] = narrow<T>(v);
         }
     });
 }
 
-// The gradient of probability targets, upstream / denominator * keep * w (lse - x), in the arithmetic dtype and in the
-// order of the logits' gradient. Reads E, writes it in the arithmetic dtype.
+// The gradient of probability targets: see `TargetGradient`. It is written in the arithmetic dtype and in the order of
+// the logits' gradient.
 template <class T>
-__device__ __forceinline__ void target_gradient(const Params &p, const T *x, const Acc<T> *weight,
-                                                const GradientInputs<Acc<T>> &in, Acc<T> *out) {
+__device__ __forceinline__ void target_gradient_strided(const Params &p, const T *x, const Acc<T> *weight,
+                                                        const GradientInputs<Acc<T>> &in, Acc<T> *out) {
     using A = Acc<T>;
+    const Operands<A> o = {{nullptr, weight}, 0};
     for_strided_rows(p, [&](int64_t row, bool exists) {
         if (!exists) return;
-        const RowScalars<A> s = RowScalars<A>::of(in.statistics[row], in.statistics[p.rows + row]);
-        const A factor = over(in.upstream[p.upstream_rows ? row : 0], *in.denominator);
+        const RowScalars<A> s = target_scalars(p, in, row);
         const T *logits = x + p.x.start(row);
         const Written written(p, row);
         for (int c = threadIdx.y; c < p.classes; c += blockDim.y) {
-            A slope;
-            const A v = transform(p, widen<A>(logits[c * p.x.class_stride]), slope);
-            const A w = weight ? A(p.keep) * weight[c] : A(p.keep);
-            out[written.start + c * written.stride] =
-                w == A(0) ? A(0) : factor * w * (s.log_sum - scaled<GENERAL>(p, v - s.max));
+            const A x_c[1] = {widen<A>(logits[c * p.x.class_stride])};
+            A y[1];
+            TargetGradient::emit<T>(p, o, s, c, x_c, y);
+            out[written.start + c * written.stride] = y[0];
         }
     });
 }

@@ -36,9 +36,10 @@ template <class T> struct Tile {
 
     // Stores the tile; all threads of the block call it, after a barrier.
     __device__ __forceinline__ void store(T *to) const {
-        const Windows<T> w = Windows<T>(data, size).written_to(to);
+        Windows<T> w(data, size);
+        if (phase_of<T, N>(data) != phase_of<T, N>(to)) w.head = 0, w.limit(size, 0);
         for (int i = threadIdx.x; i < w.count; i += blockDim.x)
-            store_window(to + w.first(i), Pack<T, N>::load(data + w.first(i)));
+            store_word(to + w.first(i), Pack<T, N>::load(data + w.first(i)));
         for (int i = threadIdx.x; i < w.edges; i += blockDim.x) to[w.edge(i)] = data[w.edge(i)];
     }
 };

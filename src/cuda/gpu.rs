@@ -152,7 +152,7 @@ pub(crate) struct Gpu {
     pub processors: u32,
     /// Shared memory of a block, static and dynamic.
     pub shared_bytes: u32,
-    /// Whether the GPU and this build's kernels have clusters.
+    /// Whether the GPU and this build's kernels have clusters, and launches that overlap.
     pub clusters: bool,
     modules: RwLock<HashMap<&'static str, Loaded>>,
     /// Whether a cluster of that size and dynamic shared memory finds room, by kernel.
@@ -232,7 +232,7 @@ impl Gpu {
         };
         let dynamic = self.shared_bytes.saturating_sub(fixed.w()? as u32);
         set(Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, dynamic)?;
-        if self.clusters && name.ends_with("_cluster") {
+        if self.clusters {
             set(Attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)?;
         }
         let kernel = Kernel { function };
@@ -273,13 +273,19 @@ impl Gpu {
 }
 
 impl Grid {
-    /// The cluster, where there is one.
+    /// The cluster, where there is one, and the leave to overlap.
     pub fn attributes(&self) -> Vec<sys::CUlaunchAttribute> {
         let mut attributes = Vec::new();
         if self.cluster > 1 {
             let mut value = sys::CUlaunchAttributeValue { pad: [0; 64] };
             value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: self.cluster, y: 1, z: 1 };
             let id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+            attributes.push(sys::CUlaunchAttribute { id, pad: [0; 4], value });
+        }
+        if self.overlaps {
+            let mut value = sys::CUlaunchAttributeValue { pad: [0; 64] };
+            value.programmaticStreamSerializationAllowed = 1;
+            let id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
             attributes.push(sys::CUlaunchAttribute { id, pad: [0; 4], value });
         }
         attributes

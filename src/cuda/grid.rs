@@ -10,11 +10,14 @@ pub(crate) struct Grid {
     pub shared_bytes: u32,
     /// Neighbouring blocks that form a cluster; 1: none do.
     pub cluster: u32,
+    /// Whether it may begin before the launch ahead of it in its stream has ended, for whose results its blocks wait by
+    /// themselves.
+    pub overlaps: bool,
 }
 
 impl Grid {
     /// Blocks of `threads` in one dimension, without dynamic shared memory.
     pub fn flat(blocks: u32, threads: u32) -> Self {
-        Grid { blocks: [blocks, 1, 1], threads: [threads, 1, 1], shared_bytes: 0, cluster: 1 }
+        Grid { blocks: [blocks, 1, 1], threads: [threads, 1, 1], shared_bytes: 0, cluster: 1, overlaps: false }
     }
 }

@@ -173,6 +173,7 @@ impl Spans {
             threads: [team as u32, teams as u32, 1],
             shared_bytes: 0,
             cluster: 1,
+            overlaps: false,
         };
         Spans { span: row, count, grid }
     }
@@ -287,7 +288,7 @@ mod tests {
         assert_eq!(Spans::rows(20 * 1000, 20, Variant::Any, 2).grid.threads, [8, 32, 1]);
         assert_eq!(
             Spans::rows(7, 1, Variant::Any, 4).grid,
-            Grid { blocks: [1, 1, 1], threads: [1, 256, 1], shared_bytes: 0, cluster: 1 }
+            Grid { blocks: [1, 1, 1], threads: [1, 256, 1], shared_bytes: 0, cluster: 1, overlaps: false }
         );
         assert_eq!(Spans::rows(1 << 20, 1 << 16, dense, 4).grid.threads, [256, 1, 1]);
     }

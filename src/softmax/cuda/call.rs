@@ -40,6 +40,27 @@ pub(super) fn planner(gpu: &Gpu) -> Planner {
     }
 }
 
+/// The pass that a plan makes of the largest clusters that the GPU has room for; `kernel` names the kernel of a form.
+pub(super) fn with_room(
+    gpu: &Gpu,
+    plan: impl Fn(&Planner) -> RowPass,
+    kernel: impl Fn(Form) -> Result<KernelRef>,
+) -> Result<RowPass> {
+    let mut planner = planner(gpu);
+    loop {
+        let pass = plan(&planner);
+        let cluster = pass.grid.cluster;
+        if cluster == 1 {
+            return Ok(pass);
+        }
+        let KernelRef { module, name } = kernel(pass.form)?;
+        if gpu.has_room(gpu.kernel(module, name)?, &pass.grid)? {
+            return Ok(pass);
+        }
+        planner.device.cluster = cluster / 2;
+    }
+}
+
 #[cfg(not(test))]
 fn thresholds() -> Thresholds {
     Thresholds::default()
@@ -364,7 +385,7 @@ impl<'a> SoftmaxCall<'a> {
         (upstream, upstream_rows): (&InputView, bool),
         grad: CudaViewMut<u8>,
     ) -> Result<()> {
-        let pass = self.planner().any_layout(&self.shape());
+        let pass = self.planner().target_gradient(&self.shape());
         let kernel = self.kernel(SoftmaxPass::TargetGradient, Detail::General, Form::Strided)?;
         let launch = TargetGradientLaunch {
             params: SoftmaxParams { upstream_rows: upstream_rows as i32, ..self.params.for_pass(&pass) },
@@ -380,27 +401,20 @@ impl<'a> SoftmaxCall<'a> {
         unsafe { launch.launch(&self.gpu, &self.stream, kernel, pass.grid) }
     }
 
-    /// The plan for loss and gradient, with clusters that the GPU has room for.
-    fn plan_fused(&self) -> Result<FusedPlan> {
-        let mut planner = self.planner();
-        loop {
-            let plan = planner.fused(&self.shape());
-            let FusedPlan::OnePass(pass) = &plan else { return Ok(plan) };
-            if pass.form != Form::Cluster {
-                return Ok(plan);
-            }
-            let KernelRef { module, name } = self.kernel(SoftmaxPass::Fused, self.detail, Form::Cluster)?;
-            if self.gpu.has_room(self.gpu.kernel(module, name)?, &pass.grid)? {
-                return Ok(plan);
-            }
-            planner.device.cluster = pass.grid.cluster / 2;
-        }
+    /// The plan for loss and gradient.
+    fn plan_fused(&self, in_place: bool) -> Result<FusedPlan> {
+        let shape = self.shape();
+        let shape = RowsShape { alike: in_place || shape.alike, ..shape };
+        let plan = self.planner().fused(&shape);
+        let FusedPlan::OnePass(_) = plan else { return Ok(plan) };
+        let kernel = |form| self.kernel(SoftmaxPass::Fused, self.detail, form);
+        Ok(FusedPlan::OnePass(with_room(&self.gpu, |planner| planner.one_pass(&shape), kernel)?))
     }
 
     /// Loss and gradient. Without `x` the gradient replaces the logits in `grad`. One launch, and one ahead of it where
     /// there are many rows to count; three where rows are split over blocks.
     pub fn loss_and_grad(&self, x: Option<&InputView>, grad: CudaViewMut<u8>) -> Result<CudaStorage> {
-        let pass = match self.plan_fused()? {
+        let pass = match self.plan_fused(x.is_none())? {
             FusedPlan::OnePass(pass) => pass,
             FusedPlan::Split { .. } => return self.loss_and_grad_split(x, grad),
         };
@@ -419,9 +433,10 @@ impl<'a> SoftmaxCall<'a> {
             counts: counts.as_ref(),
             loss: self.loss_output(&mut loss, pass.partials())?,
         };
+        let grid = Grid { overlaps: counts.is_some() && self.gpu.clusters, ..pass.grid };
         // SAFETY: the kernel and the grid are the pass's; the rows are those of the logits' layout, `RowOperands`
-        // fits them, and the gradient has as many elements as the logits
-        unsafe { launch.launch(&self.gpu, &self.stream, kernel, pass.grid)? };
+        // fits them, the gradient has as many elements as the logits, and blocks wait for the counts
+        unsafe { launch.launch(&self.gpu, &self.stream, kernel, grid)? };
         Ok(self.wrap(loss))
     }
 

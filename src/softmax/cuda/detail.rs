@@ -65,9 +65,16 @@ impl Detail {
     }
 
     pub fn shape(self, rows: &Rows, dtype: DType) -> RowsShape {
+        let per_word = 16 / dtype.size_in_bytes();
+        // how much farther apart two rows are read than written
+        let beyond = |stride: usize, written: usize| stride.abs_diff(written) % per_word;
+        let alike = rows.offset.is_multiple_of(per_word)
+            && (rows.inner == 1 || beyond(rows.inner_stride, rows.classes) == 0)
+            && (rows.outer == 1 || beyond(rows.outer_stride, rows.inner * rows.classes) == 0);
         let even = rows.inner == 1 || rows.outer == 1 || rows.outer_stride == rows.inner * rows.inner_stride;
         RowsShape {
             even,
+            alike,
             light: self != Detail::General && dtype != DType::F64,
             rows: rows.count() as u64,
             classes: rows.classes as u64,
@@ -102,9 +109,9 @@ pub(super) enum SoftmaxPass {
 }
 
 /// All kernels. Passes with one kernel for all forms have the form of its loop.
-pub(super) const KERNELS: [(SoftmaxPass, Detail, Form, &str); 45] = {
+pub(super) const KERNELS: [(SoftmaxPass, Detail, Form, &str); 44] = {
     use Detail::{General, Plain, Uniform};
-    use Form::{Cluster, Registers, Rows, Strided, Tile};
+    use Form::{Registers, Rows, Strided, Tile};
     use SoftmaxPass::{Emit, Fused, LogSoftmax, LogSoftmaxBackward, Merge, Reduce, Statistics, TargetGradient};
     [
         (Reduce, Plain, Rows, "softmax_reduce_plain_rows"),
@@ -132,14 +139,12 @@ pub(super) const KERNELS: [(SoftmaxPass, Detail, Form, &str); 45] = {
         (Fused, Plain, Registers(4), "softmax_fused_plain_registers_4"),
         (Fused, Plain, Registers(8), "softmax_fused_plain_registers_8"),
         (Fused, Plain, Registers(16), "softmax_fused_plain_registers_16"),
-        (Fused, Plain, Cluster, "softmax_fused_plain_cluster"),
         (Fused, Uniform, Rows, "softmax_fused_uniform_rows"),
         (Fused, Uniform, Strided, "softmax_fused_uniform_strided"),
         (Fused, Uniform, Tile, "softmax_fused_uniform_tile"),
         (Fused, Uniform, Registers(4), "softmax_fused_uniform_registers_4"),
         (Fused, Uniform, Registers(8), "softmax_fused_uniform_registers_8"),
         (Fused, Uniform, Registers(16), "softmax_fused_uniform_registers_16"),
-        (Fused, Uniform, Cluster, "softmax_fused_uniform_cluster"),
         (Fused, General, Rows, "softmax_fused_general_rows"),
         (Fused, General, Strided, "softmax_fused_general_strided"),
         (TargetGradient, General, Strided, "softmax_target_gradient"),
@@ -151,6 +156,7 @@ pub(super) const KERNELS: [(SoftmaxPass, Detail, Form, &str); 45] = {
         (LogSoftmax, Plain, Registers(4), "softmax_log_softmax_registers_4"),
         (LogSoftmax, Plain, Registers(8), "softmax_log_softmax_registers_8"),
         (LogSoftmax, Plain, Registers(16), "softmax_log_softmax_registers_16"),
-        (LogSoftmaxBackward, Plain, Strided, "softmax_log_softmax_backward"),
+        (LogSoftmaxBackward, Plain, Rows, "softmax_log_softmax_backward_rows"),
+        (LogSoftmaxBackward, Plain, Strided, "softmax_log_softmax_backward_any"),
     ]
 };

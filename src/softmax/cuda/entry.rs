@@ -1,9 +1,9 @@
 //! The entry points of the softmax family on CUDA: the passes that an op asks for.
 
-use super::call::{SoftmaxCall, planner};
+use super::call::{SoftmaxCall, with_room};
 use super::detail::{Detail, SoftmaxPass};
 use super::params::{GradientInputs, LogSoftmaxBackwardLaunch, LogSoftmaxLaunch, SoftmaxParams};
-use super::plan::{Form, RowsShape};
+use super::plan::RowsShape;
 use crate::check::{self, arithmetic};
 use crate::cuda::gpu::Gpu;
 use crate::cuda::launch::{InputView, alloc, output, upstream_view};
@@ -130,8 +130,9 @@ impl SoftmaxKernels for CudaStorage {
         let mut statistics = save.then(numbers).transpose()?;
         if len > 0 {
             let gpu = Gpu::of(device)?;
-            let pass = planner(&gpu).one_pass(&Detail::Plain.shape(rows, dtype), false);
-            let kernel = Detail::Plain.kernel(dtype, SoftmaxPass::LogSoftmax, pass.form)?;
+            let shape = Detail::Plain.shape(rows, dtype);
+            let kernel = |form| Detail::Plain.kernel(dtype, SoftmaxPass::LogSoftmax, form);
+            let pass = with_room(&gpu, |planner| planner.one_pass(&shape), kernel)?;
             let launch = LogSoftmaxLaunch {
                 params: SoftmaxParams::of_rows(RowParams::untargeted(name, rows)?, rows).for_pass(&pass),
                 x: &InputView::new(logits, &from(rows))?.bytes,
@@ -140,7 +141,7 @@ impl SoftmaxKernels for CudaStorage {
             };
             // SAFETY: the kernel and the grid are the pass's; the rows are those of the tensor, whose elements all have
             // room, as has what is saved of each row
-            unsafe { launch.launch(&gpu, &device.cuda_stream(), kernel, pass.grid)? };
+            unsafe { launch.launch(&gpu, &device.cuda_stream(), kernel(pass.form)?, pass.grid)? };
         }
         let wrap = |slice| CudaStorage { slice, device: device.clone() };
         Ok((wrap(log_probs), statistics.map(wrap)))
@@ -169,10 +170,11 @@ impl SoftmaxKernels for CudaStorage {
         let mut grad = unsafe { alloc(device, dtype, len.max(1))? };
         if len > 0 {
             let gpu = Gpu::of(device)?;
-            // two of the three tensors lie as the gradient is written
+            // where classes of some tensor lie apart, two of the three lie as the gradient is written
+            let adjacent = rows.class_stride == 1 && upstream_rows.class_stride == 1;
             let shape = RowsShape { adjacent: rows.class_last(), ..Detail::Plain.shape(rows, dtype) };
-            let pass = planner(&gpu).any_layout(&shape);
-            let kernel = Detail::Plain.kernel(dtype, SoftmaxPass::LogSoftmaxBackward, Form::Strided)?;
+            let kernel = |form| Detail::Plain.kernel(dtype, SoftmaxPass::LogSoftmaxBackward, form);
+            let pass = with_room(&gpu, |planner| planner.log_softmax_backward(&shape, adjacent), kernel)?;
             let params = SoftmaxParams::of_rows(RowParams::untargeted(name, rows)?, rows).for_pass(&pass);
             let launch = LogSoftmaxBackwardLaunch {
                 params: SoftmaxParams { t: Strides::of(upstream_rows), ..params },
@@ -183,7 +185,7 @@ impl SoftmaxKernels for CudaStorage {
             };
             // SAFETY: the grid is the pass's; the rows are those of the tensors, as many in both, whose elements all
             // have room
-            unsafe { launch.launch(&gpu, &device.cuda_stream(), kernel, pass.grid)? };
+            unsafe { launch.launch(&gpu, &device.cuda_stream(), kernel(pass.form)?, pass.grid)? };
         }
         Ok(CudaStorage { slice: grad, device: device.clone() })
     }

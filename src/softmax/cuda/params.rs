@@ -268,7 +268,7 @@ impl StatisticsLaunch<'_> {
     }
 }
 
-/// A launch of a forward of log-softmax: one of `softmax_log_softmax_*`, except `softmax_log_softmax_backward`.
+/// A launch of a forward of log-softmax: one of `softmax_log_softmax_*`, except `softmax_log_softmax_backward_*`.
 pub(super) struct LogSoftmaxLaunch<'a> {
     pub params: SoftmaxParams,
     pub x: BytesView<'a>,
@@ -279,7 +279,7 @@ pub(super) struct LogSoftmaxLaunch<'a> {
 
 impl LogSoftmaxLaunch<'_> {
     /// # Safety
-    /// As for [`ReduceLaunch::launch`] with `softmax_log_softmax_*`, except `softmax_log_softmax_backward`.
+    /// As for [`ReduceLaunch::launch`] with `softmax_log_softmax_*`, except `softmax_log_softmax_backward_*`.
     pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
         let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
         // softmax_log_softmax_*(p, x, out, statistics)
@@ -289,7 +289,7 @@ impl LogSoftmaxLaunch<'_> {
     }
 }
 
-/// A launch of `softmax_log_softmax_backward`.
+/// A launch of `softmax_log_softmax_backward_*`.
 pub(super) struct LogSoftmaxBackwardLaunch<'a> {
     pub params: SoftmaxParams,
     pub x: BytesView<'a>,
@@ -300,10 +300,10 @@ pub(super) struct LogSoftmaxBackwardLaunch<'a> {
 
 impl LogSoftmaxBackwardLaunch<'_> {
     /// # Safety
-    /// As for [`ReduceLaunch::launch`] with `softmax_log_softmax_backward`.
+    /// As for [`ReduceLaunch::launch`] with `softmax_log_softmax_backward_*`.
     pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
         let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
-        // softmax_log_softmax_backward(p, x, statistics, g, out)
+        // softmax_log_softmax_backward_*(p, x, statistics, g, out)
         launch.value(&self.params).read(self.x).read(self.statistics).read(self.upstream).write(&mut self.grad);
         // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
         unsafe { launch.run(grid) }

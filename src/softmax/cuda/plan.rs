@@ -7,7 +7,7 @@
 //! | up to `warp_bytes`, light | 8 to 32 lanes a row, the row kept in registers, the next one on its way | the same |
 //! | up to `warp_bytes` | 1 to 32 lanes a row | the same, the row kept in shared memory |
 //! | up to `cluster_bytes` | a block a row | the same, the row kept in shared memory |
-//! | longer | a block a row | light, a cluster of 2 to 16 blocks a row; else a block that keeps a part of it |
+//! | longer | a block a row | a cluster of 2 to 16 blocks a row; without clusters, or for doubles, a block that keeps a part of it |
 //! | long, and few rows | several blocks a row and a merge | the same, and the backward's pass for the gradient |
 //!
 //! Up to `lone_rows` rows of `lone_classes` classes one block does everything, so that there is no second launch.
@@ -60,8 +60,10 @@ pub(crate) struct RowsShape {
     pub packed: bool,
     /// Whether all rows are the same distance from the next one, whatever lies between.
     pub even: bool,
-    /// Whether memory is the limit, so that there are kernels for tiles, registers and clusters: class indices and at
-    /// most one number q for all classes, in `f32` arithmetic.
+    /// Whether each row is aligned to 16 bytes as what is written for it is.
+    pub alike: bool,
+    /// Whether memory is the limit, so that there are kernels for tiles and registers: class indices and at most one
+    /// number q for all classes, in `f32` arithmetic.
     pub light: bool,
 }
 
@@ -141,8 +143,6 @@ pub(crate) enum Form {
     Strided,
     /// Parts of warps, each of whose lanes keeps up to this many windows in registers.
     Registers(u32),
-    /// The blocks of a cluster.
-    Cluster,
 }
 
 /// One launch over all rows.
@@ -231,36 +231,49 @@ impl Planner {
         if self.splits(shape) > 1 && !self.is_lone(shape) {
             return FusedPlan::Split { reduce: self.reduce(shape), emit: self.emit(shape) };
         }
-        FusedPlan::OnePass(self.one_pass(shape, true))
+        FusedPlan::OnePass(self.one_pass(shape))
     }
 
-    /// A pass that reduces a row and then writes a value for each class; only `fused` runs it in clusters.
-    pub fn one_pass(&self, shape: &RowsShape, may_cluster: bool) -> RowPass {
+    /// A pass that reduces a row and then writes a value for each class.
+    pub fn one_pass(&self, shape: &RowsShape) -> RowPass {
         if let Some(pass) = self.special(shape) {
             return pass;
         }
-        let lone = self.is_lone(shape);
-        let mut pass = match self.registers(shape, true) {
-            _ if lone => self.lone(shape, true),
+        let pass = match self.registers(shape, true) {
+            _ if self.is_lone(shape) => self.lone(shape, true),
             Some(pass) => pass,
             None => self.rows(shape),
         };
-        if let Form::Registers(_) = pass.form {
-            return pass;
+        if pass.form == Form::Rows { self.keeping(pass, shape, !self.is_lone(shape)) } else { pass }
+    }
+
+    /// The backward of log-softmax; `adjacent` says whether classes are next to each other in all of its tensors, the
+    /// shape whether they are where the gradient is written.
+    pub fn log_softmax_backward(&self, shape: &RowsShape, adjacent: bool) -> RowPass {
+        if adjacent && shape.classes > self.thresholds.tile_classes.min(TILE_CLASSES) {
+            self.keeping(self.rows(shape), shape, true)
+        } else {
+            self.any_layout(shape)
         }
-        let mut size = 1;
-        if may_cluster && shape.light && !lone && pass.team == pass.grid.threads[0] {
+    }
+
+    /// The gradient of probability targets.
+    pub fn target_gradient(&self, shape: &RowsShape) -> RowPass {
+        if shape.adjacent { self.rows(shape) } else { self.strided(shape) }
+    }
+
+    /// The same pass with shared memory for each row, over the blocks of a cluster where one has too little.
+    fn keeping(&self, mut pass: RowPass, shape: &RowsShape, may_cluster: bool) -> RowPass {
+        // doubles are bound by their arithmetic
+        if may_cluster && shape.element < 8 && pass.team == pass.grid.threads[0] {
             let needed = shape.row_bytes().div_ceil(self.thresholds.cluster_bytes.max(1));
             let sizes = CLUSTERS.into_iter().filter(|&size| size <= self.device.cluster);
-            size = sizes.clone().find(|&size| needed <= size as u64).or(sizes.max()).unwrap_or(1);
-        }
-        if size > 1 {
-            pass.form = Form::Cluster;
+            let size = sizes.clone().find(|&size| needed <= size as u64).or(sizes.max()).unwrap_or(1);
             pass.grid.blocks[0] *= size;
             pass.grid.cluster = size;
         }
         let threads = pass.grid.threads[0];
-        let windows = shape.windows().div_ceil((pass.team * size) as u64);
+        let windows = shape.windows().div_ceil((pass.team * pass.grid.cluster) as u64);
         let shared = self.thresholds.shared_bytes.unwrap_or(self.device.shared_bytes) as u64;
         // where memory is not the limit, several blocks on a multiprocessor are worth more than reading each row once
         let shared = if shape.light { shared } else { shared.min(self.thresholds.cluster_bytes) };
@@ -280,7 +293,7 @@ impl Planner {
         let windows = shape.windows() / splits as u64;
         let threads = power_of_two(windows / 8, 64, ROWS_THREADS);
         let blocks = shape.rows.min(self.thresholds.blocks as u64) as u32;
-        let grid = Grid { blocks: [blocks, splits, 1], threads: [threads, 1, 1], shared_bytes: 0, cluster: 1 };
+        let grid = Grid { blocks: [blocks, splits, 1], threads: [threads, 1, 1], shared_bytes: 0, cluster: 1, overlaps: false };
         RowPass { form: Form::Rows, team: threads, kept: 0, grid }
     }
 
@@ -297,6 +310,7 @@ impl Planner {
     /// each class.
     fn registers(&self, shape: &RowsShape, writes: bool) -> Option<RowPass> {
         if !(shape.light && shape.even)
+            || (writes && !shape.alike)
             || shape.classes <= TILE_CLASSES
             || shape.row_bytes() > self.thresholds.warp_bytes
         {
@@ -338,7 +352,7 @@ impl Planner {
         // whole warps, but no wider than there are rows
         let width = power_of_two(shape.rows, 32 / depth.min(32), STRIDED_THREADS / depth);
         let blocks = shape.rows.div_ceil(width as u64).min(self.thresholds.blocks as u64) as u32;
-        let grid = Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0, cluster: 1 };
+        let grid = Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0, cluster: 1, overlaps: false };
         RowPass { form: Form::Strided, team: depth, kept: 0, grid }
     }
 
@@ -350,7 +364,7 @@ impl Planner {
         let depth = power_of_two(shape.classes, 1, STRIDED_THREADS);
         let width = STRIDED_THREADS / depth;
         let blocks = shape.rows.div_ceil(width as u64).min(self.thresholds.blocks as u64) as u32;
-        let grid = Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0, cluster: 1 };
+        let grid = Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0, cluster: 1, overlaps: false };
         RowPass { form: Form::Strided, team: depth, kept: 0, grid }
     }
 
@@ -381,7 +395,7 @@ mod tests {
     }
 
     fn rows(rows: u64, classes: u64, element: u64) -> RowsShape {
-        RowsShape { rows, classes, element, adjacent: true, packed: true, even: true, light: element < 8 }
+        RowsShape { rows, classes, element, adjacent: true, packed: true, even: true, alike: true, light: element < 8 }
     }
 
     fn one_pass(device: DeviceLimits, shape: RowsShape) -> RowPass {
@@ -409,11 +423,11 @@ mod tests {
             ((65536, 1000, 8), Form::Rows, 32, 1),
             ((4096, 8192, 2), Form::Rows, 128, 1),
             ((4096, 32_000, 2), Form::Rows, 256, 1),
-            ((4096, 32_000, 4), Form::Cluster, 256, 2),
-            ((16384, 50_257, 2), Form::Cluster, 256, 2),
-            ((8192, 128_256, 2), Form::Cluster, 256, 4),
-            ((8192, 262_144, 2), Form::Cluster, 256, 8),
-            ((8192, 262_144, 4), Form::Cluster, 256, 16),
+            ((4096, 32_000, 4), Form::Rows, 256, 2),
+            ((16384, 50_257, 2), Form::Rows, 256, 2),
+            ((8192, 128_256, 2), Form::Rows, 256, 4),
+            ((8192, 262_144, 2), Form::Rows, 256, 8),
+            ((8192, 262_144, 4), Form::Rows, 256, 16),
             ((64, 1000, 2), Form::Registers(4), 32, 1),
         ];
         for ((n, classes, element), form, team, cluster) in table {
@@ -421,11 +435,15 @@ mod tests {
             let got = (pass.form, pass.team, pass.grid.cluster);
             assert_eq!(got, (form, team, cluster), "{n} x {classes}, {element} bytes");
         }
-        assert_eq!(one_pass(A100, rows(8192, 128_256, 2)).form, Form::Rows);
+        assert_eq!(one_pass(A100, rows(8192, 128_256, 2)).grid.cluster, 1);
         let portable = DeviceLimits { cluster: 8, ..H100 };
         assert_eq!(one_pass(portable, rows(8192, 262_144, 4)).grid.cluster, 8);
         // no cluster where arithmetic is the limit
-        assert_eq!(one_pass(H100, rows(8192, 262_144, 8)).form, Form::Rows);
+        assert_eq!(one_pass(H100, rows(8192, 262_144, 8)).grid.cluster, 1);
+        // rows in registers are written as they are aligned
+        let unlike = RowsShape { alike: false, ..rows(65536, 1001, 2) };
+        assert_eq!(one_pass(H100, unlike).form, Form::Rows);
+        assert_eq!(planner(H100).reduce(&unlike).form, Form::Registers(4));
         let apart = RowsShape { adjacent: false, packed: false, even: false, ..rows(1 << 20, 21, 4) };
         assert_eq!(one_pass(H100, apart).form, Form::Strided);
         assert!(matches!(planner(H100).fused(&rows(2, 128_256, 2)), FusedPlan::Split { .. }));
@@ -457,9 +475,9 @@ mod tests {
                 (register_blocks(kept, writes) as u64, rows * windows(pass.team as u64).min(kept as u64))
             }
             Form::Tile => (2048 / threads, (threads / pass.team as u64 * shape.row_bytes()).div_ceil(threads * WINDOW)),
-            Form::Cluster => (768 / threads, windows(threads * pass.grid.cluster as u64).min(4)),
             Form::Rows => {
-                (768 / threads, windows(pass.team as u64 * pass.splits() as u64).min(if writes { 4 } else { 8 }))
+                let team = (pass.team * pass.splits() * pass.grid.cluster) as u64;
+                (768 / threads, windows(team).min(if writes { 4 } else { 8 }))
             }
             Form::Strided => unreachable!("its loads are not of 16 bytes"),
         };
@@ -516,7 +534,9 @@ mod tests {
                             let planner = planner(device);
                             let mut passes =
                                 vec![planner.reduce(&shape), planner.emit(&shape), planner.statistics(&shape)];
-                            passes.extend([planner.one_pass(&shape, false), planner.any_layout(&shape)]);
+                            passes.extend([planner.one_pass(&shape), planner.any_layout(&shape)]);
+                            passes.extend([adjacent, false].map(|all| planner.log_softmax_backward(&shape, all)));
+                            passes.push(planner.target_gradient(&shape));
                             match planner.fused(&shape) {
                                 FusedPlan::OnePass(pass) => passes.push(pass),
                                 FusedPlan::Split { reduce, emit } => passes.extend([reduce, emit]),
@@ -540,12 +560,9 @@ mod tests {
         match pass.form {
             Form::Rows => {
                 assert!(pass.team.is_power_of_two() && (pass.team <= 32 || pass.team == threads), "{what}");
-                assert!(pass.splits() == 1 || pass.team == threads, "{what}");
-            }
-            Form::Cluster => {
+                assert!(pass.splits() * pass.grid.cluster == 1 || pass.team == threads, "{what}");
                 let size = pass.grid.cluster;
-                assert!(1 < size && size <= device.cluster && pass.grid.blocks[0].is_multiple_of(size), "{what}");
-                assert_eq!(pass.team, threads, "{what}");
+                assert!(size <= device.cluster && pass.grid.blocks[0].is_multiple_of(size), "{what}");
             }
             Form::Registers(kept) => {
                 let per_window = WINDOW / shape.element;
