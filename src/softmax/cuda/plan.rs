@@ -293,7 +293,13 @@ impl Planner {
         let windows = shape.windows() / splits as u64;
         let threads = power_of_two(windows / 8, 64, ROWS_THREADS);
         let blocks = shape.rows.min(self.thresholds.blocks as u64) as u32;
-        let grid = Grid { blocks: [blocks, splits, 1], threads: [threads, 1, 1], shared_bytes: 0, cluster: 1, overlaps: false };
+        let grid = Grid {
+            blocks: [blocks, splits, 1],
+            threads: [threads, 1, 1],
+            shared_bytes: 0,
+            cluster: 1,
+            overlaps: false,
+        };
         RowPass { form: Form::Rows, team: threads, kept: 0, grid }
     }
 
@@ -352,7 +358,8 @@ impl Planner {
         // whole warps, but no wider than there are rows
         let width = power_of_two(shape.rows, 32 / depth.min(32), STRIDED_THREADS / depth);
         let blocks = shape.rows.div_ceil(width as u64).min(self.thresholds.blocks as u64) as u32;
-        let grid = Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0, cluster: 1, overlaps: false };
+        let grid =
+            Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0, cluster: 1, overlaps: false };
         RowPass { form: Form::Strided, team: depth, kept: 0, grid }
     }
 
@@ -364,7 +371,8 @@ impl Planner {
         let depth = power_of_two(shape.classes, 1, STRIDED_THREADS);
         let width = STRIDED_THREADS / depth;
         let blocks = shape.rows.div_ceil(width as u64).min(self.thresholds.blocks as u64) as u32;
-        let grid = Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0, cluster: 1, overlaps: false };
+        let grid =
+            Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0, cluster: 1, overlaps: false };
         RowPass { form: Form::Strided, team: depth, kept: 0, grid }
     }
 

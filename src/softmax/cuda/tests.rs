@@ -195,19 +195,47 @@ fn strided_logits_match_the_cpu() -> Result<()> {
     Ok(())
 }
 
+/// A name and thresholds for each way to take rows of adjacent classes that are not next to each other.
+fn regimes_of_apart_rows() -> Vec<(&'static str, Thresholds)> {
+    let block = Thresholds { warp_bytes: 0, lone_rows: 0, split_bytes: 1 << 20, ..Thresholds::default() };
+    vec![
+        ("registers or warps", Thresholds { lone_rows: 0, ..Thresholds::default() }),
+        ("a block a row", block),
+        ("nothing kept", Thresholds { shared_bytes: Some(0), ..block }),
+        ("cluster of 2", Thresholds { cluster_bytes: 200, ..block }),
+        ("cluster of 8", Thresholds { cluster_bytes: 50, ..block }),
+        ("split rows", Thresholds { split_bytes: 16, ..block }),
+    ]
+}
+
+/// Rows that begin at each place of a 16-byte word, each with its gradient at another place.
 #[test]
 fn unaligned_rows_match_the_cpu() -> Result<()> {
-    let split = Thresholds { warp_bytes: 0, lone_rows: 0, split_bytes: 16, ..Thresholds::default() };
-    for thresholds in [Thresholds::default(), Thresholds { split_bytes: 1 << 20, ..split }, split] {
+    for (regime, thresholds) in regimes_of_apart_rows() {
         THRESHOLDS.set(thresholds);
-        let classes = 45;
+        let classes = 85;
         for dtype in FLOATS {
-            for offset in 0..9 {
+            for offset in 0..=16 / dtype.size_in_bytes() {
                 let logits = random(&[3, classes + 9], 1, dtype)?;
-                for options in [plain(), uniform()] {
-                    compare("narrowed", &options, &logits, &indices(3, classes, 2)?, |x| x.narrow(1, offset, classes))?;
-                }
+                let options = if offset % 2 == 0 { plain() } else { uniform() };
+                compare(regime, &options, &logits, &indices(3, classes, 2)?, |x| x.narrow(1, offset, classes))?;
             }
+        }
+    }
+    Ok(())
+}
+
+/// The logits of a language model without each text's last one, for an odd vocabulary.
+#[test]
+fn shifted_texts_match_the_cpu() -> Result<()> {
+    for (regime, thresholds) in regimes_of_apart_rows() {
+        THRESHOLDS.set(thresholds);
+        let (texts, length, classes) = (9, 3, 85);
+        for dtype in [DType::BF16, DType::F32] {
+            let logits = random(&[texts, length, classes], 1, dtype)?;
+            let target = indices(texts * (length - 1), classes, 2)?.reshape((texts, length - 1))?;
+            let options = CrossEntropy { axis: 2, ..plain() };
+            compare(regime, &options, &logits, &target, |x| x.narrow(1, 0, length - 1))?;
         }
     }
     Ok(())
@@ -662,37 +690,98 @@ fn rows_that_are_not_kept_match_the_cpu() -> Result<()> {
         for options in [plain(), uniform()] {
             compare("not kept", &options, &logits, &indices(1, classes, 2)?, |x| Ok(x.clone()))?;
         }
+        compare_log_softmax("not kept", DType::BF16, &[1, classes], 1, 0)?;
     }
+    Ok(())
+}
+
+/// Compares log-softmax and its gradient on both devices, for logits and an upstream gradient that begin `offset` and
+/// `offset + 1` elements behind where a tensor would on the last axis.
+fn compare_log_softmax(what: &str, dtype: DType, dims: &[usize], axis: usize, offset: usize) -> Result<()> {
+    let wide = |by: usize| -> Vec<usize> {
+        let (last, others) = dims.split_last().unwrap();
+        others.iter().copied().chain([last + by]).collect()
+    };
+    let last = dims.len() - 1;
+    let on = |device: &Device| -> Result<(Tensor, Tensor)> {
+        let x = Var::from_tensor(&random(&wide(offset), 1, dtype)?.to_device(device)?)?;
+        let view = x.narrow(last, offset, dims[last])?;
+        let y = crate::softmax::op::log_softmax("log_softmax", true, &view, axis)?;
+        let upstream = random(&wide(offset + 1), 9, dtype)?.to_device(device)?;
+        let upstream = Var::from_tensor(&upstream)?;
+        let grads = (&y * upstream.narrow(last, offset + 1, dims[last])?)?.sum_all()?.backward()?;
+        Ok((y, grads.get(&x).unwrap().clone()))
+    };
+    let (got, expected) = (on(&Device::new_cuda(0)?)?, on(&Device::Cpu)?);
+    let what = format!("{what}: log_softmax {dtype:?} {dims:?} + {offset}");
+    assert_close(&what, &got.0, &expected.0, tolerance(dtype));
+    // computed from the rounded log-probabilities
+    assert_close(&format!("{what}, its gradient"), &got.1, &expected.1, 2.0 * tolerance(dtype));
     Ok(())
 }
 
 #[test]
 fn log_softmax_matches_the_cpu() -> Result<()> {
-    let gpu = Device::new_cuda(0)?;
     for (regime, thresholds) in regimes() {
         THRESHOLDS.set(thresholds);
         for dtype in FLOATS {
             for (dims, axis) in [(vec![4, 77], 1), (vec![3, 13, 6], 1), (vec![3, 4, 19], 2), (vec![33], 0)] {
-                let on = |device: &Device| -> Result<(Tensor, Tensor)> {
-                    let x = Var::from_tensor(&random(&dims, 1, dtype)?.to_device(device)?)?;
-                    let y = crate::softmax::op::log_softmax("log_softmax", true, x.as_tensor(), axis)?;
-                    let upstream = random(&dims, 9, dtype)?.to_device(device)?;
-                    let grads = (&y * upstream)?.sum_all()?.backward()?;
-                    Ok((y, grads.get(&x).unwrap().clone()))
+                compare_log_softmax(regime, dtype, &dims, axis, 0)?;
+            }
+        }
+    }
+    for (regime, thresholds) in regimes_of_apart_rows() {
+        THRESHOLDS.set(thresholds);
+        for dtype in FLOATS {
+            for offset in 1..=16 / dtype.size_in_bytes() {
+                compare_log_softmax(regime, dtype, &[3, 85], 1, offset)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// log-softmax's backward reads an upstream gradient wherever it lies: 1 to 8 elements behind a word of 16 bytes, and
+/// with classes apart.
+#[test]
+fn log_softmax_backward_reads_any_upstream_gradient() -> Result<()> {
+    use crate::rows::layout::rows_of;
+    use crate::softmax::problem::SoftmaxKernels;
+    use candle_core::backend::BackendStorage;
+    fn backward<S: SoftmaxKernels>(x: &Tensor, g: &Tensor) -> Result<Vec<f32>> {
+        let rows = |t: &Tensor| rows_of("log_softmax", t.layout(), 1);
+        let (x_rows, g_rows) = (rows(x)?, rows(g)?);
+        let (x_storage, g_storage) = (x.storage_and_layout().0, g.storage_and_layout().0);
+        let (x_storage, g_storage) = (S::of(&x_storage).unwrap(), S::of(&g_storage).unwrap());
+        let statistics = S::log_softmax("log_softmax", x_storage, &x_rows, true)?.1.unwrap();
+        let statistics = statistics.into_tensor((2, x_rows.count()));
+        let grad = S::log_softmax_backward("log_softmax", (x_storage, &x_rows), &statistics, (g_storage, &g_rows))?;
+        assert_eq!(grad.dtype(), x.dtype());
+        grad.into_tensor(x.shape()).flatten_all()?.to_dtype(DType::F32)?.to_vec1()
+    }
+    let gpu = Device::new_cuda(0)?;
+    for (regime, thresholds) in regimes_of_apart_rows() {
+        THRESHOLDS.set(thresholds);
+        for dtype in FLOATS {
+            let x = random(&[3, 85], 1, dtype)?;
+            let wide = random(&[3, 96], 9, dtype)?;
+            let mut upstreams: Vec<_> =
+                (0..=16 / dtype.size_in_bytes()).map(|o| wide.narrow(1, o, 85)).collect::<Result<_>>()?;
+            upstreams.push(random(&[85, 3], 9, dtype)?.t()?);
+            for (i, g) in upstreams.iter().enumerate() {
+                // a view of the same storage on the device
+                let on_gpu = match i {
+                    _ if i + 1 == upstreams.len() => random(&[85, 3], 9, dtype)?.to_device(&gpu)?.t()?,
+                    _ => wide.to_device(&gpu)?.narrow(1, i, 85)?,
                 };
-                let (got, expected) = (on(&gpu)?, on(&Device::Cpu)?);
+                let expected = backward::<candle_core::CpuStorage>(&x, g)?;
+                let got = backward::<candle_core::CudaStorage>(&x.to_device(&gpu)?, &on_gpu)?;
+                let tensor = |values: Vec<f32>| Tensor::new(values, &Device::Cpu);
                 assert_close(
-                    &format!("{regime}: log_softmax {dtype:?} {dims:?}"),
-                    &got.0,
-                    &expected.0,
-                    tolerance(dtype),
-                );
-                // computed from the rounded log-probabilities
-                assert_close(
-                    &format!("{regime}: its gradient {dtype:?} {dims:?}"),
-                    &got.1,
-                    &expected.1,
-                    2.0 * tolerance(dtype),
+                    &format!("{regime}: {dtype:?}, upstream gradient {i}"),
+                    &tensor(got)?,
+                    &tensor(expected)?,
+                    2.0 * tolerance(dtype).max(tolerance(DType::F32)),
                 );
             }
         }
@@ -705,16 +794,25 @@ fn target_gradient_matches_the_cpu() -> Result<()> {
     let gpu = Device::new_cuda(0)?;
     for (regime, thresholds) in regimes() {
         THRESHOLDS.set(thresholds);
-        for dims in [vec![3, 29], vec![2, 29, 4]] {
+        for (dtype, dims, offset) in [
+            (DType::BF16, vec![3, 29], 0),
+            (DType::BF16, vec![2, 29, 4], 0),
+            (DType::BF16, vec![3, 29], 5),
+            (DType::F32, vec![3, 29], 1),
+            (DType::F64, vec![3, 29], 1),
+        ] {
             for options in [plain(), everything(29)?] {
                 let on = |device: &Device| -> Result<Tensor> {
-                    let options = with_weight_on(&options, device, DType::F32)?;
-                    let x = random(&dims, 1, DType::BF16)?.to_device(device)?;
+                    let options = with_weight_on(&options, device, dtype)?;
+                    let mut wide = dims.clone();
+                    wide[1] += offset;
+                    let x = random(&wide, 1, dtype)?.to_device(device)?.narrow(1, offset, 29)?;
                     let target = Var::from_tensor(&random(&dims, 2, DType::F32)?.abs()?.to_device(device)?)?;
                     let grads = options.forward(&x, target.as_tensor())?.backward()?;
                     Ok(grads.get(&target).unwrap().clone())
                 };
-                assert_close(&format!("{regime}: {dims:?}"), &on(&gpu)?, &on(&Device::Cpu)?, tolerance(DType::F32));
+                let what = format!("{regime}: {dtype:?} {dims:?} + {offset}");
+                assert_close(&what, &on(&gpu)?, &on(&Device::Cpu)?, tolerance(DType::F32));
             }
         }
     }
