@@ -192,7 +192,8 @@ __device__ __forceinline__ void fused_registers(const Params &p, const T *x, T *
                                 }
                                 const auto s = RowScalars<float>::template gradient<D>(p, target, state.max, state.rest,
                                                                                        mass_of(p, state), upstream);
-                                emit_share<Rule>(p, w, s, share, x_t, to + row * p.classes, lane, p.team);
+                                T *gradient = to + row * (x ? p.classes : p.x.outer_stride);
+                                emit_share<Rule>(p, w, s, share, x_t, gradient, lane, p.team);
                             });
     if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }

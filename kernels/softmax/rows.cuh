@@ -444,6 +444,11 @@ template <class F> __device__ __forceinline__ void for_each_row(const Params &p,
     }
 }
 
+// Where a row of values begins: in the place of its logits, or behind the row before it.
+__device__ __forceinline__ int64_t written_start(const Params &p, bool in_place, int64_t row) {
+    return in_place ? p.x.start(row) : row * p.classes;
+}
+
 // A block's part of the windows of a row: all of them unless the grid has several blocks for a row. Only the first part
 // begins at 0, also where there is no window at all.
 struct Part {
@@ -609,15 +614,15 @@ __device__ __forceinline__ RowScalars<A> target_scalars(const Params &p, const G
 }
 
 // The values of a rule, whose scalars `scalars(row)` reads, for each class. Reads E, writes E, one launch. A team has a
-// row; with gridDim.y > 1 a part of it. The values may replace the logits (x null).
+// row; with gridDim.y > 1 a part of it. The values replace the logits, or are written elsewhere.
 template <class Rule, class T, class To, class F>
 __device__ __forceinline__ void emit_rows_by(const Params &p, const T *x, const Targets<Acc<T>> &targets, To *out,
-                                             F scalars) {
+                                             bool in_place, F scalars) {
     constexpr int U = EMIT_BATCH<Rule>;
     const Team team(p);
     for_each_row(p, team, [&](int64_t row, bool exists) {
         if (!exists) return;
-        To *to = out + row * p.classes;
+        To *to = out + written_start(p, in_place, row);
         const Windows<T> w(x + p.x.start(row), to, p.classes);
         const Part part(w.count);
         const Turns<U> turns(team.thread, team.threads, part.begin, part.end);
@@ -631,7 +636,7 @@ __device__ __forceinline__ void emit_rows_by(const Params &p, const T *x, const 
 template <class Rule, class T>
 __device__ __forceinline__ void emit_rows(const Params &p, const T *x, const Targets<Acc<T>> &targets,
                                           const GradientInputs<Acc<T>> &in, T *out) {
-    emit_rows_by<Rule>(p, x ? x : out, targets, out,
+    emit_rows_by<Rule>(p, x ? x : out, targets, out, !x,
                        [&](int64_t row) { return saved_scalars<Rule>(p, read_target(p, targets, row), in, row); });
 }
 
@@ -640,7 +645,7 @@ template <class T>
 __device__ __forceinline__ void target_gradient_rows(const Params &p, const T *x, const Acc<T> *weight,
                                                      const GradientInputs<Acc<T>> &in, Acc<T> *out) {
     const Targets<Acc<T>> targets = {nullptr, weight};
-    emit_rows_by<TargetGradient>(p, x, targets, out, [&](int64_t row) { return target_scalars(p, in, row); });
+    emit_rows_by<TargetGradient>(p, x, targets, out, false, [&](int64_t row) { return target_scalars(p, in, row); });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -738,8 +743,8 @@ __device__ __forceinline__ double sum_row(const Team &team, double sum, double *
 // memory, merge their states, and write the gradient from the kept windows. The other windows are read a second time,
 // the most recent first, which the second-level cache serves.
 //
-// The gradient may replace the logits (x null): a window is read, and written, by one thread alone, and the own logits
-// are read before the barriers (or the shuffles) of the merge.
+// The gradient may replace the logits (x null), wherever the rows are: a window is read, and written, by one thread
+// alone, and the own logits are read before the barriers (or the shuffles) of the merge.
 template <class Rule, class T>
 __device__ __forceinline__ void fused_rows(const Params &p, const T *x, T *to, const Targets<Acc<T>> &targets,
                                            const double *counts, const Outputs<Acc<T>> &out) {
@@ -760,7 +765,7 @@ __device__ __forceinline__ void fused_rows(const Params &p, const T *x, T *to, c
         A x_t = A(0);
         int owner = 0;
         const T *logits = x + p.x.start(row);
-        T *gradient = to + row * p.classes;
+        T *gradient = to + written_start(p, x == to, row);
         const Windows<T> w(logits, gradient, p.classes);
         const Operands<A> o = operands_of(p, targets, row);
         if (exists) {
