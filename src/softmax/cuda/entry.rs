@@ -14,10 +14,21 @@ use crate::softmax::problem::{CrossEntropy, STATISTICS, Saved, SoftmaxKernels};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaStorage;
 use candle_core::{Layout, Result, Tensor, bail};
+use std::ops::Range;
 
 /// A layout that begins where the rows do.
 fn from(rows: &Rows) -> Layout {
     Layout::contiguous_with_offset((), rows.offset)
+}
+
+/// The memory of logits that a gradient may replace: contiguous ones, or rows of adjacent classes with gaps between
+/// them, which are left as they are.
+fn replaceable(layout: &Layout, rows: &Rows) -> Option<Range<usize>> {
+    if let Some((start, end)) = layout.contiguous_offsets() {
+        return Some(start..end);
+    }
+    let apart = rows.inner == 1 && rows.class_stride == 1 && rows.outer_stride >= rows.classes;
+    (apart && rows.outer > 0).then(|| rows.offset..rows.start(rows.outer - 1) + rows.classes)
 }
 
 impl SoftmaxKernels for CudaStorage {
@@ -99,7 +110,7 @@ impl SoftmaxKernels for CudaStorage {
         if layout.shape().elem_count() == 0 {
             return Ok(call.wrap(call.reduced_nothing()?.loss));
         }
-        let Some((start, end)) = layout.contiguous_offsets() else {
+        let Some(Range { start, end }) = replaceable(layout, &call.rows) else {
             return Err(check::not_contiguous(problem.name, layout));
         };
         let size = dtype.size_in_bytes();

@@ -835,3 +835,38 @@ fn results_are_reproducible() -> Result<()> {
     }
     Ok(())
 }
+
+/// Rows with gaps between them, in every regime that takes them: the gradient is where the logits were, and the gaps
+/// keep what they hold.
+#[test]
+fn rows_with_gaps_are_replaced_where_they_are() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    let (rows, classes, stride) = (5, 333, 352);
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        for dtype in FLOATS {
+            for options in [plain(), uniform(), everything(classes)?] {
+                let what = format!("{regime}, {dtype:?}");
+                let options = with_weight_on(&options, &gpu, dtype)?;
+                let memory = random(&[rows, stride], 1, dtype)?.to_device(&gpu)?;
+                let before = memory.copy()?;
+                let (logits, target) = (memory.narrow(1, 8, classes)?, indices(rows, classes, 2)?.to_device(&gpu)?);
+                let (loss, grad) = options.clone().loss_and_grad(&logits.force_contiguous()?, &target)?;
+                let in_place = options.loss_and_grad_inplace(&logits, &target)?;
+                // the rows begin elsewhere in their windows than those of the copy, so that sums differ in their order
+                let arithmetic = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+                assert_close(&format!("{what}: loss"), &in_place, &loss, tolerance(arithmetic));
+                assert_close(&format!("{what}: gradient"), &logits, &grad, tolerance(dtype));
+                for (start, len) in [(0, 8), (8 + classes, stride - classes - 8)] {
+                    assert_close(
+                        &format!("{what}: gap"),
+                        &memory.narrow(1, start, len)?,
+                        &before.narrow(1, start, len)?,
+                        0.0,
+                    );
+                }
+            }
+        }
+    }
+    Ok(())
+}
