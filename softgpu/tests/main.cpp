@@ -905,6 +905,53 @@ static void products_are_recorded_and_checked() {
     GIVES(CUDA_ERROR_ILLEGAL_ADDRESS, cuStreamSynchronize(s));
 }
 
+// In that mode a stream reads a product's scalars when it gets there, also in each replay of a graph.
+static void products_read_scalars_from_the_device() {
+    if (!soft) return;
+    void *lib = dlopen("libcublas.so.13", RTLD_NOW), *h;
+    EXPECT(lib);
+    typedef int Gemm(void*, int, int, int, int, int, const double*, const double*, int, long long, const double*, int,
+                     long long, const double*, double*, int, long long, int);
+    auto gemm = (Gemm*)dlsym(lib, "cublasDgemmStridedBatched");
+    auto set_mode = (int (*)(void*, int))dlsym(lib, "cublasSetPointerMode_v2");
+    auto get_mode = (int (*)(void*, int*))dlsym(lib, "cublasGetPointerMode_v2");
+    EXPECT(((int (*)(void**))dlsym(lib, "cublasCreate_v2"))(&h) == 0);
+    CUstream s = stream_with();
+    EXPECT(((int (*)(void*, void*))dlsym(lib, "cublasSetStream_v2"))(h, s) == 0);
+    int mode = -1;
+    EXPECT(get_mode(h, &mode) == 0 && mode == 0 /* HOST */);
+    EXPECT(set_mode(h, 2) == 7 /* INVALID_VALUE */);
+    EXPECT(set_mode(h, 1 /* DEVICE */) == 0);
+    EXPECT(get_mode(h, &mode) == 0 && mode == 1);
+    // C of one element, which nobody has written where beta is 0: 2 factors and 2 numbers
+    CUdeviceptr scalars = memory(16), a = memory(8), b = memory(8), c = memory(8);
+    double numbers[] = {3, 0}, x = 5, y = 7, got;
+    WORKS(cuMemcpyHtoD(a, &x, 8));
+    WORKS(cuMemcpyHtoD(b, &y, 8));
+    auto product = [&] {
+        return gemm(h, 0, 0, 1, 1, 1, (const double*)scalars, (const double*)a, 1, 0, (const double*)b, 1, 0,
+                    (const double*)(scalars + 8), (double*)c, 1, 0, 1);
+    };
+    begin(s);
+    EXPECT(product() == 0);
+    CUgraphExec e = instantiate(end(s));
+    for (double factor : {3.0, -2.0}) {
+        numbers[0] = factor;
+        WORKS(cuMemcpyHtoD(scalars, numbers, 16));
+        WORKS(cuGraphLaunch(e, s));
+        WORKS(cuMemcpyDtoHAsync(&got, c, 8, s));
+        EXPECT(got == factor * 35);
+    }
+    numbers[1] = 10;  // beta
+    WORKS(cuMemcpyHtoD(scalars, numbers, 16));
+    EXPECT(product() == 0);
+    WORKS(cuMemcpyDtoHAsync(&got, c, 8, s));
+    EXPECT(got == -2 * 35 - 70 * 10);
+    scalars = memory(16);
+    EXPECT(product() == 0);  // by a factor that nobody has written
+    GIVES(CUDA_ERROR_ILLEGAL_ADDRESS, cuStreamSynchronize(s));
+}
+
 // ---- instructions
 template <class T>
 static std::vector<T> computed(const char* kernel, const std::vector<T>& x, const std::vector<T>& y, int each) {
@@ -1146,6 +1193,7 @@ static const Test TESTS[] = {
     TEST(clusters_find_room, "at most 16 are possible", "compiled for", "SOFTGPU_CLUSTER", "launch attribute 2"),
     TEST(machine_code_is_refused),
     TEST(products_are_recorded_and_checked, "gemm, A: an operand is not inside", "leading dimensions"),
+    TEST(products_read_scalars_from_the_device, "gemm, alpha"),
     TEST(numbers_outlive_their_generator),
     TEST(pow_is_right),
     TEST(rounding_modes_are_right),
