@@ -13,6 +13,8 @@ pub(crate) mod indices;
 #[cfg(feature = "cuda")]
 pub(crate) mod launch;
 #[cfg(feature = "cuda")]
+pub(crate) mod scale;
+#[cfg(feature = "cuda")]
 pub(crate) mod work;
 
 /// The compiled `kernels/modules/*.cu`: `softmax_plain_f32.cu` is `kernels::SOFTMAX_PLAIN_F32`.

@@ -1,6 +1,7 @@
 //! The inputs of linear cross-entropy as matrices, and the rows of them that count.
 
 use super::problem::Linear;
+use super::scale::masked;
 use crate::check::arithmetic;
 use crate::nll::problem::Nll;
 use crate::reduction::Reduction;
@@ -13,6 +14,11 @@ const TILE: usize = 2 << 20;
 /// Classes below which a product is mostly traffic.
 const LEAST_CLASSES: usize = 64;
 
+/// Rows of a multiple of so many logits are aligned for cuBLAS, whatever their dtype.
+const ALIGNED: usize = 8;
+/// The most logits of a row that gets no gap behind it.
+const SHORT_ROW: usize = 64;
+
 /// What the work depends on the device for.
 pub(super) struct Policy {
     /// The dtype of the logits and of their gradient. On the CPU it is that of the sums, because 16-bit products run in
@@ -21,15 +27,32 @@ pub(super) struct Policy {
     /// Bytes of logits at a time where nothing else is asked for. On the CPU they stay near the last-level cache, and
     /// are rows enough for the products; on CUDA the products need more rows than that.
     pub chunk_bytes: usize,
+    /// Of how many logits the rows are a multiple, gaps included. On CUDA all rows begin on a cache line: cuBLAS has its
+    /// fast kernels for matrices whose rows begin on 16 bytes.
+    pub row_unit: usize,
+    /// Whether the gradient of the logits of a single chunk waits for the backward. On CUDA its products then write the
+    /// gradients, from a weight that needs no tiles. On the CPU the chunk is in the cache in the forward.
+    pub keeps_chunk: bool,
     /// Whether the host knows which rows count. On CUDA it would have to wait for the device.
     pub host_knows: bool,
 }
 
 impl Policy {
-    fn new(device: &Device, dtype: DType) -> Self {
-        match device.is_cpu() {
-            true => Policy { working: arithmetic(dtype), chunk_bytes: 32 << 20, host_knows: true },
-            false => Policy { working: dtype, chunk_bytes: 512 << 20, host_knows: false },
+    pub fn on_cpu(dtype: DType) -> Self {
+        let working = arithmetic(dtype);
+        Policy { working, chunk_bytes: 32 << 20, row_unit: 1, keeps_chunk: false, host_knows: true }
+    }
+
+    pub fn on_gpu(dtype: DType) -> Self {
+        Policy { working: dtype, chunk_bytes: 512 << 20, row_unit: 64, keeps_chunk: true, host_knows: false }
+    }
+
+    /// How far apart the rows of logits are.
+    pub fn logits_stride(&self, classes: usize) -> usize {
+        // short rows stay next to each other, so that the kernels take them in tiles
+        match classes <= SHORT_ROW || classes.is_multiple_of(ALIGNED) {
+            true => classes,
+            false => classes.next_multiple_of(self.row_unit),
         }
     }
 }
@@ -51,7 +74,8 @@ impl Inputs {
     pub fn new(hidden: &Tensor, weight: &Tensor, bias: Option<&Tensor>, target: &Tensor) -> Result<Self> {
         let (classes, features) = weight.dims2()?;
         let target = contiguous_indices(&target.detach())?.flatten_all()?;
-        let policy = Policy::new(hidden.device(), hidden.dtype());
+        let policy = if hidden.device().is_cpu() { Policy::on_cpu } else { Policy::on_gpu };
+        let policy = policy(hidden.dtype());
         Ok(Inputs {
             hidden: hidden.detach().reshape((target.elem_count(), features))?,
             weight: as_operand(weight.detach())?,
@@ -124,10 +148,7 @@ impl Selection {
         match self {
             Selection::Rows(rows) => of.index_select(&rows.narrow(0, start, len)?, 0),
             Selection::All => of.narrow(0, start, len),
-            Selection::Mask(mask) if of.rank() == 2 => {
-                let of = of.narrow(0, start, len)?;
-                mask.narrow(0, start, len)?.broadcast_as(of.shape())?.where_cond(&of, &of.zeros_like()?)
-            }
+            Selection::Mask(mask) if of.rank() == 2 => masked(&of.narrow(0, start, len)?, &mask.narrow(0, start, len)?),
             Selection::Mask(_) => of.narrow(0, start, len),
         }
     }

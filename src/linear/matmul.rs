@@ -5,20 +5,55 @@
 //! the `gemm` crate and on CUDA cuBLAS, both as in candle itself.
 
 use super::place::{MatrixPlace, NAME};
+use crate::custom_op::{Arg, Locked};
 use candle_core::{CpuStorage, InplaceOp3, Layout, Result, Tensor, WithDType, bail};
 
-/// `to <- lhs rhs`, or `to <- to + lhs rhs`, for matrices of any strides on the CPU; on CUDA, one stride of each is 1.
+/// How a product changes what is there.
+#[derive(Clone, Copy)]
+pub(crate) enum Update<'a> {
+    Replace,
+    /// By the product times a scalar of the arithmetic dtype.
+    ReplaceTimes(&'a Tensor),
+    Add,
+}
+
+/// `to <- lhs rhs`, `to <- factor lhs rhs`, or `to <- to + lhs rhs`, for matrices of any strides on the CPU; on CUDA,
+/// one stride of each is 1. What is replaced is not read.
 ///
 /// The dtypes are the same, or on CUDA 16-bit operands and an f32 result.
-pub(crate) fn product(to: &Tensor, lhs: &Tensor, rhs: &Tensor, accumulate: bool) -> Result<()> {
+pub(crate) fn product(to: &Tensor, lhs: &Tensor, rhs: &Tensor, update: Update) -> Result<()> {
     if to.elem_count() == 0 {
         return Ok(());
     }
-    to.inplace_op3(lhs, rhs, &Product { accumulate })
+    let factor = match update {
+        Update::ReplaceTimes(factor) => Some(Locked::new(factor)),
+        Update::Replace | Update::Add => None,
+    };
+    to.inplace_op3(lhs, rhs, &Product { accumulate: matches!(update, Update::Add), factor })
 }
 
-struct Product {
+struct Product<'a> {
     accumulate: bool,
+    factor: Option<Locked<'a>>,
+}
+
+impl Product<'_> {
+    fn run_on_cpu<T: WithDType>(&self, to: &mut [T], lhs: &[T], rhs: &[T], places: [MatrixPlace; 3]) -> Result<()> {
+        let factor = match &self.factor {
+            Some(factor) => number(factor.arg(NAME)?)?,
+            None => T::one(),
+        };
+        on_cpu(to, lhs, rhs, places, self.accumulate, factor);
+        Ok(())
+    }
+}
+
+/// The number of a scalar tensor.
+fn number<T: WithDType>((storage, layout): Arg<CpuStorage>) -> Result<T> {
+    match storage.as_slice::<T>()?.get(layout.start_offset()) {
+        Some(&number) if layout.shape().elem_count() == 1 => Ok(number),
+        _ => bail!("{NAME}: factor of shape {:?}, expected a scalar", layout.dims()),
+    }
 }
 
 /// The three matrices of a product that fit together.
@@ -33,7 +68,7 @@ fn places(to: &Layout, lhs: &Layout, rhs: &Layout) -> Result<[MatrixPlace; 3]> {
     Ok([t, l, r])
 }
 
-impl InplaceOp3 for Product {
+impl InplaceOp3 for Product<'_> {
     fn name(&self) -> &'static str {
         NAME
     }
@@ -49,15 +84,10 @@ impl InplaceOp3 for Product {
     ) -> Result<()> {
         let places = places(to_layout, lhs_layout, rhs_layout)?;
         match (to, lhs, rhs) {
-            (CpuStorage::F32(to), CpuStorage::F32(lhs), CpuStorage::F32(rhs)) => {
-                on_cpu(to, lhs, rhs, places, self.accumulate)
-            }
-            (CpuStorage::F64(to), CpuStorage::F64(lhs), CpuStorage::F64(rhs)) => {
-                on_cpu(to, lhs, rhs, places, self.accumulate)
-            }
+            (CpuStorage::F32(to), CpuStorage::F32(lhs), CpuStorage::F32(rhs)) => self.run_on_cpu(to, lhs, rhs, places),
+            (CpuStorage::F64(to), CpuStorage::F64(lhs), CpuStorage::F64(rhs)) => self.run_on_cpu(to, lhs, rhs, places),
             _ => bail!("{NAME}: dtypes that don't go together, expected f32 or f64 for all three"),
         }
-        Ok(())
     }
 
     #[cfg(feature = "cuda")]
@@ -70,25 +100,27 @@ impl InplaceOp3 for Product {
         rhs: &candle_core::CudaStorage,
         rhs_layout: &Layout,
     ) -> Result<()> {
-        use super::cublas;
+        use super::cublas::{self, Scalars};
         use candle_core::DType::{BF16, F16, F32, F64};
         use candle_core::backend::BackendStorage;
         use half::{bf16, f16};
 
         let places = places(to_layout, lhs_layout, rhs_layout)?;
+        let factor = self.factor.as_ref().map(|factor| factor.arg(NAME)).transpose()?;
+        let scalars = Scalars { accumulate: self.accumulate, factor };
         match (to.dtype(), lhs.dtype(), rhs.dtype()) {
-            (F16, F16, F16) => cublas::product::<f16, f16>(to, lhs, rhs, places, self.accumulate),
-            (F32, F16, F16) => cublas::product::<f32, f16>(to, lhs, rhs, places, self.accumulate),
-            (BF16, BF16, BF16) => cublas::product::<bf16, bf16>(to, lhs, rhs, places, self.accumulate),
-            (F32, BF16, BF16) => cublas::product::<f32, bf16>(to, lhs, rhs, places, self.accumulate),
-            (F32, F32, F32) => cublas::product::<f32, f32>(to, lhs, rhs, places, self.accumulate),
-            (F64, F64, F64) => cublas::product::<f64, f64>(to, lhs, rhs, places, self.accumulate),
+            (F16, F16, F16) => cublas::product::<f16, f16>(to, lhs, rhs, places, scalars),
+            (F32, F16, F16) => cublas::product::<f32, f16>(to, lhs, rhs, places, scalars),
+            (BF16, BF16, BF16) => cublas::product::<bf16, bf16>(to, lhs, rhs, places, scalars),
+            (F32, BF16, BF16) => cublas::product::<f32, bf16>(to, lhs, rhs, places, scalars),
+            (F32, F32, F32) => cublas::product::<f32, f32>(to, lhs, rhs, places, scalars),
+            (F64, F64, F64) => cublas::product::<f64, f64>(to, lhs, rhs, places, scalars),
             (t, l, r) => bail!("{NAME}: {l:?} times {r:?} into {t:?}"),
         }
     }
 }
 
-fn on_cpu<T: WithDType + From<i8>>(to: &mut [T], lhs: &[T], rhs: &[T], [t, l, r]: [MatrixPlace; 3], accumulate: bool) {
+fn on_cpu<T: WithDType>(to: &mut [T], lhs: &[T], rhs: &[T], [t, l, r]: [MatrixPlace; 3], accumulate: bool, factor: T) {
     let (to, lhs, rhs) = (&mut to[t.range()], &lhs[l.range()], &rhs[r.range()]);
     let parallelism = match candle_core::utils::get_num_threads() {
         1 => gemm::Parallelism::None,
@@ -112,8 +144,8 @@ fn on_cpu<T: WithDType + From<i8>>(to: &mut [T], lhs: &[T], rhs: &[T], [t, l, r]
             r.column_stride as isize,
             r.row_stride as isize,
             // factors of what is there, and of the product
-            T::from(accumulate as i8),
-            T::from(1),
+            if accumulate { T::one() } else { T::zero() },
+            factor,
             false,
             false,
             false,

@@ -9,3 +9,7 @@ mod matmul;
 pub(crate) mod op;
 mod place;
 pub(crate) mod problem;
+mod scale;
+
+#[cfg(all(test, feature = "cuda"))]
+mod tests;

@@ -7,9 +7,10 @@
 //! [`Reduction::None`] the upstream gradient is different in each row, and the backward computes the logits once more
 //! (8NDV).
 //!
-//! Sums are kept in the arithmetic dtype and rounded once.
+//! Sums are kept in the arithmetic dtype and rounded once. Where all rows are one chunk, a product is its own sum: on
+//! CUDA the backward makes these products, of any reduction, from the logits' gradient that the forward left.
 
-use super::chunks::{ChunkResults, Sums, Wanted};
+use super::chunks::{ChunkResults, Gradients, Unscaled, Wanted};
 use super::composed;
 use super::inputs::{Counted, Inputs, scalar};
 use super::problem::{Linear, LinearGradients};
@@ -20,16 +21,6 @@ use crate::reduction::Reduction;
 use crate::softmax::problem::RowStatistics;
 use candle_core::{CustomOp3, DType, Error, Result, Shape, Tensor};
 use std::sync::{Mutex, PoisonError};
-
-/// Bytes of a sum that are rounded to 16 bits at a time.
-const PIECE: usize = 32 << 20;
-
-/// The gradients that were asked for.
-struct Gradients {
-    hidden: Option<Tensor>,
-    weight: Option<Tensor>,
-    bias: Option<Tensor>,
-}
 
 /// The upstream gradient.
 enum Upstream<'a> {
@@ -48,33 +39,6 @@ fn normalised(upstream: Tensor, dtype: DType) -> Result<(Tensor, Tensor)> {
     let peak = upstream.abs()?.max(0)?;
     let factor = peak.ne(0f64)?.where_cond(&peak, &one)?;
     Ok((upstream.broadcast_div(&factor)?, factor))
-}
-
-/// Rounds `sum * factor` to a dtype; the factor is a scalar tensor.
-fn rounded(sum: &Tensor, factor: &Tensor, dtype: DType) -> Result<Tensor> {
-    if sum.dtype() == dtype || sum.elem_count() == 0 {
-        return scaled(sum, factor)?.to_dtype(dtype);
-    }
-    // in pieces, so that the sum is not there twice
-    let result = Tensor::zeros(sum.shape(), dtype, sum.device())?;
-    let rows = sum.dim(0)?;
-    let step = (PIECE / (sum.elem_count() / rows * sum.dtype().size_in_bytes())).max(1);
-    for start in (0..rows).step_by(step) {
-        let piece = scaled(&sum.narrow(0, start, step.min(rows - start))?, factor)?.to_dtype(dtype)?;
-        result.slice_set(&piece, 0, start)?;
-    }
-    Ok(result)
-}
-
-fn scaled(sum: &Tensor, factor: &Tensor) -> Result<Tensor> {
-    if !sum.device().is_cpu() {
-        return sum.broadcast_mul(&factor.to_dtype(sum.dtype())?);
-    }
-    // nothing to wait for, and candle's broadcasts are slow
-    match factor.to_dtype(DType::F64)?.to_scalar::<f64>()? {
-        1.0 => Ok(sum.clone()),
-        factor => sum * factor,
-    }
 }
 
 /// The tensors that autograd may track.
@@ -137,9 +101,10 @@ impl Linear {
         };
         let counted = Counted::new(&self, &inputs)?;
         let in_forward = match self.problem.options.rows.reduction {
-            Reduction::None => Wanted { statistics, ..Wanted::NOTHING },
-            Reduction::Mean | Reduction::Sum => Wanted { statistics, ..wanted },
+            Reduction::None if !self.keeps_chunk(&inputs, counted.rows, wanted) => Wanted::NOTHING,
+            _ => wanted,
         };
+        let in_forward = Wanted { statistics, ..in_forward };
         let results = self.run(&inputs, &counted, in_forward, None)?;
         let rows = || row_statistics(&results.statistics, (&inputs, &counted), target.shape());
         let statistics = statistics.then(rows).transpose()?;
@@ -155,7 +120,7 @@ impl Linear {
             wanted,
             has_bias: bias.is_some(),
             loss,
-            saved: Mutex::new(in_forward.gradients().then_some(results.sums)),
+            saved: Mutex::new(in_forward.gradients().then_some(results.gradients)),
         };
         let loss = match bias {
             Some(bias) => hidden.apply_op3(weight, bias, attached)?,
@@ -179,10 +144,11 @@ impl Linear {
         let inputs = Inputs::new(hidden, weight, bias, target)?;
         let wanted = Wanted { hidden: true, weight: true, bias: bias.is_some(), statistics: false };
         let counted = Counted::new(&self, &inputs)?;
-        let ChunkResults { losses, sums, .. } = self.run(&inputs, &counted, wanted, None)?;
+        let ChunkResults { losses, gradients, .. } = self.run(&inputs, &counted, wanted, None)?;
         let loss = self.reduced(&inputs, &counted, losses)?.reshape(self.loss_shape(target))?;
         let upstream = scalar(self.problem.options.rows.grad_scale, inputs.device())?;
-        let gradients = self.gradients(&inputs, &counted, sums, Upstream::Scalar(&upstream), hidden.shape())?;
+        let of = (&inputs, &counted, wanted);
+        let gradients = self.gradients(of, gradients, Upstream::Scalar(&upstream), hidden.shape())?;
         let missing = || Error::msg("a gradient that was asked for is missing");
         let hidden = gradients.hidden.ok_or_else(missing)?;
         let weight = gradients.weight.ok_or_else(missing)?;
@@ -210,16 +176,14 @@ impl Linear {
         }
     }
 
-    /// The gradients from the sums.
+    /// The gradients from what the chunks left.
     fn gradients(
         &self,
-        inputs: &Inputs,
-        counted: &Counted,
-        sums: Sums,
+        (inputs, counted, wanted): (&Inputs, &Counted, Wanted),
+        unscaled: Unscaled,
         upstream: Upstream,
         hidden_shape: &Shape,
     ) -> Result<Gradients> {
-        let dtype = inputs.hidden.dtype();
         let factor = match upstream {
             Upstream::Scalar(upstream) => {
                 let factor = (upstream.to_dtype(DType::F64)? / &counted.denominator)?;
@@ -228,23 +192,22 @@ impl Linear {
             }
             Upstream::Rows(_, factor) => factor.clone(),
         };
-        let hidden = match (sums.hidden, upstream) {
-            (None, _) => None,
-            (Some(sum), Upstream::Rows(..)) if counted.rows == 0 => Some(sum),
-            (Some(sum), Upstream::Rows(upstream, _)) => {
-                let upstream = counted.selection.rows(upstream, 0, counted.rows)?;
-                Some((&sum * upstream.unsqueeze(1)?.broadcast_as(sum.shape())?)?)
+        let factor = factor.to_dtype(inputs.arithmetic())?;
+        let rows = match upstream {
+            Upstream::Rows(upstream, _) if counted.rows > 0 => {
+                Some(counted.selection.rows(upstream, 0, counted.rows)?)
             }
-            (Some(sum), Upstream::Scalar(_)) => Some(sum),
+            Upstream::Rows(..) | Upstream::Scalar(_) => None,
         };
-        let hidden = hidden.map(|sum| -> Result<Tensor> {
-            let gradient = rounded(&sum, &factor, dtype)?;
-            counted.selection.spread(gradient, inputs.rows())?.reshape(hidden_shape)
-        });
+        let Gradients { hidden, weight, bias } = match unscaled {
+            Unscaled::Sums(sums) => sums.scaled(&factor, rows.as_ref(), inputs.hidden.dtype())?,
+            Unscaled::Chunk(chunk) => chunk.gradients(inputs, wanted, &factor, rows.as_ref())?,
+        };
+        let all_rows = |hidden| counted.selection.spread(hidden, inputs.rows())?.reshape(hidden_shape);
         Ok(Gradients {
-            hidden: hidden.transpose()?,
-            weight: sums.weight.map(|sum| rounded(&sum, &factor, dtype)).transpose()?,
-            bias: sums.bias.map(|sum| rounded(&sum.squeeze(0)?, &factor, dtype)).transpose()?,
+            hidden: hidden.map(all_rows).transpose()?,
+            weight,
+            bias: bias.map(|bias| bias.squeeze(0)).transpose()?,
         })
     }
 }
@@ -258,9 +221,9 @@ struct Attached {
     wanted: Wanted,
     has_bias: bool,
     loss: Tensor,
-    /// The sums from the forward, for the first backward. A second one computes them again: keeping them would cost as
-    /// much memory as the weight's gradient itself.
-    saved: Mutex<Option<Sums>>,
+    /// What the chunks left in the forward, for the first backward. A second one computes it again: keeping it would
+    /// cost as much memory as the weight's gradient itself.
+    saved: Mutex<Option<Unscaled>>,
 }
 
 impl Attached {
@@ -285,18 +248,20 @@ impl CustomOp3 for Attached {
         check_first_order(self.name)?;
         let inputs = Inputs::new(hidden, weight, self.has_bias.then_some(bias), &self.target)?;
         let linear = &self.linear;
-        let compute = |upstream| linear.run(&inputs, &self.counted, self.wanted, upstream).map(|results| results.sums);
+        let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let unscaled = |upstream| match saved {
+            Some(saved) => Ok(saved),
+            None => linear.run(&inputs, &self.counted, self.wanted, upstream).map(|results| results.gradients),
+        };
+        let of = (&inputs, &self.counted, self.wanted);
         let gradients = match linear.problem.options.rows.reduction {
             Reduction::Mean | Reduction::Sum => {
-                let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner).take();
-                let sums = saved.map_or_else(|| compute(None), Ok)?;
-                linear.gradients(&inputs, &self.counted, sums, Upstream::Scalar(upstream), hidden.shape())?
+                linear.gradients(of, unscaled(None)?, Upstream::Scalar(upstream), hidden.shape())?
             }
             Reduction::None => {
                 let upstream = upstream.flatten_all()?.contiguous()?;
                 let (upstream, factor) = normalised(upstream, hidden.dtype())?;
-                let sums = compute(Some(&upstream))?;
-                linear.gradients(&inputs, &self.counted, sums, Upstream::Rows(&upstream, &factor), hidden.shape())?
+                linear.gradients(of, unscaled(Some(&upstream))?, Upstream::Rows(&upstream, &factor), hidden.shape())?
             }
         };
         Ok((gradients.hidden, gradients.weight, gradients.bias))
