@@ -20,8 +20,9 @@ const NAME: &str = "linear_cross_entropy";
 ///
 /// Where an input is tracked by autograd, the forward computes the gradients too, from each chunk's logits while they
 /// exist, and the backward scales them. That is 6NDV operations altogether, as many as without chunks. With
-/// [`Reduction::None`] the backward computes the logits again (8NDV), as does a second backward on the same graph.
-/// Without tracked inputs nothing is kept.
+/// [`Reduction::None`] the backward computes the logits again (8NDV), as does a second backward on the same graph. On
+/// CUDA a single chunk becomes the gradient of its logits in the forward and those of the inputs in the backward, 6NDV
+/// with every reduction. Without tracked inputs nothing is kept.
 ///
 /// Definition: as [`CrossEntropyLoss`]; the chunks: Liger Kernel (Hsu et al. 2024).
 ///
@@ -43,8 +44,10 @@ const NAME: &str = "linear_cross_entropy";
 ///
 /// # Memory
 /// Beyond inputs and gradients: a chunk's logits (32 MB on the CPU, 512 MB on CUDA, or what
-/// [`with_chunk_rows`](Self::with_chunk_rows) asks for), and for 16-bit inputs the f32 sums that become the gradients.
-/// On top of that, candle's backward adds each gradient to a tensor of zeros;
+/// [`with_chunk_rows`](Self::with_chunk_rows) asks for), and for 16-bit inputs the f32 sums that become the gradients,
+/// 4VD bytes for the weight's. With 16-bit inputs on CUDA, all rows are one chunk, without sums, if their logits take
+/// no more than 512 MB and the sums would; else a chunk's logits may take as much as the weight's sum. Forwards without
+/// tracked inputs stay with 512 MB. On top of that, candle's backward adds each gradient to a tensor of zeros;
 /// [`loss_and_grad`](LinearCrossEntropyLoss::loss_and_grad) does not.
 ///
 /// # Errors
@@ -100,10 +103,10 @@ impl LinearCrossEntropyLoss {
         grad: ".hidden",
     }
 
-    /// Sets how many rows' logits exist at a time, at least 1; by default as many as take 32 MB on the CPU and 512 MB
-    /// on CUDA. The loss is the same up to rounding. Fewer rows save memory, but below about 128 rows on a CPU the
-    /// products become so thin that they cost time. Without effect with [`with_fused(false)`](Self::with_fused), which
-    /// makes all logits at once.
+    /// Sets how many rows' logits exist at a time, at least 1; by default as many as [Memory](Self#memory) says. The
+    /// loss is the same up to rounding. Fewer rows save memory, but below about 128 rows on a CPU the products become
+    /// so thin that they cost time. Without effect with [`with_fused(false)`](Self::with_fused), which makes all logits
+    /// at once.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
