@@ -83,7 +83,19 @@ mod cuda {
             }
             [ptx, code].iter().try_for_each(|file| compress(file).map_err(|e| format!("{}: {e}", file.display())))
         })?;
-        fs::write(out.join("kernels.rs"), embedded(&modules, &arch)).map_err(|e| e.to_string())
+        let names =
+            modules.iter().map(|name| kernels(&out.join(format!("{name}.ptx")))).collect::<io::Result<Vec<_>>>();
+        let names = names.map_err(|e| format!("the PTX of a module can't be read: {e}"))?;
+        fs::write(out.join("kernels.rs"), embedded(&modules, &names, &arch)).map_err(|e| e.to_string())
+    }
+
+    /// The names of a module's kernels, sorted.
+    fn kernels(ptx: &Path) -> io::Result<Vec<String>> {
+        let ptx = fs::read_to_string(ptx)?;
+        let entries = ptx.lines().filter_map(|line| line.strip_prefix(".visible .entry ")?.split('(').next());
+        let mut names: Vec<_> = entries.map(str::to_string).collect();
+        names.sort();
+        Ok(names)
     }
 
     /// The names of `kernels/modules/*.cu`, without the suffix.
@@ -113,23 +125,23 @@ mod cuda {
     }
 
     /// The source of the Rust module that holds all of them.
-    fn embedded(modules: &[String], arch: &GpuArch) -> String {
+    fn embedded(modules: &[String], kernels: &[Vec<String>], arch: &GpuArch) -> String {
         let mut source = format!(
             "/// The compute capability that the kernels were compiled for, times 10.\npub(crate) const ARCHITECTURE: u32 = {};\n",
             arch.base()
         );
-        for name in modules {
+        for (index, (name, kernels)) in modules.iter().zip(kernels).enumerate() {
             let constant = name.to_uppercase();
             // writing to a string doesn't fail
             let _ = writeln!(
                 source,
-                "pub(crate) static {constant}: Module = Module {{ name: \"{name}\", machine_code: \
+                "pub(crate) static {constant}: Module = Module {{ index: {index}, name: \"{name}\", kernels: &{kernels:?}, machine_code: \
                  include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{name}.cubin.z\")), ptx: \
                  include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{name}.ptx.z\")) }};"
             );
         }
         let all = modules.iter().map(|name| format!("&{}", name.to_uppercase())).collect::<Vec<_>>().join(", ");
-        let _ = writeln!(source, "#[cfg(test)]\npub(crate) static ALL: [&Module; {}] = [{all}];", modules.len());
+        let _ = writeln!(source, "pub(crate) static ALL: [&Module; {}] = [{all}];", modules.len());
         source
     }
 

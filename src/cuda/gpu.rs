@@ -9,11 +9,15 @@ use cudarc::driver::sys::{self, CUdevice_attribute as Limit, CUfunction_attribut
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// One compiled file of `kernels/modules/`, as `build.rs` embeds it, compressed.
 pub(crate) struct Module {
+    /// Its place among all modules.
+    pub index: usize,
     pub name: &'static str,
+    /// The names of its kernels, sorted.
+    pub kernels: &'static [&'static str],
     /// The machine code of the build's architecture. A GPU of another one refuses it.
     pub machine_code: &'static [u8],
     /// Text that the driver compiles for that architecture or, up to 89, a later one.
@@ -71,7 +75,8 @@ struct Loaded {
     module: sys::CUmodule,
     #[cfg(test)]
     image: Image,
-    kernels: HashMap<String, Kernel>,
+    /// In the order of [`Module::kernels`].
+    kernels: Box<[OnceLock<Kernel>]>,
 }
 
 // SAFETY: handles of the driver, which any thread may use
@@ -154,10 +159,15 @@ pub(crate) struct Gpu {
     pub shared_bytes: u32,
     /// Whether the GPU and this build's kernels have clusters, and launches that overlap.
     pub clusters: bool,
-    modules: RwLock<HashMap<&'static str, Loaded>>,
+    /// In the order of [`kernels::ALL`].
+    modules: [OnceLock<Loaded>; kernels::ALL.len()],
+    /// Held while a module is loaded, so that none is loaded twice.
+    loading: Mutex<()>,
     /// Whether a cluster of that size and dynamic shared memory finds room, by kernel.
     fits: Mutex<HashMap<(usize, u32, u32), bool>>,
     tickets: Mutex<Tickets>,
+    /// The GPU that the process used next.
+    next: OnceLock<Box<Gpu>>,
 }
 
 /// A mutex that another thread poisoned still guards consistent data: nothing panics between two changes that belong
@@ -167,58 +177,79 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Gpu {
-    pub fn of(device: &CudaDevice) -> Result<Arc<Gpu>> {
-        /// By the driver's context, which all devices of one GPU share.
-        static GPUS: RwLock<Vec<Arc<Gpu>>> = RwLock::new(Vec::new());
+    /// Found by the driver's context, which all devices of one GPU share, without a lock or a call of the driver.
+    pub fn of(device: &CudaDevice) -> Result<&'static Gpu> {
+        static FIRST: OnceLock<Box<Gpu>> = OnceLock::new();
         let stream = device.cuda_stream();
         let context = stream.context();
-        context.bind_to_thread().w()?;
-        let find = |gpus: &[Arc<Gpu>]| gpus.iter().find(|gpu| gpu.context.cu_ctx() == context.cu_ctx()).cloned();
-        if let Some(gpu) = find(&GPUS.read().unwrap_or_else(PoisonError::into_inner)) {
-            return Ok(gpu);
+        let mut place = &FIRST;
+        loop {
+            match place.get() {
+                Some(gpu) if gpu.context.cu_ctx() == context.cu_ctx() => return Ok(gpu),
+                Some(gpu) => place = &gpu.next,
+                // of two threads that are here at once, the second finds the first one's GPU in this place
+                None => drop(place.set(Box::new(Gpu::new(context)?))),
+            }
         }
-        let mut gpus = GPUS.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(gpu) = find(&gpus) {
-            return Ok(gpu);
-        }
+    }
+
+    fn new(context: &Arc<CudaContext>) -> Result<Gpu> {
         let limit = |limit| context.attribute(limit).w();
-        let gpu = Arc::new(Gpu {
+        Ok(Gpu {
             context: context.clone(),
             processors: limit(Limit::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
             shared_bytes: limit(Limit::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32,
             clusters: kernels::ARCHITECTURE >= CLUSTERS && limit(Limit::CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH)? != 0,
-            modules: Default::default(),
+            modules: [const { OnceLock::new() }; kernels::ALL.len()],
+            loading: Default::default(),
             fits: Default::default(),
             tickets: Default::default(),
-        });
-        gpus.push(gpu.clone());
-        Ok(gpu)
+            next: OnceLock::new(),
+        })
     }
 
     /// The kernel of that name, allowed all the shared memory that a block can have, and clusters of any size.
     pub fn kernel(&self, module: &Module, name: &str) -> Result<Kernel> {
         #[cfg(test)]
         super::work::note_use(module.name, name);
-        let known = |modules: &HashMap<&str, Loaded>| modules.get(module.name)?.kernels.get(name).copied();
-        if let Some(kernel) = known(&self.modules.read().unwrap_or_else(PoisonError::into_inner)) {
+        let place = module.kernels.binary_search_by(|kernel| (*kernel).cmp(name)).ok();
+        let loaded = self.loaded(module)?;
+        let Some(place) = place.and_then(|place| loaded.kernels.get(place)) else {
+            bail!("module {} has no kernel {name}", module.name)
+        };
+        if let Some(&kernel) = place.get() {
             return Ok(kernel);
         }
-        let mut modules = self.modules.write().unwrap_or_else(PoisonError::into_inner);
-        if !modules.contains_key(module.name) {
-            let (loaded, _image) = first_accepted(|image| {
-                let bytes = module.image(image)?;
-                // SAFETY: an ELF file as the compiler wrote it, or text with a 0 at its end
-                Ok(unsafe { result::module::load_data(bytes.as_ptr().cast::<c_void>()) })
-            })?;
-            let loaded = Loaded {
-                module: loaded,
-                #[cfg(test)]
-                image: _image,
-                kernels: HashMap::new(),
-            };
-            modules.insert(module.name, loaded);
+        // threads that are here at once get the same handle
+        let kernel = self.load_kernel(loaded, name)?;
+        Ok(*place.get_or_init(|| kernel))
+    }
+
+    fn loaded(&self, module: &Module) -> Result<&Loaded> {
+        let Some(place) = self.modules.get(module.index) else { bail!("module {} is none of all", module.name) };
+        if let Some(loaded) = place.get() {
+            return Ok(loaded);
         }
-        let Some(loaded) = modules.get_mut(module.name) else { bail!("module {} is not loaded", module.name) };
+        let _loading = lock(&self.loading);
+        if let Some(loaded) = place.get() {
+            return Ok(loaded);
+        }
+        self.context.bind_to_thread().w()?;
+        let (loaded, _image) = first_accepted(|image| {
+            let bytes = module.image(image)?;
+            // SAFETY: an ELF file as the compiler wrote it, or text with a 0 at its end
+            Ok(unsafe { result::module::load_data(bytes.as_ptr().cast::<c_void>()) })
+        })?;
+        Ok(place.get_or_init(|| Loaded {
+            module: loaded,
+            #[cfg(test)]
+            image: _image,
+            kernels: module.kernels.iter().map(|_| OnceLock::new()).collect(),
+        }))
+    }
+
+    fn load_kernel(&self, loaded: &Loaded, name: &str) -> Result<Kernel> {
+        self.context.bind_to_thread().w()?;
         let Ok(c_name) = CString::new(name) else { bail!("{name:?} is no kernel's name") };
         // SAFETY: the module is loaded and never unloaded
         let function = unsafe { result::module::get_function(loaded.module, c_name) }.w()?;
@@ -235,15 +266,13 @@ impl Gpu {
         if self.clusters {
             set(Attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)?;
         }
-        let kernel = Kernel { function };
-        loaded.kernels.insert(name.to_string(), kernel);
-        Ok(kernel)
+        Ok(Kernel { function })
     }
 
     /// The form in which a module was loaded.
     #[cfg(test)]
     pub fn image_of(&self, module: &Module) -> Option<Image> {
-        Some(self.modules.read().ok()?.get(module.name)?.image)
+        Some(self.modules.get(module.index)?.get()?.image)
     }
 
     /// Whether a launch's cluster finds room on this GPU. Where a process has only a part of the GPU, or others hold
@@ -253,6 +282,7 @@ impl Gpu {
         if let Some(&fits) = lock(&self.fits).get(&key) {
             return Ok(fits);
         }
+        self.context.bind_to_thread().w()?;
         let mut attributes = grid.attributes();
         let config = grid.config(&mut attributes, std::ptr::null_mut());
         let mut clusters = 0;
@@ -268,6 +298,7 @@ impl Gpu {
 
     /// The address of a counter that no launch that may run beside the next one in `stream` uses.
     pub fn ticket(&self, stream: &Arc<CudaStream>) -> Result<u64> {
+        stream.context().bind_to_thread().w()?;
         lock(&self.tickets).of(stream)
     }
 }
@@ -310,16 +341,8 @@ impl Grid {
 
 #[cfg(test)]
 impl Module {
-    /// Its kernels' names.
-    pub fn kernels(&self) -> Result<Vec<String>> {
-        let ptx = String::from_utf8(self.image(Image::Ptx)?).map_err(candle_core::Error::wrap)?;
-        let entries = ptx.lines().filter_map(|line| line.strip_prefix(".visible .entry ")?.split('(').next());
-        Ok(entries.map(str::to_string).collect())
-    }
-
     /// The kernels that this thread has not asked for.
-    pub fn unused(&self) -> Result<Vec<String>> {
-        let kernels = self.kernels()?.into_iter();
-        Ok(kernels.filter(|name| !super::work::is_used(self.name, name)).collect())
+    pub fn unused(&self) -> Vec<&'static str> {
+        self.kernels.iter().copied().filter(|name| !super::work::is_used(self.name, name)).collect()
     }
 }

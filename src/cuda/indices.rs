@@ -75,7 +75,7 @@ pub(crate) fn as_i64(target: &CudaStorage, layout: &Layout) -> Result<CudaStorag
         let to = output(&mut copy)?;
         let copying = CopyIndicesLaunch { from: &input.bytes, to, rows, dtype: input.tag, axes: IndexAxes::of(axes)? };
         // SAFETY: the axes are those of the layout, which stays inside of its tensor, and the copy has `rows` elements
-        unsafe { copying.launch(&*Gpu::of(device)?, &device.cuda_stream())? };
+        unsafe { copying.launch(Gpu::of(device)?, &device.cuda_stream())? };
     }
     Ok(CudaStorage { slice: copy, device: device.clone() })
 }

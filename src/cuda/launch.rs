@@ -129,6 +129,32 @@ pub(crate) fn output(slice: &mut CudaStorageSlice) -> Result<CudaViewMut<'_, u8>
     }
 }
 
+/// The arrays that a call keeps in one allocation, as each allocation costs the host about as much as a launch. They
+/// begin on 16 bytes.
+#[derive(Default)]
+pub(crate) struct Workspace {
+    bytes: usize,
+}
+
+impl Workspace {
+    /// Plans an array of that many bytes. Returns where it begins, in bytes from the allocation's start.
+    pub fn add(&mut self, bytes: usize) -> u64 {
+        let start = self.bytes.next_multiple_of(16);
+        self.bytes = start + bytes;
+        start as u64
+    }
+
+    /// The memory, as numbers of a dtype; `None` if no array was added.
+    ///
+    /// # Safety
+    /// It is not initialised: kernels write what others, or the backward, read.
+    pub unsafe fn alloc(self, device: &CudaDevice, dtype: DType) -> Result<Option<CudaStorageSlice>> {
+        let numbers = self.bytes.div_ceil(dtype.size_in_bytes());
+        // SAFETY: by this function's contract; there is a number
+        (numbers > 0).then(|| unsafe { alloc(device, dtype, numbers) }).transpose()
+    }
+}
+
 /// Memory for an output that a kernel writes completely.
 ///
 /// # Safety
@@ -140,16 +166,6 @@ pub(crate) unsafe fn alloc(device: &CudaDevice, dtype: DType, len: usize) -> Res
         Some(slice) => slice,
         None => bail!("no loss kernel writes an output of dtype {dtype:?}"),
     }
-}
-
-/// Memory for partial results, which a kernel writes before another kernel, or its own last block, reads them.
-///
-/// # Safety
-/// As for [`alloc`].
-pub(crate) unsafe fn partials<T: DeviceRepr>(device: &CudaDevice, len: usize) -> Result<CudaSlice<T>> {
-    tally(|work| work.allocations += 1);
-    // SAFETY: by this function's contract
-    unsafe { device.alloc::<T>(len) }
 }
 
 /// A copy to the host, which waits for the device.
@@ -189,22 +205,31 @@ pub(crate) fn read_element(storage: &CudaStorage, layout: &Layout, mut element: 
 pub(crate) struct Launch<'a> {
     stream: &'a Arc<CudaStream>,
     kernel: Kernel,
+    /// In the order of the parameters that they are of.
+    addresses: Vec<u64>,
     parameters: Vec<Parameter<'a>>,
     used: Vec<SyncOnDrop<'a>>,
 }
 
 enum Parameter<'a> {
-    Address(u64),
-    /// A struct of pointers.
-    Addresses(Vec<u64>),
+    /// An address, or a struct of them: where it begins among the addresses.
+    Addresses(usize),
     /// The bytes of a value, padding included.
     Value(&'a [MaybeUninit<u8>]),
 }
 
+/// Room for what most launches have of parameters, and of pointers in them.
+const USUAL_PARAMETERS: usize = 16;
+
 impl<'a> Launch<'a> {
     pub fn new(gpu: &Gpu, stream: &'a Arc<CudaStream>, module: &Module, name: &str) -> Result<Self> {
-        let kernel = gpu.kernel(module, name)?;
-        Ok(Launch { stream, kernel, parameters: Vec::with_capacity(16), used: Vec::new() })
+        Ok(Launch {
+            stream,
+            kernel: gpu.kernel(module, name)?,
+            addresses: Vec::with_capacity(USUAL_PARAMETERS),
+            parameters: Vec::with_capacity(USUAL_PARAMETERS),
+            used: Vec::with_capacity(USUAL_PARAMETERS),
+        })
     }
 
     pub fn value<T: DeviceRepr>(&mut self, value: &'a T) -> &mut Self {
@@ -218,10 +243,18 @@ impl<'a> Launch<'a> {
         self.address(0)
     }
 
-    /// The address of memory that no tensor or slice owns.
+    /// An address that [`Self::place`] gave, or one in memory that no tensor or slice owns.
     pub fn address(&mut self, address: u64) -> &mut Self {
-        self.parameters.push(Parameter::Address(address));
+        self.parameters.push(Parameter::Addresses(self.addresses.len()));
+        self.addresses.push(address);
         self
+    }
+
+    /// Where memory begins that the kernel writes, for parameters that point into it. Adds none.
+    pub fn place<T>(&mut self, memory: &'a mut impl DevicePtrMut<T>) -> u64 {
+        let (address, used) = memory.device_ptr_mut(self.stream);
+        self.used.push(used);
+        address
     }
 
     pub fn read<T>(&mut self, memory: &'a impl DevicePtr<T>) -> &mut Self {
@@ -231,32 +264,31 @@ impl<'a> Launch<'a> {
     }
 
     pub fn write<T>(&mut self, memory: &'a mut impl DevicePtrMut<T>) -> &mut Self {
-        let (address, used) = memory.device_ptr_mut(self.stream);
-        self.used.push(used);
+        let address = self.place(memory);
         self.address(address)
     }
 
     /// Operands that the kernel takes as one struct of pointers, null where they are absent.
     pub fn read_all<T: DevicePtr<U> + 'a, U>(&mut self, memories: &[Option<&'a T>]) -> &mut Self {
-        let mut address = |memory: &'a T| {
-            let (address, used) = memory.device_ptr(self.stream);
-            self.used.push(used);
-            address
-        };
-        let addresses = memories.iter().map(|memory| memory.map_or(0, &mut address)).collect();
-        self.parameters.push(Parameter::Addresses(addresses));
+        self.parameters.push(Parameter::Addresses(self.addresses.len()));
+        for memory in memories {
+            let address = memory.map_or(0, |memory| {
+                let (address, used) = memory.device_ptr(self.stream);
+                self.used.push(used);
+                address
+            });
+            self.addresses.push(address);
+        }
         self
     }
 
     /// Outputs that the kernel takes as one struct of pointers.
     pub fn write_all<T: DevicePtrMut<U> + 'a, U>(&mut self, memories: &'a mut [T]) -> &mut Self {
-        let mut addresses = vec![];
+        self.parameters.push(Parameter::Addresses(self.addresses.len()));
         for memory in memories {
-            let (address, used) = memory.device_ptr_mut(self.stream);
-            self.used.push(used);
-            addresses.push(address);
+            let address = self.place(memory);
+            self.addresses.push(address);
         }
-        self.parameters.push(Parameter::Addresses(addresses));
         self
     }
 
@@ -281,15 +313,13 @@ impl<'a> Launch<'a> {
     pub unsafe fn run(self, grid: Grid) -> Result<()> {
         tally(|work| work.launches += 1);
         self.stream.context().bind_to_thread().w()?;
-        let mut parameters: Vec<*mut c_void> = self
-            .parameters
-            .iter()
-            .map(|parameter| match parameter {
-                Parameter::Address(address) => std::ptr::from_ref(address).cast_mut().cast(),
-                Parameter::Addresses(addresses) => addresses.as_ptr().cast_mut().cast(),
-                Parameter::Value(bytes) => bytes.as_ptr().cast_mut().cast(),
-            })
-            .collect();
+        let pointer = |parameter: &Parameter| -> *const c_void {
+            match parameter {
+                Parameter::Addresses(first) => self.addresses.as_ptr().wrapping_add(*first).cast(),
+                Parameter::Value(bytes) => bytes.as_ptr().cast(),
+            }
+        };
+        let mut parameters: Vec<*mut c_void> = self.parameters.iter().map(|p| pointer(p).cast_mut()).collect();
         let mut attributes = grid.attributes();
         let config = grid.config(&mut attributes, self.stream.cu_stream());
         // SAFETY: by this function's contract; the driver copies the parameters, which live until here, and the

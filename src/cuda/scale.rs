@@ -66,7 +66,7 @@ impl ScaleLaunch<'_> {
         let mask = mask.map(|mask| numbers(mask, rows, DType::U8)).transpose()?;
         let (gpu, stream) = (Gpu::of(device)?, device.cuda_stream());
         let blocks = (rows * columns).div_ceil(THREADS * ELEMENTS).min(BLOCKS * gpu.processors as usize);
-        let mut launch = Launch::new(&gpu, &stream, &SCALE, "scale_rows")?;
+        let mut launch = Launch::new(gpu, &stream, &SCALE, "scale_rows")?;
         // scale_rows(p, from, to, all, rows, mask)
         launch.value(&params).read_if(self.from).write(&mut self.to);
         launch.read_if(all.as_ref()).read_if(of_rows.as_ref()).read_if(mask.as_ref());

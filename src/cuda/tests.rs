@@ -1,7 +1,8 @@
 use super::gpu::{Gpu, Image, first_accepted};
 use super::kernels::ALL;
+use super::launch::{Workspace, output};
 use candle_core::cuda_backend::{WrapErr, kernels as candles};
-use candle_core::{Device, Result};
+use candle_core::{DType, Device, Result};
 use cudarc::driver::DriverError;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUresult, CUstreamCaptureMode};
 use std::collections::HashSet;
@@ -44,8 +45,8 @@ fn every_module_loads() -> Result<()> {
     let device = device.as_cuda_device()?;
     for module in ALL.into_iter().skip(part).step_by(of) {
         let begun = Instant::now();
-        for kernel in module.kernels()? {
-            Gpu::of(device)?.kernel(module, &kernel)?;
+        for kernel in module.kernels {
+            Gpu::of(device)?.kernel(module, kernel)?;
         }
         let image = Gpu::of(device)?.image_of(module);
         println!("{}: {:.2} s, from {image:?}", module.name, begun.elapsed().as_secs_f64());
@@ -85,7 +86,7 @@ fn machine_code_comes_first() -> Result<()> {
     let device = gpu();
     let device = device.as_cuda_device()?;
     let gpu = Gpu::of(device)?;
-    gpu.kernel(ALL[0], &ALL[0].kernels()?[0])?;
+    gpu.kernel(ALL[0], ALL[0].kernels[0])?;
     let stream = device.cuda_stream();
     let context = stream.context();
     let capability = context.compute_capability().map(|(major, minor)| (10 * major + minor) as u32).ok();
@@ -95,10 +96,54 @@ fn machine_code_comes_first() -> Result<()> {
     Ok(())
 }
 
+/// All devices of a GPU share what the process keeps for it, in all threads, and so a kernel's one handle. A name that a
+/// module has no kernel of is an error.
+#[test]
+fn a_gpu_is_kept_once() -> Result<()> {
+    let kept = |device: &Device| Gpu::of(device.as_cuda_device()?);
+    let kernel = |gpu: &Gpu| Ok(gpu.kernel(ALL[0], ALL[0].kernels[0])?.function as usize);
+    let here = kept(&gpu())?;
+    let threads: Vec<_> = (0..4).map(|_| std::thread::spawn(move || (kept(&gpu()), kernel(here)))).collect();
+    for thread in threads {
+        let (there, handle): (_, Result<usize>) = thread.join().expect("no panic");
+        assert!(std::ptr::eq(there?, here));
+        assert_eq!(handle?, kernel(here)?);
+    }
+    assert!(std::ptr::eq(kept(&Device::new_cuda_with_stream(0)?)?, here));
+    for module in ALL {
+        assert!(module.kernels.is_sorted(), "{}: {:?}", module.name, module.kernels);
+        let error = here.kernel(module, "softmax").expect_err("there is no such kernel").to_string();
+        assert!(error.contains("has no kernel softmax"), "{error}");
+    }
+    Ok(())
+}
+
+/// The arrays of a workspace do not overlap, and all of them are inside of it.
+#[test]
+fn a_workspace_holds_its_arrays() -> Result<()> {
+    let device = gpu();
+    let device = device.as_cuda_device()?;
+    for dtype in [DType::F32, DType::F64] {
+        // SAFETY: nothing reads it
+        assert!(unsafe { Workspace::default().alloc(device, dtype)? }.is_none());
+        let mut workspace = Workspace::default();
+        let mut end = 0;
+        for bytes in [4, 0, 8, 1000, 16, 24, 17] {
+            let start = workspace.add(bytes);
+            assert!(start >= end && start < end + 16 && start % 16 == 0, "{start} after {end}");
+            end = start + bytes as u64;
+        }
+        // SAFETY: as above
+        let mut memory = unsafe { workspace.alloc(device, dtype)? }.expect("there are arrays");
+        assert_eq!(output(&mut memory)?.len() as u64, end.next_multiple_of(dtype.size_in_bytes() as u64));
+    }
+    Ok(())
+}
+
 /// As many kernels as a program should carry, and a driver load.
 #[test]
 fn kernels_are_few() -> Result<()> {
-    let counts = ALL.into_iter().map(|module| Ok(module.kernels()?.len())).collect::<Result<Vec<_>>>()?;
+    let counts = ALL.map(|module| module.kernels.len());
     assert!(counts.iter().sum::<usize>() <= 200, "{counts:?}");
     Ok(())
 }

@@ -5,10 +5,10 @@ use crate::check::arithmetic;
 use crate::cuda::gpu::Gpu;
 use crate::cuda::grid::Grid;
 use crate::cuda::kernels::NLL;
-use crate::cuda::launch::{InputView, Launch, Tag, alloc, output, upstream_view};
+use crate::cuda::launch::{InputView, Launch, Tag, Workspace, alloc, output, upstream_view};
 use crate::custom_op::{Arg, Locked};
 use crate::reduction::Reduction;
-use crate::rows::cuda::{LossOutput, RowOperands, RowParams, Strides, TargetViews, check_indices};
+use crate::rows::cuda::{LossOutput, Partials, RowOperands, RowParams, Strides, TargetViews, check_indices};
 use crate::rows::layout::Rows;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
@@ -47,7 +47,8 @@ struct NllLossLaunch<'a> {
     x: &'a CudaView<'a, u8>,
     targets: TargetViews<'a>,
     loss: LossOutput<'a>,
-    denominator: Option<CudaViewMut<'a, u8>>,
+    /// The denominator, unless there is a gradient, and then the blocks' sums; `None` if there is neither.
+    workspace: Option<CudaViewMut<'a, u8>>,
     /// For few rows, which one block works through.
     grad: Option<CudaViewMut<'a, u8>>,
 }
@@ -58,13 +59,14 @@ impl NllLossLaunch<'_> {
     /// with `grad` there is one block.
     unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, blocks: u32) -> Result<()> {
         let name = if self.params.dtype == Tag::F64 { "nll_loss_f64" } else { "nll_loss_f32" };
-        let loss = self.loss.pointers();
         let mut launch = Launch::new(gpu, stream, &NLL, name)?;
+        let workspace = self.workspace.as_mut().map_or(0, |workspace| launch.place(workspace));
+        let loss = self.loss.pointers(workspace);
         // nll_loss_*(p, x, targets, loss, partials, ticket, result, denominator, grad)
         launch.value(&self.params).read(self.x);
         self.targets.push(&mut launch);
-        launch.write_if(loss.rows).write_if(loss.sums);
-        launch.address(loss.ticket).write_if(loss.result).write_if(self.denominator.as_mut());
+        launch.write_if(loss.rows).address(loss.sums).address(loss.ticket).write_if(loss.result);
+        launch.address(if self.grad.is_none() { workspace } else { 0 });
         launch.write_if(self.grad.as_mut());
         // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
         unsafe { launch.run(Grid::flat(blocks, THREADS)) }
@@ -102,7 +104,7 @@ impl NllGradientLaunch<'_> {
 struct NllCall<'a> {
     problem: &'a Nll,
     device: CudaDevice,
-    gpu: Arc<Gpu>,
+    gpu: &'static Gpu,
     dtype: DType,
     rows: Rows,
     params: NllParams,
@@ -153,7 +155,8 @@ impl<'a> NllCall<'a> {
         self.operands.views()
     }
 
-    /// The loss, the divisor of its sum, and with `both` the gradient in place of the divisor. One launch.
+    /// The loss, the divisor of its sum as the first number of its storage, and with `both`, which few rows allow, the
+    /// gradient in place of the divisor. One launch.
     fn forward(&self, x: &InputView, both: bool) -> Result<(CudaStorage, Option<CudaStorage>, Option<CudaStorage>)> {
         let rows = self.rows.count();
         let blocks = match rows {
@@ -161,27 +164,30 @@ impl<'a> NllCall<'a> {
             _ => rows.div_ceil(THREADS as usize).min(MOST_BLOCKS),
         } as u32;
         let (arithmetic, losses) = (arithmetic(self.dtype), if self.per_row() { rows } else { 1 });
-        // SAFETY: the launch writes all of them
-        let (mut loss, mut denominator, mut grad) = unsafe {
-            let denominator = (!both).then(|| alloc(&self.device, arithmetic, 1)).transpose()?;
+        let (reduction, stream) = (self.problem.options.reduction, self.device.cuda_stream());
+        let mut workspace = Workspace::default();
+        if !both {
+            workspace.add(arithmetic.size_in_bytes());
+        }
+        let partials = Partials::of(reduction, blocks, &mut workspace, (self.gpu, &stream))?;
+        // SAFETY: the launch writes all that is read
+        let (mut loss, mut workspace, mut grad) = unsafe {
             let grad = both.then(|| alloc(&self.device, self.dtype, self.elements())).transpose()?;
-            (alloc(&self.device, arithmetic, losses)?, denominator, grad)
+            (alloc(&self.device, arithmetic, losses)?, workspace.alloc(&self.device, arithmetic)?, grad)
         };
-        let stream = self.device.cuda_stream();
-        let reduction = self.problem.options.reduction;
         let launch = NllLossLaunch {
             params: self.params,
             x: &x.bytes,
             targets: self.targets(),
-            loss: LossOutput::new(&mut loss, reduction, blocks, (&self.device, &self.gpu, &stream))?,
-            denominator: denominator.as_mut().map(output).transpose()?,
+            loss: LossOutput::new(&mut loss, reduction, partials)?,
+            workspace: workspace.as_mut().map(output).transpose()?,
             grad: grad.as_mut().map(output).transpose()?,
         };
         // SAFETY: the rows are those of the logits' layout, `RowOperands` has a target for each, the outputs have room
         // for them, and `both` is asked for with few rows
-        unsafe { launch.launch(&self.gpu, &stream, blocks)? };
+        unsafe { launch.launch(self.gpu, &stream, blocks)? };
         let wrap = |slice: Option<CudaStorageSlice>| slice.map(|slice| self.wrap(slice));
-        Ok((self.wrap(loss), wrap(denominator), wrap(grad)))
+        Ok((self.wrap(loss), wrap(workspace), wrap(grad)))
     }
 
     /// The gradient for an upstream gradient of each row, of all rows, or of the grad scale. One launch.
@@ -199,7 +205,7 @@ impl<'a> NllCall<'a> {
         };
         // SAFETY: `RowOperands` has a target for each row, `upstream_view` found the upstream gradient to fit, and the
         // gradient has an element for each log-probability
-        unsafe { launch.launch(&self.gpu, &self.device.cuda_stream(), blocks)? };
+        unsafe { launch.launch(self.gpu, &self.device.cuda_stream(), blocks)? };
         Ok(self.wrap(grad))
     }
 

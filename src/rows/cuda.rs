@@ -3,15 +3,15 @@
 use crate::check;
 use crate::cuda::gpu::Gpu;
 use crate::cuda::indices::index_range;
-use crate::cuda::launch::{InputView, Launch, Tag, output, partials, to_host};
+use crate::cuda::launch::{InputView, Launch, Tag, Workspace, output, to_host};
 use crate::custom_op::{Arg, Locked};
 use crate::reduction::Reduction;
 use crate::rows::layout::Rows;
 use crate::rows::options::RowOptions;
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
+use candle_core::cuda_backend::{CudaStorage, CudaStorageSlice};
 use candle_core::{DType, Result, Shape, bail};
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
+use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DeviceRepr};
 use std::sync::Arc;
 
 /// `Strides` of the kernels.
@@ -163,45 +163,54 @@ pub(crate) enum LossOutput<'a> {
 }
 
 /// The sums (loss, weight) of each block, and the counter by which the last block to arrive knows that it adds them.
+#[derive(Clone, Copy)]
 pub(crate) struct Partials {
-    sums: CudaSlice<f64>,
+    /// Where the sums begin in the call's workspace.
+    sums: u64,
     ticket: u64,
+}
+
+impl Partials {
+    /// Of a launch over `blocks` blocks (a cluster counts as one) that makes one number of the losses. A lone block has
+    /// none.
+    pub fn of(
+        reduction: Reduction,
+        blocks: u32,
+        workspace: &mut Workspace,
+        (gpu, stream): (&Gpu, &Arc<CudaStream>),
+    ) -> Result<Option<Self>> {
+        if reduction == Reduction::None || blocks == 1 {
+            return Ok(None);
+        }
+        let sums = workspace.add(blocks as usize * size_of::<[f64; 2]>());
+        Ok(Some(Partials { sums, ticket: gpu.ticket(stream)? }))
+    }
 }
 
 /// [`LossOutput`] as the kernels' parameters: absent ones are null pointers.
 pub(crate) struct LossPointers<'a, 'b> {
     pub rows: Option<&'b mut CudaViewMut<'a, u8>>,
-    pub sums: Option<&'b mut CudaSlice<f64>>,
+    pub sums: u64,
     pub ticket: u64,
     pub result: Option<&'b mut CudaViewMut<'a, u8>>,
 }
 
 impl<'a> LossOutput<'a> {
-    /// The loss as `reduction` wants it, made by a launch over `blocks` blocks (a cluster counts as one).
-    pub fn new(
-        loss: &'a mut CudaStorageSlice,
-        reduction: Reduction,
-        blocks: u32,
-        (device, gpu, stream): (&CudaDevice, &Gpu, &Arc<CudaStream>),
-    ) -> Result<Self> {
+    /// The loss as `reduction` wants it.
+    pub fn new(loss: &'a mut CudaStorageSlice, reduction: Reduction, partials: Option<Partials>) -> Result<Self> {
         let loss = output(loss)?;
-        if reduction == Reduction::None {
-            return Ok(LossOutput::Rows(loss));
-        }
-        if blocks == 1 {
-            return Ok(LossOutput::Scalar { result: loss, partials: None });
-        }
-        // SAFETY: each block writes its sums before the last one reads any
-        let sums = unsafe { partials::<f64>(device, 2 * blocks as usize)? };
-        Ok(LossOutput::Scalar { result: loss, partials: Some(Partials { sums, ticket: gpu.ticket(stream)? }) })
+        Ok(match reduction {
+            Reduction::None => LossOutput::Rows(loss),
+            Reduction::Mean | Reduction::Sum => LossOutput::Scalar { result: loss, partials },
+        })
     }
 
-    pub fn pointers(&mut self) -> LossPointers<'a, '_> {
+    /// For a workspace at that address.
+    pub fn pointers(&mut self, workspace: u64) -> LossPointers<'a, '_> {
         match self {
-            LossOutput::Rows(rows) => LossPointers { rows: Some(rows), sums: None, ticket: 0, result: None },
+            LossOutput::Rows(rows) => LossPointers { rows: Some(rows), sums: 0, ticket: 0, result: None },
             LossOutput::Scalar { result, partials } => {
-                let ticket = partials.as_ref().map_or(0, |partials| partials.ticket);
-                let sums = partials.as_mut().map(|partials| &mut partials.sums);
+                let (sums, ticket) = partials.map_or((0, 0), |partials| (workspace + partials.sums, partials.ticket));
                 LossPointers { rows: None, sums, ticket, result: Some(result) }
             }
         }

@@ -2,20 +2,21 @@
 
 use super::divisor::Divisor;
 use super::params::{
-    CheckLaunch, CountMaskLaunch, ElementLossOutput, ElementParams, GradLaunch, LossLaunch, OperandInputs, SpanSums,
+    CheckLaunch, CountMaskLaunch, ElementLossOutput, ElementParams, GradLaunch, LossLaunch, MaskCounts, OperandInputs,
+    SpanSums,
 };
 use super::plan::{Alignment, MAX_AXES, OPERANDS, OperandAxes, OperandView, Spans, Variant};
 use crate::check::{self, arithmetic};
 use crate::cuda::gpu::{Gpu, Module};
 use crate::cuda::kernels;
-use crate::cuda::launch::{InputView, Launch, alloc, output, partials, read_element, to_host, upstream_view};
+use crate::cuda::launch::{InputView, Launch, Workspace, alloc, output, read_element, to_host, upstream_view};
 use crate::custom_op::{Arg, Argument, Locked};
 use crate::elementwise::problem::{DenseKernels, ElementKernels, ElementOptions, Elements, LockedOptions};
 use crate::reduction::Reduction;
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::cuda_backend::{CudaDevice, CudaStorageSlice};
 use candle_core::{CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
-use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+use cudarc::driver::{CudaStream, CudaViewMut, DevicePtr};
 use std::sync::Arc;
 
 pub(super) fn module(name: &str, dtype: DType) -> Result<&'static Module> {
@@ -82,7 +83,8 @@ impl<'a> ElementOperands<'a> {
 /// The results of a pass over the losses.
 struct LossResults {
     loss: CudaStorage,
-    denominator: CudaStorage,
+    /// What the backward takes in place of a gradient: the denominator, the first number of its storage.
+    denominator: Option<CudaStorage>,
     grad: Option<CudaStorage>,
 }
 
@@ -92,7 +94,7 @@ struct ElementCall<'a> {
     options: &'a ElementOptions,
     device: CudaDevice,
     stream: Arc<CudaStream>,
-    gpu: Arc<Gpu>,
+    gpu: &'static Gpu,
     module: &'static Module,
     /// The term's own kernels.
     dense: Option<DenseKernels>,
@@ -179,22 +181,24 @@ impl<'a> ElementCall<'a> {
             (Variant::Dense { .. }, Some(kernels)) => own(kernels),
             _ => any,
         };
-        Launch::new(&self.gpu, &self.stream, self.module, name)
+        Launch::new(self.gpu, &self.stream, self.module, name)
     }
 
     /// Counts the elements that the mask leaves: partial counts.
-    fn count_mask(&self, operands: &ElementOperands, mask: &InputView) -> Result<CudaSlice<i64>> {
-        let spans = Spans::count(self.elements as u64);
-        let params = self.params(operands, Variant::Any, &spans);
-        // SAFETY: every block writes its count
-        let mut counts = unsafe { partials(&self.device, spans.count as usize) }?;
-        let launch = Launch::new(&self.gpu, &self.stream, &kernels::MASK, "count_mask")?;
-        // SAFETY: the spans cover the mask's elements, and there is a count for each
-        unsafe { CountMaskLaunch { mask, counts: &mut counts, params: &params }.launch(launch, spans.grid) }?;
-        Ok(counts)
+    fn count_mask(
+        &self,
+        operands: &ElementOperands,
+        mask: &InputView,
+        spans: &Spans,
+        counts: CudaViewMut<u8>,
+    ) -> Result<()> {
+        let params = self.params(operands, Variant::Any, spans);
+        let launch = Launch::new(self.gpu, &self.stream, &kernels::MASK, "count_mask")?;
+        // SAFETY: the spans cover the mask's elements, and `losses` planned a count for each
+        unsafe { CountMaskLaunch { mask, counts, params: &params }.launch(launch, spans.grid) }
     }
 
-    /// The loss and its denominator, and the gradient if it is asked for.
+    /// The loss, and its denominator or the gradient.
     fn losses(&self, operands: &ElementOperands, with_grad: bool) -> Result<LossResults> {
         let elements = self.elements as u64;
         let none = self.options.reduction == Reduction::None;
@@ -208,39 +212,49 @@ impl<'a> ElementCall<'a> {
         };
         let params = self.params(operands, variant, &spans);
         let mask = operands.inputs.mask.as_ref();
-        let counts = match mask {
-            Some(mask) if with_grad && self.counts_first(&spans) => Some(self.count_mask(operands, mask)?),
-            _ => None,
-        };
+        let mut workspace = Workspace::default();
+        if !with_grad {
+            workspace.add(self.accumulator().size_in_bytes());
+        }
+        let counts = (mask.is_some() && with_grad && self.counts_first(&spans)).then(|| {
+            let spans = Spans::count(elements);
+            MaskCounts { counts: workspace.add(spans.count as usize * size_of::<i64>()), spans }
+        });
+        let sums = if none { None } else { self.span_sums(&spans, mask.is_some(), &mut workspace)? };
 
         let losses = if none { self.elements / self.group } else { 1 };
-        // SAFETY: the kernels write every element of these
-        let (mut loss, mut denominator, mut grad) = unsafe {
+        // SAFETY: the kernels write all that is read
+        let (mut loss, mut workspace, mut grad) = unsafe {
             (
                 alloc(&self.device, self.accumulator(), losses)?,
-                alloc(&self.device, self.accumulator(), 1)?,
+                workspace.alloc(&self.device, self.accumulator())?,
                 with_grad.then(|| alloc(&self.device, self.dtype, self.elements)).transpose()?,
             )
         };
+        let mut memory = workspace.as_mut().map(output).transpose()?;
+        if let (Some(mask), Some(MaskCounts { counts, spans }), Some(memory)) = (mask, &counts, &mut memory) {
+            self.count_mask(operands, mask, spans, memory.slice_mut(*counts as usize..))?;
+        }
         let to = output(&mut loss)?;
         let to = match (rows, each) {
             (true, _) => ElementLossOutput::Rows(to),
             (_, true) => ElementLossOutput::Each(to),
-            _ => ElementLossOutput::Reduced { to, spans: self.span_sums(&spans, mask.is_some())? },
+            _ => ElementLossOutput::Reduced { to, spans: sums },
         };
         let launch = self.launch(variant, if with_grad { |own| own.fused } else { |own| own.loss }, "loss_any")?;
         let parameters = LossLaunch {
             operands: &operands.inputs,
-            counts: counts.as_ref(),
+            workspace: memory,
+            counts,
             loss: to,
-            denominator: output(&mut denominator)?,
             grad: grad.as_mut().map(output).transpose()?,
             params: &params,
         };
         // SAFETY: a kernel of losses; the spans cover the elements, which all operands have
         unsafe { parameters.launch(launch, spans.grid) }?;
-        let [loss, denominator] = [loss, denominator].map(|slice| self.storage(slice));
-        Ok(LossResults { loss, denominator, grad: grad.map(|grad| self.storage(grad)) })
+        let storage = |slice: Option<CudaStorageSlice>| slice.map(|slice| self.storage(slice));
+        let denominator = if with_grad { None } else { storage(workspace) };
+        Ok(LossResults { loss: self.storage(loss), denominator, grad: storage(grad) })
     }
 
     /// Whether a gradient that depends on how many elements a mask leaves waits for a launch that counts them.
@@ -249,12 +263,11 @@ impl<'a> ElementCall<'a> {
     }
 
     /// Where the sums of spans meet, if there are several.
-    fn span_sums(&self, spans: &Spans, masked: bool) -> Result<Option<SpanSums>> {
+    fn span_sums(&self, spans: &Spans, masked: bool, workspace: &mut Workspace) -> Result<Option<SpanSums>> {
         if spans.count <= 1 {
             return Ok(None);
         }
-        // SAFETY: every block writes its sum, and its count where there is a mask
-        let sums = unsafe { partials(&self.device, spans.count as usize * (1 + masked as usize)) }?;
+        let sums = workspace.add(spans.count as usize * (1 + masked as usize) * size_of::<f64>());
         Ok(Some(SpanSums { sums, ticket: self.gpu.ticket(&self.stream)? }))
     }
 
@@ -271,7 +284,7 @@ impl<'a> ElementCall<'a> {
         };
         Ok(LossResults {
             loss: constants(&self.device, self.accumulator(), loss)?,
-            denominator: constants(&self.device, self.accumulator(), &[denominator])?,
+            denominator: Some(constants(&self.device, self.accumulator(), &[denominator])?),
             grad: Some(constants(&self.device, self.dtype, &[])?),
         })
     }
@@ -294,7 +307,7 @@ impl<'a> ElementCall<'a> {
         let spans = Spans::each(self.elements as u64, Variant::Any, self.bytes());
         let params = self.params(operands, Variant::Any, &spans);
         let mut bad = self.device.clone_htod(&[u64::MAX])?;
-        let launch = Launch::new(&self.gpu, &self.stream, self.module, "check_any")?;
+        let launch = Launch::new(self.gpu, &self.stream, self.module, "check_any")?;
         let parameters = CheckLaunch { operands: &operands.inputs, bad: &mut bad, params: &params };
         // SAFETY: the spans cover the elements, which all operands have
         unsafe { parameters.launch(launch, spans.grid) }?;
@@ -331,8 +344,10 @@ fn constants(device: &CudaDevice, dtype: DType, values: &[f64]) -> Result<CudaSt
 
 impl ElementKernels for CudaStorage {
     fn forward(problem: &Elements, input: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
-        let results = ElementCall::new(problem, input)?.evaluate(input, target, false)?;
-        Ok((results.loss, results.denominator))
+        match ElementCall::new(problem, input)?.evaluate(input, target, false)? {
+            LossResults { loss, denominator: Some(denominator), .. } => Ok((loss, denominator)),
+            _ => bail!("{}: no denominator", problem.name),
+        }
     }
 
     fn backward(

@@ -1,7 +1,7 @@
 //! The parameters of the kernels of `kernels/elementwise/elements.cuh`: the one place that knows their order.
 
 use super::divisor::Divisor;
-use super::plan::{MAX_AXES, OPERANDS, OperandAxes};
+use super::plan::{MAX_AXES, OPERANDS, OperandAxes, Spans};
 use crate::cuda::grid::Grid;
 use crate::cuda::launch::{InputView, Launch};
 use crate::elementwise::problem::TERM_PARAMETERS;
@@ -102,21 +102,30 @@ pub(super) enum ElementLossOutput<'a> {
     },
 }
 
-/// Memory in which the spans of a sum meet.
+/// Where the spans of a sum meet.
+#[derive(Clone, Copy)]
 pub(super) struct SpanSums {
-    /// One sum for each span and, with a mask, one count for each.
-    pub sums: CudaSlice<f64>,
+    /// Where in the workspace the sums begin, one for each span and, with a mask, one count for each.
+    pub sums: u64,
     /// The address of the launch's counter, see [`crate::cuda::gpu::Gpu::ticket`].
     pub ticket: u64,
+}
+
+/// The partial counts of the elements that the mask leaves.
+#[derive(Clone, Copy)]
+pub(super) struct MaskCounts {
+    /// Where in the workspace they begin.
+    pub counts: u64,
+    pub spans: Spans,
 }
 
 /// Parameters of loss_any, loss_*_dense and fused_*_dense.
 pub(super) struct LossLaunch<'a> {
     pub operands: &'a OperandInputs<'a>,
-    /// Partial counts of the elements that the mask leaves.
-    pub counts: Option<&'a CudaSlice<i64>>,
+    /// Where it is needed. Without a gradient, the denominator is at its start.
+    pub workspace: Option<CudaViewMut<'a, u8>>,
+    pub counts: Option<MaskCounts>,
     pub loss: ElementLossOutput<'a>,
-    pub denominator: CudaViewMut<'a, u8>,
     pub grad: Option<CudaViewMut<'a, u8>>,
     pub params: &'a ElementParams,
 }
@@ -126,8 +135,11 @@ impl LossLaunch<'_> {
     /// `launch` is of one of these kernels; operands and outputs hold the elements that `params` says; the grid has a
     /// team for each span.
     pub unsafe fn launch(mut self, launch: Launch, grid: Grid) -> Result<()> {
-        let count_parts = self.counts.map_or(0, |counts| counts.len() as i32);
-        let (mut each, mut rows, mut reduced, mut sums, mut ticket) = (None, None, None, None, 0);
+        let mut launch = launch;
+        let workspace = self.workspace.as_mut().map_or(0, |workspace| launch.place(workspace));
+        let (counts, count_parts) = self.counts.map_or((0, 0), |at| (workspace + at.counts, at.spans.count as i32));
+        let denominator = if self.grad.is_none() { workspace } else { 0 };
+        let (mut each, mut rows, mut reduced, mut sums, mut ticket) = (None, None, None, 0, 0);
         match &mut self.loss {
             ElementLossOutput::Each(to) => each = Some(to),
             ElementLossOutput::Rows(to) => rows = Some(to),
@@ -135,15 +147,14 @@ impl LossLaunch<'_> {
                 reduced = Some(to);
                 if let Some(spans) = spans {
                     ticket = spans.ticket;
-                    sums = Some(&mut spans.sums);
+                    sums = workspace + spans.sums;
                 }
             }
         }
-        let mut launch = launch;
         // ELEMENT_OPERANDS, ELEMENT_LOSSES, grad, ELEMENT_PARAMS
         self.operands.push(&mut launch);
-        launch.read_if(self.counts).value(&count_parts).write_if(each).write_if(rows);
-        launch.write_if(sums).address(ticket).write_if(reduced).write(&mut self.denominator);
+        launch.address(counts).value(&count_parts).write_if(each).write_if(rows);
+        launch.address(sums).address(ticket).write_if(reduced).address(denominator);
         launch.write_if(self.grad.as_mut()).value(self.params);
         // SAFETY: the kernel's parameters in its order; the rest by this function's contract
         unsafe { launch.run(grid) }
@@ -198,17 +209,17 @@ impl CheckLaunch<'_> {
 pub(super) struct CountMaskLaunch<'a> {
     pub mask: &'a InputView<'a>,
     /// One partial count for each block.
-    pub counts: &'a mut CudaSlice<i64>,
+    pub counts: CudaViewMut<'a, u8>,
     pub params: &'a ElementParams,
 }
 
 impl CountMaskLaunch<'_> {
     /// # Safety
     /// `launch` is of this kernel; the mask holds the elements that `params` says; the grid has a block for each count.
-    pub unsafe fn launch(self, launch: Launch, grid: Grid) -> Result<()> {
+    pub unsafe fn launch(mut self, launch: Launch, grid: Grid) -> Result<()> {
         let mut launch = launch;
         // mask, counts, params
-        launch.read(&self.mask.bytes).write(self.counts).value(self.params);
+        launch.read(&self.mask.bytes).write(&mut self.counts).value(self.params);
         // SAFETY: the kernel's parameters in its order; the rest by this function's contract
         unsafe { launch.run(grid) }
     }

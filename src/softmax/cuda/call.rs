@@ -3,23 +3,23 @@
 
 use super::detail::{Detail, KernelRef, SoftmaxPass};
 use super::params::{
-    CountRowsLaunch, EmitLaunch, ForwardOutput, FusedLaunch, GradientInputs, MergeLaunch, ReduceLaunch, ReduceOutput,
-    SoftmaxParams, StatisticsLaunch, TargetGradientLaunch,
+    CountRowsLaunch, EmitLaunch, ForwardArrays, ForwardOutput, FusedLaunch, GradientInputs, MergeLaunch, ReduceLaunch,
+    ReduceOutput, SoftmaxParams, StatisticsLaunch, TargetGradientLaunch,
 };
 use super::plan::{DeviceLimits, Form, FusedPlan, Planner, RowPass, RowsShape, Thresholds};
 use crate::check::{arithmetic, is_index};
 use crate::cuda::gpu::Gpu;
 use crate::cuda::grid::Grid;
-use crate::cuda::launch::{InputView, Tag, alloc, output, partials};
+use crate::cuda::launch::{InputView, Tag, Workspace, alloc, output};
 use crate::custom_op::{Arg, DeviceStorage, Locked};
 use crate::reduction::Reduction;
-use crate::rows::cuda::{LossOutput, RowOperands, RowParams, Strides, TargetViews, check_indices};
+use crate::rows::cuda::{LossOutput, Partials, RowOperands, RowParams, Strides, TargetViews, check_indices};
 use crate::rows::layout::Rows;
 use crate::softmax::problem::{CrossEntropy, STATISTICS, Saved, SoftmaxOptions};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
-use candle_core::{DType, Layout, Result};
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
+use candle_core::{DType, Layout, Result, bail};
+use cudarc::driver::{CudaStream, CudaViewMut};
 use std::sync::Arc;
 
 /// Static shared memory of the kernels, which counts towards a block's limit.
@@ -84,7 +84,7 @@ pub(super) struct SoftmaxCall<'a> {
     problem: &'a CrossEntropy,
     options: &'a SoftmaxOptions,
     pub device: CudaDevice,
-    pub gpu: Arc<Gpu>,
+    pub gpu: &'static Gpu,
     pub stream: Arc<CudaStream>,
     /// Of the logits.
     pub dtype: DType,
@@ -94,24 +94,12 @@ pub(super) struct SoftmaxCall<'a> {
     pub params: SoftmaxParams,
 }
 
-/// The numbers that a forward leaves.
+/// The results of a forward: the loss, which is the caller's, and the arrays that the kernels and the backward read.
 pub(super) struct Reduced {
     pub loss: CudaStorageSlice,
-    pub denominator: CudaStorageSlice,
-    pub statistics: CudaStorageSlice,
-}
-
-impl Reduced {
-    fn output<'a>(
-        &'a mut self,
-        loss: impl FnOnce(&'a mut CudaStorageSlice) -> Result<LossOutput<'a>>,
-    ) -> Result<ForwardOutput<'a>> {
-        Ok(ForwardOutput {
-            loss: loss(&mut self.loss)?,
-            statistics: output(&mut self.statistics)?,
-            denominator: output(&mut self.denominator)?,
-        })
-    }
+    pub workspace: CudaStorageSlice,
+    pub arrays: ForwardArrays,
+    partials: Option<Partials>,
 }
 
 impl<'a> SoftmaxCall<'a> {
@@ -177,7 +165,7 @@ impl<'a> SoftmaxCall<'a> {
     }
 
     pub fn planner(&self) -> Planner {
-        planner(&self.gpu)
+        planner(self.gpu)
     }
 
     pub fn kernel(&self, pass: SoftmaxPass, detail: Detail, form: Form) -> Result<KernelRef> {
@@ -202,11 +190,6 @@ impl<'a> SoftmaxCall<'a> {
         if self.options.rows.reduction == Reduction::None { self.rows.count() } else { 1 }
     }
 
-    /// The loss as the kernels of a pass over `blocks` blocks write it.
-    fn loss_output<'b>(&self, loss: &'b mut CudaStorageSlice, blocks: u32) -> Result<LossOutput<'b>> {
-        LossOutput::new(loss, self.options.rows.reduction, blocks, (&self.device, &self.gpu, &self.stream))
-    }
-
     /// How many numbers of each row the backward needs.
     pub fn statistics_per_row(&self) -> usize {
         2 + self.params.row_mass as usize
@@ -220,8 +203,9 @@ impl<'a> SoftmaxCall<'a> {
         };
         Ok(Reduced {
             loss: constant(&self.device, self.arithmetic(), value)?,
-            denominator: constant(&self.device, self.arithmetic(), self.params.base.normalizer)?,
-            statistics: constant(&self.device, self.arithmetic(), 0.0)?,
+            workspace: constant(&self.device, self.arithmetic(), self.params.base.normalizer)?,
+            arrays: ForwardArrays { statistics: 0, denominator: 0, states: 0 },
+            partials: None,
         })
     }
 
@@ -233,18 +217,16 @@ impl<'a> SoftmaxCall<'a> {
             return self.reduced_nothing();
         }
         let pass = self.planner().reduce(&self.shape());
-        // SAFETY: the launches below write all of these
-        let mut reduced = unsafe { self.reduced()? };
+        // SAFETY: the launches below write all that is read
+        let mut reduced = unsafe { self.reduced(&pass)? };
         if pass.splits() == 1 {
-            let output = reduced.output(|loss| self.loss_output(loss, pass.partials()))?;
-            self.launch_reduce(x, &pass, ReduceOutput::Whole(output))?;
+            self.launch_reduce(x, &pass, ReduceOutput::Whole(self.output(&mut reduced)?))?;
             return Ok(reduced);
         }
-        // SAFETY: the first launch writes all states before the second one reads them
-        let mut states = unsafe { self.numbers(4 * rows * pass.splits() as usize)? };
-        let mut states = output(&mut states)?;
-        self.launch_reduce(x, &pass, ReduceOutput::Parts(states.slice_mut(..)))?;
-        self.launch_merge(x, &pass, &states.as_view(), reduced.output(|loss| self.loss_output(loss, 1))?)?;
+        let mut workspace = output(&mut reduced.workspace)?;
+        let states = workspace.slice_mut(reduced.arrays.states as usize..);
+        self.launch_reduce(x, &pass, ReduceOutput::Parts(states))?;
+        self.launch_merge(x, &pass, self.output(&mut reduced)?)?;
         Ok(reduced)
     }
 
@@ -268,14 +250,14 @@ impl<'a> SoftmaxCall<'a> {
         }
         let pass = self.planner().statistics(&self.shape());
         let kernel = self.kernel(SoftmaxPass::Statistics, Detail::General, pass.form)?;
-        // SAFETY: the launch below writes all of these
-        let mut reduced = unsafe { self.reduced()? };
+        // SAFETY: the launch below writes all that is read
+        let mut reduced = unsafe { self.reduced(&pass)? };
         let [loss, lse, z_loss, entropy, argmax, correct, counted] = &mut numbers;
         let launch = StatisticsLaunch {
             params: self.params.for_pass(&pass),
             x: &x.bytes,
             targets: self.targets(),
-            output: reduced.output(|loss| self.loss_output(loss, pass.partials()))?,
+            output: self.output(&mut reduced)?,
             numbers: [
                 output(loss)?,
                 output(lse)?,
@@ -288,32 +270,57 @@ impl<'a> SoftmaxCall<'a> {
         };
         // SAFETY: the kernel and the grid are the pass's; the rows are those of the logits' layout, `RowOperands` fits
         // them, and the results have a number for each
-        unsafe { launch.launch(&self.gpu, &self.stream, kernel, pass.grid)? };
+        unsafe { launch.launch(self.gpu, &self.stream, kernel, pass.grid)? };
         Ok((reduced, numbers))
     }
 
-    /// Room for the results of a forward.
+    /// Room for the results of a forward by that pass: two allocations.
     ///
     /// # Safety
-    /// As for [`alloc`].
-    unsafe fn reduced(&self) -> Result<Reduced> {
+    /// As for [`Workspace::alloc`], and the loss as for [`alloc`].
+    unsafe fn reduced(&self, pass: &RowPass) -> Result<Reduced> {
+        let (rows, size) = (self.rows.count(), self.arithmetic().size_in_bytes());
+        let mut workspace = Workspace::default();
+        let statistics = workspace.add(self.statistics_per_row() * rows * size);
+        let denominator = workspace.add(size);
+        // one block merges split rows
+        let (parts, blocks) = if pass.splits() > 1 { (rows * pass.splits() as usize, 1) } else { (0, pass.partials()) };
+        let states = workspace.add(4 * parts * size);
+        let partials = self.partials(blocks, &mut workspace)?;
         // SAFETY: by this function's contract
-        unsafe {
-            Ok(Reduced {
-                loss: self.numbers(self.losses())?,
-                denominator: self.numbers(1)?,
-                statistics: self.numbers(self.statistics_per_row() * self.rows.count())?,
-            })
-        }
+        let (loss, memory) =
+            unsafe { (self.numbers(self.losses())?, workspace.alloc(&self.device, self.arithmetic())?) };
+        let Some(workspace) = memory else { bail!("{}: a workspace without a denominator", self.problem.name) };
+        Ok(Reduced { loss, workspace, arrays: ForwardArrays { statistics, denominator, states }, partials })
     }
 
-    /// What a forward leaves for the backward.
-    pub fn saved(&self, statistics: CudaStorageSlice, denominator: CudaStorageSlice) -> Saved {
-        let shape = (self.statistics_per_row(), self.rows.count());
-        Saved {
-            statistics: self.wrap(statistics).into_tensor(shape),
-            denominator: self.wrap(denominator).into_tensor(()),
-        }
+    /// What a launch over `blocks` blocks needs to make one loss of all.
+    fn partials(&self, blocks: u32, workspace: &mut Workspace) -> Result<Option<Partials>> {
+        Partials::of(self.options.rows.reduction, blocks, workspace, (self.gpu, &self.stream))
+    }
+
+    fn output<'b>(&self, reduced: &'b mut Reduced) -> Result<ForwardOutput<'b>> {
+        Ok(ForwardOutput {
+            loss: LossOutput::new(&mut reduced.loss, self.options.rows.reduction, reduced.partials)?,
+            workspace: output(&mut reduced.workspace)?,
+            arrays: reduced.arrays,
+        })
+    }
+
+    /// Which number of the workspace an array begins with.
+    fn first_number(&self, array: u64) -> usize {
+        array as usize / self.arithmetic().size_in_bytes()
+    }
+
+    /// What a forward leaves for the backward: views of its workspace, which lives as long as they do.
+    pub fn saved(&self, workspace: CudaStorageSlice, arrays: ForwardArrays) -> Result<Saved> {
+        let (per_row, rows) = (self.statistics_per_row(), self.rows.count());
+        let (statistics, denominator) = (self.first_number(arrays.statistics), self.first_number(arrays.denominator));
+        let numbers = self.wrap(workspace).into_tensor(denominator + 1);
+        Ok(Saved {
+            statistics: numbers.narrow(0, statistics, per_row * rows)?.reshape((per_row, rows))?,
+            denominator: numbers.narrow(0, denominator, 1)?.reshape(())?,
+        })
     }
 
     fn launch_reduce(&self, x: &InputView, pass: &RowPass, output: ReduceOutput) -> Result<()> {
@@ -322,37 +329,29 @@ impl<'a> SoftmaxCall<'a> {
         let launch = ReduceLaunch { params: self.params.for_pass(pass), x: &x.bytes, targets: self.targets(), output };
         // SAFETY: the kernel and the grid are the pass's; the rows are those of the logits' layout, `RowOperands`
         // fits them, and `reduce` allocated the output for all of them
-        unsafe { launch.launch(&self.gpu, &self.stream, kernel, pass.grid) }
+        unsafe { launch.launch(self.gpu, &self.stream, kernel, pass.grid) }
     }
 
-    fn launch_merge(&self, x: &InputView, pass: &RowPass, states: &CudaView<u8>, output: ForwardOutput) -> Result<()> {
+    fn launch_merge(&self, x: &InputView, pass: &RowPass, output: ForwardOutput) -> Result<()> {
         let kernel = self.kernel(SoftmaxPass::Merge, self.detail.unless_served(true), Form::Rows)?;
         let launch = MergeLaunch {
             params: self.params.for_pass(pass),
             x: &x.bytes,
             targets: self.targets(),
-            states,
             parts: pass.splits(),
             output,
         };
         // SAFETY: the reduction left a state for each of the parts; the rows are those of the logits' layout,
         // `RowOperands` fits them, and `reduce` allocated the output for all of them
-        unsafe { launch.launch(&self.gpu, &self.stream, kernel, Grid::flat(1, MERGE_THREADS)) }
+        unsafe { launch.launch(self.gpu, &self.stream, kernel, Grid::flat(1, MERGE_THREADS)) }
     }
 
-    /// The number (or the weights) of the rows that count, in parts, ahead of a pass that needs it. One launch, or
-    /// none.
-    fn count(&self, pass: &RowPass) -> Result<Option<CudaSlice<f64>>> {
-        let blocks = self.planner().counts(self.params.base.rows as u64, pass);
-        if self.params.base.counted == 0 || blocks == 0 {
-            return Ok(None);
-        }
-        // SAFETY: each block writes its element
-        let mut counts = unsafe { partials::<f64>(&self.device, blocks as usize)? };
-        let launch = CountRowsLaunch { params: self.params.base, targets: self.targets(), counts: &mut counts };
-        // SAFETY: `RowOperands` has an index for each row and a weight for each class
-        unsafe { launch.launch(&self.gpu, &self.stream, self.arithmetic())? };
-        Ok(Some(counts))
+    /// The number (or the weights) of the rows that count, in parts, ahead of a pass that needs it. One launch.
+    fn count(&self, blocks: u32, counts: CudaViewMut<u8>) -> Result<()> {
+        let launch = CountRowsLaunch { params: self.params.base, targets: self.targets(), counts, blocks };
+        // SAFETY: `RowOperands` has an index for each row and a weight for each class, and `loss_and_grad` planned a
+        // count for each block
+        unsafe { launch.launch(self.gpu, &self.stream, self.arithmetic()) }
     }
 
     /// Writes the gradient of the logits from the statistics of a forward; in place without `x`. One launch.
@@ -374,7 +373,7 @@ impl<'a> SoftmaxCall<'a> {
         };
         // SAFETY: the kernel and the grid are the pass's; the rows are those of the logits' layout, `RowOperands`
         // fits them, and the gradient has as many elements as the logits
-        unsafe { launch.launch(&self.gpu, &self.stream, kernel, pass.grid) }
+        unsafe { launch.launch(self.gpu, &self.stream, kernel, pass.grid) }
     }
 
     /// Writes the gradient of probability targets. One launch.
@@ -398,7 +397,7 @@ impl<'a> SoftmaxCall<'a> {
         };
         // SAFETY: the grid is the pass's; the rows are those of the logits' layout, `RowOperands` fits them, and
         // the gradient has as many elements as the logits
-        unsafe { launch.launch(&self.gpu, &self.stream, kernel, pass.grid) }
+        unsafe { launch.launch(self.gpu, &self.stream, kernel, pass.grid) }
     }
 
     /// The plan for loss and gradient.
@@ -408,7 +407,7 @@ impl<'a> SoftmaxCall<'a> {
         let plan = self.planner().fused(&shape);
         let FusedPlan::OnePass(_) = plan else { return Ok(plan) };
         let kernel = |form| self.kernel(SoftmaxPass::Fused, self.detail, form);
-        Ok(FusedPlan::OnePass(with_room(&self.gpu, |planner| planner.one_pass(&shape), kernel)?))
+        Ok(FusedPlan::OnePass(with_room(self.gpu, |planner| planner.one_pass(&shape), kernel)?))
     }
 
     /// Loss and gradient. Without `x` the gradient replaces the logits in `grad`. One launch, and one ahead of it where
@@ -418,25 +417,37 @@ impl<'a> SoftmaxCall<'a> {
             FusedPlan::OnePass(pass) => pass,
             FusedPlan::Split { .. } => return self.loss_and_grad_split(x, grad),
         };
-        let counts = self.count(&pass)?;
+        let blocks = match self.params.base.counted {
+            0 => 0,
+            _ => self.planner().counts(self.params.base.rows as u64, &pass),
+        };
+        let mut workspace = Workspace::default();
+        let counts = (blocks > 0).then(|| workspace.add(blocks as usize * size_of::<f64>()));
+        let partials = self.partials(pass.partials(), &mut workspace)?;
+        // SAFETY: the launches below write all that is read
+        let (mut loss, mut workspace) =
+            unsafe { (self.numbers(self.losses())?, workspace.alloc(&self.device, self.arithmetic())?) };
+        let mut workspace = workspace.as_mut().map(output).transpose()?;
+        if let (Some(at), Some(memory)) = (counts, &mut workspace) {
+            self.count(blocks, memory.slice_mut(at as usize..))?;
+        }
         let mut params = self.params.for_pass(&pass);
-        params.base.counts = counts.as_ref().map_or(0, |counts| counts.len() as i32);
+        params.base.counts = blocks as i32;
         let detail = self.detail.unless_served(pass.form == Form::Strided);
         let kernel = self.kernel(SoftmaxPass::Fused, detail, pass.form)?;
-        // SAFETY: the launch below writes all of it
-        let mut loss = unsafe { self.numbers(self.losses())? };
         let launch = FusedLaunch {
             params,
             x: x.map(|x| &x.bytes),
             grad,
             targets: self.targets(),
-            counts: counts.as_ref(),
-            loss: self.loss_output(&mut loss, pass.partials())?,
+            workspace,
+            counts,
+            loss: LossOutput::new(&mut loss, self.options.rows.reduction, partials)?,
         };
         let grid = Grid { overlaps: counts.is_some() && self.gpu.clusters, ..pass.grid };
         // SAFETY: the kernel and the grid are the pass's; the rows are those of the logits' layout, `RowOperands`
         // fits them, the gradient has as many elements as the logits, and blocks wait for the counts
-        unsafe { launch.launch(&self.gpu, &self.stream, kernel, grid)? };
+        unsafe { launch.launch(self.gpu, &self.stream, kernel, grid)? };
         Ok(self.wrap(loss))
     }
 
@@ -446,10 +457,12 @@ impl<'a> SoftmaxCall<'a> {
             Some(x) => self.reduce(x)?,
             None => self.reduce(&InputView { bytes: grad.as_view(), tag: Tag::of(self.dtype)? })?,
         };
-        let (statistics, denominator) = (self.wrap(reduced.statistics), self.wrap(reduced.denominator));
+        let workspace = self.wrap(reduced.workspace);
+        let from =
+            |array: u64| InputView::new(&workspace, &Layout::contiguous_with_offset((), self.first_number(array)));
         let inputs = GradientInputs {
-            statistics: &InputView::new(&statistics, &Layout::contiguous(()))?.bytes,
-            denominator: &InputView::new(&denominator, &Layout::contiguous(()))?.bytes,
+            statistics: &from(reduced.arrays.statistics)?.bytes,
+            denominator: &from(reduced.arrays.denominator)?.bytes,
             upstream: None,
         };
         self.emit(x, inputs, false, grad)?;

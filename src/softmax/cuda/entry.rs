@@ -38,7 +38,7 @@ impl SoftmaxKernels for CudaStorage {
         call.check_target(target)?;
         let reduced = call.reduce(&InputView::new(storage, layout)?)?;
         let loss = call.wrap(reduced.loss);
-        Ok((loss, call.saved(reduced.statistics, reduced.denominator)))
+        Ok((loss, call.saved(reduced.workspace, reduced.arrays)?))
     }
 
     fn backward(
@@ -127,7 +127,7 @@ impl SoftmaxKernels for CudaStorage {
         call.check_target(target)?;
         let (reduced, numbers) = call.reduce_with_statistics(&InputView::new(storage, layout)?)?;
         let loss = call.wrap(reduced.loss);
-        let saved = call.saved(reduced.statistics, reduced.denominator);
+        let saved = call.saved(reduced.workspace, reduced.arrays)?;
         Ok((loss, saved, numbers.map(|numbers| call.wrap(numbers))))
     }
 
@@ -143,7 +143,7 @@ impl SoftmaxKernels for CudaStorage {
             let gpu = Gpu::of(device)?;
             let shape = Detail::Plain.shape(rows, dtype);
             let kernel = |form| Detail::Plain.kernel(dtype, SoftmaxPass::LogSoftmax, form);
-            let pass = with_room(&gpu, |planner| planner.one_pass(&shape), kernel)?;
+            let pass = with_room(gpu, |planner| planner.one_pass(&shape), kernel)?;
             let launch = LogSoftmaxLaunch {
                 params: SoftmaxParams::of_rows(RowParams::untargeted(name, rows)?, rows).for_pass(&pass),
                 x: &InputView::new(logits, &from(rows))?.bytes,
@@ -152,7 +152,7 @@ impl SoftmaxKernels for CudaStorage {
             };
             // SAFETY: the kernel and the grid are the pass's; the rows are those of the tensor, whose elements all have
             // room, as has what is saved of each row
-            unsafe { launch.launch(&gpu, &device.cuda_stream(), kernel(pass.form)?, pass.grid)? };
+            unsafe { launch.launch(gpu, &device.cuda_stream(), kernel(pass.form)?, pass.grid)? };
         }
         let wrap = |slice| CudaStorage { slice, device: device.clone() };
         Ok((wrap(log_probs), statistics.map(wrap)))
@@ -185,7 +185,7 @@ impl SoftmaxKernels for CudaStorage {
             let adjacent = rows.class_stride == 1 && upstream_rows.class_stride == 1;
             let shape = RowsShape { adjacent: rows.class_last(), ..Detail::Plain.shape(rows, dtype) };
             let kernel = |form| Detail::Plain.kernel(dtype, SoftmaxPass::LogSoftmaxBackward, form);
-            let pass = with_room(&gpu, |planner| planner.log_softmax_backward(&shape, adjacent), kernel)?;
+            let pass = with_room(gpu, |planner| planner.log_softmax_backward(&shape, adjacent), kernel)?;
             let params = SoftmaxParams::of_rows(RowParams::untargeted(name, rows)?, rows).for_pass(&pass);
             let launch = LogSoftmaxBackwardLaunch {
                 params: SoftmaxParams { t: Strides::of(upstream_rows), ..params },
@@ -196,7 +196,7 @@ impl SoftmaxKernels for CudaStorage {
             };
             // SAFETY: the grid is the pass's; the rows are those of the tensors, as many in both, whose elements all
             // have room
-            unsafe { launch.launch(&gpu, &device.cuda_stream(), kernel(pass.form)?, pass.grid)? };
+            unsafe { launch.launch(gpu, &device.cuda_stream(), kernel(pass.form)?, pass.grid)? };
         }
         Ok(CudaStorage { slice: grad, device: device.clone() })
     }

@@ -11,7 +11,7 @@ use crate::rows::cuda::{LossOutput, RowParams, Strides, TargetViews};
 use crate::rows::layout::Rows;
 use crate::softmax::problem::STATISTICS;
 use candle_core::{DType, Result};
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
+use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DeviceRepr};
 use std::sync::Arc;
 
 type BytesView<'a> = &'a CudaView<'a, u8>;
@@ -77,11 +77,21 @@ impl SoftmaxParams {
     }
 }
 
+/// Where the arrays of a forward begin in its workspace, in bytes.
+#[derive(Clone, Copy)]
+pub(super) struct ForwardArrays {
+    /// At the start, so that the backward finds them on 16 bytes of their own storage.
+    pub statistics: u64,
+    pub denominator: u64,
+    /// The state of each part of rows that are split over blocks.
+    pub states: u64,
+}
+
 /// The results of a forward.
 pub(super) struct ForwardOutput<'a> {
     pub loss: LossOutput<'a>,
-    pub statistics: OutputView<'a>,
-    pub denominator: OutputView<'a>,
+    pub workspace: OutputView<'a>,
+    pub arrays: ForwardArrays,
 }
 
 /// Where `softmax_reduce_*` leaves the rows.
@@ -113,10 +123,12 @@ impl ReduceLaunch<'_> {
             ReduceOutput::Parts(states) => {
                 launch.write(states).null().null().null().null().null().null();
             }
-            ReduceOutput::Whole(ForwardOutput { loss, statistics, denominator }) => {
-                let loss = loss.pointers();
-                launch.null().write_if(loss.rows).write(statistics).write_if(loss.sums).address(loss.ticket);
-                launch.write_if(loss.result).write(denominator);
+            ReduceOutput::Whole(ForwardOutput { loss, workspace, arrays }) => {
+                let workspace = launch.place(workspace);
+                let loss = loss.pointers(workspace);
+                launch.null().write_if(loss.rows).address(workspace + arrays.statistics);
+                launch.address(loss.sums).address(loss.ticket).write_if(loss.result);
+                launch.address(workspace + arrays.denominator);
             }
         }
         // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
@@ -129,9 +141,7 @@ pub(super) struct MergeLaunch<'a> {
     pub params: SoftmaxParams,
     pub x: BytesView<'a>,
     pub targets: TargetViews<'a>,
-    /// The states that `softmax_reduce_*` left.
-    pub states: BytesView<'a>,
-    /// How many parts a row has.
+    /// How many parts a row has. Their states, which `softmax_reduce_*` left, are in the workspace.
     pub parts: u32,
     pub output: ForwardOutput<'a>,
 }
@@ -141,14 +151,16 @@ impl MergeLaunch<'_> {
     /// As for [`ReduceLaunch::launch`] with `softmax_merge_*`; there are states for all parts of all rows.
     pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
         let count = self.parts as i32;
-        let loss = self.output.loss.pointers();
+        let ForwardOutput { loss, workspace, arrays } = &mut self.output;
         let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
+        let workspace = launch.place(workspace);
+        let loss = loss.pointers(workspace);
         // softmax_merge_*(p, x, targets, splits, count, loss, statistics, result, denominator)
         launch.value(&self.params).read(self.x);
         self.targets.push(&mut launch);
-        launch.read(self.states).value(&count);
-        launch.write_if(loss.rows).write(&mut self.output.statistics).write_if(loss.result);
-        launch.write(&mut self.output.denominator);
+        launch.address(workspace + arrays.states).value(&count);
+        launch.write_if(loss.rows).address(workspace + arrays.statistics).write_if(loss.result);
+        launch.address(workspace + arrays.denominator);
         // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
         unsafe { launch.run(grid) }
     }
@@ -196,8 +208,10 @@ pub(super) struct FusedLaunch<'a> {
     pub x: Option<BytesView<'a>>,
     pub grad: OutputView<'a>,
     pub targets: TargetViews<'a>,
-    /// Counts of the rows, where an earlier launch made them.
-    pub counts: Option<&'a CudaSlice<f64>>,
+    /// Where it is needed.
+    pub workspace: Option<OutputView<'a>>,
+    /// Counts of the rows, where an earlier launch left them in the workspace.
+    pub counts: Option<u64>,
     pub loss: LossOutput<'a>,
 }
 
@@ -205,13 +219,14 @@ impl FusedLaunch<'_> {
     /// # Safety
     /// As for [`ReduceLaunch::launch`] with `softmax_fused_*`; there are as many counts as the parameters say.
     pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
-        let loss = self.loss.pointers();
         let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
+        let workspace = self.workspace.as_mut().map_or(0, |workspace| launch.place(workspace));
+        let loss = self.loss.pointers(workspace);
         // softmax_fused_*(p, x, out, targets, counts, loss, partials, ticket, result)
         launch.value(&self.params).read_if(self.x).write(&mut self.grad);
         self.targets.push(&mut launch);
-        launch.read_if(self.counts).write_if(loss.rows).write_if(loss.sums).address(loss.ticket);
-        launch.write_if(loss.result);
+        launch.address(self.counts.map_or(0, |counts| workspace + counts));
+        launch.write_if(loss.rows).address(loss.sums).address(loss.ticket).write_if(loss.result);
         // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
         unsafe { launch.run(grid) }
     }
@@ -255,14 +270,15 @@ impl StatisticsLaunch<'_> {
     /// # Safety
     /// As for [`ReduceLaunch::launch`] with `softmax_statistics_*`.
     pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
-        let ForwardOutput { loss, statistics, denominator } = &mut self.output;
-        let loss = loss.pointers();
+        let ForwardOutput { loss, workspace, arrays } = &mut self.output;
         let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
+        let workspace = launch.place(workspace);
+        let loss = loss.pointers(workspace);
         // softmax_statistics_*(p, x, targets, loss, statistics, partials, ticket, result, denominator, numbers)
         launch.value(&self.params).read(self.x);
         self.targets.push(&mut launch);
-        launch.write_if(loss.rows).write(statistics).write_if(loss.sums).address(loss.ticket);
-        launch.write_if(loss.result).write(denominator).write_all(&mut self.numbers);
+        launch.write_if(loss.rows).address(workspace + arrays.statistics).address(loss.sums).address(loss.ticket);
+        launch.write_if(loss.result).address(workspace + arrays.denominator).write_all(&mut self.numbers);
         // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
         unsafe { launch.run(grid) }
     }
@@ -315,24 +331,24 @@ pub(super) struct CountRowsLaunch<'a> {
     pub params: RowParams,
     pub targets: TargetViews<'a>,
     /// A number for each block.
-    pub counts: &'a mut CudaSlice<f64>,
+    pub counts: OutputView<'a>,
+    pub blocks: u32,
 }
 
 impl CountRowsLaunch<'_> {
     /// For class weights of the arithmetic dtype.
     ///
     /// # Safety
-    /// The targets and weights are inside of their tensors.
-    pub unsafe fn launch(self, gpu: &Gpu, stream: &Arc<CudaStream>, arithmetic: DType) -> Result<()> {
+    /// The targets and weights are inside of their tensors, and there is a count for each block.
+    pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, arithmetic: DType) -> Result<()> {
         let name = if arithmetic == DType::F64 { "count_rows_f64" } else { "count_rows_f32" };
-        let grid = Grid::flat(self.counts.len() as u32, 1024);
+        let grid = Grid::flat(self.blocks, 1024);
         let mut launch = Launch::new(gpu, stream, &kernels::ROWS, name)?;
         // count_rows_*(p, targets, counts)
         launch.value(&self.params);
         self.targets.push(&mut launch);
-        launch.write(self.counts);
-        // SAFETY: the parameters in the order of the kernel's signature, a count for each block, and memory by this
-        // function's contract
+        launch.write(&mut self.counts);
+        // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
         unsafe { launch.run(grid) }
     }
 }
