@@ -3,7 +3,7 @@
 //! it and give what the loss gives, again and again.
 //!
 //! This binary has functions of the driver's names, which the linker prefers to those of the driver's library. They
-//! fail where a test says so and else call the library's.
+//! fail where a test says so and else call the library's. They count their calls, each of which costs the host time.
 #![cfg(all(feature = "cuda", target_os = "linux"))]
 
 use candle_core::cuda_backend::WrapErr;
@@ -14,10 +14,11 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaStream, DriverError, result};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_fused_loss::{
-    CrossEntropyLoss, best_device, binary_cross_entropy_with_logit, cross_entropy, log_softmax,
-    multi_label_soft_margin, sigmoid_focal,
+    BceWithLogitsLoss, CrossEntropyLoss, NllLoss, best_device, binary_cross_entropy_with_logit, cross_entropy,
+    log_softmax, multi_label_soft_margin, nll, sigmoid_focal,
 };
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::collections::BTreeMap;
+use std::ffi::{CStr, c_char, c_int, c_uchar, c_uint, c_void};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -25,6 +26,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 static BROKEN: Mutex<&[(&CStr, c_int)]> = Mutex::new(&[]);
 /// One of them that was called.
 static REACHED: Mutex<Option<&CStr>> = Mutex::new(None);
+/// How often each function was called since a test began to count.
+static CALLS: Mutex<BTreeMap<&str, usize>> = Mutex::new(BTreeMap::new());
 static PANICS: AtomicUsize = AtomicUsize::new(0);
 /// Tests in turn: they share the driver.
 static TURN: Mutex<()> = Mutex::new(());
@@ -72,6 +75,7 @@ macro_rules! driver_functions {
                 Ok(name) => name,
                 Err(_) => panic!(),
             };
+            *CALLS.lock().unwrap().entry(stringify!($function)).or_default() += 1;
             if let Some(error) = failure(NAME) {
                 return error;
             }
@@ -80,7 +84,11 @@ macro_rules! driver_functions {
             // SAFETY: the caller's promise
             unsafe { function($($argument),*) }
         }
-    )*};
+    )*
+
+        /// All of them.
+        static COUNTED: &[&str] = &[$(stringify!($function)),*];
+    };
 }
 
 type Pointer = *mut c_void;
@@ -101,6 +109,41 @@ driver_functions! {
     cuCtxSynchronize();
     cuEventSynchronize(event: Pointer);
     cuStreamWaitEvent(stream: Pointer, event: Pointer, flags: c_uint);
+    cuCtxDestroy_v2(context: Pointer);
+    cuCtxGetCurrent(context: *mut Pointer);
+    cuCtxSetCurrent(context: Pointer);
+    cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, device: c_int);
+    cuDeviceGetDefaultMemPool(pool: *mut Pointer, device: c_int);
+    cuDeviceGetName(name: *mut c_char, bytes: c_int, device: c_int);
+    cuDevicePrimaryCtxRelease_v2(device: c_int);
+    cuEventCreate(event: *mut Pointer, flags: c_uint);
+    cuEventDestroy_v2(event: Pointer);
+    cuEventRecord(event: Pointer, stream: Pointer);
+    cuFuncGetAttribute(value: *mut c_int, attribute: c_int, function: Pointer);
+    cuFuncSetAttribute(function: Pointer, attribute: c_int, value: c_int);
+    cuGetErrorString(error: c_int, text: *mut *const c_char);
+    cuGraphDestroy(graph: Pointer);
+    cuGraphExecDestroy(graph: Pointer);
+    cuGraphInstantiateWithFlags(executable: *mut Pointer, graph: Pointer, flags: u64);
+    cuGraphLaunch(executable: Pointer, stream: Pointer);
+    cuLaunchKernelEx(config: Pointer, function: Pointer, parameters: *mut Pointer, extra: *mut Pointer);
+    cuMemFreeAsync(memory: u64, stream: Pointer);
+    cuMemFree_v2(memory: u64);
+    cuMemPoolGetAttribute(pool: Pointer, attribute: c_int, value: Pointer);
+    cuMemPoolSetAttribute(pool: Pointer, attribute: c_int, value: Pointer);
+    cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, stream: Pointer);
+    cuMemcpyPeerAsync(to: u64, of: Pointer, from: u64, context: Pointer, bytes: usize, stream: Pointer);
+    cuMemsetD8Async(to: u64, value: c_uchar, bytes: usize, stream: Pointer);
+    cuModuleGetFunction(function: *mut Pointer, module: Pointer, name: *const c_char);
+    cuModuleLoad(module: *mut Pointer, path: *const c_char);
+    cuModuleUnload(module: Pointer);
+    cuOccupancyMaxActiveClusters(clusters: *mut c_int, function: Pointer, config: Pointer);
+    cuStreamBeginCapture_v2(stream: Pointer, mode: c_int);
+    cuStreamCreate(stream: *mut Pointer, flags: c_uint);
+    cuStreamDestroy_v2(stream: Pointer);
+    cuStreamEndCapture(stream: Pointer, graph: *mut Pointer);
+    cuStreamGetId(stream: Pointer, number: *mut u64);
+    cuStreamIsCapturing(stream: Pointer, status: *mut c_int);
 }
 
 /// What a driver answers, from the first call to the last: no device, a library that doesn't fit the kernel's module, a
@@ -232,6 +275,111 @@ fn losses_do_not_wait_for_the_device() -> Result<()> {
     assert_eq!(reached(), Some(c"cuStreamSynchronize"));
     set_broken(&[]);
     Ok(())
+}
+
+/// What a call makes the driver do, and with it cudarc and candle.
+#[derive(Clone, Copy)]
+struct Steps {
+    /// Made and released.
+    allocations: usize,
+    launches: usize,
+    /// Counters of launches whose blocks meet: a look at the stream.
+    tickets: usize,
+    /// Whether it includes a backward by candle, which begins with ones and adds into zeros.
+    backward: bool,
+}
+
+impl Steps {
+    /// The driver's functions, and how often each is called. cudarc makes two events for each allocation, unless they
+    /// are not `tracked`, and looks at the thread's context in each of its steps.
+    fn calls(self, tracked: bool) -> BTreeMap<&'static str, usize> {
+        let candles = self.backward as usize;
+        let allocations = self.allocations + 3 * candles;
+        let events = if tracked { 2 * allocations } else { 0 };
+        let calls = [
+            ("cuCtxGetCurrent", allocations + 2 * events + self.launches + self.tickets + 3 * candles),
+            ("cuMemAllocAsync", allocations),
+            ("cuMemFreeAsync", allocations),
+            ("cuEventCreate", events),
+            ("cuEventDestroy_v2", events),
+            ("cuStreamIsCapturing", self.tickets),
+            ("cuStreamGetId", self.tickets),
+            ("cuLaunchKernelEx", self.launches),
+            ("cuLaunchKernel", 2 * candles),
+            ("cuModuleGetFunction", 2 * candles),
+            ("cuMemsetD8Async", candles),
+        ];
+        calls.into_iter().filter(|(_, times)| *times > 0).collect()
+    }
+}
+
+/// All driver calls of warm losses, each of which costs the host time: of a few rows, which one block works through, of
+/// many rows and of a long one. A loss, what its backward needs and the kernels' own numbers are two allocations.
+#[test]
+fn driver_calls_of_each_loss() -> Result<()> {
+    let _turn = turn();
+    // (rows, classes), and for each loss what the forward takes and what it takes with the gradient
+    let expected = [
+        ((64, 1000), [[(2, 1, 0), (2, 1, 0)], [(2, 1, 1), (3, 1, 1)], [(2, 1, 0), (2, 1, 0)]]),
+        ((6000, 10), [[(2, 1, 1), (3, 2, 1)], [(2, 1, 1), (3, 1, 1)], [(2, 1, 1), (3, 2, 1)]]),
+        ((1, 150_000), [[(2, 2, 0), (3, 3, 0)], [(2, 1, 1), (3, 1, 1)], [(2, 1, 0), (3, 2, 0)]]),
+    ];
+    for (device, tracked) in [(cuda(), true), (device_with_stream()?.0, false)] {
+        for ((rows, classes), of_each) in expected {
+            let x = Var::from_tensor(&Tensor::ones((rows, classes), DType::F32, &device)?)?;
+            let (zeros, index) = (x.zeros_like()?, Tensor::zeros(rows, DType::U32, &device)?);
+            let forwards: [&dyn Fn() -> Result<Tensor>; 3] =
+                [&|| cross_entropy(&x, &index), &|| binary_cross_entropy_with_logit(&x, &zeros), &|| nll(&x, &index)];
+            let both: [&dyn Fn() -> Result<(Tensor, Tensor)>; 3] = [
+                &|| CrossEntropyLoss::new().loss_and_grad(&x, &index),
+                &|| BceWithLogitsLoss::new().loss_and_grad(&x, &zeros),
+                &|| NllLoss::new().loss_and_grad(&x, &index),
+            ];
+            for (loss, numbers) in of_each.into_iter().enumerate() {
+                let [forward, with_gradient] = numbers.map(|(allocations, launches, tickets)| Steps {
+                    allocations,
+                    launches,
+                    tickets,
+                    backward: false,
+                });
+                let Steps { allocations, launches, .. } = forward;
+                let backward =
+                    Steps { allocations: allocations + 1, launches: launches + 1, backward: true, ..forward };
+                let calls: [(&str, Steps, &dyn Fn() -> Result<()>); 3] = [
+                    ("forward", forward, &|| forwards[loss]().map(drop)),
+                    ("forward and backward", backward, &|| forwards[loss]()?.backward().map(drop)),
+                    ("loss_and_grad", with_gradient, &|| both[loss]().map(drop)),
+                ];
+                for (what, steps, call) in calls {
+                    // the first time, kernels are loaded
+                    call()?;
+                    CALLS.lock().unwrap().clear();
+                    call()?;
+                    let found = CALLS.lock().unwrap().clone();
+                    let loss = ["cross-entropy", "BCE", "NLL"][loss];
+                    assert_eq!(found, steps.calls(tracked), "{loss}, {rows} x {classes}, {what}, events: {tracked}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Every function of the driver that this binary links is counted.
+#[test]
+fn all_driver_functions_are_counted() {
+    let program = std::fs::read("/proc/self/exe").expect("this program");
+    let is_one = |name: &[u8]| {
+        name.starts_with(b"cu") && name.get(2).is_some_and(u8::is_ascii_uppercase) && {
+            name.iter().all(|c| c.is_ascii_alphanumeric() || *c == b'_')
+        }
+    };
+    let linked: Vec<_> = program.split(|c| *c == 0).filter(|name| is_one(name)).map(String::from_utf8_lossy).collect();
+    assert!(linked.contains(&"cuLaunchKernelEx".into()));
+    // the compiler cuts a name that it compares with in two
+    let is_counted = |name: &str| COUNTED.iter().any(|counted| counted.starts_with(name));
+    let missed: Vec<_> = linked.iter().filter(|name| !is_counted(name)).collect();
+    assert!(missed.is_empty(), "{missed:?}");
 }
 
 /// A device whose work is all in one stream of its own. That can be recorded, which the default stream can't; and
