@@ -216,6 +216,23 @@ __device__ __forceinline__ bool is_last_block(unsigned *ticket, unsigned count) 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Launches that overlap: `Grid::overlaps` of src/cuda/grid.rs
+
+// Lets a launch that is allowed to overlap with this one begin, once all blocks have come here or ended.
+__device__ __forceinline__ void let_next_launch_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the launch that this one may overlap with has ended and its results are visible.
+__device__ __forceinline__ void wait_for_last_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Elementary functions by one name for float and double.
 
 __device__ __forceinline__ float exp_(float x) { return expf(x); }

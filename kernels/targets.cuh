@@ -141,20 +141,6 @@ __device__ __forceinline__ double count_rows(const RowParams &p, const Targets<A
     return sum;
 }
 
-// Lets a launch that is allowed to overlap with this one begin, once all blocks have come here or ended.
-__device__ __forceinline__ void let_next_launch_begin() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// Waits until the launch that this one may overlap with has ended and its results are visible.
-__device__ __forceinline__ void wait_for_last_launch() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // The first stage of a counted denominator that a gradient needs before the rows' losses are known: at most 64 sums.
 template <class A>
 __device__ __forceinline__ void count(const RowParams &p, const Targets<A> &targets, double *counts) {

@@ -290,6 +290,7 @@ __device__ __forceinline__ A fused_scale(const void *mask, const long long *coun
                                          const ElementParams &params) {
     __shared__ long long scratch[WARP];
     double divisor = 1.0;
+    if (counts) wait_for_last_launch();
     if (params.reduction == Reduction::Mean) {
         long long left = 0;
         if (counts)
@@ -437,6 +438,7 @@ __device__ __forceinline__ void any_loss_pass(const Arrays<In> &a, const long lo
 __device__ __forceinline__ void count_pass(const void *mask, long long *counts, const ElementParams &params) {
     __shared__ long long scratch[WARP];
     const Span span(params);
+    let_next_launch_begin();
     const long long count = count_elements(mask, params, span.first, span.last, threadIdx.x, blockDim.x, scratch);
     if (threadIdx.x == 0) counts[blockIdx.x] = count;
 }

@@ -8,6 +8,7 @@ use super::params::{
 use super::plan::{Alignment, MAX_AXES, OPERANDS, OperandAxes, OperandView, Spans, Variant};
 use crate::check::{self, arithmetic};
 use crate::cuda::gpu::{Gpu, Module};
+use crate::cuda::grid::Grid;
 use crate::cuda::kernels;
 use crate::cuda::launch::{InputView, Launch, Workspace, alloc, output, read_element, to_host, upstream_view};
 use crate::custom_op::{Arg, Argument, Locked};
@@ -241,6 +242,7 @@ impl<'a> ElementCall<'a> {
             (_, true) => ElementLossOutput::Each(to),
             _ => ElementLossOutput::Reduced { to, spans: sums },
         };
+        let overlaps = counts.is_some();
         let launch = self.launch(variant, if with_grad { |own| own.fused } else { |own| own.loss }, "loss_any")?;
         let parameters = LossLaunch {
             operands: &operands.inputs,
@@ -250,8 +252,9 @@ impl<'a> ElementCall<'a> {
             grad: grad.as_mut().map(output).transpose()?,
             params: &params,
         };
-        // SAFETY: a kernel of losses; the spans cover the elements, which all operands have
-        unsafe { parameters.launch(launch, spans.grid) }?;
+        let grid = Grid { overlaps: overlaps && self.gpu.clusters, ..spans.grid };
+        // SAFETY: a kernel of losses, which waits for the counts; the spans cover the elements, which all operands have
+        unsafe { parameters.launch(launch, grid) }?;
         let storage = |slice: Option<CudaStorageSlice>| slice.map(|slice| self.storage(slice));
         let denominator = if with_grad { None } else { storage(workspace) };
         Ok(LossResults { loss: self.storage(loss), denominator, grad: storage(grad) })
