@@ -69,11 +69,12 @@ constexpr int BLOCKS_OF[] = {ARCH < 800 || sizeof(A) == 8 ? 2 : 3,
 // eight blocks, those of sm_80 would spill.
 constexpr int TILE_BLOCKS_OF[] = {sizeof(A) == 4 ? 8 : 4, 5, sizeof(A) == 4 ? 4 : 3};
 #if defined(DETAIL_GENERAL)
-constexpr int STRIDED_BLOCKS = sizeof(A) == 4 ? 5 : 2;
+constexpr int STRIDED_BLOCKS = sizeof(A) == 4 ? 4 : 2;
 #elif defined(DETAIL_UNIFORM)
-constexpr int FUSED_TILE_BLOCKS = TILE_BLOCKS_OF[UNIFORM], STRIDED_BLOCKS = 5;
+constexpr int FUSED_TILE_BLOCKS = TILE_BLOCKS_OF[UNIFORM], STRIDED_BLOCKS = ARCH <= 800 ? 2 : 3;
 #else
-constexpr int FUSED_TILE_BLOCKS = ARCH < 800 || sizeof(A) == 8 ? 0 : ARCH == 800 ? 6 : 8, STRIDED_BLOCKS = 0;
+constexpr int FUSED_TILE_BLOCKS = ARCH < 800 || sizeof(A) == 8 ? 0 : ARCH == 800 ? 6 : 8;
+constexpr int STRIDED_BLOCKS = sizeof(A) == 8 ? 0 : 3;
 #endif
 
 // Forwards.
@@ -221,7 +222,7 @@ LOG_SOFTMAX_KERNEL(softmax_log_softmax_tile, (TILE_THREADS), log_softmax_tiles)
 #if defined(DETAIL_PLAIN) || defined(DETAIL_LOG_SOFTMAX)
 
 LOG_SOFTMAX_KERNEL(softmax_log_softmax_rows, (ROWS_THREADS, BLOCKS_OF[PLAIN]), log_softmax_rows)
-LOG_SOFTMAX_KERNEL(softmax_log_softmax_strided, (STRIDED_THREADS), log_softmax_strided)
+LOG_SOFTMAX_KERNEL(softmax_log_softmax_strided, (STRIDED_THREADS, STRIDED_BLOCKS), log_softmax_strided)
 
 #define LOG_SOFTMAX_BACKWARD_KERNEL(NAME, BOUNDS, BODY)                                                       \
     extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const Params p, const X *x, const A *statistics, \

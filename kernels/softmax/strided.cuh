@@ -1,10 +1,10 @@
 // Passes over rows whose classes lie apart: (N, C, d…) with its class axis in the middle, transposed logits.
 //
-// A block is blockDim.x rows wide and blockDim.y deep. Neighbouring threads (x) have neighbouring rows, which lie next
+// A block is blockDim.x threads wide and blockDim.y deep. Neighbouring threads (x) have neighbouring rows, which lie next
 // to each other in memory where the class axis is in the middle, so that a warp's accesses are coalesced without a
-// copy; the threads of one x share the classes of their row. Bytes: `reduce` reads E, `emit` reads E and writes E,
-// `fused` reads its rows a second time (from the first- or second-level cache, as a block's rows are small) and writes
-// E.
+// copy; the threads of one x share the classes of their rows. A thread takes two rows of 16-bit logits at a time, in
+// one access for both where they lie in pairs. Bytes: `reduce` reads E, `emit` reads E and writes E, `fused` reads its
+// rows a second time (from the first- or second-level cache, as a block's rows are small) and writes E.
 #pragma once
 
 #include "rows.cuh"
@@ -13,91 +13,287 @@ namespace fused_loss {
 namespace softmax {
 
 constexpr int STRIDED_THREADS = 256;
+// Whether a pass works on units of logits, which are those of neighbouring rows here.
+template <Detail D, class T> constexpr bool IN_UNITS = D <= UNIFORM && sizeof(Acc<T>) == sizeof(float);
+// The rows that a thread takes at a time. The general kernels have no registers for the states of two.
+template <Detail D, class T> constexpr int ROWS_AT_ONCE = IN_UNITS<D, T> ? Unit<T>::LOGITS : 1;
 // Classes that a thread loads before it uses the first.
-template <Detail D> constexpr int STRIDED_BATCH = D <= UNIFORM ? 4 : 2;
+template <Detail D, class T> constexpr int STRIDED_BATCH = IN_UNITS<D, T> ? 11 : D <= UNIFORM ? 4 : 2;
 
 // Where a row's gradient is written: in the order (outer, class, inner), or (outer, inner, class).
 struct Written {
     int64_t start, stride;
 
     __device__ __forceinline__ Written(const Params &p, int64_t row) {
-        const int64_t inner = p.x.inner;
-        start = p.class_last ? row * p.classes : row / inner * p.classes * inner + row % inner;
-        stride = p.class_last ? 1 : inner;
+        const Strides to = {p.x.inner, p.classes * p.x.inner, 1, p.x.inner};
+        start = p.class_last ? row * p.classes : to.start(row);
+        stride = p.class_last ? 1 : to.class_stride;
     }
 };
 
-template <int U, class T>
-__device__ __forceinline__ void load_classes(const Params &p, const T *row, int first, Acc<T> (&x)[U][1]) {
+// Whether rows lie side by side in groups of R, which begin at multiples of R logits in all classes.
+template <int R, class T> __device__ __forceinline__ bool in_groups(const Params &p, const T *x) {
+    const bool one_axis = p.x.inner == 1;
+    const int64_t apart = one_axis ? p.x.outer_stride : p.x.inner_stride, length = one_axis ? p.rows : p.x.inner;
+    const int64_t others = p.x.class_stride | (one_axis ? 0 : p.x.outer_stride);
+    return R > 1 && apart == 1 && (length | others) % R == 0 && phase_of<T, R>(x) == 0;
+}
+
+// The rows that a thread takes at a time: neighbours where they are `grouped`, so that one access serves all of them;
+// otherwise blockDim.x apart, so that the accesses of a warp are side by side.
+template <class T, int R> struct ThreadRows {
+    bool grouped;
+    int64_t row[R];
+    bool exists[R];
+    const T *logits[R];
+
+    __device__ __forceinline__ ThreadRows(const Params &p, const T *x, int64_t first, bool grouped) : grouped(grouped) {
 #pragma unroll
-    for (int u = 0; u < U; u++) {
-        const int c = first + u * blockDim.y;
-        x[u][0] = c < p.classes ? widen<Acc<T>>(row[c * p.x.class_stride]) : -infinity<Acc<T>>();
-    }
-}
-
-// This thread's share of a row.
-template <Detail D, class T>
-__device__ __forceinline__ State<Acc<T>, D> reduce_classes(const Params &p, const Operands<Acc<T>> &o, const T *row) {
-    constexpr int U = STRIDED_BATCH<D>;
-    State<Acc<T>, D> state = State<Acc<T>, D>::empty();
-    for (int c = threadIdx.y; c < p.classes; c += U * blockDim.y) {
-        Acc<T> x[U][1];
-        load_classes(p, row, c, x);
-        absorb<D, T, U, 1>(state, p, o, c, blockDim.y, [&](int u, int k) { return x[u][k]; });
-    }
-    return state;
-}
-
-// Merges the states of the threads of one x: all threads of the block call it, all get their row's state, and the
-// scratch memory of a state for each thread may be used again.
-template <class T, class A, Detail D>
-__device__ __forceinline__ State<A, D> merge_column(const Params &p, State<A, D> state, State<A, D> *scratch) {
-    State<A, D> *column = scratch + threadIdx.x;
-    column[threadIdx.y * blockDim.x] = state;
-    __syncthreads();
-    for (int half = blockDim.y / 2; half > 0; half /= 2) {
-        if (threadIdx.y < half) {
-            state = merge<T>(p, state, column[(threadIdx.y + half) * blockDim.x]);
-            column[threadIdx.y * blockDim.x] = state;
+        for (int k = 0; k < R; k++) {
+            row[k] = first + k * static_cast<int64_t>(grouped ? 1 : blockDim.x);
+            exists[k] = row[k] < p.rows;
+            // a place costs a division
+            logits[k] = k > 0 && grouped ? logits[0] + k : x + p.x.start(row[k]);
         }
-        __syncthreads();
     }
-    state = column[0];
-    __syncthreads();
-    return state;
+};
+
+// Calls f with the rows of each thread in turn; all threads of the block call it alike.
+template <int R, class T, class F>
+__device__ __forceinline__ void for_thread_rows(const Params &p, const T *x, F f) {
+    const bool grouped = in_groups<R>(p, x);
+    const int64_t width = blockDim.x * R, mine = threadIdx.x * (grouped ? R : 1);
+    for (int64_t first = blockIdx.x * width; first < p.rows; first += gridDim.x * width)
+        f(ThreadRows<T, R>(p, x, first + mine, grouped));
 }
 
-// Writes this thread's share of a row.
-template <class Rule, class T>
-__device__ __forceinline__ void emit_classes(const Params &p, const Operands<Acc<T>> &o, const RowScalars<Acc<T>> &s,
-                                             const T *row, T *out, const Written &written) {
-    using A = Acc<T>;
-    constexpr int U = STRIDED_BATCH<Rule::DETAIL>;
-    const bool live = s.kind == Kind::LIVE;
-    for (int c = threadIdx.y; c < p.classes; c += U * blockDim.y) {
-        A x[U][1];
-        if (live) load_classes(p, row, c, x);
+// The number of a thread's classes: threadIdx.y, threadIdx.y + blockDim.y, … The block's depth is a power of two.
+__device__ __forceinline__ int share_of_classes(const Params &p) {
+    const int depth = blockDim.y, y = threadIdx.y;
+    return (p.classes - y + depth - 1) >> (31 - __clz(depth));
+}
+
+// Reads a thread's classes of its rows, a few at a time.
+template <class T, int R> struct Reader {
+    const T *at[R];
+    int64_t step;
+    int left[R];
+    bool grouped;
+
+    __device__ __forceinline__ Reader(const Params &p, const ThreadRows<T, R> &rows) : grouped(rows.grouped) {
+        step = blockDim.y * p.x.class_stride;
+#pragma unroll
+        for (int k = 0; k < R; k++) {
+            at[k] = in_register(rows.logits[k] + threadIdx.y * p.x.class_stride);
+            left[k] = rows.exists[k] ? share_of_classes(p) : 0;
+        }
+    }
+    // The next U classes; -inf behind the last one. All loads are issued before one is waited for.
+    template <int U> __device__ __forceinline__ void next(Pack<T, R> (&x)[U]) {
 #pragma unroll
         for (int u = 0; u < U; u++) {
-            const int at = c + u * blockDim.y;
-            if (at >= p.classes) continue;
-            A y[1] = {dead_value<A>(s.kind)};
-            if (live) Rule::template emit<T>(p, o, s, at, x[u], y);
-            if constexpr (Rule::OWN) {
-                if (live && at == s.target) y[0] = Rule::template own_value<T>(p, s, x[u][0]);
+#pragma unroll
+            for (int k = 0; k < R; k++) x[u].at[k] = narrow<T>(-infinity<Acc<T>>());
+        }
+        if (grouped) {
+#pragma unroll
+            for (int u = 0; u < U; u++, at[0] += step) {
+                if (u < left[0]) x[u] = Pack<T, R>::load(at[0]);
             }
-            out[written.start + at * written.stride] = narrow<T>(y[0]);
+        } else {
+#pragma unroll
+            for (int u = 0; u < U; u++) {
+#pragma unroll
+                for (int k = 0; k < R; k++) {
+                    if (u < left[k]) x[u].at[k] = *at[k];
+                    at[k] += step;
+                }
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < R; k++) left[k] -= U;
+    }
+};
+
+// The state of U classes of each of a unit's rows; `exists(u)` says whether class u is there or -inf.
+template <Detail D, class T, int U, int R, class F>
+__device__ __forceinline__ void state_of_rows(const Params &p, const Pack<T, R> (&x)[U], F exists,
+                                              State<float, D> (&states)[R]) {
+    constexpr int SUMS = 4;
+    Unit<T> units[U];
+#pragma unroll
+    for (int u = 0; u < U; u++) units[u] = *reinterpret_cast<const Unit<T> *>(&x[u]);
+    const bool summed = D == UNIFORM && p.spread != 0.0;
+    float linear[R] = {}, mass = 0;
+    const auto sum = [&](int k, float reference) {
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            if (exists(u)) linear[k] = fmaf(widen<float>(x[u].at[k]) - reference, UNIT, linear[k]);
+        }
+    };
+    if (summed) {
+#pragma unroll
+        for (int u = 0; u < U; u++) mass += exists(u) ? UNIT : 0.0f;
+#pragma unroll
+        for (int k = 0; k < R && SUM_FIRST<T>; k++) sum(k, 0.0f);
+    }
+    // a tournament in each row at once: see `tournament`
+#pragma unroll
+    for (int step = 1; step < U; step *= 2) {
+#pragma unroll
+        for (int u = 0; u + step < U; u += 2 * step) match(units[u], units[u + step]);
+    }
+#pragma unroll
+    for (int k = 0; k < R; k++) {
+        const float winner = units[0].logit(k);
+        const bool nan = winner != winner;
+        State<float, D> &state = states[k];
+        state.max = nan ? -infinity<float>() : winner;
+        const float reference = reference_of(state.max);
+        float sums[SUMS] = {};
+        if (nan) sums[0] = quiet_nan<float>();
+#pragma unroll
+        for (int u = 1; u < U; u++) sums[u % SUMS] += exp_of<D, T>(p, units[u].logit(k) - reference);
+        state.rest = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        if constexpr (D == UNIFORM) {
+            if (summed && !SUM_FIRST<T>) sum(k, reference);
+            state.linear = SUM_FIRST<T> ? fmaf(-mass, reference, linear[k]) : linear[k];
+            state.mass = mass;
         }
     }
 }
 
-// The rows of a block in turn: f(row, whether it exists), called by all threads alike.
-template <class F> __device__ __forceinline__ void for_strided_rows(const Params &p, F f) {
-    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x; first < p.rows; first += step) {
-        const int64_t row = first + threadIdx.x;
-        f(row < p.rows ? row : 0, row < p.rows);
+// This thread's share of its rows. The first logits are on their way while `meanwhile` runs.
+template <Detail D, class T, int R, class F>
+__device__ __forceinline__ void reduce_classes(const Params &p, const Targets<Acc<T>> &targets,
+                                               const ThreadRows<T, R> &rows, State<Acc<T>, D> (&states)[R],
+                                               F meanwhile) {
+    constexpr int U = STRIDED_BATCH<D, T>;
+    Pack<T, R> x[U];
+    Reader<T, R> reader(p, rows);
+    reader.next(x);
+    meanwhile();
+    const Operands<Acc<T>> o = operands_of(p, targets, rows.exists[0] ? rows.row[0] : 0);
+#pragma unroll
+    for (int k = 0; k < R; k++) states[k] = State<Acc<T>, D>::empty();
+    const int share = share_of_classes(p);
+    for (int j = 0; j < share;) {
+        if constexpr (IN_UNITS<D, T>) {
+            State<float, D> parts[R];
+            state_of_rows(p, x, [&](int u) { return j + u < share; }, parts);
+#pragma unroll
+            for (int k = 0; k < R; k++) states[k] = j == 0 ? parts[k] : merge<T>(p, states[k], parts[k]);
+        } else {
+            absorb<D, T, U, 1>(states[0], p, o, threadIdx.y + j * blockDim.y, blockDim.y,
+                               [&](int u, int) { return widen<Acc<T>>(x[u].at[0]); });
+        }
+        j += U;
+        if (j < share) reader.next(x);
+    }
+}
+
+// Merges the states of the threads of one x, for each of their rows: all threads of the block call it, all get their
+// rows' states, and the scratch memory of a state for each thread may be used again.
+template <class T, class A, Detail D, int R>
+__device__ __forceinline__ void merge_columns(const Params &p, State<A, D> (&states)[R], State<A, D> *scratch) {
+    if (blockDim.y == 1) return;
+    State<A, D> *column = scratch + threadIdx.x;
+#pragma unroll
+    for (int k = 0; k < R; k++) {
+        column[threadIdx.y * blockDim.x] = states[k];
+        __syncthreads();
+        for (int half = blockDim.y / 2; half > 0; half /= 2) {
+            if (threadIdx.y < half) {
+                states[k] = merge<T>(p, states[k], column[(threadIdx.y + half) * blockDim.x]);
+                column[threadIdx.y * blockDim.x] = states[k];
+            }
+            __syncthreads();
+        }
+        states[k] = column[0];
+        __syncthreads();
+    }
+}
+
+// The targets of a thread's rows, and their own logits after scale and cap.
+template <Detail D, class T, int R> struct OwnClasses {
+    Target<Acc<T>> target[R];
+    Acc<T> x_t[R];
+
+    __device__ __forceinline__ void read(const Params &p, const Targets<Acc<T>> &targets,
+                                         const ThreadRows<T, R> &rows) {
+#pragma unroll
+        for (int k = 0; k < R; k++) {
+            target[k] = {Kind::IGNORED, -1, Acc<T>(0), Acc<T>(0)};
+            if (rows.exists[k]) target[k] = read_target(p, targets, rows.row[k]);
+        }
+#pragma unroll
+        for (int k = 0; k < R; k++) x_t[k] = own_logit<D>(p, rows.logits[k], target[k]);
+    }
+};
+
+// Whether this thread has a class of its rows among its own.
+__device__ __forceinline__ bool owns_class(int index) { return index >= 0 && (index & (blockDim.y - 1)) == threadIdx.y; }
+
+// Writes this thread's share of its rows. The first logits are on their way while `scalars` fills in the rows' scalars
+// and, where the rule wants them, their own logits.
+template <class Rule, class T, int R, class F>
+__device__ __forceinline__ void emit_classes(const Params &p, const Targets<Acc<T>> &targets,
+                                             const ThreadRows<T, R> &rows, T *out, F scalars) {
+    using A = Acc<T>;
+    constexpr int U = STRIDED_BATCH<Rule::DETAIL, T>;
+    Pack<T, R> x[U];
+    Reader<T, R> reader(p, rows);
+    reader.next(x);
+    RowScalars<A> s[R];
+    A x_t[R];
+    scalars(s, x_t);
+    T own[R];
+    if constexpr (Rule::OWN) {
+#pragma unroll
+        for (int k = 0; k < R; k++) own[k] = narrow<T>(Rule::template own_value<T>(p, s[k], x_t[k]));
+    }
+    const Operands<A> o = operands_of(p, targets, rows.exists[0] ? rows.row[0] : 0);
+    const int64_t stride = Written(p, 0).stride, step = blockDim.y * stride;
+    const bool grouped = rows.grouped && !p.class_last && phase_of<T, R>(out) == 0;
+    const int share = share_of_classes(p);
+    T *to[R];
+#pragma unroll
+    for (int k = 0; k < R; k++) {
+        T *row = out + Written(p, rows.row[k]).start;
+        to[k] = k > 0 && grouped ? to[0] + k : in_register(row + threadIdx.y * stride);
+    }
+    int j = 0;
+    while (j < share) {
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            // the general rules have loads and branches of their own
+            if (!IN_UNITS<Rule::DETAIL, T> && j + u >= share) continue;
+            Pack<T, R> written;
+#pragma unroll
+            for (int k = 0; k < R; k++) {
+                const A v[1] = {widen<A>(x[u].at[k])};
+                A y[1];
+                Rule::template emit<T>(p, o, s[k], threadIdx.y + (j + u) * blockDim.y, v, y);
+                written.at[k] = narrow<T>(s[k].kind == Kind::LIVE ? y[0] : dead_value<A>(s[k].kind));
+            }
+            if (grouped) {
+                if (j + u < share && rows.exists[0]) written.store(to[0]);
+            }
+#pragma unroll
+            for (int k = 0; k < R; k++) {
+                if (!grouped && j + u < share && rows.exists[k]) *to[k] = written.at[k];
+                to[k] += step;
+            }
+        }
+        j += U;
+        if (j < share) reader.next(x);
+    }
+    if constexpr (Rule::OWN) {
+        // once more, by the thread that has just written it
+#pragma unroll
+        for (int k = 0; k < R; k++) {
+            if (owns_class(s[k].target)) to[k][(s[k].target - static_cast<int>(threadIdx.y + j * blockDim.y)) * stride] = own[k];
+        }
     }
 }
 
@@ -106,20 +302,19 @@ template <Detail D, class T>
 __device__ __forceinline__ void reduce_strided(const Params &p, const T *x, const Targets<Acc<T>> &targets,
                                                const Outputs<Acc<T>> &out) {
     using A = Acc<T>;
+    constexpr int R = ROWS_AT_ONCE<D, T>;
     __shared__ double scratch[WARP];
-    __shared__ State<A, D> states[STRIDED_THREADS];
+    __shared__ State<A, D> merging[STRIDED_THREADS];
     double2 total = {0, 0};
-    for_strided_rows(p, [&](int64_t row, bool exists) {
-        State<A, D> state = State<A, D>::empty();
-        const Target<A> target = read_target(p, targets, row);
-        const T *logits = x + p.x.start(row);
-        const A x_t = own_logit<D>(p, logits, target);
-        if (exists && target.kind == Kind::LIVE) {
-            state = reduce_classes<D>(p, operands_of(p, targets, row), logits);
-        }
-        state = merge_column<T>(p, state, states);
-        if (exists && threadIdx.y == 0) {
-            const double2 one = finish_row<D>(p, out, target, x_t, state, row);
+    for_thread_rows<R>(p, x, [&](const ThreadRows<T, R> &rows) {
+        OwnClasses<D, T, R> own;
+        State<A, D> states[R];
+        reduce_classes<D>(p, targets, rows, states, [&] { own.read(p, targets, rows); });
+        merge_columns<T>(p, states, merging);
+#pragma unroll
+        for (int k = 0; k < R; k++) {
+            if (!rows.exists[k] || threadIdx.y != 0) continue;
+            const double2 one = finish_row<D>(p, out, own.target[k], own.x_t[k], states[k], rows.row[k]);
             total.x += one.x, total.y += one.y;
         }
     });
@@ -133,18 +328,16 @@ __device__ __forceinline__ void statistics_strided(const Params &p, const T *x, 
                                                    const StatisticsOutputs<Acc<T>> &numbers) {
     using A = Acc<T>;
     __shared__ double scratch[WARP];
-    __shared__ State<A, STATISTICS> states[STRIDED_THREADS];
+    __shared__ State<A, STATISTICS> merging[STRIDED_THREADS];
     double2 total = {0, 0};
-    for_strided_rows(p, [&](int64_t row, bool exists) {
-        State<A, STATISTICS> state = State<A, STATISTICS>::empty();
-        const Target<A> target = read_target(p, targets, row);
-        const T *logits = x + p.x.start(row);
-        const A x_t = own_logit<STATISTICS>(p, logits, target);
-        if (exists) state = reduce_classes<STATISTICS>(p, operands_of(p, targets, row), logits);
-        state = merge_column<T>(p, state, states);
-        if (exists && threadIdx.y == 0) {
-            const double2 one = finish_row<STATISTICS>(p, out, target, x_t, state, row);
-            write_row_statistics(p, numbers, target, A(one.x), state, row);
+    for_thread_rows<1>(p, x, [&](const ThreadRows<T, 1> &rows) {
+        OwnClasses<STATISTICS, T, 1> own;
+        State<A, STATISTICS> states[1];
+        reduce_classes<STATISTICS>(p, targets, rows, states, [&] { own.read(p, targets, rows); });
+        merge_columns<T>(p, states, merging);
+        if (rows.exists[0] && threadIdx.y == 0) {
+            const double2 one = finish_row<STATISTICS>(p, out, own.target[0], own.x_t[0], states[0], rows.row[0]);
+            write_row_statistics(p, numbers, own.target[0], A(one.x), states[0], rows.row[0]);
             total.x += one.x, total.y += one.y;
         }
     });
@@ -156,12 +349,19 @@ __device__ __forceinline__ void statistics_strided(const Params &p, const T *x, 
 template <class Rule, class T>
 __device__ __forceinline__ void emit_strided(const Params &p, const T *x, const Targets<Acc<T>> &targets,
                                              const GradientInputs<Acc<T>> &in, T *out) {
-    if (!x) x = out;
-    for_strided_rows(p, [&](int64_t row, bool exists) {
-        if (!exists) return;
-        const auto target = read_target(p, targets, row);
-        const auto s = saved_scalars<Rule>(p, target, in, row);
-        emit_classes<Rule>(p, operands_of(p, targets, row), s, x + p.x.start(row), out, Written(p, row));
+    using A = Acc<T>;
+    constexpr int R = ROWS_AT_ONCE<Rule::DETAIL, T>;
+    for_thread_rows<R>(p, x ? x : out, [&](const ThreadRows<T, R> &rows) {
+        emit_classes<Rule>(p, targets, rows, out, [&](RowScalars<A>(&s)[R], A(&x_t)[R]) {
+#pragma unroll
+            for (int k = 0; k < R; k++) {
+                const int64_t row = rows.exists[k] ? rows.row[k] : 0;
+                s[k] = saved_scalars<Rule>(p, read_target(p, targets, row), in, row);
+                if (!rows.exists[k]) s[k].target = -1;
+                // another thread may have overwritten the logit if it owns the class
+                x_t[k] = owns_class(s[k].target) ? widen<A>(rows.logits[k][s[k].target * p.x.class_stride]) : A(0);
+            }
+        });
     });
 }
 
@@ -172,31 +372,31 @@ __device__ __forceinline__ void fused_strided(const Params &p, const T *x, T *to
                                               const double *counts, const Outputs<Acc<T>> &out) {
     using A = Acc<T>;
     constexpr Detail D = Rule::DETAIL;
+    constexpr int R = ROWS_AT_ONCE<D, T>;
     __shared__ double scratch[WARP];
-    __shared__ State<A, D> states[STRIDED_THREADS];
-    if (!x) x = to;
-    const A upstream = over(A(p.grad_scale), denominator_of(p, targets, counts, scratch));
+    __shared__ State<A, D> merging[STRIDED_THREADS];
+    LazyDivisor<A> divisor;
     double2 total = {0, 0};
-    for_strided_rows(p, [&](int64_t row, bool exists) {
-        State<A, D> state = State<A, D>::empty();
-        Target<A> target = {Kind::IGNORED, -1, A(0), A(0)};
-        A x_t = A(0);
-        const T *logits = x + p.x.start(row);
-        const Operands<A> o = operands_of(p, targets, row);
-        if (exists) {
-            target = read_target(p, targets, row);
-            x_t = own_logit<D>(p, logits, target);
-            if (target.kind == Kind::LIVE) state = reduce_classes<D>(p, o, logits);
-        }
-        state = merge_column<T>(p, state, states);
-        if (!exists) return;
-        if (threadIdx.y == 0) {
-            const double2 one = finish_row<D>(p, out, target, x_t, state, row);
+    for_thread_rows<R>(p, x ? x : to, [&](const ThreadRows<T, R> &rows) {
+        OwnClasses<D, T, R> own;
+        State<A, D> states[R];
+        reduce_classes<D>(p, targets, rows, states, [&] { own.read(p, targets, rows); });
+        merge_columns<T>(p, states, merging);
+#pragma unroll
+        for (int k = 0; k < R; k++) {
+            if (!rows.exists[k] || threadIdx.y != 0) continue;
+            const double2 one = finish_row<D>(p, out, own.target[k], own.x_t[k], states[k], rows.row[k]);
             total.x += one.x, total.y += one.y;
         }
-        const auto s =
-            RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(p, state), upstream);
-        emit_classes<Rule>(p, o, s, logits, to, Written(p, row));
+        const A upstream = over(A(p.grad_scale), divisor.get(p, targets, counts, scratch));
+        emit_classes<Rule>(p, targets, rows, to, [&](RowScalars<A>(&s)[R], A(&x_t)[R]) {
+#pragma unroll
+            for (int k = 0; k < R; k++) {
+                s[k] = RowScalars<A>::template gradient<D>(p, own.target[k], states[k].max, states[k].rest,
+                                                           mass_of(p, states[k]), upstream);
+                x_t[k] = own.x_t[k];
+            }
+        });
     });
     if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
@@ -205,21 +405,34 @@ __device__ __forceinline__ void fused_strided(const Params &p, const T *x, T *to
 template <class T>
 __device__ __forceinline__ void log_softmax_strided(const Params &p, const T *x, T *to, Acc<T> *statistics) {
     using A = Acc<T>;
-    __shared__ State<A, PLAIN> states[STRIDED_THREADS];
-    const Operands<A> none = {{nullptr, nullptr}, 0};
-    for_strided_rows(p, [&](int64_t row, bool exists) {
-        State<A, PLAIN> state = State<A, PLAIN>::empty();
-        const T *logits = x + p.x.start(row);
-        if (exists) state = reduce_classes<PLAIN>(p, none, logits);
-        state = merge_column<T>(p, state, states);
-        if (!exists) return;
-        if (threadIdx.y == 0) write_statistics<PLAIN>(p, statistics, row, state);
-        emit_classes<LogProbs>(p, none, RowScalars<A>::of(state.max, state.rest), logits, to, Written(p, row));
+    constexpr int R = ROWS_AT_ONCE<PLAIN, T>;
+    __shared__ State<A, PLAIN> merging[STRIDED_THREADS];
+    const Targets<A> none = {nullptr, nullptr};
+    for_thread_rows<R>(p, x, [&](const ThreadRows<T, R> &rows) {
+        State<A, PLAIN> states[R];
+        reduce_classes<PLAIN>(p, none, rows, states, [] {});
+        merge_columns<T>(p, states, merging);
+        emit_classes<LogProbs>(p, none, rows, to, [&](RowScalars<A>(&s)[R], A(&)[R]) {
+#pragma unroll
+            for (int k = 0; k < R; k++) {
+                if (rows.exists[k] && threadIdx.y == 0) write_statistics<PLAIN>(p, statistics, rows.row[k], states[k]);
+                s[k] = RowScalars<A>::of(states[k].max, states[k].rest);
+            }
+        });
     });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Passes that are rare enough to have one form for all layouts
+
+// The rows of a block in turn: f(row, whether it exists), called by all threads alike.
+template <class F> __device__ __forceinline__ void for_strided_rows(const Params &p, F f) {
+    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x; first < p.rows; first += step) {
+        const int64_t row = first + threadIdx.x;
+        f(row < p.rows ? row : 0, row < p.rows);
+    }
+}
 
 // log-softmax backward: see `LogSoftmaxGradient`. `p.t` are the strides of g. Reads x once and g twice (the second time
 // from a cache), writes E.

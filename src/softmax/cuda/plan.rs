@@ -8,9 +8,7 @@
 //! | up to `warp_bytes` | 1 to 32 lanes a row | the same, the row kept in shared memory |
 //! | up to `cluster_bytes` | a block a row | the same, the row kept in shared memory |
 //! | longer | a block a row | a cluster of 2 to 16 blocks a row; without clusters, or for doubles, a block that keeps a part of it |
-//! | long, and few rows | several blocks a row and a merge | the same, and the backward's pass for the gradient |
-//!
-//! Up to `lone_rows` rows of `lone_classes` classes one block does everything, so that there is no second launch.
+//! | beyond `split_bytes`, and few rows | several blocks a row and a merge | the same, and the backward's pass for the gradient |
 
 use crate::cuda::grid::Grid;
 
@@ -22,6 +20,11 @@ const ROWS_THREADS: u32 = 256;
 const WARPS_THREADS: u32 = 128;
 /// The largest block of the kernels for classes apart.
 const STRIDED_THREADS: u32 = 256;
+/// The most bytes of logits of such a block: what `fused` reads a second time should still be in the cache.
+const STRIDED_BYTES: u64 = 32 << 10;
+/// The most blocks of these kernels for each multiprocessor, which runs 2, 3 or 4 of them at once: whole rounds of
+/// each, and few enough partial sums.
+const STRIDED_ROUNDS: u32 = 12;
 /// Windows that a thread handles at a time. A thread keeps either all of its windows of a row or a multiple of these.
 const BATCH: u32 = 4;
 /// The threads of a block of the kernels for tiles.
@@ -42,6 +45,11 @@ const REGISTER_THREADS: u32 = 256;
 /// each class.
 fn register_blocks(windows: u32, writes: bool) -> u32 {
     if windows == 4 && !writes { 3 } else { 2 }
+}
+
+/// The rows that a thread of the kernels for classes apart takes at a time, in one access where they lie in pairs.
+fn rows_at_once(shape: &RowsShape) -> u64 {
+    if shape.light && shape.element == 2 { 2 } else { 1 }
 }
 
 /// The cluster sizes; 1 is a block without a cluster.
@@ -92,12 +100,6 @@ pub(crate) struct DeviceLimits {
 /// The bounds between the regimes. Tests lower them to reach each regime with small rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Thresholds {
-    /// The most rows that one block works through alone.
-    pub lone_rows: u64,
-    /// The most classes of these rows.
-    pub lone_classes: u64,
-    /// The most classes of a single row that one block works through alone.
-    pub lone_row: u64,
     /// The most classes of a row that is worked through in tiles, up to 64.
     pub tile_classes: u64,
     /// The longest row that a warp, or a part of one, takes.
@@ -107,8 +109,13 @@ pub(crate) struct Thresholds {
     /// The most bytes of a row that a block of a cluster keeps; a longer row gets a larger cluster. Also the most bytes
     /// that any block keeps of a row that is not light.
     pub cluster_bytes: u64,
-    /// The length of the shortest row that is split over blocks, and of each block's part of it.
+    /// The longest row that one block reduces even where others have nothing to do: it takes as long as the launch that
+    /// merges parts of a row.
     pub split_bytes: u64,
+    /// The shortest part of a row that a block gets.
+    pub part_bytes: u64,
+    /// The most threads that share rows whose classes lie apart.
+    pub strided_depth: u32,
     /// The most rows that each block counts by itself.
     pub count_rows: u64,
     /// The most blocks of a grid.
@@ -120,14 +127,13 @@ pub(crate) struct Thresholds {
 impl Default for Thresholds {
     fn default() -> Self {
         Thresholds {
-            lone_rows: 64,
-            lone_classes: 1024,
-            lone_row: 32 * 1024,
             tile_classes: TILE_CLASSES,
             warp_bytes: 8 << 10,
             register_windows: 16,
             cluster_bytes: 64 << 10,
-            split_bytes: 16 << 10,
+            split_bytes: 128 << 10,
+            part_bytes: 16 << 10,
+            strided_depth: STRIDED_THREADS,
             count_rows: 1024,
             blocks: 16 * 1024,
             shared_bytes: None,
@@ -185,15 +191,9 @@ pub(crate) struct Planner {
 }
 
 impl Planner {
-    fn is_lone(&self, shape: &RowsShape) -> bool {
-        let longest = if shape.rows == 1 { self.thresholds.lone_row } else { self.thresholds.lone_classes };
-        shape.rows <= self.thresholds.lone_rows && shape.classes <= longest
-    }
-
     /// A forward: a loss, and the statistics that the backward needs, for each row.
     pub fn reduce(&self, shape: &RowsShape) -> RowPass {
         self.special(shape).unwrap_or_else(|| match self.splits(shape) {
-            _ if self.is_lone(shape) => self.lone(shape, false),
             1 => self.registers(shape, false).unwrap_or_else(|| self.rows(shape)),
             splits => self.block_per_row(shape, splits),
         })
@@ -201,24 +201,21 @@ impl Planner {
 
     /// Row statistics, for which rows are never split over blocks.
     pub fn statistics(&self, shape: &RowsShape) -> RowPass {
-        if shape.adjacent { self.rows(shape) } else { self.strided(shape) }
+        if shape.adjacent { self.rows(shape) } else { self.strided(shape, 1) }
     }
 
     /// The passes over classes that lie apart, and over tiles.
     fn special(&self, shape: &RowsShape) -> Option<RowPass> {
         if !shape.adjacent {
-            return Some(self.strided(shape));
+            return Some(self.strided(shape, rows_at_once(shape)));
         }
-        let tile = shape.light
-            && shape.packed
-            && shape.classes <= self.thresholds.tile_classes.min(TILE_CLASSES)
-            && !self.is_lone(shape);
+        let tile = shape.light && shape.packed && shape.classes <= self.thresholds.tile_classes.min(TILE_CLASSES);
         tile.then(|| self.tile(shape))
     }
 
     /// A backward, whose blocks are independent of each other.
     pub fn emit(&self, shape: &RowsShape) -> RowPass {
-        self.special(shape).unwrap_or_else(|| match self.splits(shape) {
+        self.special(shape).unwrap_or_else(|| match self.parts(shape) {
             1 => self.rows(shape),
             splits => self.block_per_row(shape, splits),
         })
@@ -228,7 +225,7 @@ impl Planner {
         if let Some(pass) = self.special(shape) {
             return FusedPlan::OnePass(pass);
         }
-        if self.splits(shape) > 1 && !self.is_lone(shape) {
+        if self.splits(shape) > 1 {
             return FusedPlan::Split { reduce: self.reduce(shape), emit: self.emit(shape) };
         }
         FusedPlan::OnePass(self.one_pass(shape))
@@ -239,19 +236,14 @@ impl Planner {
         if let Some(pass) = self.special(shape) {
             return pass;
         }
-        let pass = match self.registers(shape, true) {
-            _ if self.is_lone(shape) => self.lone(shape, true),
-            Some(pass) => pass,
-            None => self.rows(shape),
-        };
-        if pass.form == Form::Rows { self.keeping(pass, shape, !self.is_lone(shape)) } else { pass }
+        self.registers(shape, true).unwrap_or_else(|| self.keeping(self.rows(shape), shape))
     }
 
     /// The backward of log-softmax; `adjacent` says whether classes are next to each other in all of its tensors, the
     /// shape whether they are where the gradient is written.
     pub fn log_softmax_backward(&self, shape: &RowsShape, adjacent: bool) -> RowPass {
         if adjacent && shape.classes > self.thresholds.tile_classes.min(TILE_CLASSES) {
-            self.keeping(self.rows(shape), shape, true)
+            self.keeping(self.rows(shape), shape)
         } else {
             self.any_layout(shape)
         }
@@ -259,13 +251,13 @@ impl Planner {
 
     /// The gradient of probability targets.
     pub fn target_gradient(&self, shape: &RowsShape) -> RowPass {
-        if shape.adjacent { self.rows(shape) } else { self.strided(shape) }
+        if shape.adjacent { self.rows(shape) } else { self.strided(shape, 1) }
     }
 
     /// The same pass with shared memory for each row, over the blocks of a cluster where one has too little.
-    fn keeping(&self, mut pass: RowPass, shape: &RowsShape, may_cluster: bool) -> RowPass {
+    fn keeping(&self, mut pass: RowPass, shape: &RowsShape) -> RowPass {
         // doubles are bound by their arithmetic
-        if may_cluster && shape.element < 8 && pass.team == pass.grid.threads[0] {
+        if shape.element < 8 && pass.team == pass.grid.threads[0] {
             let needed = shape.row_bytes().div_ceil(self.thresholds.cluster_bytes.max(1));
             let sizes = CLUSTERS.into_iter().filter(|&size| size <= self.device.cluster);
             let size = sizes.clone().find(|&size| needed <= size as u64).or(sizes.max()).unwrap_or(1);
@@ -282,9 +274,14 @@ impl Planner {
         RowPass { kept, grid: Grid { shared_bytes: kept * threads * WINDOW as u32, ..pass.grid }, ..pass }
     }
 
-    /// Into how many parts a row is cut so that the whole device has work.
+    /// Into how many parts a reduction cuts a row, which takes a second launch.
     fn splits(&self, shape: &RowsShape) -> u32 {
-        let parts = shape.row_bytes() / self.thresholds.split_bytes.max(1);
+        if shape.row_bytes() > self.thresholds.split_bytes { self.parts(shape) } else { 1 }
+    }
+
+    /// Into how many parts a row is cut so that the whole device has work.
+    fn parts(&self, shape: &RowsShape) -> u32 {
+        let parts = shape.row_bytes() / self.thresholds.part_bytes.max(1);
         let wanted = 2 * self.device.processors as u64 / shape.rows.max(1);
         parts.min(wanted).clamp(1, 1024) as u32
     }
@@ -334,16 +331,6 @@ impl Planner {
         Some(RowPass { form: Form::Registers(kept), team, kept: 0, grid: Grid::flat(blocks, REGISTER_THREADS) })
     }
 
-    /// All rows in one block.
-    fn lone(&self, shape: &RowsShape, writes: bool) -> RowPass {
-        let RowPass { form, team, kept, grid } = self.registers(shape, writes).unwrap_or_else(|| self.rows(shape));
-        let threads = match team {
-            ..=32 => power_of_two(shape.rows * team as u64, 32, ROWS_THREADS),
-            _ => grid.threads[0],
-        };
-        RowPass { form, team, kept, grid: Grid::flat(1, threads) }
-    }
-
     /// Enough lanes for a row, and as many rows as a block has lanes for.
     fn tile(&self, shape: &RowsShape) -> RowPass {
         let lanes = power_of_two(shape.classes.div_ceil(TILE_DEPTH), 1, 8);
@@ -351,13 +338,20 @@ impl Planner {
         RowPass { form: Form::Tile, team: lanes, kept: 0, grid: Grid::flat(blocks, TILE_THREADS) }
     }
 
-    /// Neighbouring threads on neighbouring rows; several on one row where it is long, or where there are few rows.
-    fn strided(&self, shape: &RowsShape) -> RowPass {
-        let least_width = power_of_two(shape.rows, 1, 32);
-        let depth = power_of_two(shape.classes / BATCH as u64, 1, STRIDED_THREADS / least_width);
+    /// Neighbouring threads on neighbouring rows, `at_once` of them each; several threads on the same rows where a
+    /// block's would have too many bytes for a cache, or too few threads would have work.
+    fn strided(&self, shape: &RowsShape, at_once: u64) -> RowPass {
+        let groups = shape.rows.div_ceil(at_once);
+        let least_width = power_of_two(groups, 1, 32);
+        let for_cache = (STRIDED_THREADS as u64 * at_once * shape.row_bytes()).div_ceil(STRIDED_BYTES);
+        let for_work = (self.device.processors * 3 * STRIDED_THREADS) as u64 / groups.max(1);
+        let most = power_of_two(shape.classes / BATCH as u64, 1, STRIDED_THREADS / least_width);
+        let most = most.min(self.thresholds.strided_depth);
+        let depth = power_of_two(for_cache.max(for_work), 1, most);
         // whole warps, but no wider than there are rows
-        let width = power_of_two(shape.rows, 32 / depth.min(32), STRIDED_THREADS / depth);
-        let blocks = shape.rows.div_ceil(width as u64).min(self.thresholds.blocks as u64) as u32;
+        let width = power_of_two(groups, 32 / depth.min(32), STRIDED_THREADS / depth);
+        let most_blocks = (self.device.processors * STRIDED_ROUNDS).min(self.thresholds.blocks);
+        let blocks = groups.div_ceil(width as u64).min(most_blocks as u64) as u32;
         let grid =
             Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0, cluster: 1, overlaps: false };
         RowPass { form: Form::Strided, team: depth, kept: 0, grid }
@@ -366,7 +360,7 @@ impl Planner {
     /// The pass that takes any layout. Where classes are adjacent, neighbouring threads have neighbouring classes.
     pub fn any_layout(&self, shape: &RowsShape) -> RowPass {
         if !shape.adjacent {
-            return self.strided(shape);
+            return self.strided(shape, 1);
         }
         let depth = power_of_two(shape.classes, 1, STRIDED_THREADS);
         let width = STRIDED_THREADS / depth;
@@ -457,42 +451,62 @@ mod tests {
         assert!(matches!(planner(H100).fused(&rows(2, 128_256, 2)), FusedPlan::Split { .. }));
     }
 
+    /// Up to 64 rows of 1000 classes are one launch, in which each team has one row, so that none waits for another.
     #[test]
-    fn up_to_64_rows_of_1000_classes_take_one_block() {
+    fn small_problems_are_one_turn_of_few_blocks() {
         for n in [1, 5, 64] {
-            for classes in [1, 10, 1000] {
+            for classes in [1, 10, 64, 1000] {
                 for element in [2, 4, 8] {
                     let shape = rows(n, classes, element);
-                    assert_eq!(planner(H100).reduce(&shape).blocks(), 1);
-                    assert_eq!(one_pass(H100, shape).blocks(), 1);
+                    for pass in [planner(H100).reduce(&shape), planner(H100).emit(&shape), one_pass(H100, shape)] {
+                        let teams = pass.grid.threads[0] / pass.team * pass.blocks();
+                        let what = format!("{shape:?}: {pass:?}");
+                        assert!(pass.splits() == 1 && pass.blocks() <= 16 && teams as u64 >= n, "{what}");
+                        assert_eq!(planner(H100).counts(n, &pass), 0, "{what}");
+                    }
                 }
             }
+        }
+        // a single row, as long as a launch is worth
+        for (classes, element) in [(64 << 10, 2), (32 << 10, 4), (16 << 10, 8)] {
+            let shape = rows(1, classes, element);
+            assert_eq!(planner(H100).reduce(&shape).blocks(), 1, "{shape:?}");
+            assert_eq!(one_pass(H100, shape).partials(), 1, "{shape:?}");
+            assert!(planner(H100).emit(&shape).blocks() > 1, "{shape:?}");
+            assert!(planner(H100).reduce(&RowsShape { classes: classes + 8, ..shape }).splits() > 1, "{shape:?}");
         }
     }
 
     /// Bytes of logits that a multiprocessor has on their way with all of its threads at their loads: resident blocks
     /// by the registers that the kernels are limited to (`kernels/softmax/entry.cuh`), by shared memory and by the
-    /// grid, times the 16-byte loads that a thread issues before it uses the first.
+    /// grid, times the bytes that a thread asks for before it uses the first.
     fn bytes_in_flight(pass: &RowPass, shape: &RowsShape, device: &DeviceLimits, writes: bool) -> u64 {
         let threads = pass.grid.threads.iter().product::<u32>() as u64;
         let windows = |threads: u64| (shape.row_bytes() / WINDOW).div_ceil(threads);
-        let (by_registers, loads) = match pass.form {
+        let (by_registers, of_thread) = match pass.form {
             Form::Registers(kept) => {
                 // two rows where a thread has registers for both
                 let rows = if kept <= 8 { 2 } else { 1 };
-                (register_blocks(kept, writes) as u64, rows * windows(pass.team as u64).min(kept as u64))
+                (register_blocks(kept, writes) as u64, rows * windows(pass.team as u64).min(kept as u64) * WINDOW)
             }
-            Form::Tile => (2048 / threads, (threads / pass.team as u64 * shape.row_bytes()).div_ceil(threads * WINDOW)),
+            Form::Tile => {
+                let of_block = threads / pass.team as u64 * shape.row_bytes();
+                (2048 / threads, of_block.div_ceil(threads * WINDOW) * WINDOW)
+            }
             Form::Rows => {
                 let team = (pass.team * pass.splits() * pass.grid.cluster) as u64;
-                (768 / threads, windows(team).min(if writes { 4 } else { 8 }))
+                (768 / threads, windows(team).min(if writes { 4 } else { 8 }) * WINDOW)
             }
-            Form::Strided => unreachable!("its loads are not of 16 bytes"),
+            Form::Strided => {
+                // `STRIDED_BATCH` of the kernels
+                let classes = shape.classes.div_ceil(pass.team as u64).min(if shape.light { 11 } else { 2 });
+                (768 / threads, classes * rows_at_once(shape) * shape.element)
+            }
         };
         // either device has 228 KB a multiprocessor, of which the system takes 1 KB for each block
         let by_shared = (228 << 10) / (pass.grid.shared_bytes as u64 + (3 << 10));
         let by_grid = (pass.blocks() as u64).div_ceil(device.processors as u64);
-        by_registers.min(by_shared).min(by_grid) * threads * loads * WINDOW
+        by_registers.min(by_shared).min(by_grid) * threads * of_thread
     }
 
     /// An H100 needs 32 KB on their way in each multiprocessor to read at its memory's speed and an H200 48 KB; a pass
@@ -528,6 +542,24 @@ mod tests {
         // tiles reach what an H100 needs, and two thirds of what an H200 does
         let shape = rows(1 << 20, 64, 2);
         assert_eq!(bytes_in_flight(&planner(H100).reduce(&shape), &shape, &H100, false), 32 << 10);
+        // so do classes that lie apart, of images and of a transposed matrix
+        for (n, classes) in [(16 * 512 * 512, 21), (16 * 512 * 512, 19), (32 * 128 * 128, 150), (1 << 20, 1000)] {
+            for element in [2, 4] {
+                let shape = RowsShape { adjacent: false, packed: false, even: false, ..rows(n, classes, element) };
+                let pass = planner(H100).reduce(&shape);
+                let in_flight = bytes_in_flight(&pass, &shape, &H100, false);
+                println!("{n} x {classes} apart, {element} bytes: {} KB, {:?}", in_flight >> 10, pass.grid.threads);
+                assert!(in_flight >= 32 << 10, "{n} x {classes} apart: {in_flight} bytes, {pass:?}");
+            }
+        }
+        // all of a small problem is on its way at once
+        for (n, classes, element) in [(64, 1000, 2), (64, 1000, 4), (64, 100, 2), (64, 10, 2), (1, 1000, 4)] {
+            let shape = rows(n, classes, element);
+            for (pass, writes) in [(planner(H100).reduce(&shape), false), (one_pass(H100, shape), true)] {
+                let in_flight = bytes_in_flight(&pass, &shape, &H100, writes) * pass.blocks() as u64;
+                assert!(in_flight >= n * shape.row_bytes() / WINDOW * WINDOW, "{n} x {classes}: {in_flight}, {pass:?}");
+            }
+        }
     }
 
     /// What the kernels rely on, over the whole range of shapes.

@@ -14,13 +14,12 @@ thread_local! {
     pub(super) static THRESHOLDS: Cell<Thresholds> = Cell::new(Thresholds::default());
 }
 
-/// Regimes by the thresholds that send small rows there. `lone_rows: 0` keeps them out of the single block.
+/// Regimes by the thresholds that send small rows there.
 fn regimes() -> Vec<(&'static str, Thresholds)> {
-    let usual = Thresholds { lone_rows: 0, ..Thresholds::default() };
+    let usual = Thresholds::default();
     let no_tiles = Thresholds { tile_classes: 0, register_windows: 0, ..usual };
     let registers = Thresholds { register_windows: 16, ..no_tiles };
     vec![
-        ("lone block", Thresholds::default()),
         // with more classes than a tile has, the next regime
         ("tiles", usual),
         ("tiles in turn, counted ahead", Thresholds { blocks: 1, count_rows: 1, ..usual }),
@@ -28,16 +27,13 @@ fn regimes() -> Vec<(&'static str, Thresholds)> {
         ("registers, rows in turn, counted ahead", Thresholds { blocks: 1, count_rows: 1, ..registers }),
         ("warps", Thresholds { warp_bytes: 1 << 20, ..no_tiles }),
         ("warps, rows in turn", Thresholds { warp_bytes: 1 << 20, blocks: 1, ..no_tiles }),
-        ("a block a row", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, ..no_tiles }),
-        (
-            "blocks, rows in turn, counted ahead",
-            Thresholds { warp_bytes: 0, split_bytes: 1 << 20, blocks: 2, count_rows: 1, ..no_tiles },
-        ),
-        ("cluster of 2", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 700, ..no_tiles }),
-        ("cluster of 4", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 350, ..no_tiles }),
-        ("cluster of 8", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 170, ..no_tiles }),
-        ("cluster of 16", Thresholds { warp_bytes: 0, split_bytes: 1 << 20, cluster_bytes: 16, ..no_tiles }),
-        ("split rows", Thresholds { warp_bytes: 0, split_bytes: 256, ..no_tiles }),
+        ("a block a row", Thresholds { warp_bytes: 0, ..no_tiles }),
+        ("blocks, rows in turn, counted ahead", Thresholds { warp_bytes: 0, blocks: 2, count_rows: 1, ..no_tiles }),
+        ("cluster of 2", Thresholds { warp_bytes: 0, cluster_bytes: 700, ..no_tiles }),
+        ("cluster of 4", Thresholds { warp_bytes: 0, cluster_bytes: 350, ..no_tiles }),
+        ("cluster of 8", Thresholds { warp_bytes: 0, cluster_bytes: 170, ..no_tiles }),
+        ("cluster of 16", Thresholds { warp_bytes: 0, cluster_bytes: 16, ..no_tiles }),
+        ("split rows", Thresholds { warp_bytes: 0, split_bytes: 256, part_bytes: 256, ..no_tiles }),
     ]
 }
 
@@ -177,34 +173,106 @@ fn probability_targets_match_the_cpu() -> Result<()> {
     Ok(())
 }
 
+/// Threads on the same rows as many as the classes allow, and one or two, which then take many classes each; blocks
+/// that take rows in turn.
+fn strided_regimes() -> [(&'static str, Thresholds); 3] {
+    let usual = Thresholds::default();
+    [
+        ("deep blocks", usual),
+        ("a thread a row", Thresholds { strided_depth: 1, ..usual }),
+        ("rows in turn, counted ahead", Thresholds { strided_depth: 2, blocks: 1, count_rows: 1, ..usual }),
+    ]
+}
+
 #[test]
 fn strided_logits_match_the_cpu() -> Result<()> {
-    THRESHOLDS.set(Thresholds::default());
-    let (n, classes, inner) = (3, 21, 10);
-    for dtype in FLOATS {
-        let logits = random(&[n, classes, inner], 1, dtype)?;
-        let target = indices(n * inner, classes, 2)?.reshape((n, inner))?;
-        compare("middle axis", &plain(), &logits, &target, |x| Ok(x.clone()))?;
-        compare("middle axis", &uniform(), &logits, &target, |x| Ok(x.clone()))?;
-        compare("middle axis", &everything(classes)?, &logits, &target, |x| Ok(x.clone()))?;
-        let swapped = random(&[n, inner, classes], 1, dtype)?;
-        compare("transposed", &plain(), &swapped, &target, |x| x.transpose(1, 2))?;
-        let matrix = random(&[classes, n * inner], 1, dtype)?;
-        compare("matrix transposed", &everything(classes)?, &matrix, &target.flatten_all()?, |x| x.t())?;
+    for (regime, thresholds) in strided_regimes() {
+        THRESHOLDS.set(thresholds);
+        // images of an even number of pixels, whose rows lie in pairs, and of an odd one; more rows than a block takes
+        for (n, classes, inner) in [(3, 21, 10), (3, 21, 7), (1, 40, 9), (2, 12, 300)] {
+            for dtype in FLOATS {
+                let logits = random(&[n, classes, inner], 1, dtype)?;
+                let target = indices(n * inner, classes, 2)?.reshape((n, inner))?;
+                let what = format!("{regime}, middle axis");
+                compare(&what, &plain(), &logits, &target, |x| Ok(x.clone()))?;
+                if inner > 10 {
+                    continue;
+                }
+                compare(&what, &uniform(), &logits, &target, |x| Ok(x.clone()))?;
+                compare(&what, &everything(classes)?, &logits, &target, |x| Ok(x.clone()))?;
+                let swapped = random(&[n, inner, classes], 1, dtype)?;
+                compare("transposed", &plain(), &swapped, &target, |x| x.transpose(1, 2))?;
+                let matrix = random(&[classes, n * inner], 1, dtype)?;
+                compare("matrix transposed", &uniform(), &matrix, &target.flatten_all()?, |x| x.t())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Rows in pairs and not: each combination of an even or odd place of the first logit, distance of the classes and
+/// distance of the images.
+#[test]
+fn strided_views_match_the_cpu() -> Result<()> {
+    for (regime, thresholds) in strided_regimes() {
+        THRESHOLDS.set(thresholds);
+        let (n, classes) = (2, 23);
+        for dtype in [DType::BF16, DType::F16, DType::F32] {
+            for (inner, wide, offset) in [(6, 8, 2), (6, 8, 1), (6, 7, 0), (5, 6, 0), (5, 8, 3), (1, 4, 2)] {
+                let logits = random(&[n, classes + 1, wide], 1, dtype)?;
+                let target = indices(n * inner, classes, 2)?.reshape((n, inner))?;
+                for first in 0..2 {
+                    let view = |x: &Tensor| x.narrow(1, first, classes)?.narrow(2, offset, inner);
+                    compare(&format!("{regime}, {offset} of {wide}"), &uniform(), &logits, &target, view)?;
+                }
+                // the same of a matrix whose rows are its columns
+                let matrix = random(&[classes + 1, wide], 1, dtype)?;
+                let target = target.narrow(0, 0, 1)?.flatten_all()?;
+                for first in 0..2 {
+                    let view = |x: &Tensor| x.narrow(0, first, classes)?.narrow(1, offset, inner)?.t();
+                    compare(&format!("{regime}, columns"), &plain(), &matrix, &target, view)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A gradient in place of logits that do not begin at a word of two: read and written one by one.
+#[test]
+fn strided_logits_are_replaced_wherever_they_begin() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    for (regime, thresholds) in strided_regimes() {
+        THRESHOLDS.set(thresholds);
+        for dtype in [DType::BF16, DType::F32] {
+            for offset in [0, 1, 2] {
+                let wide = random(&[offset + 2 * 15 * 6], 1, dtype)?;
+                let target = indices(12, 15, 2)?.reshape((2, 6))?;
+                let on = |device: &Device| -> Result<_> {
+                    let x = wide.to_device(device)?.narrow(0, offset, 2 * 15 * 6)?.reshape((2, 15, 6))?;
+                    let loss = plain().loss_and_grad_inplace(&x, &target.to_device(device)?)?;
+                    Ok((loss, x))
+                };
+                let (got, expected) = (on(&gpu)?, on(&Device::Cpu)?);
+                let what = format!("{regime}, {dtype:?}, from {offset} on");
+                assert_close(&what, &got.0, &expected.0, tolerance(DType::F32));
+                assert_close(&what, &got.1, &expected.1, tolerance(dtype));
+            }
+        }
     }
     Ok(())
 }
 
 /// A name and thresholds for each way to take rows of adjacent classes that are not next to each other.
 fn regimes_of_apart_rows() -> Vec<(&'static str, Thresholds)> {
-    let block = Thresholds { warp_bytes: 0, lone_rows: 0, split_bytes: 1 << 20, ..Thresholds::default() };
+    let block = Thresholds { warp_bytes: 0, ..Thresholds::default() };
     vec![
-        ("registers or warps", Thresholds { lone_rows: 0, ..Thresholds::default() }),
+        ("registers or warps", Thresholds::default()),
         ("a block a row", block),
         ("nothing kept", Thresholds { shared_bytes: Some(0), ..block }),
         ("cluster of 2", Thresholds { cluster_bytes: 200, ..block }),
         ("cluster of 8", Thresholds { cluster_bytes: 50, ..block }),
-        ("split rows", Thresholds { split_bytes: 16, ..block }),
+        ("split rows", Thresholds { split_bytes: 16, part_bytes: 16, ..block }),
     ]
 }
 
@@ -409,7 +477,7 @@ fn every_kernel_is_reached() -> Result<()> {
     let gpu = Device::new_cuda(0)?;
     for dtype in FLOATS {
         let size = dtype.size_in_bytes();
-        let usual = Thresholds { lone_rows: 0, ..Thresholds::default() };
+        let usual = Thresholds::default();
         let whole = Thresholds { warp_bytes: 0, split_bytes: 1 << 30, ..usual };
         let cluster = |blocks: usize| Thresholds { cluster_bytes: (333 * size).div_ceil(blocks) as u64, ..whole };
         let mut problems = vec![
@@ -420,7 +488,7 @@ fn every_kernel_is_reached() -> Result<()> {
             (usual, vec![2, 130 * 16 / size]),
             (usual, vec![2, 260 * 16 / size]),
             (usual, vec![2, 21, 5]),
-            (Thresholds { split_bytes: 256, ..whole }, vec![2, 333]),
+            (Thresholds { split_bytes: 256, part_bytes: 256, ..whole }, vec![2, 333]),
         ];
         problems.extend([2, 4, 8, 16].map(|blocks| (cluster(blocks), vec![2, 333])));
         for (thresholds, dims) in problems {
@@ -486,7 +554,7 @@ fn work_of_each_regime() -> Result<()> {
             // a launch ahead counts the rows of a mean where they are many
             let both = work_of(|| options.clone().loss_and_grad(&logits, &target))?;
             let ahead = regime == "blocks, rows in turn, counted ahead" && reduction == Reduction::Mean;
-            let sums = regime != "lone block" && thresholds.blocks > 1 && reduction != Reduction::None;
+            let sums = thresholds.blocks > 1 && reduction != Reduction::None;
             let launches = if split { 3 } else { 1 + ahead as usize };
             let expected = Work { launches, allocations: 2 + (sums || split || ahead) as usize, waits: 0 };
             assert_eq!(both, expected, "{what}: loss_and_grad");
@@ -528,7 +596,9 @@ fn small_problems_take_one_launch() -> Result<()> {
                 let forward = work_of(|| options.clone().forward(&logits, target))?;
                 assert_eq!(forward, Work { launches: 1, allocations: 2, waits: 0 }, "{what}: forward");
                 let both = work_of(|| options.clone().loss_and_grad(&logits, target))?;
-                assert_eq!(both, Work { launches: 1, allocations: 2, waits: 0 }, "{what}: loss_and_grad");
+                // one for the sums of several blocks
+                let allocations = 2 + (rows == 64) as usize;
+                assert_eq!(both, Work { launches: 1, allocations, waits: 0 }, "{what}: loss_and_grad");
                 let loss = options.forward(&logits, target)?;
                 let backward = work_of(|| loss.backward())?;
                 assert_eq!(backward, Work { launches: 1, allocations: 1, waits: 0 }, "{what}: backward");
@@ -601,7 +671,7 @@ fn the_target_check_waits() -> Result<()> {
 /// Every number of classes that a tile can have, with more rows than a block has.
 #[test]
 fn tiles_match_the_cpu() -> Result<()> {
-    THRESHOLDS.set(Thresholds { lone_rows: 0, ..Thresholds::default() });
+    THRESHOLDS.set(Thresholds::default());
     for (i, classes) in (1..=65).enumerate() {
         let dtype = FLOATS[i % 4];
         let rows = 300 / (classes / 8 + 1);
@@ -619,8 +689,8 @@ fn tiles_match_the_cpu() -> Result<()> {
 /// the lanes.
 #[test]
 fn rows_in_registers_match_the_cpu() -> Result<()> {
-    let few = Thresholds { lone_rows: 0, blocks: 1, ..Thresholds::default() };
-    for thresholds in [few, Thresholds { lone_rows: 0, ..Thresholds::default() }, Thresholds::default()] {
+    let few = Thresholds { blocks: 1, ..Thresholds::default() };
+    for thresholds in [few, Thresholds::default()] {
         THRESHOLDS.set(thresholds);
         for (dtype, per_window) in [(DType::BF16, 8), (DType::F16, 8), (DType::F32, 4)] {
             for windows in [0, 9, 32, 33, 64, 65, 128, 129, 256, 257, 512] {
@@ -657,7 +727,7 @@ fn sizes_match_the_cpu() -> Result<()> {
         let logits = random(&[3, classes], 1, DType::BF16)?;
         compare("sizes", &plain(), &logits, &indices(3, classes, 2)?, |x| Ok(x.clone()))?;
     }
-    THRESHOLDS.set(Thresholds { lone_rows: 0, ..Thresholds::default() });
+    THRESHOLDS.set(Thresholds::default());
     for classes in [1, 3, 9, 33, 64, 65, 1001, 4095, 5003] {
         let logits = random(&[7, classes], 1, DType::F32)?;
         for options in [plain(), uniform()] {
@@ -682,7 +752,6 @@ fn sizes_match_the_cpu() -> Result<()> {
 fn rows_that_are_not_kept_match_the_cpu() -> Result<()> {
     for cluster_bytes in [0, 1 << 30] {
         THRESHOLDS.set(Thresholds {
-            lone_rows: 0,
             split_bytes: 1 << 30,
             shared_bytes: Some(256 * 16 * 4),
             cluster_bytes,
