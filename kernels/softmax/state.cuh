@@ -47,6 +47,7 @@ struct Params : RowParams {
     int team;          // threads that share a row: a power of two up to 32, or the whole block
     int kept;          // windows of a row that a thread keeps in shared memory between its two passes over them
     int upstream_rows; // whether the upstream gradient has a number for each row, or one for all
+    int rotated;       // whether the rows of a tile begin at different classes
     int class_last;    // gradients are written in the order (outer, inner, class), else (outer, class, inner)
 };
 

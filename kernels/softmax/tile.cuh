@@ -36,27 +36,51 @@ template <class T> struct Tile {
 
     // Stores the tile; all threads of the block call it, after a barrier.
     __device__ __forceinline__ void store(T *to) const {
-        Windows<T> w(data, size);
-        if (phase_of<T, N>(data) != phase_of<T, N>(to)) w.head = 0, w.limit(size, 0);
-        for (int i = threadIdx.x; i < w.count; i += blockDim.x)
-            store_word(to + w.first(i), Pack<T, N>::load(data + w.first(i)));
+        const Windows<T> w(to, size);
+        const bool alike = phase_of<T, N>(data) == phase_of<T, N>(to);
+        for (int i = threadIdx.x; i < w.count; i += blockDim.x) {
+            const T *from = data + w.first(i);
+            Pack<T, N> window;
+            if (alike) {
+                window = Pack<T, N>::load(from);
+            } else {
+#pragma unroll
+                for (int k = 0; k < N; k++) window.at[k] = from[k];
+            }
+            store_word(to + w.first(i), window);
+        }
         for (int i = threadIdx.x; i < w.edges; i += blockDim.x) to[w.edge(i)] = data[w.edge(i)];
     }
 };
 
-// A thread's place in a tile.
+// A thread's place in a tile. Its classes are lane, lane + lanes, …, in `steps` steps. Where the rows of a warp would
+// meet in the same banks of shared memory, rows begin at different steps (`Params::rotated`), so that at most two
+// addresses of an access are in one bank.
 template <class T> struct Lane {
     int64_t row;
     bool exists;
-    T *logits;       // in shared memory: class 0 of the row
-    int lane, lanes; // this thread's classes are lane, lane + lanes, …
+    T *logits; // in shared memory: class 0 of the row
+    int lane, lanes, steps;
+    int first; // the class of step 0
+
+    __device__ __forceinline__ explicit Lane(const Params &p) : lane(threadIdx.x % p.team), lanes(p.team) {
+        steps = (p.classes + lanes - 1) / lanes;
+        const int turn = p.rotated ? (static_cast<int>(threadIdx.x) - lane) / 4 % steps : 0;
+        first = lane + turn * lanes;
+    }
+    // The class of a step, beyond the last class where the step has none.
+    __device__ __forceinline__ int class_at(const Params &p, int step) const {
+        const int c = first + step * lanes, all = steps * lanes;
+        return step >= steps ? p.classes : c < all ? c : c - all;
+    }
 };
 
 // Applies f(lane) to each tile of a block; a gradient that f leaves in shared memory goes to `out`. All threads call f
 // alike.
 template <class T, class F>
 __device__ __forceinline__ void for_each_tile(const Params &p, const T *x, T *out, uint4 *shared, F f) {
-    const int lanes = p.team, rows = blockDim.x / lanes;
+    Lane<T> lane(p);
+    const int rows = blockDim.x / lane.lanes, row = threadIdx.x / lane.lanes;
     for (int64_t first = static_cast<int64_t>(blockIdx.x) * rows; first < p.rows;
          first += static_cast<int64_t>(gridDim.x) * rows) {
         const int count = p.rows - first < rows ? static_cast<int>(p.rows - first) : rows;
@@ -64,8 +88,10 @@ __device__ __forceinline__ void for_each_tile(const Params &p, const T *x, T *ou
         tile.size = count * p.classes;
         tile.load(shared, x + first * p.classes);
         __syncthreads();
-        const int row = threadIdx.x / lanes;
-        f(Lane<T>{first + row, row < count, tile.data + row * p.classes, static_cast<int>(threadIdx.x) % lanes, lanes});
+        lane.row = first + row;
+        lane.exists = row < count;
+        lane.logits = tile.data + row * p.classes;
+        f(lane);
         __syncthreads();
         if (!out) continue;
         tile.store(out + first * p.classes);
@@ -86,10 +112,13 @@ __device__ __forceinline__ State<Acc<T>, D> reduce_lane(const Params &p, const O
     if (l.exists && owner == l.lane) x_t = own_logit<D>(p, l.logits, target);
     x_t = __shfl_sync(ALL_LANES, x_t, owner, l.lanes);
     if (l.exists && target.kind == Kind::LIVE) {
-        absorb<D, T, TILE_DEPTH, 1>(state, p, o, l.lane, l.lanes, [&](int u, int) {
-            const int c = l.lane + u * l.lanes;
-            return c < p.classes ? widen<A>(l.logits[c]) : -infinity<A>();
-        });
+        A x[TILE_DEPTH];
+#pragma unroll
+        for (int u = 0; u < TILE_DEPTH; u++) {
+            const int c = l.class_at(p, u);
+            x[u] = c < p.classes ? widen<A>(l.logits[c]) : -infinity<A>();
+        }
+        state = state_of_logits<D, T>(p, x, [&](int u) { return l.class_at(p, u) < p.classes; });
     }
     return merge_lanes<T>(p, state, l.lanes);
 }
@@ -101,7 +130,7 @@ __device__ __forceinline__ void emit_lane(const Params &p, const Operands<Acc<T>
     using A = Acc<T>;
 #pragma unroll(Rule::DETAIL <= UNIFORM ? TILE_DEPTH : 1)
     for (int u = 0; u < TILE_DEPTH; u++) {
-        const int c = l.lane + u * l.lanes;
+        const int c = l.class_at(p, u);
         if (c >= p.classes) continue;
         A y[1] = {dead_value<A>(s.kind)};
         if (s.kind == Kind::LIVE) {
