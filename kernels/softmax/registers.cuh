@@ -36,15 +36,26 @@ template <class T, int W> struct Share {
     template <Detail D> __device__ __forceinline__ State<float, D> reduce(const Params &p, const Windows<T> &w) const {
         // fewer at a time where the registers are full of windows
         constexpr int U = D == UNIFORM && W == 16 ? 2 : BATCH<D>;
-        const int lanes = p.team, lane = threadIdx.x % WARP;
-        State<float, D> state = state_of_windows<D, T, U>(p, windows);
+        const int lanes = p.team, lane = threadIdx.x % WARP, first = lane % lanes;
+        // how many of `most` windows, or edges, are not there
+        const auto missing = [&](int most, int count) {
+            int n = 0;
+            for (int i = 0; i < most; i++) n += first + i * lanes >= count;
+            return n;
+        };
+        State<float, D> state;
+        if (D == UNIFORM && p.capped) {
+            state = state_of_windows<D, T, W>(p, windows, 0, Window<T>::N * missing(W, w.count));
+        } else {
+            state = state_of_windows<D, T, U>(p, windows);
 #pragma unroll
-        for (int u = U; u < W; u += U) state = merge<T>(p, state, state_of_windows<D, T, U>(p, windows, u));
+            for (int u = U; u < W; u += U) state = merge<T>(p, state, state_of_windows<D, T, U>(p, windows, u));
+        }
         if (w.edges != 0) {
             Unit<float> units[EDGES];
 #pragma unroll
             for (int e = 0; e < EDGES; e++) units[e] = {widen<float>(edges[e])};
-            state = merge<T>(p, state, state_of<D, T>(p, units));
+            state = merge<T>(p, state, state_of<D, T>(p, units, missing(EDGES, w.edges)));
         }
         float max = state.max;
         for (int step = lanes / 2; step > 0; step /= 2) max = fmaxf(max, __shfl_xor_sync(ALL_LANES, max, step));
@@ -52,13 +63,15 @@ template <class T, int W> struct Share {
         const bool best = state.max == max;
         const unsigned before = __ballot_sync(ALL_LANES, best) >> (lane & -lanes) & ((1u << (lane & (lanes - 1))) - 1);
         const float counted = best && before == 0 ? 0.0f : 1.0f;
-        const float shrink = exp_of<D, T>(p, state.max - reference_of(max));
+        const float shift = state.max - reference_of(max), shrink = exp_of<D, T>(p, shift);
         state.max = max;
         state.rest = lanes_reduce<Sum>((counted + state.rest) * shrink, lanes);
         if constexpr (D == UNIFORM) {
-            state.linear = 0;
-            if (p.spread != 0.0) {
-                const int first = lane % lanes;
+            if (p.capped) {
+                if (state.mass != 0.0f) state.linear = fmaf(state.mass, shift, state.linear);
+                state.linear = lanes_reduce<Sum>(state.linear, lanes);
+            } else if (p.spread != 0.0) {
+                state.linear = 0;
                 const float reference = reference_of(max);
                 float mass = 0;
                 sum_windows(windows, reference, [&](int u) { return first + u * lanes < w.count; }, state.linear, mass);
@@ -162,7 +175,7 @@ __device__ __forceinline__ void reduce_registers(const Params &p, const T *x, co
             const Target<float> &target, float x_t) {
             const State<float, D> state = share.template reduce<D>(p, w);
             if (!exists || lane != 0) return;
-            const double2 one = finish_row<D>(p, out, target, x_t, state, row);
+            const double2 one = finish_row<D>(p, out, target, value_of<D>(p, x_t), state, row);
             total.x += one.x, total.y += one.y;
         });
     if (out.partials || out.result || out.denominator)
@@ -187,7 +200,7 @@ __device__ __forceinline__ void fused_registers(const Params &p, const T *x, T *
                                 const State<float, D> state = share.template reduce<D>(p, w);
                                 if (!exists) return;
                                 if (lane == 0) {
-                                    const double2 one = finish_row<D>(p, out, target, x_t, state, row);
+                                    const double2 one = finish_row<D>(p, out, target, value_of<D>(p, x_t), state, row);
                                     total.x += one.x, total.y += one.y;
                                 }
                                 const auto s = RowScalars<float>::template gradient<D>(p, target, state.max, state.rest,

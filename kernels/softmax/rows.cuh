@@ -192,15 +192,15 @@ __device__ __forceinline__ void sum_windows(const Window<T> (&windows)[U], float
     }
 }
 
-// The state of U windows from `first` on, but for `linear` and `mass`.
+// The state of U windows from `first` on; see `state_of`.
 template <Detail D, class T, int U, int W>
 __device__ __forceinline__ State<float, D> state_of_windows(const Params &p, const Window<T> (&windows)[W],
-                                                            int first = 0) {
+                                                            int first = 0, int missing = 0) {
     constexpr int UNITS = Window<T>::UNITS;
     Unit<T> units[U * UNITS];
 #pragma unroll
     for (int i = 0; i < U * UNITS; i++) units[i] = windows[first + i / UNITS].at[i % UNITS];
-    return state_of<D, T>(p, units);
+    return state_of<D, T>(p, units, missing);
 }
 
 // Has a thread's first windows fetched to the second-level cache, ahead of what decides whether they are read: without
@@ -249,13 +249,17 @@ __device__ __forceinline__ State<Acc<T>, D> reduce_windows(const Params &p, cons
             if constexpr (D <= UNIFORM && sizeof(Acc<T>) == sizeof(float)) {
                 float sum = 0, mass = 0;
                 const auto exists = [&](int u) { return i + u * step < end; };
-                const bool summed = D == UNIFORM && p.spread != 0.0;
+                const bool summed = D == UNIFORM && p.spread != 0.0 && !p.capped;
                 if (SUM_FIRST<T> && summed) sum_windows(windows, 0.0f, exists, sum, mass);
-                State<float, D> part = state_of_windows<D, T, U>(p, windows);
+                int missing = 0;
+#pragma unroll
+                for (int u = 0; u < U; u++) missing += exists(u) ? 0 : N;
+                State<float, D> part = state_of_windows<D, T, U>(p, windows, 0, missing);
                 const float reference = reference_of(part.max);
                 if (!SUM_FIRST<T> && summed) sum_windows(windows, reference, exists, sum, mass);
-                if constexpr (D == UNIFORM)
-                    part.linear = SUM_FIRST<T> ? fmaf(-mass, reference, sum) : sum, part.mass = mass;
+                if constexpr (D == UNIFORM) {
+                    if (summed) part.linear = SUM_FIRST<T> ? fmaf(-mass, reference, sum) : sum, part.mass = mass;
+                }
                 state = merge<T>(p, state, part);
             } else {
                 absorb<D, T, U, N>(state, p, o, w.first(i), step * N,
@@ -378,12 +382,7 @@ template <Detail D, class T>
 __device__ __forceinline__ Acc<T> own_logit(const Params &p, const T *row, const Target<Acc<T>> &target) {
     using A = Acc<T>;
     if (target.index < 0) return A(0);
-    const A x = widen<A>(row[target.index * p.x.class_stride]);
-    if constexpr (D >= GENERAL) {
-        A slope;
-        return transform(p, x, slope);
-    }
-    return x;
+    return value_of<D>(p, widen<A>(row[target.index * p.x.class_stride]));
 }
 
 template <class A>

@@ -39,8 +39,8 @@ struct Params : RowParams {
     double mass;    // the sum of q without the own class, unless `row_mass`
     double scale;   // the logit scale ahead of a soft cap; without one, its sign
     double factor;  // what is left of the scale: a factor of differences of logits
-    double softcap; // the soft cap and 1 / softcap, if `capped`
-    double inverse_cap;
+    double softcap; // the soft cap and scale / softcap, if `capped`
+    double cap_scale;
     double z_loss;
     int row_mass;      // whether the sum of q without the own class differs between rows
     int capped;        // whether there is a soft cap
@@ -49,10 +49,22 @@ struct Params : RowParams {
     int upstream_rows; // whether the upstream gradient has a number for each row, or one for all
     int rotated;       // whether the rows of a tile begin at different classes
     int class_last;    // gradients are written in the order (outer, inner, class), else (outer, class, inner)
+    // the same for f32 arithmetic, and as exponents of 2: exp2(factor_exponent d) = exp(factor d),
+    // exp2(cap_rate x) = exp(2 scale x / softcap), exp2(cap_exponent) = exp(softcap)
+    float softcap_f32, cap_scale_f32, factor_exponent, cap_rate, cap_exponent;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Elementary functions
+
+constexpr float LOG2_E = 1.44269504f;
+
+// exp2(x): a relative error of 2^-22 or so, and 0 below the normal numbers.
+__device__ __forceinline__ float exp2_approx(float x) {
+    float e;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x));
+    return e;
+}
 
 // exp(d) for a difference d = x - m <= 0 of logits of type T.
 //
@@ -60,22 +72,9 @@ struct Params : RowParams {
 // an instruction, but lose all accuracy where the logits have a large offset in common. For 16-bit logits: one
 // multiplication and one ex2, a relative error of |d| 2^-24 or so. For f32 there is time for CUDA's expf, which stays
 // within 2 ulp.
-template <class T> __device__ __forceinline__ float exp_below(float d) {
-    float e;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(d * 1.44269504f));
-    return e;
-}
+template <class T> __device__ __forceinline__ float exp_below(float d) { return exp2_approx(d * LOG2_E); }
 template <> __device__ __forceinline__ float exp_below<float>(float d) { return expf(d); }
 template <class T> __device__ __forceinline__ double exp_below(double d) { return exp(d); }
-// exp(factor d): for 16-bit logits no more work than exp(d).
-template <class T> __device__ __forceinline__ float exp_below(float d, float factor) {
-    float e;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(d * (1.44269504f * factor)));
-    return e;
-}
-template <> __device__ __forceinline__ float exp_below<float>(float d, float factor) { return expf(d * factor); }
-template <class T> __device__ __forceinline__ double exp_below(double d, double factor) { return exp(d * factor); }
-
 template <class A> __device__ __forceinline__ bool is_finite(A x) { return x - x == A(0); }
 
 // log sum exp(x - m), NaN where the row has no finite maximum.
@@ -100,10 +99,75 @@ __device__ __forceinline__ double tanh_and_slope(double x, double &slope) {
 
 // A logit after `Params::scale` and soft cap, and the soft cap's derivative.
 template <class A> __device__ __forceinline__ A transform(const Params &p, A x, A &slope) {
+    if (p.capped) {
+        const bool single = sizeof(A) == sizeof(float);
+        const A cap = single ? p.softcap_f32 : p.softcap, scale = single ? p.cap_scale_f32 : p.cap_scale;
+        return cap * tanh_and_slope(x * scale, slope);
+    }
     slope = A(1);
-    if (p.scale != 1.0) x *= A(p.scale);
-    if (p.capped) x = A(p.softcap) * tanh_and_slope(x * A(p.inverse_cap), slope);
-    return x;
+    return p.scale == 1.0 ? x : x * A(p.scale);
+}
+template <class A> __device__ __forceinline__ A transform(const Params &p, A x) {
+    A slope;
+    return transform(p, x, slope);
+}
+
+// The smaller of two numbers, NaN if either is.
+__device__ __forceinline__ float min_nan(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+    float least;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(a), "f"(b));
+    return least;
+#else
+    return a < b || a != a ? a : b;
+#endif
+}
+
+// a[k] <- 1 / a[k] with one division for all G numbers, whose product is below 2^126.
+template <int G> __device__ __forceinline__ void invert(float *a) {
+    if constexpr (G == 1) {
+        asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(a[0]));
+    } else {
+        // pairs of a number of each half: (a b)^-1 b = a^-1
+        float products[G / 2];
+#pragma unroll
+        for (int k = 0; k < G / 2; k++) products[k] = a[k] * a[k + G / 2];
+        invert<G / 2>(products);
+#pragma unroll
+        for (int k = 0; k < G / 2; k++) {
+            const float first = a[k];
+            a[k] = a[k + G / 2] * products[k];
+            a[k + G / 2] = first * products[k];
+        }
+    }
+}
+
+// The soft cap of 16-bit logits, whose tanh may have an absolute error: for y = scale x / softcap,
+//
+//   e = exp(2 y), r = 2 / (1 + e), capped logit = softcap (1 - r), its derivative = e r^2
+//
+// G logits share a division: the special-function unit has time for two and a half operations for each logit that is
+// read. A capped logit is off by softcap 2^-23 or so, which is why src/softmax/cuda/detail.rs has a limit for the cap.
+template <int G> struct Caps {
+    // the largest exponent of 2 for an e, so that the product of G numbers 1 / r is below 2^126
+    static constexpr float MOST = G == 4 ? 31 : 62;
+    static_assert(G == 2 || G == 4, "pairs or fours");
+
+    float e[G], r[G];
+
+    __device__ __forceinline__ Caps(const Params &p, const float *x) {
+#pragma unroll
+        for (int k = 0; k < G; k++) {
+            e[k] = exp2_approx(min_nan(x[k] * p.cap_rate, MOST));
+            r[k] = fmaf(e[k], 0.5f, 0.5f);
+        }
+        invert<G>(r);
+    }
+};
+
+// exp(softcap (1 - r) - max) as an exponent of 2, where `top` is (softcap - max) log2(e).
+__device__ __forceinline__ float exponent_below(const Params &p, float r, float top) {
+    return fmaf(-p.cap_exponent, r, top);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -113,30 +177,38 @@ template <class A> __device__ __forceinline__ A transform(const Params &p, A x, 
 enum Detail : int {
     PLAIN,      // maximum and rest: class indices without smoothing, z-loss, scale or cap
     UNIFORM,    // linear and mass too: class indices with one q for all classes, and a positive scale; see below
-    GENERAL,    // the same for every option: a q of each class, a cap, any scale
+    GENERAL,    // the same for every option: a q of each class, any cap, any scale
     STATISTICS, // entropy and arg max too
 };
 
 // Without a soft cap, maxima are those of the logits before the scale, which becomes part of the exponentials' factor:
 // exp(factor (x - m)). A difference does not overflow where a product would, and loses nothing under a common offset.
 //
-// UNIFORM adds label smoothing without class weights, z-loss and a logit scale to PLAIN, in f32 arithmetic. Until the
+// UNIFORM adds label smoothing without class weights, z-loss, a logit scale and a soft cap to PLAIN, in f32 arithmetic.
+// Until the
 // loss is computed, `linear` and `mass` have UNIT in place of q. UNIT is a power of two, so that products with it are
 // exact, and small, so that logits such as the lowest of bf16 can be summed.
 constexpr float UNIT = 1.0f / 4294967296.0f;
 
-// exp of a difference of logits.
+// exp of a difference of logits: for 16-bit ones no more work with a factor than without.
 template <Detail D, class T, class A> __device__ __forceinline__ A exp_of(const Params &p, A d) {
-    if constexpr (D >= UNIFORM) {
-        return exp_below<T>(d, A(p.factor));
-    } else {
+    if constexpr (D < UNIFORM) {
         return exp_below<T>(d);
+    } else if constexpr (sizeof(T) == 2) {
+        return exp2_approx(d * p.factor_exponent);
+    } else {
+        return exp_below<T>(d * A(p.factor));
     }
 }
 
 // A difference of logits after the scale.
 template <Detail D, class A> __device__ __forceinline__ A scaled(const Params &p, A d) {
     return D >= UNIFORM ? A(p.factor) * d : d;
+}
+
+// A logit as the state of its row has it: after a soft cap, without the scale that is part of `exp_of`.
+template <Detail D, class A> __device__ __forceinline__ A value_of(const Params &p, A x) {
+    return D >= UNIFORM ? transform(p, x) : x;
 }
 
 constexpr int NO_CLASS = 0x7fffffff;
@@ -293,6 +365,7 @@ template <class X> struct Unit {
     X bits;
 
     __device__ __forceinline__ Acc<X> logit(int) const { return bits; }
+    __device__ __forceinline__ Unit larger(Unit other) const { return {max_(bits, other.bits)}; }
     __device__ __forceinline__ static Unit lowest() { return {-infinity<X>()}; }
 };
 template <class X, class Pair, uint32_t LOWEST> struct PairUnit {
@@ -300,6 +373,7 @@ template <class X, class Pair, uint32_t LOWEST> struct PairUnit {
     uint32_t bits;
 
     __device__ __forceinline__ Pair pair() const { return *reinterpret_cast<const Pair *>(&bits); }
+    __device__ __forceinline__ Unit<X> larger(PairUnit other) const { return of(__hmax2(pair(), other.pair())); }
     __device__ __forceinline__ static Unit<X> of(Pair pair) { return {*reinterpret_cast<const uint32_t *>(&pair)}; }
     __device__ __forceinline__ static Unit<X> lowest() { return {LOWEST}; }
 };
@@ -314,11 +388,7 @@ template <> struct Unit<bf16> : PairUnit<bf16, __nv_bfloat162, 0xff80ff80u> {
 __device__ __forceinline__ void match(Unit<float> &winner, Unit<float> &other) {
     const float a = winner.bits, b = other.bits;
     winner.bits = fmaxf(a, b);
-#if __CUDA_ARCH__ >= 800
-    asm("min.NaN.f32 %0, %1, %2;" : "=f"(other.bits) : "f"(a), "f"(b));
-#else
-    other.bits = a < b || a != a ? a : b;
-#endif
+    other.bits = min_nan(a, b);
 }
 template <class X> __device__ __forceinline__ void match(Unit<X> &winner, Unit<X> &other) {
     const auto a = winner.pair(), b = other.pair();
@@ -365,12 +435,96 @@ __device__ __forceinline__ float sum_losers(const Params &p, const Winner &winne
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
+// Sums over capped logits v: of exp(v - max) and of v - max.
+struct CapSums {
+    float exps = 0, differences = 0;
+
+    // Adds logits of type T.
+    template <class T, int COUNT>
+    __device__ __forceinline__ void add(const Params &p, float max, const float (&x)[COUNT]) {
+        constexpr int G = 4;
+        // of f32 logits with the accurate tanh, for which there is time; else as exponents of 2
+        constexpr bool ACCURATE = sizeof(T) == sizeof(float);
+        const float top = (p.softcap_f32 - max) * LOG2_E;
+#pragma unroll
+        for (int i = 0; i < COUNT; i += G) {
+            float d[G] = {}, e[G] = {};
+            if constexpr (ACCURATE) {
+#pragma unroll
+                for (int k = 0; k < G && i + k < COUNT; k++) {
+                    d[k] = transform(p, x[i + k]) - max;
+                    e[k] = exp_below<T>(d[k]);
+                }
+            } else {
+                float group[G];
+#pragma unroll
+                for (int k = 0; k < G; k++) group[k] = i + k < COUNT ? x[i + k] : -infinity<float>();
+                const Caps<G> caps(p, group);
+#pragma unroll
+                for (int k = 0; k < G && i + k < COUNT; k++) {
+                    d[k] = exponent_below(p, caps.r[k], top);
+                    e[k] = exp2_approx(d[k]);
+                }
+            }
+            exps += (e[0] + e[1]) + (e[2] + e[3]);
+            differences += ((d[0] + d[1]) + (d[2] + d[3])) * (ACCURATE ? 1.0f : 1 / LOG2_E);
+        }
+    }
+};
+
+// The state of logits of type T, stored as X, after a soft cap. `missing` of them are -inf because they are not there.
+//
+// They and the -inf that the tournaments begin with are summed as the lowest capped logit and subtracted again: no term
+// of a row is below that one, so that the difference keeps its digits. The largest logit is capped alone, as the own
+// one is; a cap does not change the order. The tournaments are small, for want of registers.
+template <class T, class X, int COUNT>
+__device__ __forceinline__ State<float, UNIFORM> capped_state_of(const Params &p, const Unit<X> (&x)[COUNT],
+                                                                 int missing) {
+    constexpr int L = Unit<X>::LOGITS, SIZE = COUNT < 4 ? COUNT : 4;
+    static_assert(COUNT % SIZE == 0, "tournaments of one size");
+    State<float, UNIFORM> state = State<float, UNIFORM>::empty();
+    if (missing == COUNT * L) return state;
+    Unit<X> largest = Unit<X>::lowest();
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) largest = largest.larger(x[i]);
+    state.max = transform(p, fmaxf(largest.logit(0), largest.logit(L - 1)));
+    CapSums sums;
+    Unit<float> best = Unit<float>::lowest();
+#pragma unroll
+    for (int i = 0; i < COUNT; i += SIZE) {
+        Unit<X> part[SIZE];
+#pragma unroll
+        for (int k = 0; k < SIZE; k++) part[k] = x[i + k];
+        const Winner winner = tournament(part);
+        Unit<float> other = {winner.nan ? quiet_nan<float>() : winner.logit};
+        match(best, other);
+        float losers[SIZE * L];
+        losers[0] = other.bits;
+        if constexpr (L == 2) losers[1] = winner.loser;
+#pragma unroll
+        for (int k = L; k < SIZE * L; k++) losers[k] = part[k / L].logit(k % L);
+        sums.add<T>(p, state.max, losers);
+    }
+    const int there = COUNT * L - missing;
+    const float lowest = -p.softcap_f32 - state.max;
+    // nothing is left of a single logit, or NaN
+    state.rest = there == 1 ? 0.0f * sums.exps : sums.exps - (missing + 1) * exp_below<T>(lowest);
+    state.linear = there == 1 ? 0.0f : UNIT * (sums.differences - (missing + 1) * lowest);
+    state.mass = UNIT * there;
+    return state;
+}
+
 // The number that is subtracted ahead of exponentials: the maximum, or 0 where all logits are -inf.
 template <class A> __device__ __forceinline__ A reference_of(A max) { return max == -infinity<A>() ? A(0) : max; }
 
-// The state of logits of type T, stored as X, but for `linear` and `mass`: one exponential each. The logits are lost.
+// The state of logits of type T, stored as X, but for `linear` and `mass` unless there is a soft cap: one exponential
+// each. `missing` of them are -inf because they are not there, which UNIFORM has to know: with a soft cap, -inf has a
+// probability. The logits are lost.
 template <Detail D, class T, class X, int COUNT>
-__device__ __forceinline__ State<float, D> state_of(const Params &p, Unit<X> (&x)[COUNT]) {
+__device__ __forceinline__ State<float, D> state_of(const Params &p, Unit<X> (&x)[COUNT], int missing = 0) {
+    if constexpr (D == UNIFORM) {
+        if (p.capped) return capped_state_of<T>(p, x, missing);
+    }
     const Winner winner = tournament(x);
     State<float, D> state = State<float, D>::empty();
     state.max = winner.logit;
@@ -384,9 +538,14 @@ __device__ __forceinline__ State<float, D> state_of_logits(const Params &p, cons
     Unit<float> units[COUNT];
 #pragma unroll
     for (int i = 0; i < COUNT; i++) units[i] = {x[i]};
-    State<float, D> state = state_of<D, T>(p, units);
+    int missing = 0;
     if constexpr (D == UNIFORM) {
-        if (p.spread != 0.0) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) missing += !exists(i);
+    }
+    State<float, D> state = state_of<D, T>(p, units, missing);
+    if constexpr (D == UNIFORM) {
+        if (p.spread != 0.0 && !p.capped) {
 #pragma unroll
             for (int i = 0; i < COUNT; i++) {
                 if (exists(i))
@@ -604,12 +763,47 @@ struct UniformGradient {
     __device__ __forceinline__ static void emit(const Params &p, const Operands<A> &, const RowScalars<A> &s, int,
                                                 const A (&x)[N], A (&y)[N]) {
         const A factor = s.upstream * s.slope * s.inverse, q = s.upstream * A(p.spread);
+        if (p.capped) {
+            capped<T>(p, s, factor, q, x, y);
+            return;
+        }
 #pragma unroll
         for (int k = 0; k < N; k++) y[k] = fma_(exp_of<UNIFORM, T>(p, x[k] - s.max), factor, -q);
     }
+
+    // The same with a soft cap, times its derivative.
+    template <class T, int N, class A>
+    __device__ __forceinline__ static void capped(const Params &p, const RowScalars<A> &s, A factor, A q,
+                                                  const A (&x)[N], A (&y)[N]) {
+        if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+            const float top = (p.softcap_f32 - s.max) * LOG2_E;
+            // the largest e is 2^62, where e r^2 is 2^-60: from 2^-59 on it is 0, as it is for an infinite logit
+            constexpr float LEAST = 1.0f / (1ull << 59);
+#pragma unroll
+            for (int i = 0; i < N; i += 2) {
+                const Caps<2> caps(p, x + i);
+#pragma unroll
+                for (int k = 0; k < 2; k++) {
+                    const float r = caps.r[k];
+                    const float value = fmaf(exp2_approx(exponent_below(p, r, top)), factor, -q);
+                    y[i + k] = value * __saturatef(fmaf(caps.e[k] * r, r, -LEAST));
+                }
+            }
+        } else {
+#pragma unroll
+            for (int k = 0; k < N; k++) {
+                A slope;
+                const A v = transform(p, x[k], slope);
+                y[k] = fma_(exp_below<T>(v - s.max), factor, -q) * slope;
+            }
+        }
+    }
+
     template <class T, class A>
     __device__ __forceinline__ static A own_value(const Params &p, const RowScalars<A> &s, A x) {
-        return gradient_value<UNIFORM, T>(p, s, x, s.own + A(p.spread));
+        A slope;
+        const A v = transform(p, x, slope);
+        return gradient_value<UNIFORM, T>(p, s, v, s.own + A(p.spread)) * slope;
     }
 };
 

@@ -1,7 +1,7 @@
 // Passes over rows whose classes lie apart: (N, C, d…) with its class axis in the middle, transposed logits.
 //
-// A block is blockDim.x threads wide and blockDim.y deep. Neighbouring threads (x) have neighbouring rows, which lie next
-// to each other in memory where the class axis is in the middle, so that a warp's accesses are coalesced without a
+// A block is blockDim.x threads wide and blockDim.y deep. Neighbouring threads (x) have neighbouring rows, which lie
+// next to each other in memory where the class axis is in the middle, so that a warp's accesses are coalesced without a
 // copy; the threads of one x share the classes of their rows. A thread takes two rows of 16-bit logits at a time, in
 // one access for both where they lie in pairs. Bytes: `reduce` reads E, `emit` reads E and writes E, `fused` reads its
 // rows a second time (from the first- or second-level cache, as a block's rows are small) and writes E.
@@ -59,8 +59,7 @@ template <class T, int R> struct ThreadRows {
 };
 
 // Calls f with the rows of each thread in turn; all threads of the block call it alike.
-template <int R, class T, class F>
-__device__ __forceinline__ void for_thread_rows(const Params &p, const T *x, F f) {
+template <int R, class T, class F> __device__ __forceinline__ void for_thread_rows(const Params &p, const T *x, F f) {
     const bool grouped = in_groups<R>(p, x);
     const int64_t width = blockDim.x * R, mine = threadIdx.x * (grouped ? R : 1);
     for (int64_t first = blockIdx.x * width; first < p.rows; first += gridDim.x * width)
@@ -232,7 +231,9 @@ template <Detail D, class T, int R> struct OwnClasses {
 };
 
 // Whether this thread has a class of its rows among its own.
-__device__ __forceinline__ bool owns_class(int index) { return index >= 0 && (index & (blockDim.y - 1)) == threadIdx.y; }
+__device__ __forceinline__ bool owns_class(int index) {
+    return index >= 0 && (index & (blockDim.y - 1)) == threadIdx.y;
+}
 
 // Writes this thread's share of its rows. The first logits are on their way while `scalars` fills in the rows' scalars
 // and, where the rule wants them, their own logits.
@@ -292,7 +293,8 @@ __device__ __forceinline__ void emit_classes(const Params &p, const Targets<Acc<
         // once more, by the thread that has just written it
 #pragma unroll
         for (int k = 0; k < R; k++) {
-            if (owns_class(s[k].target)) to[k][(s[k].target - static_cast<int>(threadIdx.y + j * blockDim.y)) * stride] = own[k];
+            if (owns_class(s[k].target))
+                to[k][(s[k].target - static_cast<int>(threadIdx.y + j * blockDim.y)) * stride] = own[k];
         }
     }
 }

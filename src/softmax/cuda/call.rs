@@ -121,9 +121,9 @@ impl<'a> SoftmaxCall<'a> {
         } else {
             params.mass = options.label_smoothing;
         }
-        (params.scale, params.factor) = options.split_scale();
+        params = params.with_scale(options.split_scale());
         if let Some(cap) = options.softcap {
-            (params.capped, params.softcap, params.inverse_cap) = (1, cap, 1.0 / cap);
+            params = params.with_softcap(cap);
         }
         params.z_loss = options.z_loss;
         let operands = RowOperands::new(name, (&rows, layout.shape(), arithmetic(dtype)), target, weight)?;

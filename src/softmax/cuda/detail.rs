@@ -13,19 +13,26 @@ use candle_core::{DType, Result, bail};
 pub(super) enum Detail {
     /// Class indices and class weights alone.
     Plain,
-    /// Class indices with z-loss, a positive scale and, unless there are class weights, label smoothing.
+    /// Class indices with z-loss, a positive scale, a soft cap and, unless there are class weights, label smoothing.
     Uniform,
     /// All other options, and all of them for `f64`.
     General,
 }
 
+/// The largest soft cap of 16-bit logits for the uniform kernels. Their fast tanh has an absolute error, which makes an
+/// exponential wrong by a factor of up to `1 + cap * 2^-22`: at this cap 1.5e-5. A larger cap takes the general kernels,
+/// whose tanh has a relative error, so that a cap far above the logits changes nothing.
+const FAST_SOFTCAP: f64 = 64.0;
+
 impl Detail {
     /// The least that serves the options.
     pub fn of(options: &SoftmaxOptions, dtype: DType, class_indices: bool) -> Self {
-        if !class_indices || options.softcap.is_some() || dtype == DType::F64 {
+        let too_large = |cap: f64| cap > FAST_SOFTCAP && dtype != DType::F32;
+        if !class_indices || dtype == DType::F64 || options.softcap.is_some_and(too_large) {
             return Detail::General;
         }
-        if options.label_smoothing == 0.0 && options.z_loss == 0.0 && options.logit_scale == 1.0 {
+        let scaled = options.logit_scale != 1.0 || options.softcap.is_some();
+        if options.label_smoothing == 0.0 && options.z_loss == 0.0 && !scaled {
             return Detail::Plain;
         }
         // class weights give each smoothed class its own q, and a scale below 0 makes the lowest logit the largest
@@ -160,3 +167,28 @@ pub(super) const KERNELS: [(SoftmaxPass, Detail, Form, &str); 44] = {
         (LogSoftmaxBackward, Plain, Strided, "softmax_log_softmax_backward_any"),
     ]
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A soft cap goes to the uniform kernels unless it is too large for the fast tanh of 16-bit logits.
+    #[test]
+    fn soft_caps_are_uniform_where_that_is_accurate() {
+        let detail = |softcap, dtype, logit_scale, class_indices| {
+            let options = SoftmaxOptions { softcap: Some(softcap), logit_scale, ..SoftmaxOptions::default() };
+            Detail::of(&options, dtype, class_indices)
+        };
+        for dtype in [DType::F16, DType::BF16, DType::F32] {
+            for softcap in [0.5, 30.0, FAST_SOFTCAP] {
+                assert_eq!(detail(softcap, dtype, 0.5, true), Detail::Uniform);
+            }
+            let large = if dtype == DType::F32 { Detail::Uniform } else { Detail::General };
+            assert_eq!(detail(1e4, dtype, 1.0, true), large);
+            for (scale, class_indices) in [(-1.0, true), (0.0, true), (1.0, false)] {
+                assert_eq!(detail(30.0, dtype, scale, class_indices), Detail::General);
+            }
+        }
+        assert_eq!(detail(30.0, DType::F64, 1.0, true), Detail::General);
+    }
+}

@@ -12,6 +12,7 @@ use crate::rows::layout::Rows;
 use crate::softmax::problem::STATISTICS;
 use candle_core::{DType, Result};
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DeviceRepr};
+use std::f64::consts::LOG2_E;
 use std::sync::Arc;
 
 type BytesView<'a> = &'a CudaView<'a, u8>;
@@ -29,7 +30,7 @@ pub(super) struct SoftmaxParams {
     pub scale: f64,
     pub factor: f64,
     pub softcap: f64,
-    pub inverse_cap: f64,
+    pub cap_scale: f64,
     pub z_loss: f64,
     pub row_mass: i32,
     pub capped: i32,
@@ -37,6 +38,11 @@ pub(super) struct SoftmaxParams {
     pub kept: i32,
     pub upstream_rows: i32,
     pub class_last: i32,
+    pub softcap_f32: f32,
+    pub cap_scale_f32: f32,
+    pub factor_exponent: f32,
+    pub cap_rate: f32,
+    pub cap_exponent: f32,
 }
 
 // SAFETY: plain numbers, laid out as in C on both sides
@@ -54,7 +60,7 @@ impl SoftmaxParams {
             scale: 1.0,
             factor: 1.0,
             softcap: 0.0,
-            inverse_cap: 0.0,
+            cap_scale: 0.0,
             z_loss: 0.0,
             row_mass: 0,
             capped: 0,
@@ -62,6 +68,31 @@ impl SoftmaxParams {
             kept: 0,
             upstream_rows: 0,
             class_last: rows.class_last() as i32,
+            softcap_f32: 0.0,
+            cap_scale_f32: 0.0,
+            factor_exponent: LOG2_E as f32,
+            cap_rate: 0.0,
+            cap_exponent: 0.0,
+        }
+    }
+
+    /// The same with a scale, split as by `SoftmaxOptions::split_scale`.
+    pub fn with_scale(self, (scale, factor): (f64, f64)) -> Self {
+        SoftmaxParams { scale, factor, factor_exponent: (LOG2_E * factor) as f32, ..self }
+    }
+
+    /// The same with a soft cap of scaled logits.
+    pub fn with_softcap(self, softcap: f64) -> Self {
+        let cap_scale = self.scale / softcap;
+        SoftmaxParams {
+            softcap,
+            cap_scale,
+            capped: 1,
+            softcap_f32: softcap as f32,
+            cap_scale_f32: cap_scale as f32,
+            cap_rate: (2.0 * LOG2_E * cap_scale) as f32,
+            cap_exponent: (LOG2_E * softcap) as f32,
+            ..self
         }
     }
 

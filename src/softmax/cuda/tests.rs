@@ -66,6 +66,11 @@ fn uniform() -> CrossEntropy {
     })
 }
 
+/// A soft cap with the options that leave one number for all classes.
+fn capped(softcap: f64) -> CrossEntropy {
+    with(uniform(), |o| o.softcap = Some(softcap))
+}
+
 fn with_weight_on(options: &CrossEntropy, device: &Device, dtype: DType) -> Result<CrossEntropy> {
     let acc = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
     let weight = options.options.rows.weight.as_ref().map(|w| w.to_dtype(acc)?.to_device(device)).transpose()?;
@@ -156,6 +161,75 @@ fn regimes_match_the_cpu_with_every_option() -> Result<()> {
     Ok(())
 }
 
+/// Caps far below the logits, as language models have them, and far above; alone and with what the same kernels serve.
+#[test]
+fn soft_caps_match_the_cpu() -> Result<()> {
+    let (rows, classes) = (5, 167);
+    let alone = |softcap| with(plain(), |o| o.softcap = Some(softcap));
+    let weighted = with(plain(), |o| {
+        o.softcap = Some(30.0);
+        o.z_loss = 0.01;
+        o.rows.weight = Some(random(&[classes], 7, DType::F32).unwrap().abs().unwrap());
+        o.rows.reduction = Reduction::None;
+    });
+    // logits of up to two thirds of the cap, and of twice as much
+    let scaled = |scale| with(alone(30.0), |o| o.logit_scale = scale);
+    let problems = [alone(0.5), alone(30.0), alone(1e4), scaled(7.0), scaled(20.0), capped(2.5), capped(1e4), weighted];
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        for dtype in FLOATS {
+            let logits = random(&[rows, classes + 3], 1, dtype)?;
+            let target = indices(rows, classes, 2)?;
+            for (i, options) in problems.iter().enumerate() {
+                compare(regime, options, &logits, &target, |x| x.narrow(1, i % 4, classes))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A cap without effect: the loss is that of the logits, up to (x / softcap)^2.
+#[test]
+fn large_soft_caps_change_nothing() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    THRESHOLDS.set(Thresholds::default());
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        let logits = random(&[5, 300], 1, dtype)?.to_device(&gpu)?;
+        let target = indices(5, 300, 2)?.to_device(&gpu)?;
+        let options = with(plain(), |o| o.softcap = Some(1e5));
+        let (capped, expected) = (options.forward(&logits, &target)?, plain().forward(&logits, &target)?);
+        assert_close("large cap", &capped, &expected, tolerance(DType::F32));
+    }
+    Ok(())
+}
+
+/// With a cap as without: a row whose target is its largest logit has the loss log1p(rest) with all its digits.
+#[test]
+fn confident_capped_rows_are_accurate() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let classes = 200;
+            let mut row = vec![0f32; classes];
+            row[77] = 60.0;
+            let logits = Tensor::new(row, &gpu)?.reshape((1, classes))?.to_dtype(dtype)?;
+            let target = Tensor::new(&[77u32], &gpu)?;
+            let options = with(plain(), |o| o.softcap = Some(30.0));
+            let (loss, grad) = options.loss_and_grad(&logits, &target)?;
+            let rest = 199.0 * (-30.0 * 2f64.tanh()).exp();
+            let loss = loss.to_scalar::<f32>()? as f64;
+            assert!((loss / rest - 1.0).abs() < 3e-5, "{regime}, {dtype:?}: {loss:e}, expected {rest:e}");
+            let slope = 1.0 - 2f64.tanh().powi(2);
+            let grad = grad.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            let expected = if dtype == DType::F16 { 0.0 } else { -rest * slope };
+            let error = (grad[77] as f64 - expected).abs();
+            assert!(error <= 5e-3 * expected.abs(), "{regime}, {dtype:?}: {:e}, expected {expected:e}", grad[77]);
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn probability_targets_match_the_cpu() -> Result<()> {
     for (regime, thresholds) in regimes() {
@@ -199,6 +273,7 @@ fn strided_logits_match_the_cpu() -> Result<()> {
                     continue;
                 }
                 compare(&what, &uniform(), &logits, &target, |x| Ok(x.clone()))?;
+                compare(&what, &capped(2.5), &logits, &target, |x| Ok(x.clone()))?;
                 compare(&what, &everything(classes)?, &logits, &target, |x| Ok(x.clone()))?;
                 let swapped = random(&[n, inner, classes], 1, dtype)?;
                 compare("transposed", &plain(), &swapped, &target, |x| x.transpose(1, 2))?;
@@ -285,7 +360,7 @@ fn unaligned_rows_match_the_cpu() -> Result<()> {
         for dtype in FLOATS {
             for offset in 0..=16 / dtype.size_in_bytes() {
                 let logits = random(&[3, classes + 9], 1, dtype)?;
-                let options = if offset % 2 == 0 { plain() } else { uniform() };
+                let options = [plain(), uniform(), capped(2.5)][offset % 3].clone();
                 compare(regime, &options, &logits, &indices(3, classes, 2)?, |x| x.narrow(1, offset, classes))?;
             }
         }
@@ -341,7 +416,10 @@ fn extreme_rows_match_the_cpu() -> Result<()> {
                 o.z_loss = 0.1;
                 o.logit_scale = 0.5;
             });
-            for options in [plain(), smoothed, scaled, with(plain(), |o| o.logit_scale = -0.5)] {
+            // where a cap makes every logit finite
+            let soft_capped = with(plain(), |o| o.softcap = Some(2.5));
+            let negative = with(plain(), |o| o.logit_scale = -0.5);
+            for options in [plain(), smoothed, scaled, negative, soft_capped, capped(2.5)] {
                 let options = with(options, |o| o.rows.reduction = Reduction::None);
                 compare(regime, &options, &logits, &target, |x| Ok(x.clone()))?;
             }
@@ -680,6 +758,7 @@ fn tiles_match_the_cpu() -> Result<()> {
         compare("tiles", &plain(), &logits, &indices(rows, classes, 2)?, |x| x.narrow(0, 1, rows))?;
         let some = random(&[9, classes], 1, dtype)?;
         compare("tiles", &uniform(), &some, &indices(9, classes, 2)?, |x| Ok(x.clone()))?;
+        compare("tiles", &capped(2.5), &some, &indices(9, classes, 2)?, |x| Ok(x.clone()))?;
         compare("tiles", &everything(classes)?, &some, &indices(9, classes, 2)?, |x| Ok(x.clone()))?;
     }
     Ok(())
@@ -703,7 +782,7 @@ fn rows_in_registers_match_the_cpu() -> Result<()> {
                     let rows = if thresholds.blocks == 1 { rows } else { 3 };
                     let logits = random(&[rows, classes + 3], 1, dtype)?;
                     let target = indices(rows, classes, 2)?;
-                    for options in [plain(), uniform()] {
+                    for options in [plain(), uniform(), capped(2.5)] {
                         compare("registers", &options, &logits, &target, |x| x.narrow(1, extra % 4, classes))?;
                     }
                 }
@@ -730,7 +809,7 @@ fn sizes_match_the_cpu() -> Result<()> {
     THRESHOLDS.set(Thresholds::default());
     for classes in [1, 3, 9, 33, 64, 65, 1001, 4095, 5003] {
         let logits = random(&[7, classes], 1, DType::F32)?;
-        for options in [plain(), uniform()] {
+        for options in [plain(), uniform(), capped(2.5)] {
             compare("sizes", &options, &logits, &indices(7, classes, 2)?, |x| Ok(x.clone()))?;
         }
     }
@@ -739,7 +818,7 @@ fn sizes_match_the_cpu() -> Result<()> {
         THRESHOLDS.set(Thresholds { split_bytes, ..Thresholds::default() });
         for classes in [32_000, 50_257] {
             let logits = random(&[2, classes], 1, DType::BF16)?;
-            for options in [plain(), uniform()] {
+            for options in [plain(), uniform(), capped(30.0)] {
                 compare("sizes", &options, &logits, &indices(2, classes, 2)?, |x| Ok(x.clone()))?;
             }
         }
@@ -759,7 +838,7 @@ fn rows_that_are_not_kept_match_the_cpu() -> Result<()> {
         });
         let classes = 70_003;
         let logits = random(&[1, classes], 1, DType::BF16)?;
-        for options in [plain(), uniform()] {
+        for options in [plain(), uniform(), capped(30.0)] {
             compare("not kept", &options, &logits, &indices(1, classes, 2)?, |x| Ok(x.clone()))?;
         }
         compare_log_softmax("not kept", DType::BF16, &[1, classes], 1, 0)?;
