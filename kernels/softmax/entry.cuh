@@ -65,16 +65,15 @@ constexpr int ARCH = 0;
 constexpr int BLOCKS_OF[] = {ARCH < 800 || sizeof(A) == 8 ? 2 : 3,
                              ARCH < 800 || (ARCH >= 1200 && sizeof(X) == 4) ? 2 : 3, 2, ARCH >= 1000 ? 1 : 2};
 // The same for forwards over tiles, for fused passes over tiles and for strided rows. 0 leaves the registers to the
-// compiler, which would give the general kernels more of them than there are, and plain tiles more than they need; with
-// eight blocks, those of sm_80 would spill.
+// compiler, which would give the general kernels more of them than there are, and plain tiles more than they need.
 constexpr int TILE_BLOCKS_OF[] = {sizeof(A) == 4 ? 8 : 4, 5, sizeof(A) == 4 ? 4 : 3};
 #if defined(DETAIL_GENERAL)
 constexpr int STRIDED_BLOCKS = sizeof(A) == 4 ? 4 : 2;
 #elif defined(DETAIL_UNIFORM)
-constexpr int FUSED_TILE_BLOCKS = TILE_BLOCKS_OF[UNIFORM], STRIDED_BLOCKS = ARCH <= 800 ? 2 : 3;
+constexpr int FUSED_TILE_BLOCKS = 4, STRIDED_BLOCKS = ARCH <= 800 ? 2 : 3;
 #else
-constexpr int FUSED_TILE_BLOCKS = ARCH < 800 || sizeof(A) == 8 ? 0 : ARCH == 800 ? 6 : 8;
-constexpr int STRIDED_BLOCKS = sizeof(A) == 8 ? 0 : 3;
+constexpr int FUSED_TILE_BLOCKS = ARCH < 800 || sizeof(A) == 8 ? 0 : 5;
+constexpr int STRIDED_BLOCKS = sizeof(A) == 8 ? 0 : 5;
 #endif
 
 // Forwards.
@@ -126,24 +125,26 @@ constexpr int STRIDED_BLOCKS = sizeof(A) == 8 ? 0 : 3;
 
 // Rows in registers, W windows a thread: the blocks of 256 threads that a multiprocessor has to have room for, of
 // kernels that write a value for each class and of those that don't. src/softmax/cuda/plan.rs has the same numbers,
-// except on sm_75 and, for one kernel, on sm_100, whose code takes more registers than these leave.
-constexpr int REGISTERS_WRITING = ARCH < 800 ? 1 : 2;
+// except on sm_75 and for 16 windows of f32 in the uniform kernels, which take more registers than these leave.
+constexpr bool is_large(Detail detail, int w) { return detail == UNIFORM && w == 16 && sizeof(X) == 4; }
+constexpr int registers_writing(Detail detail, int w) { return ARCH < 800 || is_large(detail, w) ? 1 : 2; }
 constexpr int registers_reading(Detail detail, int w) {
-    if (ARCH < 800 || (ARCH >= 1000 && detail == UNIFORM && w == 16 && sizeof(X) == 4)) return 1;
+    if (ARCH < 800 || (ARCH >= 1000 && is_large(detail, w))) return 1;
     return w == 4 ? 3 : 2;
 }
 
 #define REDUCE_REGISTERS(NAME, D, W) \
     REDUCE_KERNEL(NAME, (ROWS_THREADS, registers_reading(D, W)), (reduce_registers<D, W>(p, x, targets, out)))
-#define FUSED_REGISTERS(NAME, RULE, W) \
-    FUSED_KERNEL(NAME, (ROWS_THREADS, REGISTERS_WRITING), (fused_registers<RULE, W>(p, x, out, targets, counts, left)))
+#define FUSED_REGISTERS(NAME, RULE, W)                                     \
+    FUSED_KERNEL(NAME, (ROWS_THREADS, registers_writing(RULE::DETAIL, W)), \
+                 (fused_registers<RULE, W>(p, x, out, targets, counts, left)))
 
 #define LOG_SOFTMAX_KERNEL(NAME, BOUNDS, BODY)                                                                    \
     extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const Params p, const X *x, X *out, A *statistics) { \
         BODY(p, x, out, statistics);                                                                              \
     }
 #define LOG_SOFTMAX_REGISTERS(NAME, W) \
-    LOG_SOFTMAX_KERNEL(NAME, (ROWS_THREADS, REGISTERS_WRITING), log_softmax_registers<W>)
+    LOG_SOFTMAX_KERNEL(NAME, (ROWS_THREADS, registers_writing(PLAIN, W)), log_softmax_registers<W>)
 
 // Forwards with the statistics of rows.
 #define STATISTICS_KERNEL(NAME, BOUNDS, BODY)                                                            \

@@ -75,6 +75,19 @@ template <class T> struct Lane {
     }
 };
 
+// The rows of a tile, or what is left of them.
+__device__ __forceinline__ int rows_from(const Params &p, int64_t first) {
+    const int rows = blockDim.x / p.team;
+    return p.rows - first < rows ? static_cast<int>(p.rows - first) : rows;
+}
+
+// Has a block's first tile fetched to the second-level cache, ahead of what else is waited for.
+template <class T> __device__ __forceinline__ void prefetch_first_tile(const Params &p, const T *x) {
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * (blockDim.x / p.team);
+    const Windows<T> w(x + first * p.classes, rows_from(p, first) * p.classes);
+    prefetch_windows<TILE_DEPTH / LANES_16B<T>>(w, threadIdx.x, blockDim.x, w.count);
+}
+
 // Applies f(lane) to each tile of a block; a gradient that f leaves in shared memory goes to `out`. All threads call f
 // alike.
 template <class T, class F>
@@ -83,7 +96,7 @@ __device__ __forceinline__ void for_each_tile(const Params &p, const T *x, T *ou
     const int rows = blockDim.x / lane.lanes, row = threadIdx.x / lane.lanes;
     for (int64_t first = static_cast<int64_t>(blockIdx.x) * rows; first < p.rows;
          first += static_cast<int64_t>(gridDim.x) * rows) {
-        const int count = p.rows - first < rows ? static_cast<int>(p.rows - first) : rows;
+        const int count = rows_from(p, first);
         Tile<T> tile;
         tile.size = count * p.classes;
         tile.load(shared, x + first * p.classes);
@@ -186,9 +199,11 @@ __device__ __forceinline__ void fused_tiles(const Params &p, const T *x, T *to, 
     constexpr Detail D = Rule::DETAIL;
     __shared__ uint4 shared[TILE_WINDOWS<T>];
     __shared__ double scratch[WARP];
+    if (!x) x = to;
+    prefetch_first_tile(p, x);
     const A upstream = over(A(p.grad_scale), denominator_of(p, targets, counts, scratch));
     double2 total = {0, 0};
-    for_each_tile(p, x ? x : to, to, shared, [&](const Lane<T> &l) {
+    for_each_tile(p, x, to, shared, [&](const Lane<T> &l) {
         const int64_t row = l.exists ? l.row : 0;
         const Target<A> target = read_target(p, targets, row);
         const Operands<A> o = operands_of(p, targets, row);
