@@ -237,7 +237,7 @@ struct LogSoftmax {
     axis: usize,
     /// Whether there can be a backward.
     tracked: bool,
-    /// As [`Saved::statistics`].
+    /// Maximum and rest of each row, `(2, rows)`.
     statistics: OnceLock<Tensor>,
 }
 

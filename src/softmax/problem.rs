@@ -111,16 +111,12 @@ impl CrossEntropy {
     }
 }
 
-/// What the backward needs of the forward.
+/// What the backward needs of the forward: numbers of the arithmetic dtype, along one axis. First the maximum m of each
+/// row; then each row's sum of `exp(x - m)` over the other classes; with probability targets, or class weights and
+/// smoothing, the mass of each row; and last the denominator, which the sum of the rows' losses is divided by: 1 unless
+/// the reduction is Mean.
 #[derive(Clone, Debug)]
-pub(crate) struct Saved {
-    /// `(2, rows)` in the arithmetic dtype: each row's maximum m, and the sum of `exp(x - m)` over the other classes.
-    /// With probability targets, or class weights and smoothing, `(3, rows)`: the row's mass too.
-    pub statistics: Tensor,
-    /// A scalar in the arithmetic dtype: what the sum of the rows' losses is divided by; 1 unless the reduction is
-    /// Mean.
-    pub denominator: Tensor,
-}
+pub(crate) struct Saved(pub Tensor);
 
 /// The numbers of each row that [`CrossEntropyLoss::statistics`](crate::CrossEntropyLoss::statistics) and
 /// [`forward_with_statistics`](crate::CrossEntropyLoss::forward_with_statistics) return.
@@ -252,7 +248,7 @@ pub(crate) trait SoftmaxKernels: DeviceStorage {
     ) -> Result<(Self, Saved, [Self; STATISTICS])>;
 
     /// `x - log sum exp(x)` of each row, in the order that [`Rows::class_last`] says; with `save`, maximum and rest as
-    /// in [`Saved::statistics`].
+    /// in [`Saved`], of shape `(2, rows)`.
     fn log_softmax(name: &str, logits: &Self, rows: &Rows, save: bool) -> Result<(Self, Option<Self>)>;
 
     /// `g - p sum(g)` of each row, in the order of [`Self::log_softmax`], from the statistics that it saved.

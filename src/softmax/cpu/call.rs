@@ -15,7 +15,7 @@ use crate::rows::cpu::over_denominator;
 use crate::rows::layout::Rows;
 use crate::softmax::problem::{CrossEntropy, STATISTICS, Saved, SoftmaxKernels};
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, Layout, Result, Tensor, WithDType};
+use candle_core::{CpuStorage, Layout, Result, Tensor, WithDType, bail};
 use std::ops::Range;
 
 /// Calls `body` with the rows of a problem on its tensors.
@@ -34,9 +34,9 @@ impl SoftmaxKernels for CpuStorage {
     fn forward(problem: &CrossEntropy, logits: Arg<Self>, target: Arg<Self>) -> Result<(Self, Saved)> {
         with_rows!(problem, logits, target, rows => {
             let (denominator, count) = (rows.denominator()?, rows.rows().count());
-            let (mut loss, mut statistics) = (vec![Real::ZERO; count], vec![Real::ZERO; count * rows.kinds()]);
-            rows.engine().reduce(RowDetail::Loss, rows.writer(&mut loss, &mut statistics));
-            Ok((rows.reduced(loss, denominator), rows.saved(statistics, denominator)))
+            let (mut loss, mut numbers) = (vec![Real::ZERO; count], rows.numbers(denominator));
+            rows.engine().reduce(RowDetail::Loss, rows.writer(&mut loss, &mut numbers));
+            Ok((rows.reduced(loss, denominator), saved(numbers)))
         })
     }
 
@@ -51,11 +51,12 @@ impl SoftmaxKernels for CpuStorage {
         with_rows!(problem, logits, target, rows => {
             // a target that was overwritten since the forward must not lead outside of its row
             rows.check()?;
-            let forward = ForwardResults {
-                statistics: saved.statistics.to_vec2()?,
-                denominator: saved.denominator.to_scalar()?,
-                upstream: own_slice(upstream)?,
+            let (numbers, count) = (saved.0.to_vec1()?, rows.rows().count());
+            let (denominator, statistics) = match numbers.split_last() {
+                Some((&denominator, statistics)) if statistics.len() == count * rows.kinds() => (denominator, statistics),
+                _ => bail!("{}: statistics of other rows than the logits'", problem.name),
             };
+            let forward = ForwardResults { statistics, count, denominator, upstream: own_slice(upstream)? };
             Ok(match of {
                 Argument::Input => rows.logits_gradient(&forward),
                 Argument::Target => rows.target_gradient(&forward),
@@ -120,13 +121,20 @@ impl SoftmaxKernels for CpuStorage {
 
 /// What a backward starts from: the forward's results and the upstream gradient.
 struct ForwardResults<'a, A> {
-    /// Of all rows: 0 is max, 1 rest, 2 mass.
-    statistics: Vec<Vec<A>>,
+    /// As in [`Saved`], without the denominator.
+    statistics: &'a [A],
+    /// Of the rows.
+    count: usize,
     denominator: A,
     upstream: &'a [A],
 }
 
 impl<A: Real> ForwardResults<'_, A> {
+    /// One of the statistics of some rows: 0 is max, 1 rest, 2 mass.
+    fn kind(&self, kind: usize, rows: &Range<usize>) -> &[A] {
+        &self.statistics[kind * self.count..][rows.clone()]
+    }
+
     /// The upstream gradients of some rows over the denominator.
     fn upstream(&self, rows: &Range<usize>) -> [A; LANES] {
         let mut lanes = [A::ZERO; LANES];
@@ -135,6 +143,11 @@ impl<A: Real> ForwardResults<'_, A> {
         }
         lanes
     }
+}
+
+fn saved<A: Real>(numbers: Vec<A>) -> Saved {
+    let count = numbers.len();
+    Saved(A::to_cpu_storage_owned(numbers).into_tensor(count))
 }
 
 impl<'a, T: Element> RowProblem<'a, T> {
@@ -147,8 +160,7 @@ impl<'a, T: Element> RowProblem<'a, T> {
         if self.indices.is_some() { 2 } else { 3 }
     }
 
-    /// Writes each row's loss, and what the backward needs of it: max, rest and, with probability targets, mass of all
-    /// rows.
+    /// Writes each row's loss, and what the backward needs of it, in the order of [`Saved`].
     fn writer<'p>(
         &'p self,
         loss: &'p mut [T::Acc],
@@ -168,12 +180,13 @@ impl<'a, T: Element> RowProblem<'a, T> {
         }
     }
 
-    fn saved(&self, statistics: Vec<T::Acc>, denominator: f64) -> Saved {
-        let storage = T::Acc::to_cpu_storage_owned;
-        Saved {
-            statistics: storage(statistics).into_tensor((self.kinds(), self.rows().count())),
-            denominator: storage(vec![T::Acc::of(denominator)]).into_tensor(()),
-        }
+    /// Room for what the backward needs of the rows, and behind it the denominator.
+    fn numbers(&self, denominator: f64) -> Vec<T::Acc> {
+        let last = self.kinds() * self.rows().count();
+        // zeros, which cost nothing until a row is finished
+        let mut numbers = vec![T::Acc::ZERO; last + 1];
+        numbers[last] = T::Acc::of(denominator);
+        numbers
     }
 
     /// The loss, from the rows' losses.
@@ -188,7 +201,7 @@ impl<'a, T: Element> RowProblem<'a, T> {
         let uniform_mass = [self.uniform_mass(); LANES];
         let group = |rows: Range<usize>, _: &States<T::Acc>| {
             let targets = self.targets(rows.clone());
-            let kind = |kind: usize| &forward.statistics[kind][rows.clone()];
+            let kind = |kind: usize| forward.kind(kind, &rows);
             let (max, rest, mass) = (kind(0), kind(1), if self.kinds() == 3 { kind(2) } else { &uniform_mass });
             let scalars = self.gradient_scalars(&targets, max, rest, mass, forward.upstream(&rows));
             RowGroup { scalars, targets }
@@ -204,7 +217,7 @@ impl<'a, T: Element> RowProblem<'a, T> {
             Some(weight) => TargetDistribution::Weights { factor: keep, weight },
         };
         let group = |rows: Range<usize>, _: &States<T::Acc>| {
-            let (max, rest) = (&forward.statistics[0][rows.clone()], &forward.statistics[1][rows.clone()]);
+            let (max, rest) = (forward.kind(0, &rows), forward.kind(1, &rows));
             let mut scalars = RowScalars::of_softmax(max, rest);
             for (to, (&max, &rest)) in scalars.log_sum.iter_mut().zip(max.iter().zip(rest)) {
                 *to = log_sum(max, rest);
@@ -246,10 +259,10 @@ impl<'a, T: Element> RowProblem<'a, T> {
     fn forward_with_statistics(&self) -> Result<(CpuStorage, Saved, [CpuStorage; STATISTICS])> {
         let (denominator, count) = (self.denominator()?, self.rows().count());
         let zeros = |count: usize| vec![T::Acc::ZERO; count];
-        let (mut loss, mut saved) = (zeros(count), zeros(count * self.kinds()));
+        let (mut loss, mut saved_numbers) = (zeros(count), self.numbers(denominator));
         let mut floats = [zeros(count), zeros(count), zeros(count)];
         let (mut argmax, mut flags) = (vec![0u32; count], [vec![0f32; count], vec![0f32; count]]);
-        let write = self.writer(&mut loss, &mut saved);
+        let write = self.writer(&mut loss, &mut saved_numbers);
         let to_floats = floats.each_mut().map(|values| PerRow::new(values));
         let (to_argmax, to_flags) = (PerRow::new(&mut argmax), flags.each_mut().map(|values| PerRow::new(values)));
         self.engine().reduce(RowDetail::Statistics, |rows, states| {
@@ -267,7 +280,7 @@ impl<'a, T: Element> RowProblem<'a, T> {
         let [lse, z_loss, entropy] = floats.map(T::Acc::to_cpu_storage_owned);
         let [correct, counted] = flags.map(CpuStorage::F32);
         let numbers = [of_rows, lse, z_loss, entropy, CpuStorage::U32(argmax), correct, counted];
-        Ok((self.reduced(loss, denominator), self.saved(saved, denominator), numbers))
+        Ok((self.reduced(loss, denominator), saved(saved_numbers), numbers))
     }
 
     /// Lse, z-loss and entropy of some rows, and whether they are correct and counted. An ignored row's are 0.

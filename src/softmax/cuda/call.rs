@@ -190,9 +190,9 @@ impl<'a> SoftmaxCall<'a> {
         if self.options.rows.reduction == Reduction::None { self.rows.count() } else { 1 }
     }
 
-    /// How many numbers of each row the backward needs.
-    pub fn statistics_per_row(&self) -> usize {
-        2 + self.params.row_mass as usize
+    /// How many numbers of the rows the backward needs.
+    fn numbers_of_rows(&self) -> usize {
+        (2 + self.params.row_mass as usize) * self.rows.count()
     }
 
     /// The results of no rows, for which nothing is launched.
@@ -281,8 +281,9 @@ impl<'a> SoftmaxCall<'a> {
     unsafe fn reduced(&self, pass: &RowPass) -> Result<Reduced> {
         let (rows, size) = (self.rows.count(), self.arithmetic().size_in_bytes());
         let mut workspace = Workspace::default();
-        let statistics = workspace.add(self.statistics_per_row() * rows * size);
-        let denominator = workspace.add(size);
+        // as in `Saved`
+        let statistics = workspace.add((self.numbers_of_rows() + 1) * size);
+        let denominator = statistics + (self.numbers_of_rows() * size) as u64;
         // one block merges split rows
         let (parts, blocks) = if pass.splits() > 1 { (rows * pass.splits() as usize, 1) } else { (0, pass.partials()) };
         let states = workspace.add(4 * parts * size);
@@ -307,20 +308,21 @@ impl<'a> SoftmaxCall<'a> {
         })
     }
 
-    /// Which number of the workspace an array begins with.
-    fn first_number(&self, array: u64) -> usize {
-        array as usize / self.arithmetic().size_in_bytes()
+    /// What a forward leaves for the backward: the first numbers of its workspace.
+    pub fn saved(&self, workspace: CudaStorageSlice) -> Saved {
+        Saved(self.wrap(workspace).into_tensor(self.numbers_of_rows() + 1))
     }
 
-    /// What a forward leaves for the backward: views of its workspace, which lives as long as they do.
-    pub fn saved(&self, workspace: CudaStorageSlice, arrays: ForwardArrays) -> Result<Saved> {
-        let (per_row, rows) = (self.statistics_per_row(), self.rows.count());
-        let (statistics, denominator) = (self.first_number(arrays.statistics), self.first_number(arrays.denominator));
-        let numbers = self.wrap(workspace).into_tensor(denominator + 1);
-        Ok(Saved {
-            statistics: numbers.narrow(0, statistics, per_row * rows)?.reshape((per_row, rows))?,
-            denominator: numbers.narrow(0, denominator, 1)?.reshape(())?,
-        })
+    /// The parts of a tensor that [`Self::saved`] made: statistics and denominator.
+    pub fn saved_views<'b>(&self, (storage, layout): Arg<'b, CudaStorage>) -> Result<[InputView<'b>; 2]> {
+        if layout.shape().elem_count() != self.numbers_of_rows() + 1 || storage.dtype() != self.arithmetic() {
+            bail!("{}: statistics of other rows than the logits'", self.problem.name);
+        }
+        let denominator = layout.start_offset() + self.numbers_of_rows();
+        Ok([
+            InputView::new(storage, layout)?,
+            InputView::new(storage, &Layout::contiguous_with_offset((), denominator))?,
+        ])
     }
 
     fn launch_reduce(&self, x: &InputView, pass: &RowPass, output: ReduceOutput) -> Result<()> {
@@ -458,13 +460,9 @@ impl<'a> SoftmaxCall<'a> {
             None => self.reduce(&InputView { bytes: grad.as_view(), tag: Tag::of(self.dtype)? })?,
         };
         let workspace = self.wrap(reduced.workspace);
-        let from =
-            |array: u64| InputView::new(&workspace, &Layout::contiguous_with_offset((), self.first_number(array)));
-        let inputs = GradientInputs {
-            statistics: &from(reduced.arrays.statistics)?.bytes,
-            denominator: &from(reduced.arrays.denominator)?.bytes,
-            upstream: None,
-        };
+        let saved = Layout::contiguous(self.numbers_of_rows() + 1);
+        let [statistics, denominator] = self.saved_views((&workspace, &saved))?;
+        let inputs = GradientInputs { statistics: &statistics.bytes, denominator: &denominator.bytes, upstream: None };
         self.emit(x, inputs, false, grad)?;
         Ok(self.wrap(reduced.loss))
     }

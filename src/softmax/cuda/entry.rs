@@ -38,7 +38,7 @@ impl SoftmaxKernels for CudaStorage {
         call.check_target(target)?;
         let reduced = call.reduce(&InputView::new(storage, layout)?)?;
         let loss = call.wrap(reduced.loss);
-        Ok((loss, call.saved(reduced.workspace, reduced.arrays)?))
+        Ok((loss, call.saved(reduced.workspace)))
     }
 
     fn backward(
@@ -64,13 +64,8 @@ impl SoftmaxKernels for CudaStorage {
         }
         let x = InputView::new(storage, layout)?;
         let (upstream, upstream_rows) = upstream_view(problem.name, (call.rows.count(), call.arithmetic()), upstream)?;
-        let (statistics, denominator) = (Locked::new(&saved.statistics), Locked::new(&saved.denominator));
-        let (statistics, denominator) = (statistics.arg::<Self>(problem.name)?, denominator.arg::<Self>(problem.name)?);
-        if statistics.1.shape().elem_count() != call.statistics_per_row() * call.rows.count() {
-            bail!("{}: statistics of other rows than the logits'", problem.name);
-        }
-        let (statistics, denominator) =
-            (InputView::new(statistics.0, statistics.1)?, InputView::new(denominator.0, denominator.1)?);
+        let saved = Locked::new(&saved.0);
+        let [statistics, denominator] = call.saved_views(saved.arg::<Self>(problem.name)?)?;
         let inputs = GradientInputs {
             statistics: &statistics.bytes,
             denominator: &denominator.bytes,
@@ -127,7 +122,7 @@ impl SoftmaxKernels for CudaStorage {
         call.check_target(target)?;
         let (reduced, numbers) = call.reduce_with_statistics(&InputView::new(storage, layout)?)?;
         let loss = call.wrap(reduced.loss);
-        let saved = call.saved(reduced.workspace, reduced.arrays)?;
+        let saved = call.saved(reduced.workspace);
         Ok((loss, saved, numbers.map(|numbers| call.wrap(numbers))))
     }
 
