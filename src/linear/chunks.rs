@@ -44,11 +44,11 @@ pub(super) struct ChunkResults {
     pub losses: Option<Tensor>,
     /// Of the selected rows of each chunk.
     pub statistics: Vec<RowStatistics>,
-    pub gradients: Unscaled,
+    pub gradients: Unfinished,
 }
 
-/// The gradients for an upstream gradient of 1 and a denominator of 1.
-pub(super) enum Unscaled {
+/// The gradients before they are multiplied by the upstream gradient over the denominator.
+pub(super) enum Unfinished {
     /// Over all rows, in the arithmetic dtype. The upstream gradients of rows are in those of weight and bias.
     Sums(Gradients),
     /// The only chunk, whose logits their gradient has replaced.
@@ -243,8 +243,8 @@ impl<'a> Chunks<'a> {
 /// As many rows as keep the logits within the device's budget, evenly.
 ///
 /// 16-bit gradients of several chunks take sums in f32 beside them. So the logits of a single chunk, which needs no
-/// sums, may take their bytes too; and those of one of several, for each of which the sums are read and written, as many
-/// bytes as the weight's sum.
+/// sums, may take their bytes too; and those of one of several, for each of which the sums are read and written, as
+/// many bytes as the weight's sum.
 fn chunk_rows(policy: &Policy, (rows, features, classes): (usize, usize, usize), wanted: Wanted) -> usize {
     let of_row = policy.logits_stride(classes) * policy.working.size_in_bytes();
     let sums = arithmetic(policy.working);
@@ -285,7 +285,7 @@ impl Linear {
         let (rows, arithmetic) = (counted.rows, inputs.arithmetic());
         if rows == 0 {
             let zeros = |shape| Tensor::zeros(shape, arithmetic, inputs.device());
-            let gradients = Unscaled::Sums(Gradients::new(inputs, rows, wanted, zeros)?);
+            let gradients = Unfinished::Sums(Gradients::new(inputs, rows, wanted, zeros)?);
             return Ok(ChunkResults { losses: None, statistics: vec![], gradients });
         }
         let (step, keeps_chunk) = (self.step(inputs, rows, wanted), self.keeps_chunk(inputs, rows, wanted));
@@ -293,7 +293,7 @@ impl Linear {
         // SAFETY: the products of the first chunk replace the sums of weight and bias, and those of each chunk its
         // hidden states' rows
         let sums = Gradients::new(inputs, rows, summed, |shape| unsafe { room(shape, arithmetic, &inputs.hidden) })?;
-        let mut gradients = Unscaled::Sums(sums);
+        let mut gradients = Unfinished::Sums(sums);
         let chunks = Chunks::new(self, inputs, &counted.selection, step)?;
         let (mut losses, mut statistics) = (Vec::with_capacity(rows.div_ceil(step)), vec![]);
         for start in (0..rows).step_by(step) {
@@ -311,9 +311,9 @@ impl Linear {
             }
             losses.push(loss.map_or_else(|| problem().forward(&chunk.logits, &chunk.target), Ok)?);
             match &gradients {
-                _ if keeps_chunk => gradients = Unscaled::Chunk(chunk),
-                Unscaled::Sums(sums) => chunks.add_to(sums, &chunk, upstream)?,
-                Unscaled::Chunk(_) => {}
+                _ if keeps_chunk => gradients = Unfinished::Chunk(chunk),
+                Unfinished::Sums(sums) => chunks.add_to(sums, &chunk, upstream)?,
+                Unfinished::Chunk(_) => {}
             }
         }
         let losses = match self.problem.options.rows.reduction {

@@ -123,9 +123,9 @@ fn with_device_scalars(device: &CudaDevice) -> Result<Arc<CudaBlas>> {
     if let Some(found) = handles.iter().find(|handle| handle.of.as_ptr() == Arc::as_ptr(&of)) {
         return Ok(found.blas.clone());
     }
-    handles.retain(|handle| handle.of.strong_count() > 0);
     let blas = Arc::new(CudaBlas::new(device.cuda_stream()).w()?);
     blas.set_pointer_mode(cublasPointerMode_t::CUBLAS_POINTER_MODE_DEVICE).w()?;
+    handles.retain(|handle| handle.of.strong_count() > 0);
     handles.push(DeviceScalars { of: Arc::downgrade(&of), blas: blas.clone() });
     Ok(blas)
 }

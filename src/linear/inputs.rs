@@ -27,8 +27,8 @@ pub(super) struct Policy {
     /// Bytes of logits at a time where nothing else is asked for. On the CPU they stay near the last-level cache, and
     /// are rows enough for the products; on CUDA the products need more rows than that.
     pub chunk_bytes: usize,
-    /// Of how many logits the rows are a multiple, gaps included. On CUDA all rows begin on a cache line: cuBLAS has its
-    /// fast kernels for matrices whose rows begin on 16 bytes.
+    /// Of how many logits the rows are a multiple, gaps included. On CUDA all rows begin on a cache line: cuBLAS has
+    /// its fast kernels for matrices whose rows begin on 16 bytes.
     pub row_unit: usize,
     /// Whether the gradient of the logits of a single chunk waits for the backward. On CUDA its products then write the
     /// gradients, from a weight that needs no tiles. On the CPU the chunk is in the cache in the forward.

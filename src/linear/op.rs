@@ -10,7 +10,7 @@
 //! Sums are kept in the arithmetic dtype and rounded once. Where all rows are one chunk, a product is its own sum: on
 //! CUDA the backward makes these products, of any reduction, from the logits' gradient that the forward left.
 
-use super::chunks::{ChunkResults, Gradients, Unscaled, Wanted};
+use super::chunks::{ChunkResults, Gradients, Unfinished, Wanted};
 use super::composed;
 use super::inputs::{Counted, Inputs, scalar};
 use super::problem::{Linear, LinearGradients};
@@ -180,7 +180,7 @@ impl Linear {
     fn gradients(
         &self,
         (inputs, counted, wanted): (&Inputs, &Counted, Wanted),
-        unscaled: Unscaled,
+        unfinished: Unfinished,
         upstream: Upstream,
         hidden_shape: &Shape,
     ) -> Result<Gradients> {
@@ -199,9 +199,9 @@ impl Linear {
             }
             Upstream::Rows(..) | Upstream::Scalar(_) => None,
         };
-        let Gradients { hidden, weight, bias } = match unscaled {
-            Unscaled::Sums(sums) => sums.scaled(&factor, rows.as_ref(), inputs.hidden.dtype())?,
-            Unscaled::Chunk(chunk) => chunk.gradients(inputs, wanted, &factor, rows.as_ref())?,
+        let Gradients { hidden, weight, bias } = match unfinished {
+            Unfinished::Sums(sums) => sums.scaled(&factor, rows.as_ref(), inputs.hidden.dtype())?,
+            Unfinished::Chunk(chunk) => chunk.gradients(inputs, wanted, &factor, rows.as_ref())?,
         };
         let all_rows = |hidden| counted.selection.spread(hidden, inputs.rows())?.reshape(hidden_shape);
         Ok(Gradients {
@@ -223,7 +223,7 @@ struct Attached {
     loss: Tensor,
     /// What the chunks left in the forward, for the first backward. A second one computes it again: keeping it would
     /// cost as much memory as the weight's gradient itself.
-    saved: Mutex<Option<Unscaled>>,
+    saved: Mutex<Option<Unfinished>>,
 }
 
 impl Attached {
@@ -249,19 +249,24 @@ impl CustomOp3 for Attached {
         let inputs = Inputs::new(hidden, weight, self.has_bias.then_some(bias), &self.target)?;
         let linear = &self.linear;
         let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let unscaled = |upstream| match saved {
+        let unfinished = |upstream| match saved {
             Some(saved) => Ok(saved),
             None => linear.run(&inputs, &self.counted, self.wanted, upstream).map(|results| results.gradients),
         };
         let of = (&inputs, &self.counted, self.wanted);
         let gradients = match linear.problem.options.rows.reduction {
             Reduction::Mean | Reduction::Sum => {
-                linear.gradients(of, unscaled(None)?, Upstream::Scalar(upstream), hidden.shape())?
+                linear.gradients(of, unfinished(None)?, Upstream::Scalar(upstream), hidden.shape())?
             }
             Reduction::None => {
                 let upstream = upstream.flatten_all()?.contiguous()?;
                 let (upstream, factor) = normalised(upstream, hidden.dtype())?;
-                linear.gradients(of, unscaled(Some(&upstream))?, Upstream::Rows(&upstream, &factor), hidden.shape())?
+                linear.gradients(
+                    of,
+                    unfinished(Some(&upstream))?,
+                    Upstream::Rows(&upstream, &factor),
+                    hidden.shape(),
+                )?
             }
         };
         Ok((gradients.hidden, gradients.weight, gradients.bias))

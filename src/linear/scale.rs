@@ -33,7 +33,7 @@ pub(super) fn scaled(sum: Tensor, factors: Factors, dtype: DType) -> Result<Tens
     {
         return Ok(rounded);
     }
-    let op = Scale { all: Locked::new(factors.all), rows: factors.rows.map(Locked::new) };
+    let op = ScaleInPlace { all: Locked::new(factors.all), rows: factors.rows.map(Locked::new) };
     sum.inplace_op1(&op)?;
     sum.to_dtype(dtype)
 }
@@ -76,12 +76,12 @@ fn arg<'a>(factor: &'a Option<Locked>) -> Result<Option<Arg<'a, CudaStorage>>> {
 }
 
 /// A contiguous matrix times its factors, in place.
-struct Scale<'a> {
+struct ScaleInPlace<'a> {
     all: Locked<'a>,
     rows: Option<Locked<'a>>,
 }
 
-impl InplaceOp1 for Scale<'_> {
+impl InplaceOp1 for ScaleInPlace<'_> {
     fn name(&self) -> &'static str {
         NAME
     }
@@ -101,7 +101,7 @@ impl InplaceOp1 for Scale<'_> {
     }
 }
 
-impl Scale<'_> {
+impl ScaleInPlace<'_> {
     fn on_cpu<T: WithDType>(&self, sum: &mut [T], layout: &Layout) -> Result<()> {
         let (Some((start, end)), (rows, columns)) = (layout.contiguous_offsets(), layout.shape().dims2()?) else {
             bail!("{NAME}: strides {:?} of shape {:?}, expected contiguous ones", layout.stride(), layout.dims())

@@ -101,7 +101,8 @@ fn chunks_give_what_the_cpu_gives() -> Result<()> {
                 for chunk_rows in [None, Some(1), Some(3), Some(100)] {
                     let (got, got_gradients) = on(&gpu, chunk_rows)?;
                     let what = format!(
-                        "{rows} x {features} x {classes}, {dtype:?}, {reduction:?}, weights {weighted}, chunks {chunk_rows:?}"
+                        "{rows} x {features} x {classes}, {dtype:?}, {reduction:?}, weights {weighted}, \
+                         chunks {chunk_rows:?}"
                     );
                     for (got, want) in got.iter().zip(&losses) {
                         assert_close(&format!("{what}: loss"), got, want, linear_tolerance(dtype));
