@@ -3,7 +3,7 @@
 #
 #   bash benches/gpu.sh smoke      two minutes: which tools and peers work here, all kernels loaded (and compiled for the runs
 #                                  after it), the tests that need a real GPU, the accuracy's real values, a quick report
-#   bash benches/gpu.sh measure    six minutes: the report with the peers beside it, a profile of two kernels, a memory
+#   bash benches/gpu.sh measure    six minutes: the report with the peers beside it, profiles of four cases, a memory
 #                                  checker on some tests; then the table of goals
 #
 #   bash benches/gpu.sh --rehearse smoke|measure    the same steps on shrunk cases, on the software GPU: says that they run
@@ -174,14 +174,20 @@ measure() {
     step unpack 20 bash -c "packed unpack"
     step partly report 240 bash -c "packed bench report --device cuda --time-budget 220 --peers 'bash .gpu/run python' \
         --peers-share 0.5 --out '$results' $rehearse"
-    # where the predictions are shakiest: rows in registers, and clusters
+    # where the predictions are shakiest: rows in registers, rows that clusters share, rows that begin anywhere in a
+    # word, and the soft cap
     local sections="--section SpeedOfLight --section WarpStateStats --section MemoryWorkloadAnalysis --section Occupancy"
     local profile="packed profile --clock-control none $sections -c 2"
+    local report="bench report --profile --device cuda --filter"
     step_with ncu partly registers 20 bash -c "$profile -k regex:softmax_reduce_plain_registers -- \
-        bench report --profile --device cuda --filter cross_entropy/bf16/65536x1000"
-    step_with ncu partly clusters 20 bash -c "$profile -k regex:softmax_fused_plain_cluster -- \
-        bench report --profile --device cuda --filter cross_entropy/bf16/8192x128256"
-    step_with compute-sanitizer partly memcheck 60 bash -c \
+        $report cross_entropy/bf16/65536x1000"
+    step_with ncu partly clusters 20 bash -c "$profile -k regex:softmax_fused_plain_rows -- \
+        $report cross_entropy/bf16/8192x128256"
+    step_with ncu partly shifted 15 bash -c "$profile -k regex:softmax_fused_plain_rows -- \
+        $report cross_entropy/bf16/8x2047+1x50257"
+    step_with ncu partly softcap 15 bash -c "$profile -k regex:softmax_fused -- \
+        $report cross_entropy_softcap/bf16/4096x256000"
+    step_with compute-sanitizer partly memcheck 45 bash -c \
         "packed sanitizer memcheck it cuda_softmax:: --test-threads=1"
     step table 10 bash -c "packed bench report --goals '$results'/*.csv $rehearse"
     last="$results/table.log"

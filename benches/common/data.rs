@@ -86,6 +86,8 @@ pub struct Data {
     /// The linear layer's.
     pub weight: Option<Var>,
     pub target: Tensor,
+    /// A copy of the target that asks for a gradient.
+    pub tracked_target: Option<Var>,
     /// What `loss_and_grad_inplace` overwrites and `accumulate` takes for a gradient.
     pub scratch: Option<Tensor>,
 }
@@ -125,13 +127,20 @@ impl Data {
             }
             _ => None,
         };
-        Ok(Data { shape: case.shape, leaf: Var::from_tensor(&leaf)?, weight, target, scratch: None })
+        Ok(Data {
+            shape: case.shape,
+            leaf: Var::from_tensor(&leaf)?,
+            weight,
+            target,
+            tracked_target: None,
+            scratch: None,
+        })
     }
 
-    /// The logits as the losses take them: the classes are axis 1.
+    /// The logits as the losses take them.
     pub fn input(&self, leaf: &Tensor) -> Result<Tensor> {
         match self.shape {
-            Shape::Shifted { length, .. } => leaf.narrow(1, 0, length)?.transpose(1, 2),
+            Shape::Shifted { length, .. } => leaf.narrow(1, 0, length),
             _ => Ok(leaf.clone()),
         }
     }
@@ -139,7 +148,7 @@ impl Data {
     /// The logits and the target in the two axes that candle's losses take.
     pub fn two_axes(&self, input: &Tensor) -> Result<(Tensor, Tensor)> {
         match self.shape {
-            Shape::Shifted { .. } => Ok((input.transpose(1, 2)?.flatten_to(1)?, self.target.flatten_all()?)),
+            Shape::Shifted { .. } => Ok((input.flatten_to(1)?, self.target.flatten_all()?)),
             _ => Ok((input.clone(), self.target.clone())),
         }
     }

@@ -1,5 +1,6 @@
 //! What both benches share: the cases, their data, what is timed and the clock.
 
+mod backward;
 pub mod case;
 mod data;
 #[cfg(feature = "cuda")]

@@ -1,12 +1,12 @@
 //! What is timed: one call of one implementation's pass, each call on the next set of inputs.
 
-use super::case::{Case, Implementation, Loss, Pass, SOFTCAP};
+use super::backward;
+use super::case::{Case, Implementation, LABEL_SMOOTHING, Loss, Pass, SOFTCAP, Shape};
 use super::data::Data;
-use super::machine::{Clock, Machine, Mark};
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Tensor};
+use super::machine::Machine;
+use candle_core::{Result, Tensor, Var};
 use candle_fused_loss as fused;
 use candle_fused_loss::unfused;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The inputs of a case: as many sets as push each other out of the cache, but not more than [`MAX_SETS`].
@@ -33,6 +33,9 @@ impl Inputs {
             if matches!(pass, Pass::LossAndGradInplace | Pass::Accumulate) && set.scratch.is_none() {
                 set.scratch = Some(set.leaf.as_detached_tensor().copy()?);
             }
+            if pass == Pass::TargetGradient && set.tracked_target.is_none() {
+                set.tracked_target = Some(Var::from_tensor(&set.target)?);
+            }
         }
         Ok(())
     }
@@ -51,13 +54,17 @@ impl Inputs {
     pub fn call(&self, implementation: Implementation, pass: Pass, i: usize) -> Result<()> {
         let data = self.set(i);
         let leaf = data.leaf.as_detached_tensor();
-        let scratch = || data.scratch.as_ref().ok_or_else(|| candle_core::Error::Msg("call without prepare".into()));
+        let scratch = || prepared(data.scratch.as_ref());
         match pass {
             Pass::Forward | Pass::HostCall => {
-                self.forward(implementation, data, &leaf, false)?;
+                self.forward(implementation, data, (&data.input(&leaf)?, &data.target))?;
             }
             Pass::Backward | Pass::ForwardBackward => {
-                self.forward(implementation, data, &data.leaf, true)?.backward()?;
+                self.forward(implementation, data, (&data.input(&data.leaf)?, &data.target))?.backward()?;
+            }
+            Pass::TargetGradient => {
+                let target = prepared(data.tracked_target.as_ref())?;
+                self.forward(implementation, data, (&data.input(&leaf)?, target))?.backward()?;
             }
             Pass::LossAndGrad => self.loss_and_grad(data, &leaf)?,
             Pass::LossAndGradInplace => {
@@ -81,7 +88,9 @@ impl Inputs {
     ) -> Result<Duration> {
         let mut calls = first..first + count;
         match pass {
-            Pass::Backward => calls.map(|i| self.time_backward(machine, implementation, i)).sum(),
+            Pass::Backward | Pass::TargetGradient => {
+                calls.map(|i| self.time_backward(machine, implementation, pass, i)).sum()
+            }
             Pass::HostCall => {
                 let start = Instant::now();
                 calls.try_for_each(|i| self.call(implementation, pass, i))?;
@@ -93,46 +102,50 @@ impl Inputs {
         }
     }
 
-    /// The time of the loss's backward alone. candle's `backward()` goes on with zeros and a sum for the gradient that
-    /// it gets, which can't be had without: so they are done once more, and their time is taken off.
-    fn time_backward(&self, machine: &Machine, implementation: Implementation, i: usize) -> Result<Duration> {
+    /// The time of the loss's backward alone.
+    fn time_backward(
+        &self,
+        machine: &Machine,
+        implementation: Implementation,
+        pass: Pass,
+        i: usize,
+    ) -> Result<Duration> {
         let data = self.set(i);
-        let marks = Arc::new(Mutex::new(vec![]));
-        let marker = |side| Marker { side, clock: machine.clock.clone(), marks: marks.clone() };
-        let leaf = data.leaf.apply_op1(marker(Side::Input))?;
-        let loss = self.forward(implementation, data, &leaf, true)?;
-        loss.apply_op1(marker(Side::Loss))?.backward()?;
-        let marks = marks.lock().unwrap_or_else(PoisonError::into_inner);
-        let [begin, end, again] = marks.as_slice() else {
-            candle_core::bail!("{} marks on the way back, expected 3", marks.len())
-        };
-        let (with_sum, sum) = (machine.clock.between(begin, end)?, machine.clock.between(end, again)?);
-        Ok(with_sum.saturating_sub(sum))
+        let loss = |x: &Tensor, t: &Tensor| self.forward(implementation, data, (x, t));
+        if pass == Pass::TargetGradient {
+            let (x, t) = (data.input(&data.leaf.as_detached_tensor())?, prepared(data.tracked_target.as_ref())?);
+            return backward::time(&machine.clock, t, |t| loss(&x, t));
+        }
+        backward::time(&machine.clock, &data.input(&data.leaf)?, |x| loss(x, &data.target))
     }
 
     fn cross_entropy(&self) -> fused::CrossEntropyLoss {
-        match self.case.loss {
-            Loss::CrossEntropySoftcap => fused::CrossEntropyLoss::new().with_softcap(SOFTCAP),
+        let loss = match self.case.shape {
+            Shape::Shifted { .. } => fused::CrossEntropyLoss::new().with_class_axis(-1),
             _ => fused::CrossEntropyLoss::new(),
+        };
+        match self.case.loss {
+            Loss::CrossEntropySoftcap => loss.with_softcap(SOFTCAP),
+            Loss::CrossEntropySmoothing => loss.with_label_smoothing(LABEL_SMOOTHING),
+            _ => loss,
         }
     }
 
-    fn forward(&self, implementation: Implementation, data: &Data, leaf: &Tensor, tracked: bool) -> Result<Tensor> {
+    /// The loss of logits and a target, or of a linear layer's input, whose weight asks for a gradient if that does.
+    fn forward(&self, implementation: Implementation, data: &Data, (x, t): (&Tensor, &Tensor)) -> Result<Tensor> {
         use Implementation::{Candle, Fused, Unfused};
-        let (x, t) = (&data.input(leaf)?, &data.target);
         match (self.case.loss, implementation) {
-            (Loss::CrossEntropy | Loss::CrossEntropySoftcap | Loss::CrossEntropyProbabilities, Fused) => {
-                self.cross_entropy().forward(x, t)
-            }
-            (Loss::CrossEntropy | Loss::CrossEntropySoftcap | Loss::CrossEntropyProbabilities, Unfused) => {
-                let loss = fused::CrossEntropyLoss::new().with_fused(false);
-                let loss = if self.case.loss == Loss::CrossEntropySoftcap { loss.with_softcap(SOFTCAP) } else { loss };
-                loss.forward(x, t)
-            }
             (Loss::CrossEntropy, Candle) => {
                 let (x, t) = data.two_axes(x)?;
                 candle_nn::loss::cross_entropy(&x, &t)
             }
+            (
+                Loss::CrossEntropy
+                | Loss::CrossEntropySoftcap
+                | Loss::CrossEntropySmoothing
+                | Loss::CrossEntropyProbabilities,
+                Fused | Unfused,
+            ) => self.cross_entropy().with_fused(implementation == Fused).forward(x, t),
             (Loss::Nll, Fused) => fused::nll(x, t),
             (Loss::Nll, Unfused) => unfused::nll(x, t),
             (Loss::Nll, Candle) => candle_nn::loss::nll(x, t),
@@ -149,7 +162,7 @@ impl Inputs {
             (Loss::Focal, Fused) => fused::sigmoid_focal(x, t),
             (Loss::Focal, Unfused) => unfused::sigmoid_focal(x, t),
             (Loss::LinearCrossEntropy, _) => {
-                let weight = weight(data, tracked)?;
+                let weight = weight(data, x.track_op())?;
                 match implementation {
                     Fused => fused::linear_cross_entropy(x, &weight, t),
                     Unfused => unfused::linear_cross_entropy(x, &weight, t),
@@ -163,9 +176,10 @@ impl Inputs {
     fn loss_and_grad(&self, data: &Data, leaf: &Tensor) -> Result<()> {
         let (x, t) = (&data.input(leaf)?, &data.target);
         match self.case.loss {
-            Loss::CrossEntropy | Loss::CrossEntropySoftcap | Loss::CrossEntropyProbabilities => {
-                self.cross_entropy().loss_and_grad(x, t)?;
-            }
+            Loss::CrossEntropy
+            | Loss::CrossEntropySoftcap
+            | Loss::CrossEntropySmoothing
+            | Loss::CrossEntropyProbabilities => drop(self.cross_entropy().loss_and_grad(x, t)?),
             Loss::LinearCrossEntropy => {
                 fused::LinearCrossEntropyLoss::new().loss_and_grad(x, &weight(data, false)?, None, t)?;
             }
@@ -180,63 +194,14 @@ impl Inputs {
     }
 }
 
+fn prepared<T>(what: Option<&T>) -> Result<&T> {
+    what.ok_or_else(|| candle_core::Error::Msg("call without prepare".into()))
+}
+
 fn weight(data: &Data, tracked: bool) -> Result<Tensor> {
     match &data.weight {
         Some(weight) if tracked => Ok(weight.as_tensor().clone()),
         Some(weight) => Ok(weight.as_detached_tensor()),
         None => candle_core::bail!("the case has no linear layer"),
-    }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Side {
-    Input,
-    Loss,
-}
-
-/// Passes a tensor on, and its gradient when that comes back, noting the time.
-struct Marker {
-    side: Side,
-    clock: Clock,
-    marks: Arc<Mutex<Vec<Mark>>>,
-}
-
-impl Marker {
-    fn mark(&self) -> Result<()> {
-        let mark = self.clock.mark()?;
-        self.marks.lock().unwrap_or_else(PoisonError::into_inner).push(mark);
-        Ok(())
-    }
-}
-
-impl CustomOp1 for Marker {
-    fn name(&self) -> &'static str {
-        "marker"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, candle_core::Shape)> {
-        use candle_core::backend::BackendStorage;
-        Ok((storage.try_clone(layout)?, layout.shape().clone()))
-    }
-
-    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, candle_core::Shape)> {
-        use candle_core::backend::BackendStorage;
-        Ok((storage.try_clone(layout)?, layout.shape().clone()))
-    }
-
-    fn bwd(&self, input: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
-        match self.side {
-            Side::Loss => {
-                self.clock.flush()?;
-                self.mark()?;
-            }
-            Side::Input => {
-                self.mark()?;
-                // as `backward()` did between the loss's gradient and this call
-                input.zeros_like()?.add(gradient)?;
-                self.mark()?;
-            }
-        }
-        Ok(Some(gradient.clone()))
     }
 }

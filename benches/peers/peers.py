@@ -30,7 +30,8 @@ language models take them. "image" is [n, c, h, w], the classes in the second di
 of d features, and a weight of v classes.
 
 passes: "forward", without a graph. "forward+backward". "backward", with the forward outside of the time; only of
-PyTorch, as others compute the gradient in the forward. "host_call": what the host takes to start one forward.
+PyTorch, as others compute the gradient in the forward. "target_gradient", the same for the target, where that is
+probabilities. "host_call": what the host takes to start one forward.
 """
 
 import argparse
@@ -53,14 +54,17 @@ REPLAYED_BYTES = 32 << 20
 # What compiling may take in one request, in seconds: after that nothing more is compiled, as the asking side gives up.
 COMPILING = 60
 SOFTCAP = 30.0
+LABEL_SMOOTHING = 0.1
 # What glibc reads when a program starts: the same that `keep_memory` sets in the asking one.
 KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_ARENA_MAX": "1"}
 # Seconds after which samples count even if the heap still grows.
 SETTLING = 4.0
 
-INDEXED = {"cross_entropy", "cross_entropy_softcap", "nll", "log_softmax"}
+INDEXED = {"cross_entropy", "cross_entropy_softcap", "cross_entropy_smoothing", "nll", "log_softmax"}
 RANKS = {"rows": 2, "shifted": 3, "image": 4, "linear": 3}
-PASSES = ("forward", "forward+backward", "backward", "host_call")
+PASSES = ("forward", "forward+backward", "backward", "target_gradient", "host_call")
+# Those that go through a graph again and again.
+BACKWARD = ("backward", "target_gradient")
 # name -> (package, module)
 PEERS = {
     "liger": ("liger-kernel", "liger_kernel"),
@@ -91,6 +95,7 @@ def torch_functions():
     return {
         "cross_entropy": F.cross_entropy,
         "cross_entropy_softcap": lambda x, t: F.cross_entropy(SOFTCAP * torch.tanh(x / SOFTCAP), t),
+        "cross_entropy_smoothing": lambda x, t: F.cross_entropy(x, t, label_smoothing=LABEL_SMOOTHING),
         "cross_entropy_probabilities": F.cross_entropy,
         "nll": F.nll_loss,
         "log_softmax": lambda x, t: torch.log_softmax(x, 1),
@@ -110,6 +115,7 @@ def peer_functions(name, problems):
         return {
             "cross_entropy": liger_cross_entropy,
             "cross_entropy_softcap": lambda x, t: liger_cross_entropy(x, t, softcap=SOFTCAP),
+            "cross_entropy_smoothing": lambda x, t: liger_cross_entropy(x, t, label_smoothing=LABEL_SMOOTHING),
             "linear_cross_entropy": liger_fused_linear_cross_entropy,
         }
     if name == "quack":
@@ -237,6 +243,8 @@ class Case:
             raise ValueError(f"loss {self.loss} in layout {self.layout}")
         if self.kind not in PASSES:
             raise ValueError(f"pass {self.kind}")
+        if self.kind == "target_gradient" and self.loss != "cross_entropy_probabilities":
+            raise ValueError(f"loss {self.loss}, whose target has no gradient")
         self.dtype = dtypes[self.dtype_name]
 
     def __str__(self):
@@ -315,12 +323,15 @@ class Case:
 
             return step
 
+        if self.kind == "target_gradient":
+            sets = [[x.detach(), t.detach().requires_grad_()] for x, t in sets]
+        wanted = [[x for x in arguments if x.requires_grad] for arguments in sets]
         graphs = [function(*arguments) for arguments in sets]
         gradients = [ones(y) for y in graphs]
 
         def backward(i):
             i %= len(sets)
-            torch.autograd.grad(graphs[i], sets[i][:-1], gradients[i], retain_graph=True)
+            torch.autograd.grad(graphs[i], wanted[i], gradients[i], retain_graph=True)
             return graphs[i]
 
         return backward
@@ -414,7 +425,7 @@ class Server:
         contenders, reference = [], None
         spent, asked = 0.0, time.perf_counter()
         # a compiled backward may otherwise write over what the forward kept, and then runs only once
-        with functorch_config().patch(donated_buffer=False) if case.kind == "backward" else contextlib.nullcontext():
+        with functorch_config().patch(donated_buffer=False) if case.kind in BACKWARD else contextlib.nullcontext():
             for name in names:
                 try:
                     function = self.function_of(name, case)
@@ -484,7 +495,7 @@ class Server:
         of_torch = name.startswith("torch")
         if function is None or (case.layout == "image" and not of_torch):
             return None
-        if case.kind == "backward" and not of_torch:
+        if case.kind in BACKWARD and not of_torch:
             return None
         if name == "torch-graph":
             replayed = case.kind in ("forward", "forward+backward") and case.input_bytes() <= REPLAYED_BYTES

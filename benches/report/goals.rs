@@ -2,9 +2,11 @@
 
 use crate::common::case::{Case, Loss, Pass, SMALL, Unit, image, linear, rows, shifted};
 use crate::first;
+use crate::series::{EVENTLESS, GRAPH};
 use crate::table::Row;
 use candle_core::DType::{BF16, F32};
 
+#[derive(Clone, Copy)]
 enum Goal {
     /// The minimum of bytes over time, as a share of the copy's rate: at least.
     Share(f64),
@@ -16,11 +18,10 @@ enum Goal {
     Products(f64),
 }
 
-/// This crate's kernels, launched by the host or replayed.
+/// This crate's kernels, launched by the host.
 const FUSED: &str = "fused";
-const GRAPH: &str = "fused-graph";
 /// Everything that is not a peer.
-const OURS: [&str; 6] = [FUSED, GRAPH, "unfused", "candle", "memory", "matmul"];
+const OURS: [&str; 7] = [FUSED, GRAPH, EVENTLESS, "unfused", "candle", "memory", "matmul"];
 
 struct Line {
     case: Case,
@@ -31,7 +32,7 @@ struct Line {
 
 fn lines() -> Vec<Line> {
     use Goal::{Products, Share, ShareOn, Time};
-    use Pass::{Backward, Forward, HostCall, LossAndGrad};
+    use Pass::{Backward, Forward, HostCall, LossAndGrad, TargetGradient};
     let mut lines = vec![];
     let mut add = |case, passes: Vec<(Pass, Goal)>| {
         lines.extend(passes.into_iter().map(|(pass, goal)| Line { case, implementation: FUSED, pass, goal }));
@@ -42,23 +43,34 @@ fn lines() -> Vec<Line> {
     }
     add(ce(16384, 50257), vec![(Forward, Share(1.0)), (LossAndGrad, Share(0.93)), (Backward, Share(0.93))]);
     add(ce(32768, 4096), vec![(LossAndGrad, Share(0.95)), (Backward, Share(0.95))]);
-    add(shifted(BF16, 8, 2047, 50257), vec![(LossAndGrad, Share(0.9))]);
+    add(shifted(BF16, 8, 2047, 50257), vec![(LossAndGrad, Share(0.9)), (Backward, Share(0.9))]);
+    add(shifted(BF16, 8, 2047, 50256), vec![(LossAndGrad, Share(0.95)), (Backward, Share(0.95))]);
     add(
         rows(Loss::CrossEntropySoftcap, BF16, 4096, 256_000),
         vec![(Forward, Share(0.9)), (LossAndGrad, Share(0.8)), (Backward, Share(0.8))],
     );
-    add(rows(Loss::CrossEntropyProbabilities, BF16, 4096, 32000), vec![(Forward, Share(0.8))]);
-    add(rows(Loss::LogSoftmax, BF16, 4096, 32000), vec![(Forward, Share(0.95)), (Backward, Share(0.93))]);
-    let short = || ShareOn(0.85, "H200", 0.75);
-    add(ce(65536, 1000), vec![(Forward, short()), (LossAndGrad, short())]);
-    add(image(Loss::CrossEntropy, BF16, 16, 21, 512), vec![(Forward, Share(0.8)), (LossAndGrad, Share(0.8))]);
+    let all = |share: f64| [Forward, LossAndGrad, Backward].map(|pass| (pass, Share(share))).to_vec();
+    let mut probabilities = all(0.8);
+    probabilities.push((TargetGradient, Share(0.8)));
+    add(rows(Loss::CrossEntropyProbabilities, BF16, 4096, 32000), probabilities);
+    for (n, v) in [(4096, 32000), (8192, 128_256)] {
+        add(rows(Loss::LogSoftmax, BF16, n, v), vec![(Forward, Share(0.95)), (Backward, Share(0.93))]);
+    }
+    let short = ShareOn(0.85, "H200", 0.75);
+    add(rows(Loss::LogSoftmax, BF16, 65536, 1000), vec![(Forward, short), (Backward, short)]);
+    for loss in [Loss::CrossEntropy, Loss::CrossEntropySmoothing] {
+        add(rows(loss, BF16, 65536, 1000), vec![(Forward, short), (LossAndGrad, short)]);
+    }
+    add(image(Loss::CrossEntropy, BF16, 16, 21, 512), all(0.8));
     add(rows(Loss::BceWithLogits, F32, 8192, 8192), vec![(LossAndGrad, Share(0.95))]);
     add(rows(Loss::BceWithLogits, BF16, 8192, 8192), vec![(LossAndGrad, Share(0.9))]);
     add(linear(BF16, 8192, 4096, 128_256), vec![(LossAndGrad, Products(1.06))]);
     add(linear(BF16, 8192, 4096, 50257), vec![(LossAndGrad, Products(1.15))]);
     add(SMALL, vec![(HostCall, Time(10.0))]);
-    for (case, pass, us) in [(ce(32768, 256), Forward, 9.0), (SMALL, LossAndGrad, 5.0)] {
-        lines.push(Line { case, implementation: GRAPH, pass, goal: Time(us) });
+    for (case, implementation, pass, us) in
+        [(SMALL, EVENTLESS, HostCall, 10.0), (ce(32768, 256), GRAPH, Forward, 9.0), (SMALL, GRAPH, LossAndGrad, 5.0)]
+    {
+        lines.push(Line { case, implementation, pass, goal: Time(us) });
     }
     lines
 }
@@ -95,7 +107,7 @@ pub fn table(rows: &[Row], rehearsed: bool) -> Vec<String> {
         shown(product, 1e3)
     ));
     table.push(format!(
-        "{:<51} {:<17} {:>9} {:>9} {:>6} {:>8}  best peer (its time over ours)",
+        "{:<51} {:<20} {:>9} {:>9} {:>6} {:>8}  best peer (its time over ours)",
         "case", "pass", "floor us", "median", "R", "goal"
     ));
     table.extend(lines.iter().map(|line| line.text(rows, copy, product)));
@@ -119,10 +131,10 @@ impl Line {
         let own = own.clone().find(|row| row.implementation == self.implementation && row.pass == self.pass.name());
         let device = rows.first().map_or("", |row| row.device.as_str());
         let name = self.case.to_string();
-        let pass =
-            if self.implementation == GRAPH { format!("{}, graph", self.pass.name()) } else { self.pass.name().into() };
+        let how = self.implementation.strip_prefix("fused-").map_or(String::new(), |how| format!(", {how}"));
+        let pass = format!("{}{how}", self.pass.name());
         let (Some(row), Some(floor)) = (own, floor) else {
-            return format!("{name:<51} {pass:<17} not measured");
+            return format!("{name:<51} {pass:<20} not measured");
         };
         let share = floor / row.p50_us;
         let (reached, r, goal) = match self.goal {
@@ -140,7 +152,7 @@ impl Line {
             format!("{} {:.1} ({:.2})", peer.implementation, peer.p50_us, peer.p50_us / row.p50_us)
         });
         let mark = if reached { ' ' } else { '!' };
-        format!("{name:<51} {pass:<17} {floor:>9.1} {:>9.1} {r:>6} {goal:>8}{mark} {best}", row.p50_us)
+        format!("{name:<51} {pass:<20} {floor:>9.1} {:>9.1} {r:>6} {goal:>8}{mark} {best}", row.p50_us)
     }
 }
 
@@ -150,9 +162,9 @@ fn first_call(rows: &[Row]) -> String {
     let of = |what: &str| rows.iter().find(|row| row.pass == first::PASS && row.loss == what).map(|row| row.p50_us);
     let name = "first loss of a process, against candle's affine";
     let (Some(candle), Some(ours)) = (of(first::OPERATION), of(first::LOSS)) else {
-        return format!("{name:<51} {:<17} not measured", first::PASS);
+        return format!("{name:<51} {:<20} not measured", first::PASS);
     };
     let beyond = (ours - candle) / 1e6;
     let mark = if ours - candle <= GOAL { ' ' } else { '!' };
-    format!("{name:<51} {:<17} {candle:>9.0} {ours:>9.0} {beyond:>5.2}s <= 0.30s{mark}", first::PASS)
+    format!("{name:<51} {:<20} {candle:>9.0} {ours:>9.0} {beyond:>5.2}s <= 0.30s{mark}", first::PASS)
 }

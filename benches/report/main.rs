@@ -24,7 +24,7 @@ mod table;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
-use common::case::{Case, FORWARD, GRADIENT, HOST, Implementation, Loss, Pass, SMALL, Shape, cases};
+use common::case::{Case, FORWARD, GRADIENT, HOST, Implementation, Loss, Pass, SMALL, cases};
 use common::machine::{Freed, Machine};
 use common::work::Inputs;
 use driver::Driver;
@@ -315,11 +315,16 @@ impl<'a> Report<'a> {
 
     /// The peers on a case, one of so many that are left.
     fn theirs(&mut self, case: Case, cases_left: usize) -> Result<()> {
+        let probabilities = case.loss == Loss::CrossEntropyProbabilities;
         let backward =
-            matches!(case.loss, Loss::CrossEntropy | Loss::LogSoftmax) && matches!(case.shape, Shape::Rows { .. });
-        let host = self.asks_the_host(case);
-        let passes =
-            [(Pass::Forward, true), (Pass::ForwardBackward, true), (Pass::Backward, backward), (Pass::HostCall, host)];
+            probabilities || matches!(case.loss, Loss::CrossEntropy | Loss::CrossEntropySoftcap | Loss::LogSoftmax);
+        let passes = [
+            (Pass::Forward, true),
+            (Pass::ForwardBackward, true),
+            (Pass::Backward, backward),
+            (Pass::TargetGradient, probabilities),
+            (Pass::HostCall, self.asks_the_host(case)),
+        ];
         for (i, (pass, _)) in passes.into_iter().filter(|(_, wanted)| *wanted).enumerate() {
             let Some(peers) = &mut self.peers else { return Ok(()) };
             let versions = peers.versions.clone();

@@ -73,6 +73,15 @@ fn calls(machine: &Machine, one: Duration) -> usize {
 /// start it.
 const REPLAYED_BYTES: usize = 32 << 20;
 
+/// This crate's kernels, replayed from a graph; and called on a device for which cudarc keeps no events.
+pub const GRAPH: &str = "fused-graph";
+pub const EVENTLESS: &str = "fused-eventless";
+
+/// Of an error, what is not its backtrace.
+fn first_line(e: &candle_core::Error) -> String {
+    e.to_string().lines().next().unwrap_or_default().to_string()
+}
+
 /// One of those that are compared.
 struct Contender<'a> {
     implementation: &'static str,
@@ -123,7 +132,7 @@ impl Series<'_> {
             });
             let (one, samples) = match estimate {
                 Ok(one) => (one, Ok(vec![])),
-                Err(e) => (Duration::ZERO, Err(e.to_string().lines().next().unwrap_or_default().to_string())),
+                Err(e) => (Duration::ZERO, Err(first_line(&e))),
             };
             contenders.push(Contender {
                 implementation: implementation.name(),
@@ -148,6 +157,11 @@ impl Series<'_> {
             for pass in passes.filter(|pass| matches!(pass, Pass::Forward | Pass::LossAndGrad)) {
                 contenders.push(self.replayed(recorder, pass));
             }
+        }
+        if let Some(recorder) = self.recorder
+            && kind().any(|(_, pass)| pass == Pass::HostCall)
+        {
+            contenders.push(self.without_events(recorder));
         }
         self.sample(machine, &mut contenders);
         let measured = contenders.into_iter().map(|c| Measured {
@@ -212,10 +226,10 @@ impl Series<'_> {
     fn replayed<'m>(&self, recorder: &'m Machine, pass: Pass) -> Contender<'m> {
         let (replay, samples) = match self.record(recorder, pass) {
             Ok(replay) => (Some(replay), Ok(vec![])),
-            Err(e) => (None, Err(e.to_string().lines().next().unwrap_or_default().to_string())),
+            Err(e) => (None, Err(first_line(&e))),
         };
         Contender {
-            implementation: "fused-graph",
+            implementation: GRAPH,
             pass,
             clock: "graph",
             one: Duration::ZERO,
@@ -224,6 +238,35 @@ impl Series<'_> {
                 // the inputs live as long as the recording, which has their addresses
                 Some((_, replay)) => recorder.clock.time(replay),
                 None => candle_core::bail!("nothing was recorded"),
+            }),
+            next: 0,
+            peak_bytes: None,
+            sm_mhz: None,
+            samples,
+        }
+    }
+
+    /// What a call takes the host on a device for which cudarc keeps no events: else it makes two for each allocation,
+    /// though it has nothing to wait for on a single stream.
+    fn without_events<'m>(&self, recorder: &'m Machine) -> Contender<'m> {
+        let pass = Pass::HostCall;
+        let inputs = Inputs::new(self.case, recorder).and_then(|inputs| {
+            inputs.time(recorder, Implementation::Fused, pass, 0, inputs.sets())?;
+            Ok(inputs)
+        });
+        let (inputs, samples) = match inputs {
+            Ok(inputs) => (Some(inputs), Ok(vec![])),
+            Err(e) => (None, Err(first_line(&e))),
+        };
+        Contender {
+            implementation: EVENTLESS,
+            pass,
+            clock: "host",
+            one: Duration::ZERO,
+            calls: HOST_CALLS,
+            time: Box::new(move |first, count| match &inputs {
+                Some(inputs) => inputs.time(recorder, Implementation::Fused, pass, first, count),
+                None => candle_core::bail!("no inputs"),
             }),
             next: 0,
             peak_bytes: None,
