@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
 """What the hot loops of the kernels cost, without a GPU: instructions for each element, from the machine code.
 
-    scripts/sass_loops.py [--arch 90a] [--only REGEX] [kernels/modules/FILE.cu ...]
+    scripts/sass_loops.py [--arch 90a] [--only REGEX] [--windows N] [--blocks] [kernels/modules/FILE.cu ...]
 
 Finds the innermost loops that load 16 bytes at a time and prints, for each, the windows of 16 bytes that it moves in a round
 and, for each element, the issue slots, the operations of the special-function unit (MUFU), of the half-rate pipe (ALU: minima,
 comparisons, integers, conversions) and of shared memory. All instructions between a loop's first and its last are counted,
-so a branch that is not taken counts too: these are upper bounds.
+so a branch that is not taken counts too: these are upper bounds. With --blocks, each loop's basic blocks follow, a line each, so
+that those on a path can be added up: where a block begins, its instructions for each element, and where it branches to.
+
+Where a loop loads probabilities too, its loads in all branches are taken for windows of logits: --windows says how many there are.
 
 Behind each kernel: the threads that a multiprocessor has room for by the kernel's registers, and the bytes that they have in
 flight, all at their loads at once.
@@ -86,10 +89,29 @@ def count(body):
     return ops
 
 
+def blocks(body):
+    """The basic blocks of a loop: (its label, its instructions, where it branches to)."""
+    label, code = "", []
+    for op, text in body:
+        if op == "label":
+            if code:
+                yield label, code, ""
+            label, code = text, []
+            continue
+        code.append((op, text))
+        if op in ("BRA", "BRX", "EXIT"):
+            yield label, code, (re.search(r"\.L_x_\d+", text) or [op])[0]
+            label, code = "", []
+    if code:
+        yield label, code, ""
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="90a", help="compute capability (default: %(default)s)")
     parser.add_argument("--only", default="", metavar="REGEX", help="only kernels whose name matches")
+    parser.add_argument("--windows", type=int, help="the windows of logits of a round")
+    parser.add_argument("--blocks", action="store_true", help="the basic blocks of each loop too")
     parser.add_argument("files", nargs="*", type=pathlib.Path, help="default: all of kernels/modules/*.cu")
     args = parser.parse_args()
     nvcc, ptxas, nvdisasm = report.tool("nvcc"), report.tool("ptxas"), report.tool("nvdisasm")
@@ -121,13 +143,20 @@ def main():
                 if source.stem.startswith("elementwise"):
                     # two windows of each operand: see `walk_dense`
                     windows = 2
-                per = windows * 16 // size
+                per = (args.windows or windows) * 16 // size
                 moved = " ".join(f"{ops[k]} {k}" for k in ("loads", "kept", "stores") if ops[k])
                 flight = ops["loads"] * 16 * threads / 1024
                 print(
                     f"{kernel:34} {threads:7}  {moved:26} {ops['slots'] / per:6.2f} {ops['half'] / per:6.2f}"
                     f" {ops['mufu'] / per:6.2f} {ops['shared'] / per:6.2f}  {flight:5.0f}"
                 )
+                for label, instructions, to in blocks(body[first : last + 1]) if args.blocks else ():
+                    ops = count(instructions)
+                    moved = " ".join(f"{ops[k]} {k}" for k in ("loads", "kept", "stores") if ops[k])
+                    print(
+                        f"    {label:38}  {moved:26} {ops['slots'] / per:6.2f} {ops['half'] / per:6.2f}"
+                        f" {ops['mufu'] / per:6.2f} {ops['shared'] / per:6.2f}  {to}"
+                    )
 
 
 if __name__ == "__main__":

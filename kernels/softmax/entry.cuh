@@ -168,7 +168,7 @@ STATISTICS_KERNEL(softmax_statistics_rows, (ROWS_THREADS, BLOCKS_OF[STATISTICS])
 STATISTICS_KERNEL(softmax_statistics_strided, (STRIDED_THREADS, sizeof(A) == 4 ? 4 : 2), statistics_strided)
 
 // For adjacent classes and for classes apart.
-extern "C" __global__ void __launch_bounds__(ROWS_THREADS)
+extern "C" __global__ void __launch_bounds__(ROWS_THREADS, sizeof(A) == 4 ? 4 : 2)
     softmax_target_gradient(const Params p, const X *x, const A *weight, const A *statistics, const A *denominator,
                             const A *upstream, A *out) {
     const GradientInputs<A> in = {statistics, denominator, upstream};

@@ -19,7 +19,7 @@ namespace softmax {
 
 // Windows that a thread loads before it uses the first, so that the memory is kept busy. A pass that only reads needs
 // more bytes in flight than one that writes as much as it reads.
-template <Detail D> constexpr int BATCH = D <= UNIFORM ? 4 : 1;
+template <Detail D> constexpr int BATCH = D <= UNIFORM ? 4 : D == GENERAL ? 2 : 1;
 // UNIFORM keeps f32 logits in registers until their maximum is known.
 template <Detail D, class T>
 constexpr int READ_BATCH = BATCH<D> * (D <= UNIFORM && sizeof(T) < (D == PLAIN ? 8 : 4) ? 2 : 1);
@@ -223,7 +223,7 @@ __device__ __forceinline__ State<Acc<T>, D> reduce_windows(const Params &p, cons
     constexpr int N = Windows<T>::N;
     State<Acc<T>, D> state = State<Acc<T>, D>::empty();
     const T *words = w.words();
-    if constexpr (D >= GENERAL) {
+    if constexpr (D >= GENERAL && !(D == GENERAL && sizeof(Acc<T>) == sizeof(float))) {
         constexpr int Q = QUEUE<D>;
         Window<T> next[Q];
         load_windows(words, w.shift, begin + thread, step, end, next);
@@ -261,6 +261,13 @@ __device__ __forceinline__ State<Acc<T>, D> reduce_windows(const Params &p, cons
                     if (summed) part.linear = SUM_FIRST<T> ? fmaf(-mass, reference, sum) : sum, part.mass = mass;
                 }
                 state = merge<T>(p, state, part);
+            } else if constexpr (D == GENERAL) {
+                Unit<T> units[U * Window<T>::UNITS];
+#pragma unroll
+                for (int k = 0; k < U * Window<T>::UNITS; k++)
+                    units[k] = windows[k / Window<T>::UNITS].at[k % Window<T>::UNITS];
+                absorb_units<T, U, N>(
+                    state, p, o, w.first(i), step * N, [&](int u) { return i + u * step < end; }, units);
             } else {
                 absorb<D, T, U, N>(state, p, o, w.first(i), step * N,
                                    [&](int u, int k) { return windows[u].logit(k); });
@@ -290,10 +297,10 @@ __device__ __forceinline__ void fill_windows(const Windows<T> &w, Acc<T> value, 
     }
 }
 
-// Writes the rule's values for a window whose first class is `first`.
-template <class Rule, class T, class To>
-__device__ __forceinline__ void emit_window(const Params &p, const Operands<Acc<T>> &o, const RowScalars<Acc<T>> &s,
-                                            int first, const Window<T> &window, To *to) {
+// Writes the rule's values for a window whose first class is `first`, from the row's operands or from numbers q.
+template <class Rule, class T, class O, class To>
+__device__ __forceinline__ void emit_window(const Params &p, const O &o, const RowScalars<Acc<T>> &s, int first,
+                                            const Window<T> &window, To *to) {
     constexpr int N = Window<T>::N;
     Acc<T> x[N], y[N];
 #pragma unroll
@@ -333,6 +340,9 @@ template <int U> struct Turns {
 // Windows that a rule's pass loads at a time.
 template <class Rule> constexpr int EMIT_BATCH = BATCH<Rule::DETAIL>;
 template <> constexpr int EMIT_BATCH<TargetGradient> = 4;
+// Whether a rule takes the numbers q of a window's classes.
+template <class Rule> constexpr bool READS_Q = false;
+template <> constexpr bool READS_Q<GeneralGradient> = true;
 
 // Writes the rule's values for the windows begin + thread, begin + thread + step, … below `end`; if `begin` is 0, the
 // edges.
@@ -358,11 +368,20 @@ __device__ __forceinline__ void emit_windows(const Params &p, const Operands<Acc
     for (int j = turns.first(); j >= 0; j -= U) {
         Window<T> windows[U];
         turns.load(logits, w.shift, j, kept, windows);
+        // before the first store, which no load may pass
+        Acc<T> q[U][N];
+        if constexpr (READS_Q<Rule>)
+            load_q(p, o, w.first(turns.window(j)), step * N, [&](int u) { return j + u < turns.count; }, q);
 #pragma unroll
         for (int u = 0; u < U; u++) {
+            if (j + u >= turns.count) continue;
             const int i = turns.window(j + u);
-            if (j + u < turns.count)
-                emit_window<Rule>(p, o, s, w.first(i), windows[u], to + static_cast<int64_t>(i) * N);
+            To *at = to + static_cast<int64_t>(i) * N;
+            if constexpr (READS_Q<Rule>) {
+                emit_window<Rule>(p, q[u], s, w.first(i), windows[u], at);
+            } else {
+                emit_window<Rule>(p, o, s, w.first(i), windows[u], at);
+            }
         }
     }
     if (begin == 0) {

@@ -311,15 +311,40 @@ template <class A> struct Operands : Targets<A> {
     int64_t t_start; // where the row's probabilities begin
 };
 
-// The probabilities of N neighbouring classes from `first` on, 0 behind the row's end.
-template <class A, int N>
-__device__ __forceinline__ void load_probabilities(const Params &p, const Operands<A> &o, int first, A (&q)[N]) {
-    const auto load = [&](auto t) {
+// U groups of N numbers, `stride` apart, the groups `step` numbers apart; 0 where exists(u) is false. Where the numbers
+// are adjacent and aligned, 16 bytes at a time; `step` is then a multiple of N. All loads are issued before one is
+// waited for.
+template <class A, int U, int N, class Q, class F>
+__device__ __forceinline__ void load_groups(const Q *from, int64_t stride, int64_t step, F exists, A (&to)[U][N]) {
+    using Group = Pack<Q, N>;
+    if (N > 1 && stride == 1 && reinterpret_cast<uintptr_t>(from) % Group::ALIGN == 0) {
+        Group groups[U] = {};
 #pragma unroll
-        for (int k = 0; k < N; k++) {
-            const int c = first + k;
-            q[k] = c < p.classes ? widen<A>(t[o.t_start + c * p.t.class_stride]) : A(0);
+        for (int u = 0; u < U; u++) {
+            if (exists(u)) groups[u] = Group::load_const(from + u * step);
         }
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+#pragma unroll
+            for (int k = 0; k < N; k++) to[u][k] = widen<A>(groups[u].at[k]);
+        }
+    } else {
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+#pragma unroll
+            for (int k = 0; k < N; k++) to[u][k] = exists(u) ? widen<A>(from[(u * step + k) * stride]) : A(0);
+        }
+    }
+}
+
+// The probabilities of U groups of N neighbouring classes, the first of which are first, first + step, …; 0 where
+// exists(u) is false.
+template <class A, int U, int N, class F>
+__device__ __forceinline__ void load_probabilities(const Params &p, const Operands<A> &o, int first, int step, F exists,
+                                                   A (&q)[U][N]) {
+    const auto load = [&](auto t) {
+        const int64_t stride = p.t.class_stride;
+        load_groups<A>(t + o.t_start + first * stride, stride, step, exists, q);
     };
     switch (p.target) {
     case DType::F16: return load(static_cast<const f16 *>(o.t));
@@ -334,27 +359,28 @@ __device__ __forceinline__ void load_probabilities(const Params &p, const Operan
     }
 }
 
-// The numbers q of N neighbouring classes from `first` on; behind the row's end they mean nothing.
-template <class A, int N>
-__device__ __forceinline__ void load_q(const Params &p, const Operands<A> &o, int first, A (&q)[N]) {
+// The numbers q of U groups of N neighbouring classes, as `load_probabilities`.
+template <class A, int U, int N, class F>
+__device__ __forceinline__ void load_q(const Params &p, const Operands<A> &o, int first, int step, F exists,
+                                       A (&q)[U][N]) {
     const A keep = A(p.keep), spread = A(p.spread);
-    if (is_index(p.target)) {
+    const bool index = is_index(p.target);
+    if (!index) load_probabilities(p, o, first, step, exists, q);
+    // without smoothing a 0 stays 0 and a 1 stays 1
+    if (index || keep != A(1) || spread != A(0)) {
 #pragma unroll
-        for (int k = 0; k < N; k++) q[k] = spread;
-        if (spread == A(0)) return;
-    } else {
-        load_probabilities<A, N>(p, o, first, q);
-        // without smoothing a 0 stays 0 and a 1 stays 1
-        if (keep != A(1) || spread != A(0)) {
+        for (int u = 0; u < U; u++) {
 #pragma unroll
-            for (int k = 0; k < N; k++) q[k] = fma_(keep, q[k], spread);
+            for (int k = 0; k < N; k++) q[u][k] = !exists(u) ? A(0) : index ? spread : fma_(keep, q[u][k], spread);
         }
     }
-    if (o.weight) {
+    if (o.weight && !(index && spread == A(0))) {
+        A weight[U][N];
+        load_groups(o.weight + first, 1, step, exists, weight);
 #pragma unroll
-        for (int k = 0; k < N; k++) {
-            const int c = first + k;
-            if (c < p.classes) q[k] *= o.weight[c];
+        for (int u = 0; u < U; u++) {
+#pragma unroll
+            for (int k = 0; k < N; k++) q[u][k] *= weight[u][k];
         }
     }
 }
@@ -523,7 +549,18 @@ template <class A> __device__ __forceinline__ A reference_of(A max) { return max
 template <Detail D, class T, class X, int COUNT>
 __device__ __forceinline__ State<float, D> state_of(const Params &p, Unit<X> (&x)[COUNT], int missing = 0) {
     if constexpr (D == UNIFORM) {
-        if (p.capped) return capped_state_of<T>(p, x, missing);
+        if (p.capped) {
+#if __CUDA_ARCH__ >= 800
+            return capped_state_of<T>(p, x, missing);
+#else
+            // one by one where pairs take many instructions to compare
+            constexpr int L = Unit<X>::LOGITS;
+            Unit<float> single[COUNT * L];
+#pragma unroll
+            for (int i = 0; i < COUNT * L; i++) single[i] = {x[i / L].logit(i % L)};
+            return capped_state_of<T>(p, single, missing);
+#endif
+        }
     }
     const Winner winner = tournament(x);
     State<float, D> state = State<float, D>::empty();
@@ -556,6 +593,55 @@ __device__ __forceinline__ State<float, D> state_of_logits(const Params &p, cons
     return state;
 }
 
+// Whether there is a q other than the own class's.
+__device__ __forceinline__ bool has_q(const Params &p) { return !is_index(p.target) || p.spread != 0.0; }
+
+// Adds `linear` and `mass` of logits x to the state that they have without these.
+template <int U, int N, class A, Detail D>
+__device__ __forceinline__ void add_targets(State<A, D> &state, const A (&x)[U][N], const A (&q)[U][N]) {
+    const A reference = reference_of(state.max);
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+#pragma unroll
+        for (int k = 0; k < N; k++) {
+            // a probability of 0 at a logit of -inf counts as 0
+            if (q[u][k] != A(0)) state.linear = fma_(q[u][k], x[u][k] - reference, state.linear);
+            state.mass += q[u][k];
+        }
+    }
+}
+
+// Adds U groups of N classes to a thread's state, as `absorb`, from units of logits.
+template <class T, int U, int N, class F>
+__device__ __forceinline__ void absorb_units(State<float, GENERAL> &state, const Params &p, const Operands<float> &o,
+                                             int first, int step, F exists,
+                                             const Unit<T> (&units)[U * N / Unit<T>::LOGITS]) {
+    constexpr int L = Unit<T>::LOGITS;
+    float q[U][N];
+    if (has_q(p)) load_q(p, o, first, step, exists, q);
+    float x[U][N];
+#pragma unroll
+    for (int i = 0; i < U * N; i++) x[i / N][i % N] = units[i / L].logit(i % L);
+    State<float, GENERAL> part;
+    if (p.capped || p.scale != 1.0) {
+        Unit<float> values[U * N];
+#pragma unroll
+        for (int i = 0; i < U * N; i++) {
+            float &v = x[i / N][i % N];
+            v = exists(i / N) ? transform(p, v) : -infinity<float>();
+            values[i] = {v};
+        }
+        part = state_of<GENERAL, T>(p, values);
+    } else {
+        Unit<T> values[U * N / L];
+#pragma unroll
+        for (int i = 0; i < U * N / L; i++) values[i] = units[i];
+        part = state_of<GENERAL, T>(p, values);
+    }
+    if (has_q(p)) add_targets(part, x, q);
+    state = merge<T>(p, state, part);
+}
+
 // Adds U groups of N classes to a thread's state; group u begins at class first + u * step. `logit(u, k)` is a logit of
 // group u, -inf behind the row's end.
 //
@@ -580,8 +666,8 @@ __device__ __forceinline__ void absorb(State<A, D> &state, const Params &p, cons
 #pragma unroll
         for (int k = 0; k < N; k++) {
             A slope;
-            const bool exists = D == PLAIN || first + u * step + k < p.classes;
-            x[u][k] = !exists ? -infinity<A>() : D == PLAIN ? logit(u, k) : transform(p, logit(u, k), slope);
+            const bool there = D == PLAIN || first + u * step < p.classes;
+            x[u][k] = !there ? -infinity<A>() : D == PLAIN ? logit(u, k) : transform(p, logit(u, k), slope);
         }
     }
 #pragma unroll
@@ -611,33 +697,23 @@ __device__ __forceinline__ void absorb(State<A, D> &state, const Params &p, cons
         }
     }
     part.rest += ties;
+    const auto exists = [&](int u) { return first + u * step < p.classes; };
     if constexpr (D >= GENERAL) {
-        if (!is_index(p.target) || p.spread != 0.0) {
-#pragma unroll
-            for (int u = 0; u < U; u++) {
-                A q[N];
-                load_q<A, N>(p, o, first + u * step, q);
-#pragma unroll
-                for (int k = 0; k < N; k++) {
-                    const int c = first + u * step + k;
-                    if (c >= p.classes) continue;
-                    // a probability of 0 at a logit of -inf counts as 0
-                    if (q[k] != A(0)) part.linear += q[k] * (x[u][k] - reference);
-                    part.mass += q[k];
-                }
-            }
+        A q[U][N];
+        if (has_q(p)) {
+            load_q(p, o, first, step, exists, q);
+            add_targets(part, x, q);
         }
     }
     if constexpr (D >= STATISTICS) {
         if (!is_index(p.target)) {
+            A t[U][N];
+            load_probabilities(p, o, first, step, exists, t);
 #pragma unroll
             for (int u = 0; u < U; u++) {
-                A t[N];
-                load_probabilities<A, N>(p, o, first + u * step, t);
 #pragma unroll
                 for (int k = 0; k < N; k++) {
-                    const int c = first + u * step + k;
-                    if (c < p.classes && t[k] > part.top) part.top = t[k], part.top_class = c;
+                    if (exists(u) && t[u][k] > part.top) part.top = t[u][k], part.top_class = first + u * step + k;
                 }
             }
         }
@@ -814,14 +890,38 @@ struct GeneralGradient {
     template <class T, int N, class A>
     __device__ __forceinline__ static void emit(const Params &p, const Operands<A> &o, const RowScalars<A> &s,
                                                 int first, const A (&x)[N], A (&y)[N]) {
-        A q[N];
-        load_q<A, N>(p, o, first, q);
+        A q[1][N];
+        load_q(p, o, first, 0, [](int) { return true; }, q);
+        emit<T>(p, q[0], s, first, x, y);
+    }
+
+    // With the numbers q.
+    template <class T, int N, class A>
+    __device__ __forceinline__ static void emit(const Params &p, const A (&q)[N], const RowScalars<A> &s, int first,
+                                                const A (&x)[N], A (&y)[N]) {
+        A of_class[N];
 #pragma unroll
-        for (int k = 0; k < N; k++) {
-            A slope;
-            const A v = transform(p, x[k], slope);
-            y[k] = gradient_value<GENERAL, T>(p, s, v, first + k == s.target ? s.own + q[k] : q[k]);
-            if (p.capped) y[k] *= slope;
+        for (int k = 0; k < N; k++) of_class[k] = q[k];
+        if (s.target >= 0) {
+#pragma unroll
+            for (int k = 0; k < N; k++) of_class[k] += first + k == s.target ? s.own : A(0);
+        }
+        if (p.capped || p.scale != 1.0) {
+#pragma unroll
+            for (int k = 0; k < N; k++) {
+                A slope;
+                const A v = transform(p, x[k], slope);
+                y[k] = gradient_value<GENERAL, T>(p, s, v, of_class[k]) * slope;
+            }
+        } else if (s.inverse > A(0.5)) {
+#pragma unroll
+            for (int k = 0; k < N; k++) y[k] = gradient_value<GENERAL, T>(p, s, x[k], of_class[k]);
+        } else {
+            // no class has p > 1/2
+            const A factor = s.slope * s.inverse;
+#pragma unroll
+            for (int k = 0; k < N; k++)
+                y[k] = s.upstream * fma_(exp_of<GENERAL, T>(p, x[k] - s.max), factor, -of_class[k]);
         }
     }
 };

@@ -247,6 +247,64 @@ fn probability_targets_match_the_cpu() -> Result<()> {
     Ok(())
 }
 
+/// Targets that windows of logits are aligned with, or not, and whose classes lie apart, in each pair of dtypes.
+#[test]
+fn probability_targets_of_each_layout_match_the_cpu() -> Result<()> {
+    let (rows, classes) = (3, 150);
+    for (regime, thresholds) in regimes() {
+        if !["warps", "a block a row", "split rows"].contains(&regime) {
+            continue;
+        }
+        THRESHOLDS.set(thresholds);
+        for dtype in FLOATS {
+            for of_target in FLOATS {
+                let logits = random(&[rows, classes + 9], 1, dtype)?;
+                let wide = random(&[rows, classes + 9], 3, of_target)?.abs()?;
+                let apart = random(&[classes, rows], 3, of_target)?.abs()?.t()?;
+                let targets =
+                    [("aligned", 0, wide.narrow(1, 0, classes)?), ("unaligned", 3, wide.narrow(1, 2, classes)?)];
+                for (what, offset, target) in targets.into_iter().chain([("apart", 5, apart)]) {
+                    let what = format!("{regime}, {what} targets of {of_target:?}");
+                    compare(&what, &plain(), &logits, &target, |x| x.narrow(1, offset, classes))?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A probability of 0 at a logit of -inf counts as 0, any other makes the loss infinite; confident rows.
+#[test]
+fn extreme_probabilities_match_the_cpu() -> Result<()> {
+    let classes = 41;
+    let mut rows = vec![numbers(classes, 1); 5];
+    let mut target = vec![vec![1f32 / classes as f32; classes]; 5];
+    // hidden classes, at the first maximum of a window too
+    for k in (0..classes).step_by(3) {
+        (rows[0][k], target[0][k]) = (f32::NEG_INFINITY, 0.0);
+    }
+    rows[1][40] = f32::NEG_INFINITY;
+    rows[2][7] = f32::NAN;
+    rows[3] = vec![0.0; classes];
+    rows[3][5] = 20.0;
+    target[3] = vec![0.0; classes];
+    target[3][5] = 1.0;
+    target[4][2] = f32::NAN;
+    for (regime, thresholds) in regimes() {
+        THRESHOLDS.set(thresholds);
+        for dtype in FLOATS {
+            let logits = Tensor::new(rows.concat(), &Device::Cpu)?.reshape((5, classes))?.to_dtype(dtype)?;
+            let target = Tensor::new(target.concat(), &Device::Cpu)?.reshape((5, classes))?;
+            let negative = with(plain(), |o| o.logit_scale = -0.5);
+            for options in [plain(), negative, with(plain(), |o| o.softcap = Some(30.0))] {
+                let options = with(options, |o| o.rows.reduction = Reduction::None);
+                compare(regime, &options, &logits, &target, |x| Ok(x.clone()))?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Threads on the same rows as many as the classes allow, and one or two, which then take many classes each; blocks
 /// that take rows in turn.
 fn strided_regimes() -> [(&'static str, Thresholds); 3] {
