@@ -70,8 +70,9 @@ __device__ __forceinline__ void scale_to(const ScaleParams &p, const void *from,
     scale<Acc<To>, To>(p, from, to, all, rows, mask);
 }
 
-// Reads and writes each element once. In place without `from`.
-extern "C" __global__ void __launch_bounds__(SCALE_THREADS)
+// Reads and writes each element once. In place without `from`. Four blocks of a multiprocessor have 64 KB of loads in
+// flight; for more of them the compiler would spill on sm_86.
+extern "C" __global__ void __launch_bounds__(SCALE_THREADS, 4)
     scale_rows(const ScaleParams p, const void *from, void *to, const void *all, const void *rows,
                const uint8_t *mask) {
     switch (p.to) {

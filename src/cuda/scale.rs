@@ -14,7 +14,7 @@ use cudarc::driver::{CudaView, CudaViewMut, DeviceRepr};
 const THREADS: usize = 256;
 /// Elements that a thread takes in a turn, if they have 16 bits.
 const ELEMENTS: usize = 16;
-/// Blocks for each multiprocessor: twice what it runs at once.
+/// The most blocks for each multiprocessor, a few times as many as it runs at once.
 const BLOCKS: usize = 16;
 
 /// What the elements are multiplied by, in their arithmetic dtype; absent: 1.
