@@ -37,6 +37,7 @@ pub(super) struct SoftmaxParams {
     pub team: i32,
     pub kept: i32,
     pub upstream_rows: i32,
+    pub rotated: i32,
     pub class_last: i32,
     pub softcap_f32: f32,
     pub cap_scale_f32: f32,
@@ -67,6 +68,7 @@ impl SoftmaxParams {
             team: 1,
             kept: 0,
             upstream_rows: 0,
+            rotated: 0,
             class_last: rows.class_last() as i32,
             softcap_f32: 0.0,
             cap_scale_f32: 0.0,
@@ -104,7 +106,8 @@ impl SoftmaxParams {
             x.outer_stride = if x.inner > 1 { x.inner_stride } else { x.outer_stride };
             x.inner = 1;
         }
-        SoftmaxParams { x, team: pass.team as i32, kept: pass.kept as i32, ..self }
+        let (team, kept, rotated) = (pass.team as i32, pass.kept as i32, pass.rotated as i32);
+        SoftmaxParams { x, team, kept, rotated, ..self }
     }
 }
 

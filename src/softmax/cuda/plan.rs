@@ -52,6 +52,15 @@ fn rows_at_once(shape: &RowsShape) -> u64 {
     if shape.light && shape.element == 2 { 2 } else { 1 }
 }
 
+/// Whether more than two rows of a tile meet in a bank of shared memory where all of them begin at class 0.
+fn rows_share_banks(classes: u64, element: u64) -> bool {
+    match classes {
+        4 => element == 4,
+        8 | 9 | 13 | 16 | 21 | 22 | 31..=35 | 60..=64 => true,
+        _ => false,
+    }
+}
+
 /// The cluster sizes; 1 is a block without a cluster.
 const CLUSTERS: [u32; 5] = [1, 2, 4, 8, 16];
 
@@ -159,10 +168,16 @@ pub(crate) struct RowPass {
     pub team: u32,
     /// Windows that a thread keeps in shared memory.
     pub kept: u32,
+    /// Whether the rows of a tile begin at different classes, so that they do not meet in the banks of shared memory.
+    pub rotated: bool,
     pub grid: Grid,
 }
 
 impl RowPass {
+    fn new(form: Form, team: u32, grid: Grid) -> Self {
+        RowPass { form, team, kept: 0, rotated: false, grid }
+    }
+
     /// Blocks that share a row without forming a cluster.
     pub fn splits(&self) -> u32 {
         self.grid.blocks[1]
@@ -297,7 +312,7 @@ impl Planner {
             cluster: 1,
             overlaps: false,
         };
-        RowPass { form: Form::Rows, team: threads, kept: 0, grid }
+        RowPass::new(Form::Rows, threads, grid)
     }
 
     fn rows(&self, shape: &RowsShape) -> RowPass {
@@ -306,7 +321,7 @@ impl Planner {
         }
         let team = power_of_two(shape.windows() / BATCH as u64, 1, 32);
         let blocks = shape.rows.div_ceil((WARPS_THREADS / team) as u64).min(self.thresholds.blocks as u64) as u32;
-        RowPass { form: Form::Rows, team, kept: 0, grid: Grid::flat(blocks, WARPS_THREADS) }
+        RowPass::new(Form::Rows, team, Grid::flat(blocks, WARPS_THREADS))
     }
 
     /// As many blocks as the device runs at once, which take rows in turn; `writes` says whether a value is written for
@@ -328,14 +343,15 @@ impl Planner {
         let team = power_of_two(lanes(kept), REGISTER_LANES, 32);
         let most = (self.device.processors * register_blocks(kept, writes)).min(self.thresholds.blocks);
         let blocks = shape.rows.div_ceil((REGISTER_THREADS / team) as u64).min(most as u64) as u32;
-        Some(RowPass { form: Form::Registers(kept), team, kept: 0, grid: Grid::flat(blocks, REGISTER_THREADS) })
+        Some(RowPass::new(Form::Registers(kept), team, Grid::flat(blocks, REGISTER_THREADS)))
     }
 
     /// Enough lanes for a row, and as many rows as a block has lanes for.
     fn tile(&self, shape: &RowsShape) -> RowPass {
         let lanes = power_of_two(shape.classes.div_ceil(TILE_DEPTH), 1, 8);
         let blocks = shape.rows.div_ceil((TILE_THREADS / lanes) as u64).min(self.thresholds.blocks as u64) as u32;
-        RowPass { form: Form::Tile, team: lanes, kept: 0, grid: Grid::flat(blocks, TILE_THREADS) }
+        let pass = RowPass::new(Form::Tile, lanes, Grid::flat(blocks, TILE_THREADS));
+        RowPass { rotated: rows_share_banks(shape.classes, shape.element), ..pass }
     }
 
     /// Neighbouring threads on neighbouring rows, `at_once` of them each; several threads on the same rows where a
@@ -354,7 +370,7 @@ impl Planner {
         let blocks = groups.div_ceil(width as u64).min(most_blocks as u64) as u32;
         let grid =
             Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0, cluster: 1, overlaps: false };
-        RowPass { form: Form::Strided, team: depth, kept: 0, grid }
+        RowPass::new(Form::Strided, depth, grid)
     }
 
     /// The pass that takes any layout. Where classes are adjacent, neighbouring threads have neighbouring classes.
@@ -367,7 +383,7 @@ impl Planner {
         let blocks = shape.rows.div_ceil(width as u64).min(self.thresholds.blocks as u64) as u32;
         let grid =
             Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0, cluster: 1, overlaps: false };
-        RowPass { form: Form::Strided, team: depth, kept: 0, grid }
+        RowPass::new(Form::Strided, depth, grid)
     }
 
     /// Blocks that count the rows ahead of a pass in which every block needs the count; 0 where each block counts by
@@ -475,6 +491,47 @@ mod tests {
             assert!(planner(H100).emit(&shape).blocks() > 1, "{shape:?}");
             assert!(planner(H100).reduce(&RowsShape { classes: classes + 8, ..shape }).splits() > 1, "{shape:?}");
         }
+    }
+
+    /// The most addresses in one bank of shared memory, of the accesses of a warp to a tile whose first class is `phase`
+    /// classes behind a word of 16 bytes: the index formulas of `Lane` in `kernels/softmax/tile.cuh`.
+    fn bank_conflicts(classes: u32, element: u32, phase: u32, rotated: bool) -> usize {
+        let lanes = planner(H100).tile(&rows(1, classes as u64, element as u64)).team;
+        let steps = classes.div_ceil(lanes);
+        let mut most = 1;
+        for warp in 0..TILE_THREADS / 32 {
+            for step in 0..steps {
+                let mut banks = vec![std::collections::BTreeSet::new(); 32];
+                for thread in 32 * warp..32 * (warp + 1) {
+                    let lane = thread % lanes;
+                    let turn = if rotated { (thread - lane) / 4 % steps } else { 0 };
+                    let class = lane + (turn + step) % steps * lanes;
+                    if class < classes {
+                        // a bank is four bytes wide
+                        let word = (phase + thread / lanes * classes + class) * element / 4;
+                        banks[word as usize % 32].insert(word);
+                    }
+                }
+                most = most.max(banks.iter().map(|words| words.len()).max().unwrap_or(1));
+            }
+        }
+        most
+    }
+
+    #[test]
+    fn tiles_have_few_bank_conflicts() {
+        for element in [2, 4] {
+            for classes in 1..=64 {
+                let most = |rotated| {
+                    (0..16 / element).map(|phase| bank_conflicts(classes, element, phase, rotated)).max().unwrap()
+                };
+                let rotated = planner(H100).tile(&rows(1, classes as u64, element as u64)).rotated;
+                println!("{classes} classes, {element} bytes: {}-way, planned {}-way", most(false), most(rotated));
+                assert!(most(rotated) <= 2, "{classes} classes, {element} bytes: {}-way", most(rotated));
+            }
+        }
+        assert_eq!([8, 16, 32, 64].map(|classes| bank_conflicts(classes, 2, 0, false)), [4; 4]);
+        assert_eq!([8, 16, 32, 64].map(|classes| bank_conflicts(classes, 4, 0, false)), [8, 8, 8, 4]);
     }
 
     /// Bytes of logits that a multiprocessor has on their way with all of its threads at their loads: resident blocks
