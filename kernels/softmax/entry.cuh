@@ -65,16 +65,20 @@ constexpr int ARCH = 0;
 constexpr int BLOCKS_OF[] = {ARCH < 800 || sizeof(A) == 8 ? 2 : 3,
                              ARCH < 800 || (ARCH >= 1200 && sizeof(X) == 4) ? 2 : 3, 2, ARCH >= 1000 ? 1 : 2};
 // The same for forwards over tiles, for fused passes over tiles and for strided rows. 0 leaves the registers to the
-// compiler, which would give the general kernels more of them than there are, and plain tiles more than they need. On
-// sm_80 a third block would make strided pairs of rows spill; two have 22 KB in flight, more than such a GPU needs.
-constexpr int TILE_BLOCKS_OF[] = {sizeof(A) == 4 ? 8 : 4, 5, sizeof(A) == 4 ? 4 : 3};
+// compiler, which would give the general kernels more of them than there are, and plain tiles more than they need. The
+// code of other architectures than sm_90 takes more registers: with as many blocks, tiles would spill, and pairs of
+// strided rows on sm_80, sm_100 and sm_120. Two blocks of these have 22 KB in flight, more than an sm_80 needs.
+constexpr int TILE_BLOCKS_OF[] = {sizeof(A) == 8 ? 4
+                                  : ARCH == 900  ? 8
+                                                 : 6,
+                                  ARCH == 900 ? 5 : 4, sizeof(A) == 4 ? 4 : 3};
 #if defined(DETAIL_GENERAL)
 constexpr int STRIDED_BLOCKS = sizeof(A) == 4 ? 4 : 2;
 #elif defined(DETAIL_UNIFORM)
-constexpr int FUSED_TILE_BLOCKS = 4, STRIDED_BLOCKS = ARCH <= 800 ? 2 : 3;
+constexpr int FUSED_TILE_BLOCKS = 4, STRIDED_BLOCKS = ARCH <= 800 || ARCH >= 1000 ? 2 : 3;
 #else
 constexpr int FUSED_TILE_BLOCKS = ARCH < 800 || sizeof(A) == 8 ? 0 : 5;
-constexpr int STRIDED_BLOCKS = sizeof(A) == 8 ? 0 : 5;
+constexpr int STRIDED_BLOCKS = sizeof(A) == 8 ? 0 : 3;
 #endif
 
 // Forwards.

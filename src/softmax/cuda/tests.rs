@@ -371,7 +371,7 @@ fn strided_views_match_the_cpu() -> Result<()> {
     Ok(())
 }
 
-/// Of two rows that a thread takes at a time, one that is ignored or has a bad target leaves the other as it is.
+/// Of two rows that a thread takes at a time, one that is ignored or has no softmax leaves the other as it is.
 #[test]
 fn strided_neighbours_are_independent() -> Result<()> {
     for (regime, thresholds) in strided_regimes() {
@@ -384,7 +384,7 @@ fn strided_neighbours_are_independent() -> Result<()> {
             values[class * inner + 3] = f32::NEG_INFINITY;
         }
         values[2 * inner + 4] = f32::NAN;
-        let target = Tensor::new(&[[-100i64, 5, 13, 1, 2, 12]], &Device::Cpu)?;
+        let target = Tensor::new(&[[-100i64, 5, 3, 1, 2, 12]], &Device::Cpu)?;
         for dtype in FLOATS {
             let logits = Tensor::new(values.clone(), &Device::Cpu)?.reshape((1, classes, inner))?.to_dtype(dtype)?;
             for options in [plain(), uniform(), everything(classes)?] {
