@@ -313,8 +313,8 @@ impl Steps {
     }
 }
 
-/// All driver calls of warm losses, each of which costs the host time: of a few rows, of many and of a long one. A loss,
-/// what its backward needs and the kernels' own numbers are two allocations.
+/// All driver calls of warm losses, each of which costs the host time: of a few rows, of many and of a long one. A
+/// loss, what its backward needs and the kernels' own numbers are two allocations.
 #[test]
 fn driver_calls_of_each_loss() -> Result<()> {
     let _turn = turn();

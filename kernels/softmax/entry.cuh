@@ -59,26 +59,23 @@ constexpr int ARCH = 0;
 #endif
 // The blocks that a multiprocessor has to have room for, for each `Detail`, which limits the registers of a thread.
 // With three blocks, 768 threads have 96 KB of loads in flight. Two are enough for the general kernels, which compute
-// more than they load, and for doubles, which take two registers each. They are also enough on sm_75, whose code takes
-// more registers for want of minima of pairs and of NaN, and for f32 on sm_120, where the code of one kernel does. From
-// sm_100 on the statistics of rows take more registers than two blocks leave.
-constexpr int BLOCKS_OF[] = {ARCH < 800 || sizeof(A) == 8 ? 2 : 3,
-                             ARCH < 800 || (ARCH >= 1200 && sizeof(X) == 4) ? 2 : 3, 2, ARCH >= 1000 ? 1 : 2};
+// more than they load, and for doubles, which take two registers each. Fewer where an architecture's code takes more
+// registers: on sm_75 for want of minima of pairs and of NaN, and from sm_100 on.
+constexpr int BLOCKS_OF[] = {ARCH < 800 || sizeof(A) == 8 ? 2 : 3, ARCH < 800 || ARCH >= 1000 ? 2 : 3,
+                             ARCH >= 1000 || (ARCH < 900 && sizeof(A) == 8) ? 1 : 2, ARCH >= 1000 ? 1 : 2};
 // The same for forwards over tiles, for fused passes over tiles and for strided rows. 0 leaves the registers to the
-// compiler, which would give the general kernels more of them than there are, and plain tiles more than they need. The
-// code of other architectures than sm_90 takes more registers: with as many blocks, tiles would spill, and pairs of
-// strided rows on sm_80, sm_100 and sm_120. Two blocks of these have 22 KB in flight, more than an sm_80 needs.
-constexpr int TILE_BLOCKS_OF[] = {sizeof(A) == 8 ? 4
-                                  : ARCH == 900  ? 8
-                                                 : 6,
+// compiler, which would give the general kernels more of them than there are, and plain tiles more than they need.
+constexpr int TILE_BLOCKS_OF[] = {sizeof(A) == 8                ? 4
+                                  : ARCH == 800 || ARCH >= 1000 ? 6
+                                                                : 8,
                                   ARCH == 900 ? 5 : 4, sizeof(A) == 4 ? 4 : 3};
 #if defined(DETAIL_GENERAL)
-constexpr int STRIDED_BLOCKS = sizeof(A) == 4 ? 4 : 2;
+constexpr int STRIDED_BLOCKS = sizeof(A) == 8 ? 2 : ARCH == 900 ? 4 : 3;
 #elif defined(DETAIL_UNIFORM)
-constexpr int FUSED_TILE_BLOCKS = 4, STRIDED_BLOCKS = ARCH <= 800 || ARCH >= 1000 ? 2 : 3;
+constexpr int FUSED_TILE_BLOCKS = 4, STRIDED_BLOCKS = ARCH == 900 ? 3 : 2;
 #else
-constexpr int FUSED_TILE_BLOCKS = ARCH < 800 || sizeof(A) == 8 ? 0 : 5;
-constexpr int STRIDED_BLOCKS = sizeof(A) == 8 ? 0 : 3;
+constexpr int FUSED_TILE_BLOCKS = ARCH < 800 || sizeof(A) == 8 ? 0 : ARCH >= 1000 ? 4 : 5;
+constexpr int STRIDED_BLOCKS = sizeof(A) == 8 ? 0 : ARCH == 900 ? 3 : 2;
 #endif
 
 // Forwards.
@@ -173,7 +170,7 @@ STATISTICS_KERNEL(softmax_statistics_rows, (ROWS_THREADS, BLOCKS_OF[STATISTICS])
 STATISTICS_KERNEL(softmax_statistics_strided, (STRIDED_THREADS, sizeof(A) == 4 ? 4 : 2), statistics_strided)
 
 // For adjacent classes and for classes apart.
-extern "C" __global__ void __launch_bounds__(ROWS_THREADS, sizeof(A) == 4 ? 4 : 2)
+extern "C" __global__ void __launch_bounds__(ROWS_THREADS, sizeof(A) == 4 ? 3 : 2)
     softmax_target_gradient(const Params p, const X *x, const A *weight, const A *statistics, const A *denominator,
                             const A *upstream, A *out) {
     const GradientInputs<A> in = {statistics, denominator, upstream};
@@ -236,7 +233,7 @@ LOG_SOFTMAX_KERNEL(softmax_log_softmax_strided, (STRIDED_THREADS, STRIDED_BLOCKS
         BODY(p, x, statistics, g, out);                                                                       \
     }
 
-LOG_SOFTMAX_BACKWARD_KERNEL(softmax_log_softmax_backward_rows, (ROWS_THREADS, BLOCKS_OF[PLAIN]),
+LOG_SOFTMAX_BACKWARD_KERNEL(softmax_log_softmax_backward_rows, (ROWS_THREADS, ARCH >= 1200 ? 2 : BLOCKS_OF[PLAIN]),
                             log_softmax_backward_rows)
 LOG_SOFTMAX_BACKWARD_KERNEL(softmax_log_softmax_backward_any, (STRIDED_THREADS), log_softmax_backward_any)
 

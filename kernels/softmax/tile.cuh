@@ -53,27 +53,25 @@ template <class T> struct Tile {
     }
 };
 
-// A thread's place in a tile. Its classes are lane, lane + lanes, … Where the rows of a warp would meet in the same
-// banks of shared memory, rows begin at different ones of them (`Params::rotated`), so that at most two addresses of an
-// access are in one bank.
+// A thread's place in a tile. Its classes are lane, lane + lanes, …, in `steps` steps. Where the rows of a warp would
+// meet in the same banks of shared memory, rows begin at different steps (`Params::rotated`), so that at most two
+// addresses of an access are in one bank.
 template <class T> struct Lane {
     int64_t row;
     bool exists;
     T *logits; // in shared memory: class 0 of the row
-    int lane, lanes;
+    int lane, lanes, steps;
     int first; // the class of step 0
-    int end;   // where the classes begin again: the next multiple of `lanes`
 
     __device__ __forceinline__ explicit Lane(const Params &p) : lane(threadIdx.x % p.team), lanes(p.team) {
-        const int steps = (p.classes + lanes - 1) / lanes;
+        steps = (p.classes + lanes - 1) / lanes;
         const int turn = p.rotated ? (static_cast<int>(threadIdx.x) - lane) / 4 % steps : 0;
         first = lane + turn * lanes;
-        end = steps * lanes;
     }
     // The class of a step, beyond the last class where the step has none.
     __device__ __forceinline__ int class_at(const Params &p, int step) const {
-        const int c = first + step * lanes;
-        return c < end ? c : c - end < first ? c - end : p.classes;
+        const int c = first + step * lanes, all = steps * lanes;
+        return step >= steps ? p.classes : c < all ? c : c - all;
     }
 };
 

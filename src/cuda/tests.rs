@@ -96,8 +96,8 @@ fn machine_code_comes_first() -> Result<()> {
     Ok(())
 }
 
-/// All devices of a GPU share what the process keeps for it, in all threads, and so each kernel's handle. The name of no
-/// kernel is an error.
+/// All devices of a GPU share what the process keeps for it, in all threads, and so each kernel's handle. The name of
+/// no kernel is an error.
 #[test]
 fn a_gpu_is_kept_once() -> Result<()> {
     let kept = |device: &Device| Gpu::of(device.as_cuda_device()?);

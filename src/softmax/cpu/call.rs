@@ -53,7 +53,9 @@ impl SoftmaxKernels for CpuStorage {
             rows.check()?;
             let (numbers, count) = (saved.0.to_vec1()?, rows.rows().count());
             let (denominator, statistics) = match numbers.split_last() {
-                Some((&denominator, statistics)) if statistics.len() == count * rows.kinds() => (denominator, statistics),
+                Some((&denominator, statistics)) if statistics.len() == count * rows.kinds() => {
+                    (denominator, statistics)
+                }
                 _ => bail!("{}: statistics of other rows than the logits'", problem.name),
             };
             let forward = ForwardResults { statistics, count, denominator, upstream: own_slice(upstream)? };

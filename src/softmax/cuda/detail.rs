@@ -20,8 +20,8 @@ pub(super) enum Detail {
 }
 
 /// The largest soft cap of 16-bit logits for the uniform kernels. Their fast tanh has an absolute error, which makes an
-/// exponential wrong by a factor of up to `1 + cap * 2^-22`: at this cap 1.5e-5. A larger cap takes the general kernels,
-/// whose tanh has a relative error, so that a cap far above the logits changes nothing.
+/// exponential wrong by a factor of up to `1 + cap * 2^-22`: at this cap 1.5e-5. A larger cap takes the general
+/// kernels, whose tanh has a relative error, so that a cap far above the logits changes nothing.
 const FAST_SOFTCAP: f64 = 64.0;
 
 impl Detail {

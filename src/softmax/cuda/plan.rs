@@ -7,8 +7,8 @@
 //! | up to `warp_bytes`, light | 8 to 32 lanes a row, the row kept in registers, the next one on its way | the same |
 //! | up to `warp_bytes` | 1 to 32 lanes a row | the same, the row kept in shared memory |
 //! | up to `cluster_bytes` | a block a row | the same, the row kept in shared memory |
-//! | longer | a block a row | a cluster of 2 to 16 blocks a row; without clusters, or for doubles, a block that keeps a part of it |
-//! | beyond `split_bytes`, and few rows | several blocks a row and a merge | the same, and the backward's pass for the gradient |
+//! | longer | a block a row | a cluster of 2 to 16 blocks a row; a block that keeps a part of it for doubles |
+//! | beyond `split_bytes`, few rows | several blocks a row and a merge | the same, and the backward's pass |
 
 use crate::cuda::grid::Grid;
 
@@ -493,8 +493,8 @@ mod tests {
         }
     }
 
-    /// The most addresses in one bank of shared memory, of the accesses of a warp to a tile whose first class is `phase`
-    /// classes behind a word of 16 bytes: the index formulas of `Lane` in `kernels/softmax/tile.cuh`.
+    /// The most addresses in one bank of shared memory, of the accesses of a warp to a tile whose first class is
+    /// `phase` classes behind a word of 16 bytes: the index formulas of `Lane` in `kernels/softmax/tile.cuh`.
     fn bank_conflicts(classes: u32, element: u32, phase: u32, rotated: bool) -> usize {
         let lanes = planner(H100).tile(&rows(1, classes as u64, element as u64)).team;
         let steps = classes.div_ceil(lanes);
