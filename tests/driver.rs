@@ -367,6 +367,8 @@ fn driver_calls_of_each_loss() -> Result<()> {
 /// Every function of the driver that this binary links is counted.
 #[test]
 fn all_driver_functions_are_counted() {
+    let _turn = turn();
+    cuda();
     let program = std::fs::read("/proc/self/exe").expect("this program");
     let is_one = |name: &[u8]| {
         name.starts_with(b"cu") && name.get(2).is_some_and(u8::is_ascii_uppercase) && {

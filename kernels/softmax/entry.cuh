@@ -65,10 +65,8 @@ constexpr int BLOCKS_OF[] = {ARCH < 800 || sizeof(A) == 8 ? 2 : 3, ARCH < 800 ||
                              ARCH >= 1000 || (ARCH < 900 && sizeof(A) == 8) ? 1 : 2, ARCH >= 1000 ? 1 : 2};
 // The same for forwards over tiles, for fused passes over tiles and for strided rows. 0 leaves the registers to the
 // compiler, which would give the general kernels more of them than there are, and plain tiles more than they need.
-constexpr int TILE_BLOCKS_OF[] = {sizeof(A) == 8                ? 4
-                                  : ARCH == 800 || ARCH >= 1000 ? 6
-                                                                : 8,
-                                  ARCH == 900 ? 5 : 4, sizeof(A) == 4 ? 4 : 3};
+constexpr int PLAIN_TILE_BLOCKS = ARCH >= 1200 ? 5 : ARCH == 800 || ARCH >= 1000 || sizeof(X) == 4 ? 6 : 8;
+constexpr int TILE_BLOCKS_OF[] = {PLAIN_TILE_BLOCKS, ARCH == 900 ? 5 : 4};
 #if defined(DETAIL_GENERAL)
 constexpr int STRIDED_BLOCKS = sizeof(A) == 8 ? 2 : ARCH == 900 ? 4 : 3;
 #elif defined(DETAIL_UNIFORM)
@@ -108,7 +106,7 @@ constexpr int STRIDED_BLOCKS = sizeof(A) == 8 ? 0 : ARCH == 900 ? 3 : 2;
     }
 #define EMIT_ROWS(NAME, RULE) EMIT_KERNEL(NAME, (ROWS_THREADS, BLOCKS_OF[RULE::DETAIL]), emit_rows<RULE>)
 #define EMIT_STRIDED(NAME, RULE) EMIT_KERNEL(NAME, (STRIDED_THREADS, STRIDED_BLOCKS), emit_strided<RULE>)
-#define EMIT_TILE(NAME, RULE) EMIT_KERNEL(NAME, (TILE_THREADS), emit_tiles<RULE>)
+#define EMIT_TILE(NAME, RULE) EMIT_KERNEL(NAME, (TILE_THREADS, 4), emit_tiles<RULE>)
 
 // Loss and gradient in one pass.
 #define FUSED_KERNEL(NAME, BOUNDS, BODY)                                                                              \
@@ -127,26 +125,24 @@ constexpr int STRIDED_BLOCKS = sizeof(A) == 8 ? 0 : ARCH == 900 ? 3 : 2;
 
 // Rows in registers, W windows a thread: the blocks of 256 threads that a multiprocessor has to have room for, of
 // kernels that write a value for each class and of those that don't. src/softmax/cuda/plan.rs has the same numbers,
-// except on sm_75 and for 16 windows of f32 in the uniform kernels, which take more registers than these leave.
-constexpr bool is_large(Detail detail, int w) { return detail == UNIFORM && w == 16 && sizeof(X) == 4; }
-constexpr int registers_writing(Detail detail, int w) { return ARCH < 800 || is_large(detail, w) ? 1 : 2; }
+// except on sm_75 and, for one kernel, on sm_100, whose code takes more registers than these leave.
+constexpr int REGISTERS_WRITING = ARCH < 800 ? 1 : 2;
 constexpr int registers_reading(Detail detail, int w) {
-    if (ARCH < 800 || (ARCH >= 1000 && is_large(detail, w))) return 1;
+    if (ARCH < 800 || (ARCH >= 1000 && detail == UNIFORM && w == 16 && sizeof(X) == 4)) return 1;
     return w == 4 ? 3 : 2;
 }
 
 #define REDUCE_REGISTERS(NAME, D, W) \
     REDUCE_KERNEL(NAME, (ROWS_THREADS, registers_reading(D, W)), (reduce_registers<D, W>(p, x, targets, out)))
-#define FUSED_REGISTERS(NAME, RULE, W)                                     \
-    FUSED_KERNEL(NAME, (ROWS_THREADS, registers_writing(RULE::DETAIL, W)), \
-                 (fused_registers<RULE, W>(p, x, out, targets, counts, left)))
+#define FUSED_REGISTERS(NAME, RULE, W) \
+    FUSED_KERNEL(NAME, (ROWS_THREADS, REGISTERS_WRITING), (fused_registers<RULE, W>(p, x, out, targets, counts, left)))
 
 #define LOG_SOFTMAX_KERNEL(NAME, BOUNDS, BODY)                                                                    \
     extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const Params p, const X *x, X *out, A *statistics) { \
         BODY(p, x, out, statistics);                                                                              \
     }
 #define LOG_SOFTMAX_REGISTERS(NAME, W) \
-    LOG_SOFTMAX_KERNEL(NAME, (ROWS_THREADS, registers_writing(PLAIN, W)), log_softmax_registers<W>)
+    LOG_SOFTMAX_KERNEL(NAME, (ROWS_THREADS, REGISTERS_WRITING), log_softmax_registers<W>)
 
 // Forwards with the statistics of rows.
 #define STATISTICS_KERNEL(NAME, BOUNDS, BODY)                                                            \

@@ -48,6 +48,7 @@ struct Params : RowParams {
     int kept;          // windows of a row that a thread keeps in shared memory between its two passes over them
     int upstream_rows; // whether the upstream gradient has a number for each row, or one for all
     int rotated;       // whether the rows of a tile begin at different classes
+    int ahead;         // how many tiles ahead of its own a block prefetches one; 0: none
     int class_last;    // gradients are written in the order (outer, inner, class), else (outer, class, inner)
     // the same for f32 arithmetic, and as exponents of 2: exp2(factor_exponent d) = exp(factor d),
     // exp2(cap_rate x) = exp(2 scale x / softcap), exp2(cap_exponent) = exp(softcap)
@@ -506,7 +507,7 @@ struct CapSums {
 template <class T, class X, int COUNT>
 __device__ __forceinline__ State<float, UNIFORM> capped_state_of(const Params &p, const Unit<X> (&x)[COUNT],
                                                                  int missing) {
-    constexpr int L = Unit<X>::LOGITS, SIZE = COUNT < 4 ? COUNT : 4;
+    constexpr int L = Unit<X>::LOGITS, SIZE = COUNT < 4 ? COUNT : sizeof(T) == 4 ? 2 : 4;
     static_assert(COUNT % SIZE == 0, "tournaments of one size");
     State<float, UNIFORM> state = State<float, UNIFORM>::empty();
     if (missing == COUNT * L) return state;

@@ -118,6 +118,28 @@ template <class T, int R> struct Reader {
 template <Detail D, class T, int U, int R, class F>
 __device__ __forceinline__ void state_of_rows(const Params &p, const Pack<T, R> (&x)[U], F exists,
                                               State<float, D> (&states)[R]) {
+    if (D == UNIFORM && p.capped) {
+        // a few at a time, as they take many registers; what is not there is counted
+        constexpr int COUNT = 4;
+#pragma unroll
+        for (int k = 0; k < R; k++) {
+            states[k] = State<float, D>::empty();
+#pragma unroll
+            for (int first = 0; first < U; first += COUNT) {
+                Unit<float> logits[COUNT];
+                int missing = 0;
+#pragma unroll
+                for (int i = 0; i < COUNT; i++) {
+                    const int u = first + i;
+                    logits[i] = Unit<float>::lowest();
+                    if (u < U) logits[i] = {widen<float>(x[u].at[k])};
+                    missing += u >= U || !exists(u);
+                }
+                states[k] = merge<T>(p, states[k], state_of<D, T>(p, logits, missing));
+            }
+        }
+        return;
+    }
     constexpr int SUMS = 4;
     Unit<T> units[U];
 #pragma unroll

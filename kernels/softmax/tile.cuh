@@ -81,9 +81,8 @@ __device__ __forceinline__ int rows_from(const Params &p, int64_t first) {
     return p.rows - first < rows ? static_cast<int>(p.rows - first) : rows;
 }
 
-// Has a block's first tile fetched to the second-level cache, ahead of what else is waited for.
-template <class T> __device__ __forceinline__ void prefetch_first_tile(const Params &p, const T *x) {
-    const int64_t first = static_cast<int64_t>(blockIdx.x) * (blockDim.x / p.team);
+// Has the tile from a row on fetched to the second-level cache.
+template <class T> __device__ __forceinline__ void prefetch_tile(const Params &p, const T *x, int64_t first) {
     const Windows<T> w(x + first * p.classes, rows_from(p, first) * p.classes);
     prefetch_windows<TILE_DEPTH / LANES_16B<T>>(w, threadIdx.x, blockDim.x, w.count);
 }
@@ -99,6 +98,9 @@ __device__ __forceinline__ void for_each_tile(const Params &p, const T *x, T *ou
         const int count = rows_from(p, first);
         Tile<T> tile;
         tile.size = count * p.classes;
+        // for the block that comes when one that runs now has ended
+        const int64_t later = first + static_cast<int64_t>(p.ahead) * rows;
+        if (p.ahead > 0 && later < p.rows) prefetch_tile(p, x, later);
         tile.load(shared, x + first * p.classes);
         __syncthreads();
         lane.row = first + row;
@@ -200,7 +202,7 @@ __device__ __forceinline__ void fused_tiles(const Params &p, const T *x, T *to, 
     __shared__ uint4 shared[TILE_WINDOWS<T>];
     __shared__ double scratch[WARP];
     if (!x) x = to;
-    prefetch_first_tile(p, x);
+    prefetch_tile(p, x, static_cast<int64_t>(blockIdx.x) * (blockDim.x / p.team));
     const A upstream = over(A(p.grad_scale), denominator_of(p, targets, counts, scratch));
     double2 total = {0, 0};
     for_each_tile(p, x, to, shared, [&](const Lane<T> &l) {

@@ -170,7 +170,9 @@ fn work_of_chunks() -> Result<()> {
         // the mask; of each chunk the copy and the pass; three sums
         assert_eq!((three.launches, three.waits), (1 + 3 * 2 + 3, 0), "{dtype:?}");
         let rounded = if dtype == arithmetic(dtype) { 0 } else { 3 };
-        assert_eq!(three.allocations - one.allocations, 2 * 2 + rounded, "{dtype:?}");
+        // six rows of doubles take several blocks, and partial sums that two rows do without
+        let sums = (dtype == DType::F64) as usize;
+        assert_eq!(three.allocations + sums - one.allocations, 2 * 2 + rounded, "{dtype:?}");
     }
     Ok(())
 }

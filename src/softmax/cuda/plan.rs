@@ -29,6 +29,8 @@ const STRIDED_ROUNDS: u32 = 12;
 const BATCH: u32 = 4;
 /// The threads of a block of the kernels for tiles.
 const TILE_THREADS: u32 = 256;
+/// The fewest blocks of these kernels that an sm_90 has room for.
+const TILE_BLOCKS: u32 = 4;
 /// The most classes of a lane of such a block.
 const TILE_DEPTH: u64 = 8;
 /// The most classes of a row in a tile.
@@ -170,12 +172,14 @@ pub(crate) struct RowPass {
     pub kept: u32,
     /// Whether the rows of a tile begin at different classes, so that they do not meet in the banks of shared memory.
     pub rotated: bool,
+    /// How many tiles ahead of its own a block prefetches one: as many as are worked on at a time. 0: none.
+    pub ahead: u32,
     pub grid: Grid,
 }
 
 impl RowPass {
     fn new(form: Form, team: u32, grid: Grid) -> Self {
-        RowPass { form, team, kept: 0, rotated: false, grid }
+        RowPass { form, team, kept: 0, rotated: false, ahead: 0, grid }
     }
 
     /// Blocks that share a row without forming a cluster.
@@ -351,7 +355,8 @@ impl Planner {
         let lanes = power_of_two(shape.classes.div_ceil(TILE_DEPTH), 1, 8);
         let blocks = shape.rows.div_ceil((TILE_THREADS / lanes) as u64).min(self.thresholds.blocks as u64) as u32;
         let pass = RowPass::new(Form::Tile, lanes, Grid::flat(blocks, TILE_THREADS));
-        RowPass { rotated: rows_share_banks(shape.classes, shape.element), ..pass }
+        let ahead = self.device.processors * TILE_BLOCKS;
+        RowPass { rotated: rows_share_banks(shape.classes, shape.element), ahead, ..pass }
     }
 
     /// Neighbouring threads on neighbouring rows, `at_once` of them each; several threads on the same rows where a
@@ -547,8 +552,9 @@ mod tests {
                 (register_blocks(kept, writes) as u64, rows * windows(pass.team as u64).min(kept as u64) * WINDOW)
             }
             Form::Tile => {
+                // its own tile, and the one that it prefetches
                 let of_block = threads / pass.team as u64 * shape.row_bytes();
-                (2048 / threads, of_block.div_ceil(threads * WINDOW) * WINDOW)
+                (TILE_BLOCKS as u64, 2 * of_block.div_ceil(threads * WINDOW) * WINDOW)
             }
             Form::Rows => {
                 let team = (pass.team * pass.splits() * pass.grid.cluster) as u64;
@@ -596,7 +602,7 @@ mod tests {
             println!("    {} KB loss and gradient, {:?} {:?}", in_flight >> 10, forward.form, both.form);
             assert!(in_flight >= H200_READING / 2, "{n} x {classes}, loss and gradient: {in_flight} bytes, {both:?}");
         }
-        // tiles reach what an H100 needs, and two thirds of what an H200 does
+        // tiles reach what an H100 needs to read, with the tiles that they prefetch
         let shape = rows(1 << 20, 64, 2);
         assert_eq!(bytes_in_flight(&planner(H100).reduce(&shape), &shape, &H100, false), 32 << 10);
         // so do classes that lie apart, of images and of a transposed matrix
