@@ -235,8 +235,8 @@ __device__ __forceinline__ void merge_columns(const Params &p, State<A, D> (&sta
     }
 }
 
-// The targets of a thread's rows, and their own logits after scale and cap.
-template <Detail D, class T, int R> struct OwnClasses {
+// The targets of a thread's rows, and their own logits before scale and cap.
+template <class T, int R> struct OwnClasses {
     Target<Acc<T>> target[R];
     Acc<T> x_t[R];
 
@@ -248,7 +248,7 @@ template <Detail D, class T, int R> struct OwnClasses {
             if (rows.exists[k]) target[k] = read_target(p, targets, rows.row[k]);
         }
 #pragma unroll
-        for (int k = 0; k < R; k++) x_t[k] = own_logit<D>(p, rows.logits[k], target[k]);
+        for (int k = 0; k < R; k++) x_t[k] = own_logit<PLAIN>(p, rows.logits[k], target[k]);
     }
 };
 
@@ -329,14 +329,15 @@ __device__ __forceinline__ void reduce_strided(const Params &p, const T *x, cons
     __shared__ State<A, D> merging[STRIDED_THREADS];
     double2 total = {0, 0};
     for_thread_rows<R>(p, x, [&](const ThreadRows<T, R> &rows) {
-        OwnClasses<D, T, R> own;
+        OwnClasses<T, R> own;
         State<A, D> states[R];
         reduce_classes<D>(p, targets, rows, states, [&] { own.read(p, targets, rows); });
         merge_columns<T>(p, states, merging);
 #pragma unroll
         for (int k = 0; k < R; k++) {
             if (!rows.exists[k] || threadIdx.y != 0) continue;
-            const double2 one = finish_row<D>(p, out, own.target[k], own.x_t[k], states[k], rows.row[k]);
+            const double2 one =
+                finish_row<D>(p, out, own.target[k], value_of<D>(p, own.x_t[k]), states[k], rows.row[k]);
             total.x += one.x, total.y += one.y;
         }
     });
@@ -353,12 +354,13 @@ __device__ __forceinline__ void statistics_strided(const Params &p, const T *x, 
     __shared__ State<A, STATISTICS> merging[STRIDED_THREADS];
     double2 total = {0, 0};
     for_thread_rows<1>(p, x, [&](const ThreadRows<T, 1> &rows) {
-        OwnClasses<STATISTICS, T, 1> own;
+        OwnClasses<T, 1> own;
         State<A, STATISTICS> states[1];
         reduce_classes<STATISTICS>(p, targets, rows, states, [&] { own.read(p, targets, rows); });
         merge_columns<T>(p, states, merging);
         if (rows.exists[0] && threadIdx.y == 0) {
-            const double2 one = finish_row<STATISTICS>(p, out, own.target[0], own.x_t[0], states[0], rows.row[0]);
+            const double2 one = finish_row<STATISTICS>(p, out, own.target[0], value_of<STATISTICS>(p, own.x_t[0]),
+                                                       states[0], rows.row[0]);
             write_row_statistics(p, numbers, own.target[0], A(one.x), states[0], rows.row[0]);
             total.x += one.x, total.y += one.y;
         }
@@ -400,14 +402,15 @@ __device__ __forceinline__ void fused_strided(const Params &p, const T *x, T *to
     LazyDivisor<A> divisor;
     double2 total = {0, 0};
     for_thread_rows<R>(p, x ? x : to, [&](const ThreadRows<T, R> &rows) {
-        OwnClasses<D, T, R> own;
+        OwnClasses<T, R> own;
         State<A, D> states[R];
         reduce_classes<D>(p, targets, rows, states, [&] { own.read(p, targets, rows); });
         merge_columns<T>(p, states, merging);
 #pragma unroll
         for (int k = 0; k < R; k++) {
             if (!rows.exists[k] || threadIdx.y != 0) continue;
-            const double2 one = finish_row<D>(p, out, own.target[k], own.x_t[k], states[k], rows.row[k]);
+            const double2 one =
+                finish_row<D>(p, out, own.target[k], value_of<D>(p, own.x_t[k]), states[k], rows.row[k]);
             total.x += one.x, total.y += one.y;
         }
         const A upstream = over(A(p.grad_scale), divisor.get(p, targets, counts, scratch));
