@@ -181,6 +181,19 @@ pub fn assert_same_bits(what: &str, got: &Tensor, want: &Tensor) -> Result<()> {
     Ok(())
 }
 
+/// The same numbers in both tensors, up to 1e-13 of a number or of 1: what doubles that are added in another order differ
+/// by.
+#[track_caller]
+pub fn assert_nearly_same(what: &str, got: &Tensor, want: &Tensor) -> Result<()> {
+    assert_eq!(got.dims(), want.dims(), "{what}: shape");
+    let (got, want) = (values(got)?, values(want)?);
+    for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+        let near = got.to_bits() == want.to_bits() || (got - want).abs() <= 1e-13 * want.abs().max(1.0);
+        assert!(near || (got.is_nan() && want.is_nan()), "{what}[{i}]: got {got:e}, expected {want:e}");
+    }
+    Ok(())
+}
+
 /// How a tensor's elements lie in memory. What lies around them is NaN (99 in integers), to be noticed if it is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Memory {

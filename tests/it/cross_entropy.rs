@@ -2,8 +2,8 @@
 
 use super::losses::{ABSOLUTE, CrossEntropyLoss, FUSED, Reduction};
 use crate::common::{
-    Check, FLOATS, INDICES, Memory, Operand, REDUCTIONS, Random, arithmetic, assert_same_bits, compare, devices,
-    indices, is_left_out, is_slow, tensor, values, widened,
+    Check, FLOATS, INDICES, Memory, Operand, REDUCTIONS, Random, arithmetic, assert_nearly_same, assert_same_bits,
+    compare, devices, indices, is_left_out, is_slow, tensor, values, widened,
 };
 use crate::reference::{self, Near, Targets};
 use Memory::{Contiguous, Odd, Repeated, Swapped, Window};
@@ -162,8 +162,14 @@ impl Case<'_> {
             let contiguous = logits.detached()?.copy()?.contiguous()?;
             let (one_loss, one_grad) = loss.loss_and_grad(&contiguous, &target.detached()?)?;
             let in_place = loss.loss_and_grad_inplace(&contiguous, &target.detached()?)?;
-            assert_same_bits(&format!("{what}: in-place loss"), &in_place, &one_loss)?;
-            assert_same_bits(&format!("{what}: in-place gradient"), &contiguous, &one_grad)?;
+            // on CUDA the order in which doubles are added depends on where in a word of 16 bytes a gradient begins
+            let same = if device.is_cuda() && contiguous.dtype() == DType::F64 {
+                assert_nearly_same
+            } else {
+                assert_same_bits
+            };
+            same(&format!("{what}: in-place loss"), &in_place, &one_loss)?;
+            same(&format!("{what}: in-place gradient"), &contiguous, &one_grad)?;
 
             // the loss beside the statistics, whose kernels are others, for some of the cases
             if random.below(if is_slow(device) { 9 } else { 3 }) == 0 {
