@@ -319,6 +319,22 @@ __device__ __forceinline__ void emit_classes(const Params &p, const Targets<Acc<
     }
 }
 
+// Reduces the rows of a thread and ends them: all threads of the block call it alike and get their rows' own classes
+// and states. Adds the losses and weights to `total`.
+template <Detail D, class T, int R, class A>
+__device__ __forceinline__ void finish_rows(const Params &p, const Targets<A> &targets, const ThreadRows<T, R> &rows,
+                                            const Outputs<A> &out, OwnClasses<T, R> &own, State<A, D> (&states)[R],
+                                            State<A, D> *merging, double2 &total) {
+    reduce_classes<D>(p, targets, rows, states, [&] { own.read(p, targets, rows); });
+    merge_columns<T>(p, states, merging);
+#pragma unroll
+    for (int k = 0; k < R; k++) {
+        if (!rows.exists[k] || threadIdx.y != 0) continue;
+        const double2 one = finish_row<D>(p, out, own.target[k], value_of<D>(p, own.x_t[k]), states[k], rows.row[k]);
+        total.x += one.x, total.y += one.y;
+    }
+}
+
 // Forward. Reads E, of rows that do not count too: their logits are on their way before that is known.
 template <Detail D, class T>
 __device__ __forceinline__ void reduce_strided(const Params &p, const T *x, const Targets<Acc<T>> &targets,
@@ -331,15 +347,7 @@ __device__ __forceinline__ void reduce_strided(const Params &p, const T *x, cons
     for_thread_rows<R>(p, x, [&](const ThreadRows<T, R> &rows) {
         OwnClasses<T, R> own;
         State<A, D> states[R];
-        reduce_classes<D>(p, targets, rows, states, [&] { own.read(p, targets, rows); });
-        merge_columns<T>(p, states, merging);
-#pragma unroll
-        for (int k = 0; k < R; k++) {
-            if (!rows.exists[k] || threadIdx.y != 0) continue;
-            const double2 one =
-                finish_row<D>(p, out, own.target[k], value_of<D>(p, own.x_t[k]), states[k], rows.row[k]);
-            total.x += one.x, total.y += one.y;
-        }
+        finish_rows(p, targets, rows, out, own, states, merging, total);
     });
     if (out.partials || out.result || out.denominator)
         finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
@@ -404,15 +412,7 @@ __device__ __forceinline__ void fused_strided(const Params &p, const T *x, T *to
     for_thread_rows<R>(p, x ? x : to, [&](const ThreadRows<T, R> &rows) {
         OwnClasses<T, R> own;
         State<A, D> states[R];
-        reduce_classes<D>(p, targets, rows, states, [&] { own.read(p, targets, rows); });
-        merge_columns<T>(p, states, merging);
-#pragma unroll
-        for (int k = 0; k < R; k++) {
-            if (!rows.exists[k] || threadIdx.y != 0) continue;
-            const double2 one =
-                finish_row<D>(p, out, own.target[k], value_of<D>(p, own.x_t[k]), states[k], rows.row[k]);
-            total.x += one.x, total.y += one.y;
-        }
+        finish_rows(p, targets, rows, out, own, states, merging, total);
         const A upstream = over(A(p.grad_scale), divisor.get(p, targets, counts, scratch));
         emit_classes<Rule>(p, targets, rows, to, [&](RowScalars<A>(&s)[R], A(&x_t)[R]) {
 #pragma unroll

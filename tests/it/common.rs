@@ -181,19 +181,6 @@ pub fn assert_same_bits(what: &str, got: &Tensor, want: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// The same numbers in both tensors, up to 1e-13 of a number or of 1: what doubles that are added in another order differ
-/// by.
-#[track_caller]
-pub fn assert_nearly_same(what: &str, got: &Tensor, want: &Tensor) -> Result<()> {
-    assert_eq!(got.dims(), want.dims(), "{what}: shape");
-    let (got, want) = (values(got)?, values(want)?);
-    for (i, (got, want)) in got.iter().zip(&want).enumerate() {
-        let near = got.to_bits() == want.to_bits() || (got - want).abs() <= 1e-13 * want.abs().max(1.0);
-        assert!(near || (got.is_nan() && want.is_nan()), "{what}[{i}]: got {got:e}, expected {want:e}");
-    }
-    Ok(())
-}
-
 /// How a tensor's elements lie in memory. What lies around them is NaN (99 in integers), to be noticed if it is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Memory {
@@ -362,7 +349,15 @@ impl Check<'_> {
             compare(&format!("{what} {name}"), &grad, &operand.arriving(want, arithmetic))?;
             assert_same_bits(&format!("{what}: the {name} the second time"), &operand.grad(&again)?, &grad)?;
         }
+        self.run_loss_and_grad()
+    }
 
+    /// `loss_and_grad` alone.
+    pub fn run_loss_and_grad(&self) -> Result<()> {
+        let Check { what, input, target, .. } = self;
+        let arithmetic = arithmetic(input.dtype());
+        let compare =
+            |what: &str, got: &Tensor, want: &[Near]| compare(what, got, &widened(want, self.absolute), arithmetic);
         let (loss, grad) = (self.loss_and_grad)(&input.detached()?, &target.detached()?)?;
         let expected = (self.expected)(&vec![1.0; loss.elem_count()]);
         assert_eq!((loss.dims(), grad.dims()), (&*self.loss_dims, &*input.dims), "{what}: loss_and_grad's shapes");

@@ -2,8 +2,8 @@
 
 use super::losses::{ABSOLUTE, CrossEntropyLoss, FUSED, Reduction};
 use crate::common::{
-    Check, FLOATS, INDICES, Memory, Operand, REDUCTIONS, Random, arithmetic, assert_nearly_same, assert_same_bits,
-    compare, devices, indices, is_left_out, is_slow, tensor, values, widened,
+    Check, FLOATS, INDICES, Memory, Operand, REDUCTIONS, Random, arithmetic, assert_same_bits, compare, devices,
+    indices, is_left_out, is_slow, tensor, values, widened,
 };
 use crate::reference::{self, Near, Targets};
 use Memory::{Contiguous, Odd, Repeated, Swapped, Window};
@@ -159,17 +159,22 @@ impl Case<'_> {
             check.run(random)?;
 
             // in place: the same gradient in the logits' memory, and nothing around it touched
-            let contiguous = logits.detached()?.copy()?.contiguous()?;
+            let in_place = |x: &Tensor, t: &Tensor| -> Result<(Tensor, Tensor)> {
+                let memory = x.copy()?.contiguous()?;
+                Ok((loss.loss_and_grad_inplace(&memory, t)?, memory))
+            };
+            let (what_in_place, loss_dims) = (format!("{what} in place"), check.loss_dims.clone());
+            Check { what: what_in_place, loss_and_grad: &in_place, loss_dims, ..check }.run_loss_and_grad()?;
+            let mut contiguous = logits.detached()?.copy()?.contiguous()?;
+            if device.is_cuda() {
+                // the order of a row's sum depends on where in a word of 16 bytes its gradient begins: at the start of
+                // the memory for either
+                contiguous = contiguous.force_contiguous()?;
+            }
             let (one_loss, one_grad) = loss.loss_and_grad(&contiguous, &target.detached()?)?;
             let in_place = loss.loss_and_grad_inplace(&contiguous, &target.detached()?)?;
-            // on CUDA the order in which doubles are added depends on where in a word of 16 bytes a gradient begins
-            let same = if device.is_cuda() && contiguous.dtype() == DType::F64 {
-                assert_nearly_same
-            } else {
-                assert_same_bits
-            };
-            same(&format!("{what}: in-place loss"), &in_place, &one_loss)?;
-            same(&format!("{what}: in-place gradient"), &contiguous, &one_grad)?;
+            assert_same_bits(&format!("{what}: in-place loss"), &in_place, &one_loss)?;
+            assert_same_bits(&format!("{what}: in-place gradient"), &contiguous, &one_grad)?;
 
             // the loss beside the statistics, whose kernels are others, for some of the cases
             if random.below(if is_slow(device) { 9 } else { 3 }) == 0 {
