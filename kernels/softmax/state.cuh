@@ -296,14 +296,47 @@ template <class A, Detail D> __device__ __forceinline__ A mass_of(const Params &
 }
 
 // Merges the states of `width` neighbouring lanes, a power of two up to 32; all lanes of the warp call it and all get
-// it.
+// it. The largest maximum comes first, so that every lane's numbers are moved to it by one exponential, with its error
+// once.
 template <class T, class A, Detail D>
 __device__ __forceinline__ State<A, D> merge_lanes(const Params &p, State<A, D> s, int width) {
-    for (int step = width / 2; step > 0; step /= 2) {
-        State<A, D> other = s;
-        other.each([&](auto &field, int) { field = __shfl_xor_sync(ALL_LANES, field, step); });
-        s = merge<T>(p, s, other);
+    if (width == 1) return s;
+    const auto butterfly = [&](auto &field, auto combine) {
+        for (int step = width / 2; step > 0; step /= 2)
+            field = combine(field, __shfl_xor_sync(ALL_LANES, field, step));
+    };
+    const auto larger = [](auto a, auto b) { return max_(a, b); };
+    const auto smaller = [](int a, int b) { return min(a, b); };
+    const auto sum = [](A a, A b) { return a + b; };
+    A max = s.max;
+    butterfly(max, larger);
+    const bool at = s.max == max;
+    // how far the lane's maximum lies below: never -inf - -inf, but -inf where that is more than the largest number
+    const A shift = s.max == -infinity<A>() ? A(0) : s.max - max;
+    const A shrink = s.max == -infinity<A>() ? A(0) : exp_of<D, T>(p, shift);
+    // of the lanes that have the maximum, the first leaves it out; the lower maxima become terms of rest again, and a
+    // NaN in a rest survives the product
+    const unsigned before = (1u << threadIdx.x % WARP) - (1u << (threadIdx.x % WARP & -width));
+    const bool first = (__ballot_sync(ALL_LANES, at) & before) == 0;
+    const A from = at ? s.rest + (first || max == -infinity<A>() ? A(0) : A(1)) : (A(1) + s.rest) * shrink;
+    if constexpr (D >= STATISTICS) {
+        s.moment = at ? s.moment : from == A(0) ? A(0) : shrink * s.moment + from * shift;
+        butterfly(s.moment, sum);
+        s.argmax = at ? s.argmax : NO_CLASS;
+        butterfly(s.argmax, smaller);
+        const A top = s.top;
+        butterfly(s.top, larger);
+        s.top_class = top == s.top ? s.top_class : NO_CLASS;
+        butterfly(s.top_class, smaller);
     }
+    if constexpr (D >= UNIFORM) {
+        s.linear += at || s.mass == A(0) ? A(0) : s.mass * shift;
+        butterfly(s.linear, sum);
+        butterfly(s.mass, sum);
+    }
+    s.max = max;
+    s.rest = from;
+    butterfly(s.rest, sum);
     return s;
 }
 
@@ -597,19 +630,26 @@ __device__ __forceinline__ State<float, D> state_of_logits(const Params &p, cons
 // Whether there is a q other than the own class's.
 __device__ __forceinline__ bool has_q(const Params &p) { return !is_index(p.target) || p.spread != 0.0; }
 
-// Adds `linear` and `mass` of logits x to the state that they have without these.
+// Adds `linear` and `mass` of logits x to the state that they have without these, in sums that do not wait for each
+// other.
 template <int U, int N, class A, Detail D>
 __device__ __forceinline__ void add_targets(State<A, D> &state, const A (&x)[U][N], const A (&q)[U][N]) {
+    constexpr int SUMS = sizeof(A) == sizeof(float) ? 4 : 2;
     const A reference = reference_of(state.max);
+    A linear[SUMS] = {}, mass[SUMS] = {};
 #pragma unroll
-    for (int u = 0; u < U; u++) {
-#pragma unroll
-        for (int k = 0; k < N; k++) {
-            // a probability of 0 at a logit of -inf counts as 0
-            if (q[u][k] != A(0)) state.linear = fma_(q[u][k], x[u][k] - reference, state.linear);
-            state.mass += q[u][k];
-        }
+    for (int i = 0; i < U * N; i++) {
+        const A of_class = q[i / N][i % N], d = x[i / N][i % N] - reference;
+        // a probability of 0 at a logit of -inf counts as 0
+        if (of_class != A(0)) linear[i % SUMS] = fma_(of_class, d, linear[i % SUMS]);
+        mass[i % SUMS] += of_class;
     }
+#pragma unroll
+    for (int step = SUMS / 2; step > 0; step /= 2) {
+#pragma unroll
+        for (int i = 0; i < step; i++) linear[i] += linear[i + step], mass[i] += mass[i + step];
+    }
+    state.linear = linear[0], state.mass = mass[0];
 }
 
 // Adds U groups of N classes to a thread's state, as `absorb`, from units of logits.

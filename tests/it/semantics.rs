@@ -798,15 +798,27 @@ fn windows_at_odd_offsets() -> Result<()> {
             let (got, want) = (ce.loss_and_grad(&window, &t)?, ce.loss_and_grad(&copy, &t)?);
             assert_near("loss", &values(&got.0)?, &values(&want.0)?, F32);
             let largest = 2.0 / 3.0 * if dtype == DType::BF16 { 8e-3 } else { 1e-3 };
-            for (got, want) in values(&got.1)?.iter().zip(values(&want.1)?) {
-                assert!((got - want).abs() <= largest * want.abs().max(1e-3), "{got} {want}");
-            }
-            // in place only the window changes
+            let near = |got: &[f64]| -> Result<()> {
+                for (got, want) in got.iter().zip(values(&want.1)?) {
+                    assert!((got - want).abs() <= largest * want.abs().max(1e-3), "{got} {want}");
+                }
+                Ok(())
+            };
+            near(&values(&got.1)?)?;
+            // in place only the window changes, and always to the same bits
             let before = values(&flat)?;
+            let again = flat.copy()?;
             ce.loss_and_grad_inplace(&window, &t)?;
+            ce.loss_and_grad_inplace(&again.narrow(0, 1, 3 * classes)?.reshape((3, classes))?, &t)?;
             let after = values(&flat)?;
+            assert_eq!(after, values(&again)?);
             assert_eq!((after[0], &after[3 * classes + 1..]), (before[0], &before[3 * classes + 1..]));
-            assert_eq!(&after[1..3 * classes + 1], values(&got.1)?);
+            let replaced = &after[1..3 * classes + 1];
+            near(replaced)?;
+            // on CUDA, a row's sum is taken in an order that depends on where in a word its gradient begins
+            if !device.is_cuda() {
+                assert_eq!(replaced, values(&got.1)?);
+            }
         }
         Ok(())
     })
