@@ -2,8 +2,7 @@
 //
 // Conventions
 // - `In` is a storage type (f16, bf16, f32, f64), `Acc<In>` the type of its arithmetic, of sums and of losses: float
-// for
-//   the first three, double for the last.
+//   for the first three, double for the last.
 // - Offsets into tensors are 64-bit. Indices inside a block are int.
 // - The order of every sum depends only on the launch's shape. There are no float atomics: the same call gives the same
 //   bits.
@@ -27,6 +26,12 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 
 // The dtype of an operand that is not a template parameter. `Tag` in src/cuda/launch.rs has the same numbers.
 enum class DType : int { U8 = 0, U32 = 1, I32 = 2, I64 = 3, F16 = 4, BF16 = 5, F32 = 6, F64 = 7, I16 = 8 };
+
+// The dtype of the elements at a pointer.
+__device__ constexpr DType dtype_of(const f16 *) { return DType::F16; }
+__device__ constexpr DType dtype_of(const bf16 *) { return DType::BF16; }
+__device__ constexpr DType dtype_of(const float *) { return DType::F32; }
+__device__ constexpr DType dtype_of(const double *) { return DType::F64; }
 
 template <class In> struct Arithmetic {
     using type = float;

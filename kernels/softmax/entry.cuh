@@ -165,15 +165,23 @@ STATISTICS_KERNEL(softmax_statistics_rows, (ROWS_THREADS, BLOCKS_OF[STATISTICS])
 // the state of a row and the results of all of them take more registers than those of the other passes
 STATISTICS_KERNEL(softmax_statistics_strided, (STRIDED_THREADS, sizeof(A) == 4 ? 4 : 2), statistics_strided)
 
-// For adjacent classes and for classes apart.
+// For adjacent classes and for classes apart; written in the logits' dtype where that is the target's too, else in the
+// arithmetic one.
 extern "C" __global__ void __launch_bounds__(ROWS_THREADS, sizeof(A) == 4 ? 3 : 2)
     softmax_target_gradient(const Params p, const X *x, const A *weight, const A *statistics, const A *denominator,
-                            const A *upstream, A *out) {
+                            const A *upstream, void *out) {
     const GradientInputs<A> in = {statistics, denominator, upstream};
-    if (p.x.class_stride == 1) {
-        target_gradient_rows(p, x, weight, in, out);
+    const auto write = [&](auto *out) {
+        if (p.x.class_stride == 1) {
+            target_gradient_rows(p, x, weight, in, out);
+        } else {
+            target_gradient_strided(p, x, weight, in, out);
+        }
+    };
+    if (sizeof(X) < sizeof(A) && p.target == dtype_of(x)) {
+        write(static_cast<X *>(out));
     } else {
-        target_gradient_strided(p, x, weight, in, out);
+        write(static_cast<A *>(out));
     }
 }
 

@@ -658,10 +658,10 @@ __device__ __forceinline__ void emit_rows(const Params &p, const T *x, const Tar
                        [&](int64_t row) { return saved_scalars<Rule>(p, read_target(p, targets, row), in, row); });
 }
 
-// The gradient of probability targets, in the arithmetic dtype.
-template <class T>
+// The gradient of probability targets.
+template <class T, class To>
 __device__ __forceinline__ void target_gradient_rows(const Params &p, const T *x, const Acc<T> *weight,
-                                                     const GradientInputs<Acc<T>> &in, Acc<T> *out) {
+                                                     const GradientInputs<Acc<T>> &in, To *out) {
     const Targets<Acc<T>> targets = {nullptr, weight};
     emit_rows_by<TargetGradient>(p, x, targets, out, false, [&](int64_t row) { return target_scalars(p, in, row); });
 }

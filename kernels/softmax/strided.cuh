@@ -492,11 +492,10 @@ __device__ __forceinline__ void log_softmax_backward_any(const Params &p, const 
     });
 }
 
-// The gradient of probability targets: see `TargetGradient`. It is written in the arithmetic dtype and in the order of
-// the logits' gradient.
-template <class T>
+// The gradient of probability targets: see `TargetGradient`. It is written in the order of the logits' gradient.
+template <class T, class To>
 __device__ __forceinline__ void target_gradient_strided(const Params &p, const T *x, const Acc<T> *weight,
-                                                        const GradientInputs<Acc<T>> &in, Acc<T> *out) {
+                                                        const GradientInputs<Acc<T>> &in, To *out) {
     using A = Acc<T>;
     const Operands<A> o = {{nullptr, weight}, 0};
     for_strided_rows(p, [&](int64_t row, bool exists) {
@@ -508,7 +507,7 @@ __device__ __forceinline__ void target_gradient_strided(const Params &p, const T
             const A x_c[1] = {widen<A>(logits[c * p.x.class_stride])};
             A y[1];
             TargetGradient::emit<T>(p, o, s, c, x_c, y);
-            out[written.start + c * written.stride] = y[0];
+            out[written.start + c * written.stride] = narrow<To>(y[0]);
         }
     });
 }

@@ -1,7 +1,7 @@
 //! Cross-entropy as the kernels are asked for it: its options, their checks, what a forward leaves for the backward,
 //! and the kernels that a device has.
 
-use crate::check;
+use crate::check::{self, arithmetic};
 use crate::custom_op::{Arg, Argument, DeviceStorage};
 use crate::rows::layout::{Rows, row_shape, rows_like, rows_of};
 use crate::rows::options::RowOptions;
@@ -213,13 +213,20 @@ impl RowStatistics {
     }
 }
 
+/// The dtype that kernels write the gradient of probability targets in: the logits' where the targets have it too, so
+/// that nothing is left to convert, else the arithmetic one.
+pub(crate) fn target_gradient_dtype(logits: DType, target: DType) -> DType {
+    if logits == target { logits } else { arithmetic(logits) }
+}
+
 /// The softmax family's kernels of a device. Logits and probabilities are as [`as_rows`](crate::rows::layout::as_rows)
 /// leaves them, class indices contiguous.
 pub(crate) trait SoftmaxKernels: DeviceStorage {
     /// The loss, and what the backward needs.
     fn forward(problem: &CrossEntropy, logits: Arg<Self>, target: Arg<Self>) -> Result<(Self, Saved)>;
 
-    /// The gradient of an argument, in the order that [`Rows::class_last`] says.
+    /// The gradient of an argument, in the order that [`Rows::class_last`] says; of a target in the
+    /// [`target_gradient_dtype`].
     fn backward(
         problem: &CrossEntropy,
         saved: &Saved,

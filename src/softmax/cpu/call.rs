@@ -13,9 +13,9 @@ use crate::custom_op::{Arg, Argument, DeviceStorage};
 use crate::reduction::Reduction;
 use crate::rows::cpu::over_denominator;
 use crate::rows::layout::Rows;
-use crate::softmax::problem::{CrossEntropy, STATISTICS, Saved, SoftmaxKernels};
+use crate::softmax::problem::{CrossEntropy, STATISTICS, Saved, SoftmaxKernels, target_gradient_dtype};
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, Layout, Result, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, DType, Layout, Result, Tensor, WithDType, bail};
 use std::ops::Range;
 
 /// Calls `body` with the rows of a problem on its tensors.
@@ -61,7 +61,7 @@ impl SoftmaxKernels for CpuStorage {
             let forward = ForwardResults { statistics, count, denominator, upstream: own_slice(upstream)? };
             Ok(match of {
                 Argument::Input => rows.logits_gradient(&forward),
-                Argument::Target => rows.target_gradient(&forward),
+                Argument::Target => rows.target_gradient(&forward, target.0.dtype()),
             })
         })
     }
@@ -211,7 +211,7 @@ impl<'a, T: Element> RowProblem<'a, T> {
         with_scale!(self.logits.factor, scale => self.engine().emit::<T, _>(None, &LogitsGradient(scale), group))
     }
 
-    fn target_gradient(&self, forward: &ForwardResults<T::Acc>) -> CpuStorage {
+    fn target_gradient(&self, forward: &ForwardResults<T::Acc>, target: DType) -> CpuStorage {
         let keep = self.keep;
         // the derivative of q in the target
         let q = match self.weight {
@@ -227,7 +227,11 @@ impl<'a, T: Element> RowProblem<'a, T> {
             scalars.upstream = forward.upstream(&rows);
             RowGroup { scalars, targets: RowTargets::NONE }
         };
-        Engine::new(&self.logits, &q).emit::<T::Acc, _>(None, &TargetGradient(self.logits.factor), group)
+        let (engine, rule) = (Engine::new(&self.logits, &q), TargetGradient(self.logits.factor));
+        match target_gradient_dtype(T::DTYPE, target) == T::DTYPE {
+            true => engine.emit::<T, _>(None, &rule, group),
+            false => engine.emit::<T::Acc, _>(None, &rule, group),
+        }
     }
 
     /// Loss and gradient; the gradient goes to `out`, which may be the logits themselves.

@@ -10,7 +10,7 @@ use crate::cuda::launch::{InputView, alloc, output, upstream_view};
 use crate::custom_op::{Arg, Argument, Locked};
 use crate::rows::cuda::{RowParams, Strides};
 use crate::rows::layout::Rows;
-use crate::softmax::problem::{CrossEntropy, STATISTICS, Saved, SoftmaxKernels};
+use crate::softmax::problem::{CrossEntropy, STATISTICS, Saved, SoftmaxKernels, target_gradient_dtype};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaStorage;
 use candle_core::{Layout, Result, Tensor, bail};
@@ -55,7 +55,7 @@ impl SoftmaxKernels for CudaStorage {
         let len = layout.shape().elem_count();
         let dtype = match of {
             Argument::Input => call.dtype,
-            Argument::Target => call.arithmetic(),
+            Argument::Target => target_gradient_dtype(call.dtype, target.0.dtype()),
         };
         // SAFETY: the launch below writes all of it
         let mut grad = unsafe { alloc(&call.device, dtype, len.max(1))? };
