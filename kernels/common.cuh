@@ -21,6 +21,11 @@ namespace fused_loss {
 using f16 = __half;
 using bf16 = __nv_bfloat16;
 
+#ifdef __CUDA_ARCH__
+constexpr int ARCH = __CUDA_ARCH__;
+#else
+constexpr int ARCH = 0;
+#endif
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 

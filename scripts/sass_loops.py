@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """What the hot loops of the kernels cost, without a GPU: instructions for each element, from the machine code.
 
-    scripts/sass_loops.py [--arch 90a] [--only REGEX] [--windows N] [--blocks] [kernels/modules/FILE.cu ...]
+    scripts/sass_loops.py [--arch 90a] [--only REGEX] [--windows N] [--fix OLD=>NEW ...] [--blocks] [kernels/modules/FILE.cu ...]
 
 Finds the innermost loops that load 16 bytes at a time and prints, for each, the windows of 16 bytes that it moves in a round
 and, for each element, the issue slots, the operations of the special-function unit (MUFU), of the half-rate pipe (ALU: minima,
 comparisons, integers, conversions) and of shared memory. All instructions between a loop's first and its last are counted,
-so a branch that is not taken counts too: these are upper bounds. With --blocks, each loop's basic blocks follow, a line each, so
+so a branch that is not taken counts too: these are upper bounds. --fix 'p.capped=>0' compiles copies of the headers with one text
+in place of another, so that the branches that such a launch does not take are gone. With --blocks, each loop's basic blocks follow, a line each, so
 that those on a path can be added up: where a block begins, its instructions for each element, and where it branches to.
 
 Where a loop loads probabilities too, its loads in all branches are taken for windows of logits: --windows says how many there are.
@@ -23,6 +24,7 @@ import collections
 import importlib.util
 import pathlib
 import re
+import shutil
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -106,11 +108,26 @@ def blocks(body):
         yield label, code, ""
 
 
+def fixed(folder, fixes):
+    """A copy of the kernels with some texts in place of others, each of which is somewhere in their headers."""
+    copy = pathlib.Path(shutil.copytree(ROOT / "kernels", f"{folder}/kernels"))
+    for old, new in fixes:
+        found = [path for path in copy.rglob("*.cuh") if old in path.read_text()]
+        if not found:
+            raise SystemExit(f"no header has {old!r}")
+        for path in found:
+            path.write_text(path.read_text().replace(old, new))
+    return copy / "modules"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="90a", help="compute capability (default: %(default)s)")
     parser.add_argument("--only", default="", metavar="REGEX", help="only kernels whose name matches")
     parser.add_argument("--windows", type=int, help="the windows of logits of a round")
+    parser.add_argument(
+        "--fix", action="append", default=[], metavar="OLD=>NEW", type=lambda fix: fix.split("=>", 1), help="one text for another"
+    )
     parser.add_argument("--blocks", action="store_true", help="the basic blocks of each loop too")
     parser.add_argument("files", nargs="*", type=pathlib.Path, help="default: all of kernels/modules/*.cu")
     args = parser.parse_args()
@@ -121,7 +138,8 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             ptx, cubin = f"{folder}/k.ptx", f"{folder}/k.cubin"
             gencode = f"-gencode=arch=compute_{args.arch},code=sm_{args.arch}"
-            report.run(nvcc, gencode, "-std=c++17", "-O3", "--ptx", "-o", ptx, str(source))
+            file = fixed(folder, args.fix) / source.name if args.fix else source
+            report.run(nvcc, gencode, "-std=c++17", "-O3", "--ptx", "-o", ptx, str(file))
             used = report.resources(report.run(ptxas, f"-arch=sm_{args.arch}", "-v", "-o", cubin, ptx))
             code = functions(report.run(nvdisasm, "-c", cubin))
         print(f"\n{source.name}, sm_{args.arch}")

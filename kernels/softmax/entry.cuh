@@ -52,11 +52,6 @@ using X = LOGIT;
 using A = Acc<X>;
 
 constexpr int ROWS_THREADS = 256;
-#ifdef __CUDA_ARCH__
-constexpr int ARCH = __CUDA_ARCH__;
-#else
-constexpr int ARCH = 0;
-#endif
 // The blocks that a multiprocessor has to have room for, for each `Detail`, which limits the registers of a thread.
 // With three blocks, 768 threads have 96 KB of loads in flight. Two are enough for the general kernels, which compute
 // more than they load, and for doubles, which take two registers each. Fewer where an architecture's code takes more
@@ -65,7 +60,7 @@ constexpr int BLOCKS_OF[] = {ARCH < 800 || sizeof(A) == 8 ? 2 : 3, ARCH < 800 ||
                              ARCH >= 1000 || (ARCH < 900 && sizeof(A) == 8) ? 1 : 2, ARCH >= 1000 ? 1 : 2};
 // The same for forwards over tiles, for fused passes over tiles and for strided rows. 0 leaves the registers to the
 // compiler, which would give the general kernels more of them than there are, and plain tiles more than they need.
-constexpr int PLAIN_TILE_BLOCKS = ARCH >= 1200 ? 5 : ARCH == 800 || ARCH >= 1000 || sizeof(X) == 4 ? 6 : 8;
+constexpr int PLAIN_TILE_BLOCKS = ARCH < 800 ? 4 : ARCH >= 1200 ? 5 : ARCH != 900 || sizeof(X) == 4 ? 6 : 8;
 constexpr int TILE_BLOCKS_OF[] = {PLAIN_TILE_BLOCKS, ARCH == 900 ? 5 : 4};
 #if defined(DETAIL_GENERAL)
 constexpr int STRIDED_BLOCKS = sizeof(A) == 8 ? 2 : ARCH == 900 ? 4 : 3;
@@ -228,7 +223,9 @@ LOG_SOFTMAX_KERNEL(softmax_log_softmax_tile, (TILE_THREADS), log_softmax_tiles)
 
 #if defined(DETAIL_PLAIN) || defined(DETAIL_LOG_SOFTMAX)
 
-LOG_SOFTMAX_KERNEL(softmax_log_softmax_rows, (ROWS_THREADS, BLOCKS_OF[PLAIN]), log_softmax_rows)
+// on sm_120 the third block would spill
+constexpr int LOG_SOFTMAX_BLOCKS = ARCH >= 1200 ? 2 : BLOCKS_OF[PLAIN];
+LOG_SOFTMAX_KERNEL(softmax_log_softmax_rows, (ROWS_THREADS, LOG_SOFTMAX_BLOCKS), log_softmax_rows)
 LOG_SOFTMAX_KERNEL(softmax_log_softmax_strided, (STRIDED_THREADS, STRIDED_BLOCKS), log_softmax_strided)
 
 #define LOG_SOFTMAX_BACKWARD_KERNEL(NAME, BOUNDS, BODY)                                                       \
@@ -237,7 +234,7 @@ LOG_SOFTMAX_KERNEL(softmax_log_softmax_strided, (STRIDED_THREADS, STRIDED_BLOCKS
         BODY(p, x, statistics, g, out);                                                                       \
     }
 
-LOG_SOFTMAX_BACKWARD_KERNEL(softmax_log_softmax_backward_rows, (ROWS_THREADS, ARCH >= 1200 ? 2 : BLOCKS_OF[PLAIN]),
+LOG_SOFTMAX_BACKWARD_KERNEL(softmax_log_softmax_backward_rows, (ROWS_THREADS, LOG_SOFTMAX_BLOCKS),
                             log_softmax_backward_rows)
 LOG_SOFTMAX_BACKWARD_KERNEL(softmax_log_softmax_backward_any, (STRIDED_THREADS), log_softmax_backward_any)
 

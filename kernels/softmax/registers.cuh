@@ -32,47 +32,49 @@ template <class T, int W> struct Share {
         }
     }
 
+    // How many of the lane's windows or edges begin to end are not there, where the row has `count` of them.
+    __device__ __forceinline__ static int missing(int begin, int end, int lane, int lanes, int count) {
+        int n = 0;
+        for (int i = begin; i < end; i++) n += lane + i * lanes >= count;
+        return n;
+    }
+
+    // The state of the lane's windows, U at a time.
+    template <Detail D, int U>
+    __device__ __forceinline__ State<float, D> reduce_windows(const Params &p, const Windows<T> &w, int lane,
+                                                              int lanes) const {
+        State<float, D> state;
+#pragma unroll
+        for (int u = 0; u < W; u += U) {
+            const int classes = Window<T>::N * missing(u, u + U, lane, lanes, w.count);
+            const State<float, D> part = state_of_windows<D, T, U>(p, windows, u, classes);
+            state = u == 0 ? part : merge<T>(p, state, part);
+        }
+        return state;
+    }
+
     // The row's state; all lanes of the warp call it, and a row's lanes get it.
     template <Detail D> __device__ __forceinline__ State<float, D> reduce(const Params &p, const Windows<T> &w) const {
-        // fewer at a time where the registers are full of windows
+        // fewer at a time where the registers are full of windows; capped ones are in small groups anyhow, but on sm_75
+        // each logit of a group takes a register
         constexpr int U = D == UNIFORM && W == 16 ? 2 : BATCH<D>;
         const int lanes = p.team, lane = threadIdx.x % WARP, first = lane % lanes;
-        // how many of `most` windows, or edges, are not there
-        const auto missing = [&](int most, int count) {
-            int n = 0;
-            for (int i = 0; i < most; i++) n += first + i * lanes >= count;
-            return n;
-        };
-        State<float, D> state;
-        if (D == UNIFORM && p.capped) {
-            state = state_of_windows<D, T, W>(p, windows, 0, Window<T>::N * missing(W, w.count));
-        } else {
-            state = state_of_windows<D, T, U>(p, windows);
-#pragma unroll
-            for (int u = U; u < W; u += U) state = merge<T>(p, state, state_of_windows<D, T, U>(p, windows, u));
-        }
+        State<float, D> state = ARCH >= 800 && D == UNIFORM && p.capped ? reduce_windows<D, W>(p, w, first, lanes)
+                                                                        : reduce_windows<D, U>(p, w, first, lanes);
         if (w.edges != 0) {
             Unit<float> units[EDGES];
 #pragma unroll
             for (int e = 0; e < EDGES; e++) units[e] = {widen<float>(edges[e])};
-            state = merge<T>(p, state, state_of<D, T>(p, units, missing(EDGES, w.edges)));
+            state = merge<T>(p, state, state_of<D, T>(p, units, missing(0, EDGES, first, lanes, w.edges)));
         }
-        float max = state.max;
-        for (int step = lanes / 2; step > 0; step /= 2) max = fmaxf(max, __shfl_xor_sync(ALL_LANES, max, step));
-        // of the lanes that have the row's maximum, the first one leaves it out
-        const bool best = state.max == max;
-        const unsigned before = __ballot_sync(ALL_LANES, best) >> (lane & -lanes) & ((1u << (lane & (lanes - 1))) - 1);
-        const float counted = best && before == 0 ? 0.0f : 1.0f;
-        const float shift = state.max - reference_of(max), shrink = exp_of<D, T>(p, shift);
-        state.max = max;
-        state.rest = lanes_reduce<Sum>((counted + state.rest) * shrink, lanes);
+        const Moved<float> moved = merge_maxima<D, T>(p, state, lanes);
         if constexpr (D == UNIFORM) {
             if (p.capped) {
-                if (state.mass != 0.0f) state.linear = fmaf(state.mass, shift, state.linear);
+                if (state.mass != 0.0f) state.linear = fmaf(state.mass, moved.shift, state.linear);
                 state.linear = lanes_reduce<Sum>(state.linear, lanes);
             } else if (p.spread != 0.0) {
                 state.linear = 0;
-                const float reference = reference_of(max);
+                const float reference = reference_of(state.max);
                 float mass = 0;
                 sum_windows(windows, reference, [&](int u) { return first + u * lanes < w.count; }, state.linear, mass);
                 if (SUM_FIRST<T>) state.linear = fmaf(-mass, reference, state.linear);

@@ -295,48 +295,60 @@ template <class A, Detail D> __device__ __forceinline__ A mass_of(const Params &
     return D == UNIFORM ? A(p.mass) : A(0);
 }
 
-// Merges the states of `width` neighbouring lanes, a power of two up to 32; all lanes of the warp call it and all get
-// it. The largest maximum comes first, so that every lane's numbers are moved to it by one exponential, with its error
+// Combines a number over `width` neighbouring lanes, a power of two up to 32; all lanes of the warp call it.
+template <class A, class F> __device__ __forceinline__ A butterfly(A v, int width, F combine) {
+    for (int step = width / 2; step > 0; step /= 2) v = combine(v, __shfl_xor_sync(ALL_LANES, v, step));
+    return v;
+}
+
+// What became of a lane's numbers when they were moved to the largest maximum.
+template <class A> struct Moved {
+    bool at;         // the lane has that maximum
+    A shift, shrink; // how far the lane's own one is below, and the exponential of that
+    A sum;           // what the lane added to the rest
+};
+
+// Merges maximum and rest of `width` neighbouring lanes, a power of two up to 32; all lanes of the warp call it and all
+// get it. The largest maximum comes first, so that each lane's numbers are moved by one exponential, with its error
 // once.
+template <Detail D, class T, class A>
+__device__ __forceinline__ Moved<A> merge_maxima(const Params &p, State<A, D> &s, int width) {
+    const A max = butterfly(s.max, width, [](A a, A b) { return max_(a, b); });
+    Moved<A> m = {s.max == max, A(0), A(0), A(0)};
+    if (s.max != -infinity<A>()) {
+        // never -inf - -inf, but -inf where that is more than the largest number
+        m.shift = s.max - max;
+        m.shrink = exp_of<D, T>(p, m.shift);
+    }
+    // of the lanes that have the maximum, the first leaves it out; lower maxima become terms of the rest again, and a
+    // NaN in a rest survives the product
+    const unsigned lane = threadIdx.x % WARP;
+    const unsigned before = __ballot_sync(ALL_LANES, m.at) >> (lane & -width) & ((1u << (lane & (width - 1))) - 1);
+    const A counted = (m.at && before == 0) || max == -infinity<A>() ? A(0) : A(1);
+    m.sum = m.at ? counted + s.rest : (counted + s.rest) * m.shrink;
+    s.max = max;
+    s.rest = lanes_reduce<Sum>(m.sum, width);
+    return m;
+}
+
+// Merges the states of `width` lanes, as `merge_maxima`.
 template <class T, class A, Detail D>
 __device__ __forceinline__ State<A, D> merge_lanes(const Params &p, State<A, D> s, int width) {
     if (width == 1) return s;
-    const auto butterfly = [&](auto &field, auto combine) {
-        for (int step = width / 2; step > 0; step /= 2)
-            field = combine(field, __shfl_xor_sync(ALL_LANES, field, step));
-    };
-    const auto larger = [](auto a, auto b) { return max_(a, b); };
-    const auto smaller = [](int a, int b) { return min(a, b); };
-    const auto sum = [](A a, A b) { return a + b; };
-    A max = s.max;
-    butterfly(max, larger);
-    const bool at = s.max == max;
-    // how far the lane's maximum lies below: never -inf - -inf, but -inf where that is more than the largest number
-    const A shift = s.max == -infinity<A>() ? A(0) : s.max - max;
-    const A shrink = s.max == -infinity<A>() ? A(0) : exp_of<D, T>(p, shift);
-    // of the lanes that have the maximum, the first leaves it out; the lower maxima become terms of rest again, and a
-    // NaN in a rest survives the product
-    const unsigned before = (1u << threadIdx.x % WARP) - (1u << (threadIdx.x % WARP & -width));
-    const bool first = (__ballot_sync(ALL_LANES, at) & before) == 0;
-    const A from = at ? s.rest + (first || max == -infinity<A>() ? A(0) : A(1)) : (A(1) + s.rest) * shrink;
-    if constexpr (D >= STATISTICS) {
-        s.moment = at ? s.moment : from == A(0) ? A(0) : shrink * s.moment + from * shift;
-        butterfly(s.moment, sum);
-        s.argmax = at ? s.argmax : NO_CLASS;
-        butterfly(s.argmax, smaller);
-        const A top = s.top;
-        butterfly(s.top, larger);
-        s.top_class = top == s.top ? s.top_class : NO_CLASS;
-        butterfly(s.top_class, smaller);
-    }
+    const Moved<A> m = merge_maxima<D, T>(p, s, width);
     if constexpr (D >= UNIFORM) {
-        s.linear += at || s.mass == A(0) ? A(0) : s.mass * shift;
-        butterfly(s.linear, sum);
-        butterfly(s.mass, sum);
+        s.linear = lanes_reduce<Sum>(m.at || s.mass == A(0) ? s.linear : s.linear + s.mass * m.shift, width);
+        s.mass = lanes_reduce<Sum>(s.mass, width);
     }
-    s.max = max;
-    s.rest = from;
-    butterfly(s.rest, sum);
+    if constexpr (D >= STATISTICS) {
+        const auto first = [&](int index) { return butterfly(index, width, [](int a, int b) { return min(a, b); }); };
+        const A moment = m.sum == A(0) ? A(0) : m.shrink * s.moment + m.sum * m.shift;
+        s.moment = lanes_reduce<Sum>(m.at ? s.moment : moment, width);
+        s.argmax = first(m.at ? s.argmax : NO_CLASS);
+        const A top = butterfly(s.top, width, [](A a, A b) { return max_(a, b); });
+        s.top_class = first(s.top == top ? s.top_class : NO_CLASS);
+        s.top = top;
+    }
     return s;
 }
 

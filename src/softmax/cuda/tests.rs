@@ -1134,3 +1134,54 @@ fn rows_with_gaps_are_replaced_where_they_are() -> Result<()> {
     }
     Ok(())
 }
+
+/// Launches whose instructions are to be counted on the software GPU, by `SOFTGPU_STATS=2`: a line for each of them, in
+/// the order in which this prints what they are and the elements to divide by.
+#[test]
+#[ignore = "counts nothing by itself"]
+fn launches_to_count() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    let say = |what: String, call: &dyn Fn() -> Result<()>| -> Result<()> {
+        println!("{} launches: {what}", work_of(call)?.launches);
+        Ok(())
+    };
+    let sizes: [&[usize]; 5] = [&[2048, 64], &[512, 1000], &[16, 32000], &[16, 32001], &[1, 21, 128, 256]];
+    for (dims, dtype) in sizes.into_iter().flat_map(|dims| [DType::BF16, DType::F32].map(|dtype| (dims, dtype))) {
+        // rows of an odd number of classes are the last ones of longer rows: their gradients begin elsewhere in a word
+        let behind = dims[1] % 2 * (dims.len() == 2) as usize;
+        let wide: Vec<usize> = dims.iter().enumerate().map(|(i, n)| n + behind * (i == 1) as usize).collect();
+        let x = random(&wide, 1, dtype)?.to_device(&gpu)?.narrow(1, behind, dims[1])?;
+        let len: usize = dims.iter().product();
+        let rows: Vec<usize> = dims.iter().enumerate().filter_map(|(i, &n)| (i != 1).then_some(n)).collect();
+        let index = indices(len / dims[1], dims[1], 2)?.reshape(rows)?.to_device(&gpu)?;
+        let soft = random(dims, 3, dtype)?.abs()?.to_device(&gpu)?;
+        let smoothed = || with(plain(), |o| (o.label_smoothing, o.z_loss) = (0.1, 1e-4));
+        let of_class = random(&[dims[1]], 4, DType::F32)?.abs()?.to_device(&gpu)?;
+        for (options, problem, target) in [
+            ("class indices", plain(), &index),
+            ("smoothing, z-loss", smoothed(), &index),
+            ("soft cap", with(plain(), |o| o.softcap = Some(30.0)), &index),
+            ("probabilities", plain(), &soft),
+            ("class weights, smoothing", with(smoothed(), |o| o.rows.weight = Some(of_class)), &index),
+        ] {
+            let problem = with(problem, |o| o.rows.reduction = Reduction::Sum);
+            let what = |pass: &str| format!("{pass}, {options}, {dims:?} {dtype:?}, {len} elements");
+            say(what("forward"), &|| problem.clone().forward(&x, target).map(drop))?;
+            say(what("loss_and_grad"), &|| problem.clone().loss_and_grad(&x, target).map(drop))?;
+            let (of_x, of_t) = (Var::from_tensor(&x)?, Var::from_tensor(&soft)?);
+            let loss = problem.clone().forward(&of_x, target)?;
+            say(what("backward"), &|| loss.backward().map(drop))?;
+            if options == "probabilities" {
+                let loss = problem.clone().forward(&x, of_t.as_tensor())?;
+                say(what("backward of the target"), &|| loss.backward().map(drop))?;
+            }
+        }
+        let leaf = Var::from_tensor(&x)?;
+        let log_softmax = |x: &Tensor| crate::softmax::op::log_softmax("log_softmax", true, x, 1);
+        let what = |pass: &str| format!("{pass}, log-softmax, {dims:?} {dtype:?}, {len} elements");
+        say(what("forward"), &|| log_softmax(&x).map(drop))?;
+        let loss = (log_softmax(&leaf)? * &soft)?.sum_all()?;
+        say(what("backward"), &|| loss.backward().map(drop))?;
+    }
+    Ok(())
+}
