@@ -60,8 +60,7 @@ constexpr int BLOCKS_OF[] = {ARCH < 800 || sizeof(A) == 8 ? 2 : 3, ARCH < 800 ||
                              ARCH >= 1000 || (ARCH < 900 && sizeof(A) == 8) ? 1 : 2, ARCH >= 1000 ? 1 : 2};
 // The same for forwards over tiles, for fused passes over tiles and for strided rows. 0 leaves the registers to the
 // compiler, which would give the general kernels more of them than there are, and plain tiles more than they need.
-constexpr int PLAIN_TILE_BLOCKS = ARCH < 800 ? 4 : ARCH >= 1200 ? 5 : ARCH != 900 || sizeof(X) == 4 ? 6 : 8;
-constexpr int TILE_BLOCKS_OF[] = {PLAIN_TILE_BLOCKS, ARCH == 900 ? 5 : 4};
+constexpr int TILE_BLOCKS_OF[] = {ARCH < 800 ? 4 : ARCH >= 1000 ? 5 : 6, 4};
 #if defined(DETAIL_GENERAL)
 constexpr int STRIDED_BLOCKS = sizeof(A) == 8 ? 2 : ARCH == 900 ? 4 : 3;
 #elif defined(DETAIL_UNIFORM)

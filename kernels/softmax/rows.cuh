@@ -78,6 +78,13 @@ template <class P> __device__ __forceinline__ P *in_register(P *p) {
     return static_cast<P *>(__cvta_global_to_generic(address));
 }
 
+// The same for a pointer into shared memory.
+template <class P> __device__ __forceinline__ P *in_shared_register(P *p) {
+    size_t address = __cvta_generic_to_shared(p);
+    asm("" : "+l"(address));
+    return static_cast<P *>(__cvta_shared_to_generic(address));
+}
+
 // One row as windows and edges.
 template <class T> struct Windows {
     static constexpr int N = LANES_16B<T>;

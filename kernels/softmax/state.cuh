@@ -47,7 +47,7 @@ struct Params : RowParams {
     int team;          // threads that share a row: a power of two up to 32, or the whole block
     int kept;          // windows of a row that a thread keeps in shared memory between its two passes over them
     int upstream_rows; // whether the upstream gradient has a number for each row, or one for all
-    int rotated;       // whether the rows of a tile begin at different classes
+    int rotated;       // how many of its classes further on each thread of a tile begins than the one before, in 32nds
     int ahead;         // how many tiles ahead of its own a block prefetches one; 0: none
     int class_last;    // gradients are written in the order (outer, inner, class), else (outer, class, inner)
     // the same for f32 arithmetic, and as exponents of 2: exp2(factor_exponent d) = exp(factor d),

@@ -1,8 +1,9 @@
 // Passes over many rows of few adjacent classes, with no gaps between the rows.
 //
 // A block takes a tile of whole rows, which is one piece of memory: it comes to shared memory in aligned windows of 16
-// bytes wherever the rows begin, 1 to 8 lanes work on each row there, and a gradient goes back the same way. Bytes:
-// `reduce` reads E; `emit` and `fused` read E and write E.
+// bytes wherever the rows begin, 1 to 8 lanes work on each row there, and a gradient goes back the same way. What a row
+// takes beside its classes is shared by all classes of a lane, so that a row has as few lanes as there are rows enough
+// for. Bytes: `reduce` reads E; `emit` and `fused` read E and write E.
 #pragma once
 
 #include "rows.cuh"
@@ -11,26 +12,30 @@ namespace fused_loss {
 namespace softmax {
 
 constexpr int TILE_THREADS = 256;
-// Classes of a lane; rows have at most 8 lanes' classes.
+// Classes that a lane takes at a time.
 constexpr int TILE_DEPTH = 8;
-
-// Windows of shared memory for a tile: as many classes as a block's lanes can have, and one window more for the
-// alignment.
-template <class T> constexpr int TILE_WINDOWS = TILE_THREADS * TILE_DEPTH / LANES_16B<T> + 1;
 
 // One tile: rows of `classes` elements side by side, with the alignment that they have in global memory.
 template <class T> struct Tile {
     static constexpr int N = LANES_16B<T>;
 
-    T *data; // in shared memory: the first row's class 0
+    T *data; // in shared memory: the first row's class 0, behind as many others as in a word of global memory
     int size;
 
     // Loads a tile; all threads of the block call it, and meet at a barrier before they use it.
     __device__ __forceinline__ void load(uint4 *shared, const T *from) {
         data = reinterpret_cast<T *>(shared) + phase_of<T, N>(from);
         const Windows<T> w(from, size);
-        for (int i = threadIdx.x; i < w.count; i += blockDim.x)
-            Pack<T, N>::load(from + w.first(i)).store(data + w.first(i));
+        constexpr int U = 4;
+        for (int i = threadIdx.x; i < w.count; i += U * blockDim.x) {
+            Window<T> windows[U];
+            load_windows(w.words(), 0, i, blockDim.x, w.count, windows);
+#pragma unroll
+            for (int u = 0; u < U; u++) {
+                const int j = i + u * blockDim.x;
+                if (j < w.count) *reinterpret_cast<uint4 *>(data + w.first(j)) = windows[u].bits();
+            }
+        }
         for (int i = threadIdx.x; i < w.edges; i += blockDim.x) data[w.edge(i)] = from[w.edge(i)];
     }
 
@@ -53,25 +58,25 @@ template <class T> struct Tile {
     }
 };
 
-// A thread's place in a tile. Its classes are lane, lane + lanes, …, in `steps` steps. Where the rows of a warp would
-// meet in the same banks of shared memory, rows begin at different steps (`Params::rotated`), so that at most two
-// addresses of an access are in one bank.
+// A thread's place in a tile. It has the classes lane, lane + lanes, … of its row. Where the rows of a warp would meet
+// in the same banks of shared memory, lanes begin at different ones of their classes (`Params::rotated`), so that at
+// most two addresses of an access are in one bank: `rotation` in src/softmax/cuda/plan.rs.
 template <class T> struct Lane {
     int64_t row;
     bool exists;
     T *logits; // in shared memory: class 0 of the row
-    int lane, lanes, steps;
-    int first; // the class of step 0
+    int lane, lanes;
+    int count; // of its classes
+    int first; // of its classes, the one that it begins at
 
     __device__ __forceinline__ explicit Lane(const Params &p) : lane(threadIdx.x % p.team), lanes(p.team) {
-        steps = (p.classes + lanes - 1) / lanes;
-        const int turn = p.rotated ? (static_cast<int>(threadIdx.x) - lane) / 4 % steps : 0;
-        first = lane + turn * lanes;
+        count = (p.classes - lane + lanes - 1) / lanes;
+        first = lane;
+        if (p.rotated && count > 0) first += static_cast<int>(threadIdx.x) * p.rotated / 32 % count * lanes;
     }
-    // The class of a step, beyond the last class where the step has none.
-    __device__ __forceinline__ int class_at(const Params &p, int step) const {
-        const int c = first + step * lanes, all = steps * lanes;
-        return step >= steps ? p.classes : c < all ? c : c - all;
+    // The class behind class c.
+    __device__ __forceinline__ int next(const Params &p, int c) const {
+        return c + lanes < p.classes ? c + lanes : lane;
     }
 };
 
@@ -84,13 +89,13 @@ __device__ __forceinline__ int rows_from(const Params &p, int64_t first) {
 // Has the tile from a row on fetched to the second-level cache.
 template <class T> __device__ __forceinline__ void prefetch_tile(const Params &p, const T *x, int64_t first) {
     const Windows<T> w(x + first * p.classes, rows_from(p, first) * p.classes);
-    prefetch_windows<TILE_DEPTH / LANES_16B<T>>(w, threadIdx.x, blockDim.x, w.count);
+    for (int i = threadIdx.x; i < w.count; i += blockDim.x) prefetch_windows<1>(w, i, 0, w.count);
 }
 
 // Applies f(lane) to each tile of a block; a gradient that f leaves in shared memory goes to `out`. All threads call f
 // alike.
-template <class T, class F>
-__device__ __forceinline__ void for_each_tile(const Params &p, const T *x, T *out, uint4 *shared, F f) {
+template <class T, class F> __device__ __forceinline__ void for_each_tile(const Params &p, const T *x, T *out, F f) {
+    extern __shared__ uint4 slots[];
     Lane<T> lane(p);
     const int rows = blockDim.x / lane.lanes, row = threadIdx.x / lane.lanes;
     for (int64_t first = static_cast<int64_t>(blockIdx.x) * rows; first < p.rows;
@@ -101,11 +106,11 @@ __device__ __forceinline__ void for_each_tile(const Params &p, const T *x, T *ou
         // for the block that comes when one that runs now has ended
         const int64_t later = first + static_cast<int64_t>(p.ahead) * rows;
         if (p.ahead > 0 && later < p.rows) prefetch_tile(p, x, later);
-        tile.load(shared, x + first * p.classes);
+        tile.load(slots, x + first * p.classes);
         __syncthreads();
         lane.row = first + row;
         lane.exists = row < count;
-        lane.logits = tile.data + row * p.classes;
+        lane.logits = in_shared_register(tile.data + row * p.classes);
         f(lane);
         __syncthreads();
         if (!out) continue;
@@ -127,13 +132,18 @@ __device__ __forceinline__ State<Acc<T>, D> reduce_lane(const Params &p, const O
     if (l.exists && owner == l.lane) x_t = own_logit<D>(p, l.logits, target);
     x_t = __shfl_sync(ALL_LANES, x_t, owner, l.lanes);
     if (l.exists && target.kind == Kind::LIVE) {
-        A x[TILE_DEPTH];
+        int c = l.first;
+#pragma unroll 1
+        for (int i = 0; i < l.count; i += TILE_DEPTH) {
+            A x[TILE_DEPTH];
 #pragma unroll
-        for (int u = 0; u < TILE_DEPTH; u++) {
-            const int c = l.class_at(p, u);
-            x[u] = c < p.classes ? widen<A>(l.logits[c]) : -infinity<A>();
+            for (int u = 0; u < TILE_DEPTH; u++) {
+                x[u] = i + u < l.count ? widen<A>(l.logits[c]) : -infinity<A>();
+                c = l.next(p, c);
+            }
+            const State<A, D> part = state_of_logits<D, T>(p, x, [&](int u) { return i + u < l.count; });
+            state = i == 0 ? part : merge<T>(p, state, part);
         }
-        state = state_of_logits<D, T>(p, x, [&](int u) { return l.class_at(p, u) < p.classes; });
     }
     return merge_lanes<T>(p, state, l.lanes);
 }
@@ -143,20 +153,24 @@ template <class Rule, class T>
 __device__ __forceinline__ void emit_lane(const Params &p, const Operands<Acc<T>> &o, const RowScalars<Acc<T>> &s,
                                           const Lane<T> &l) {
     using A = Acc<T>;
-#pragma unroll(Rule::DETAIL <= UNIFORM ? TILE_DEPTH : 1)
-    for (int u = 0; u < TILE_DEPTH; u++) {
-        const int c = l.class_at(p, u);
-        if (c >= p.classes) continue;
+    // the own class is written once more, from what its logit was
+    A own = A(0);
+    const bool owner = Rule::OWN && s.kind == Kind::LIVE && s.target >= 0 && s.target % l.lanes == l.lane;
+    if constexpr (Rule::OWN) {
+        if (owner) own = Rule::template own_value<T>(p, s, widen<A>(l.logits[s.target]));
+    }
+    int c = l.first;
+#pragma unroll 4
+    for (int i = 0; i < l.count; i++) {
         A y[1] = {dead_value<A>(s.kind)};
         if (s.kind == Kind::LIVE) {
             const A x[1] = {widen<A>(l.logits[c])};
             Rule::template emit<T>(p, o, s, c, x, y);
-            if constexpr (Rule::OWN) {
-                if (c == s.target) y[0] = Rule::template own_value<T>(p, s, x[0]);
-            }
         }
         l.logits[c] = narrow<T>(y[0]);
+        c = l.next(p, c);
     }
+    if (owner) l.logits[s.target] = narrow<T>(own);
 }
 
 // Forward. Reads E.
@@ -164,10 +178,9 @@ template <Detail D, class T>
 __device__ __forceinline__ void reduce_tiles(const Params &p, const T *x, const Targets<Acc<T>> &targets,
                                              const Outputs<Acc<T>> &out) {
     using A = Acc<T>;
-    __shared__ uint4 shared[TILE_WINDOWS<T>];
     __shared__ double scratch[WARP];
     double2 total = {0, 0};
-    for_each_tile(p, x, static_cast<T *>(nullptr), shared, [&](const Lane<T> &l) {
+    for_each_tile(p, x, static_cast<T *>(nullptr), [&](const Lane<T> &l) {
         const int64_t row = l.exists ? l.row : 0;
         const Target<A> target = read_target(p, targets, row);
         A x_t;
@@ -184,8 +197,7 @@ __device__ __forceinline__ void reduce_tiles(const Params &p, const T *x, const 
 template <class Rule, class T>
 __device__ __forceinline__ void emit_tiles(const Params &p, const T *x, const Targets<Acc<T>> &targets,
                                            const GradientInputs<Acc<T>> &in, T *out) {
-    __shared__ uint4 shared[TILE_WINDOWS<T>];
-    for_each_tile(p, x ? x : out, out, shared, [&](const Lane<T> &l) {
+    for_each_tile(p, x ? x : out, out, [&](const Lane<T> &l) {
         if (!l.exists) return;
         const auto target = read_target(p, targets, l.row);
         const auto s = saved_scalars<Rule>(p, target, in, l.row);
@@ -199,13 +211,12 @@ __device__ __forceinline__ void fused_tiles(const Params &p, const T *x, T *to, 
                                             const double *counts, const Outputs<Acc<T>> &out) {
     using A = Acc<T>;
     constexpr Detail D = Rule::DETAIL;
-    __shared__ uint4 shared[TILE_WINDOWS<T>];
     __shared__ double scratch[WARP];
     if (!x) x = to;
     prefetch_tile(p, x, static_cast<int64_t>(blockIdx.x) * (blockDim.x / p.team));
     const A upstream = over(A(p.grad_scale), denominator_of(p, targets, counts, scratch));
     double2 total = {0, 0};
-    for_each_tile(p, x, to, shared, [&](const Lane<T> &l) {
+    for_each_tile(p, x, to, [&](const Lane<T> &l) {
         const int64_t row = l.exists ? l.row : 0;
         const Target<A> target = read_target(p, targets, row);
         const Operands<A> o = operands_of(p, targets, row);
@@ -227,10 +238,9 @@ __device__ __forceinline__ void fused_tiles(const Params &p, const T *x, T *to, 
 template <class T>
 __device__ __forceinline__ void log_softmax_tiles(const Params &p, const T *x, T *to, Acc<T> *statistics) {
     using A = Acc<T>;
-    __shared__ uint4 shared[TILE_WINDOWS<T>];
     const Operands<A> none = {{nullptr, nullptr}, 0};
     const Target<A> live = {Kind::LIVE, -1, A(0), A(0)};
-    for_each_tile(p, x, to, shared, [&](const Lane<T> &l) {
+    for_each_tile(p, x, to, [&](const Lane<T> &l) {
         A x_t;
         const State<A, PLAIN> state = reduce_lane<PLAIN>(p, none, l, live, x_t);
         if (!l.exists) return;

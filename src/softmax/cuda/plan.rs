@@ -11,6 +11,7 @@
 //! | beyond `split_bytes`, few rows | several blocks a row and a merge | the same, and the backward's pass |
 
 use crate::cuda::grid::Grid;
+use std::sync::OnceLock;
 
 /// Bytes that a thread moves at once, and the unit in which rows are shared out.
 const WINDOW: u64 = 16;
@@ -31,8 +32,11 @@ const BATCH: u32 = 4;
 const TILE_THREADS: u32 = 256;
 /// The fewest blocks of these kernels that an sm_90 has room for.
 const TILE_BLOCKS: u32 = 4;
-/// The most classes of a lane of such a block.
+/// The classes that a lane of such a block takes at a time, and the most of them in all.
 const TILE_DEPTH: u64 = 8;
+const TILE_STEPS: u64 = 32;
+/// How many tiles shared memory should have room for, and more if they are small.
+const TILES: u64 = 6;
 /// The most classes of a row in a tile.
 const TILE_CLASSES: u64 = 64;
 
@@ -54,13 +58,45 @@ fn rows_at_once(shape: &RowsShape) -> u64 {
     if shape.light && shape.element == 2 { 2 } else { 1 }
 }
 
-/// Whether more than two rows of a tile meet in a bank of shared memory where all of them begin at class 0.
-fn rows_share_banks(classes: u64, element: u64) -> bool {
-    match classes {
-        4 => element == 4,
-        8 | 9 | 13 | 16 | 21 | 22 | 31..=35 | 60..=64 => true,
-        _ => false,
+/// The most addresses in one bank of shared memory, of the accesses of a warp to a tile: the index formulas of `Lane` in
+/// `kernels/softmax/tile.cuh`. For elements of 2 or 4 bytes, which share a bank of 4 bytes.
+fn shared_banks(classes: u32, element: u32, lanes: u32, rotated: u32) -> usize {
+    let mut most = 1;
+    // a tile begins anywhere in a word: what matters is whether it begins at a bank
+    for phase in 0..4 / element {
+        for (warp, step) in
+            (0..TILE_THREADS / 32).flat_map(|warp| (0..classes.div_ceil(lanes)).map(move |step| (warp, step)))
+        {
+            let mut words = [[0u32; 32]; 32];
+            let mut counts = [0usize; 32];
+            for thread in 32 * warp..32 * (warp + 1) {
+                let (row, lane) = (thread / lanes, thread % lanes);
+                let count = (classes - lane.min(classes)).div_ceil(lanes);
+                if step < count {
+                    let class = lane + (thread * rotated / 32 + step) % count * lanes;
+                    let word = (phase + row * classes + class) * element / 4;
+                    let (words, count) = (&mut words[word as usize % 32], &mut counts[word as usize % 32]);
+                    if !words[..*count].contains(&word) {
+                        words[*count] = word;
+                        *count += 1;
+                    }
+                }
+            }
+            most = most.max(counts.into_iter().max().unwrap_or(1));
+        }
     }
+    most
+}
+
+/// The `Params::rotated` with which at most two addresses of an access to a tile are in one bank.
+fn rotation(classes: u32, element: u32, lanes: u32) -> u32 {
+    const COUNT: usize = 2 * 4 * (TILE_CLASSES as usize + 1);
+    static KNOWN: [OnceLock<u32>; COUNT] = [const { OnceLock::new() }; COUNT];
+    let index = (classes * 8 + lanes.trailing_zeros() * 2 + element / 4) as usize;
+    *KNOWN[index].get_or_init(|| {
+        let ways = |&rotated: &u32| shared_banks(classes, element, lanes, rotated);
+        (0..=64).find(|rotated| ways(rotated) <= 2).or_else(|| (0..=64).min_by_key(ways)).unwrap_or(0)
+    })
 }
 
 /// The cluster sizes; 1 is a block without a cluster.
@@ -113,6 +149,8 @@ pub(crate) struct DeviceLimits {
 pub(crate) struct Thresholds {
     /// The most classes of a row that is worked through in tiles, up to 64.
     pub tile_classes: u64,
+    /// The threads of a multiprocessor that tiles need before a row has fewer lanes than could work on it.
+    pub tile_threads: u32,
     /// The longest row that a warp, or a part of one, takes.
     pub warp_bytes: u64,
     /// The most windows of a row that a lane keeps in registers; below 4, none.
@@ -139,6 +177,7 @@ impl Default for Thresholds {
     fn default() -> Self {
         Thresholds {
             tile_classes: TILE_CLASSES,
+            tile_threads: 1024,
             warp_bytes: 8 << 10,
             register_windows: 16,
             cluster_bytes: 64 << 10,
@@ -170,8 +209,9 @@ pub(crate) struct RowPass {
     pub team: u32,
     /// Windows that a thread keeps in shared memory.
     pub kept: u32,
-    /// Whether the rows of a tile begin at different classes, so that they do not meet in the banks of shared memory.
-    pub rotated: bool,
+    /// At which classes the rows of a tile begin, so that they do not meet in the banks of shared memory: see
+    /// [`rotation`].
+    pub rotated: u32,
     /// How many tiles ahead of its own a block prefetches one: as many as are worked on at a time. 0: none.
     pub ahead: u32,
     pub grid: Grid,
@@ -179,7 +219,7 @@ pub(crate) struct RowPass {
 
 impl RowPass {
     fn new(form: Form, team: u32, grid: Grid) -> Self {
-        RowPass { form, team, kept: 0, rotated: false, ahead: 0, grid }
+        RowPass { form, team, kept: 0, rotated: 0, ahead: 0, grid }
     }
 
     /// Blocks that share a row without forming a cluster.
@@ -350,13 +390,26 @@ impl Planner {
         Some(RowPass::new(Form::Registers(kept), team, Grid::flat(blocks, REGISTER_THREADS)))
     }
 
-    /// Enough lanes for a row, and as many rows as a block has lanes for.
+    /// As few lanes for a row as still leave every multiprocessor enough threads, and as many rows as a block has lanes
+    /// for.
     fn tile(&self, shape: &RowsShape) -> RowPass {
-        let lanes = power_of_two(shape.classes.div_ceil(TILE_DEPTH), 1, 8);
+        let most = power_of_two(shape.classes.div_ceil(TILE_DEPTH), 1, 8);
+        let tile_bytes = |lanes: u32| (TILE_THREADS / lanes) as u64 * shape.row_bytes();
+        let shared = self.thresholds.shared_bytes.unwrap_or(self.device.shared_bytes) as u64;
+        let threads = self.device.processors as u64 * self.thresholds.tile_threads as u64;
+        let enough = |lanes: u32| {
+            shape.classes <= lanes as u64 * TILE_STEPS
+                && shape.rows * lanes as u64 >= threads
+                && tile_bytes(lanes) * TILES <= shared
+        };
+        let lanes = [1, 2, 4].into_iter().find(|&lanes| enough(lanes)).map_or(most, |lanes| lanes.min(most));
         let blocks = shape.rows.div_ceil((TILE_THREADS / lanes) as u64).min(self.thresholds.blocks as u64) as u32;
-        let pass = RowPass::new(Form::Tile, lanes, Grid::flat(blocks, TILE_THREADS));
+        // as many bytes behind a word as the tile has in global memory
+        let shared_bytes = (tile_bytes(lanes).next_multiple_of(WINDOW) + WINDOW) as u32;
+        let grid = Grid { shared_bytes, ..Grid::flat(blocks, TILE_THREADS) };
+        let rotated = rotation(shape.classes as u32, shape.element as u32, lanes);
         let ahead = self.device.processors * TILE_BLOCKS;
-        RowPass { rotated: rows_share_banks(shape.classes, shape.element), ahead, ..pass }
+        RowPass { rotated, ahead, ..RowPass::new(Form::Tile, lanes, grid) }
     }
 
     /// Neighbouring threads on neighbouring rows, `at_once` of them each; several threads on the same rows where a
@@ -433,7 +486,10 @@ mod tests {
         // (rows, classes, bytes of a logit), the kernel, threads that share a row in a block, blocks that do
         let table = [
             ((65536, 10, 2), Form::Tile, 2, 1),
-            ((65536, 64, 2), Form::Tile, 8, 1),
+            ((64, 64, 2), Form::Tile, 8, 1),
+            ((65536, 64, 2), Form::Tile, 4, 1),
+            ((1 << 20, 64, 2), Form::Tile, 2, 1),
+            ((1 << 20, 10, 2), Form::Tile, 1, 1),
             ((65536, 65, 2), Form::Registers(4), 8, 1),
             ((32768, 256, 2), Form::Registers(4), 8, 1),
             ((65536, 1000, 2), Form::Registers(4), 32, 1),
@@ -498,45 +554,39 @@ mod tests {
         }
     }
 
-    /// The most addresses in one bank of shared memory, of the accesses of a warp to a tile whose first class is
-    /// `phase` classes behind a word of 16 bytes: the index formulas of `Lane` in `kernels/softmax/tile.cuh`.
-    fn bank_conflicts(classes: u32, element: u32, phase: u32, rotated: bool) -> usize {
-        let lanes = planner(H100).tile(&rows(1, classes as u64, element as u64)).team;
-        let steps = classes.div_ceil(lanes);
-        let mut most = 1;
-        for warp in 0..TILE_THREADS / 32 {
-            for step in 0..steps {
-                let mut banks = vec![std::collections::BTreeSet::new(); 32];
-                for thread in 32 * warp..32 * (warp + 1) {
-                    let lane = thread % lanes;
-                    let turn = if rotated { (thread - lane) / 4 % steps } else { 0 };
-                    let class = lane + (turn + step) % steps * lanes;
-                    if class < classes {
-                        // a bank is four bytes wide
-                        let word = (phase + thread / lanes * classes + class) * element / 4;
-                        banks[word as usize % 32].insert(word);
-                    }
-                }
-                most = most.max(banks.iter().map(|words| words.len()).max().unwrap_or(1));
-            }
-        }
-        most
-    }
-
     #[test]
     fn tiles_have_few_bank_conflicts() {
-        for element in [2, 4] {
-            for classes in 1..=64 {
-                let most = |rotated| {
-                    (0..16 / element).map(|phase| bank_conflicts(classes, element, phase, rotated)).max().unwrap()
-                };
-                let rotated = planner(H100).tile(&rows(1, classes as u64, element as u64)).rotated;
-                println!("{classes} classes, {element} bytes: {}-way, planned {}-way", most(false), most(rotated));
-                assert!(most(rotated) <= 2, "{classes} classes, {element} bytes: {}-way", most(rotated));
+        for (element, classes) in [2, 4].into_iter().flat_map(|element| (1..=64).map(move |classes| (element, classes)))
+        {
+            for lanes in [1, 2, 4, 8].into_iter().filter(|lanes| classes <= lanes * TILE_STEPS as u32) {
+                let ways = shared_banks(classes, element, lanes, rotation(classes, element, lanes));
+                // no beginnings are better for these
+                let most = if (classes, element, lanes) == (43, 4, 4) { 3 } else { 2 };
+                assert!(ways <= most, "{classes} classes, {element} bytes, {lanes} lanes: {ways}-way");
             }
         }
-        assert_eq!([8, 16, 32, 64].map(|classes| bank_conflicts(classes, 2, 0, false)), [4; 4]);
-        assert_eq!([8, 16, 32, 64].map(|classes| bank_conflicts(classes, 4, 0, false)), [8, 8, 8, 4]);
+        assert_eq!([8, 16, 32, 64].map(|classes| shared_banks(classes, 2, (classes / 8).max(1), 0)), [4; 4]);
+        assert_eq!([8, 16, 32, 64].map(|classes| shared_banks(classes, 4, (classes / 8).max(1), 0)), [8, 8, 8, 4]);
+        assert_eq!(shared_banks(32, 4, 1, 0), 32);
+    }
+
+    /// A lane has more classes where there are rows enough, and where their tiles leave room for others.
+    #[test]
+    fn tiles_have_few_lanes() {
+        let lanes = |device: DeviceLimits, n: u64, classes: u64, element: u64| {
+            let pass = Planner { device, thresholds: Thresholds::default() }.tile(&rows(n, classes, element));
+            assert!(pass.grid.shared_bytes as u64 * TILES <= device.shared_bytes as u64, "{pass:?}");
+            pass.team
+        };
+        assert_eq!([64, 1 << 17, 1 << 18, 1 << 20].map(|n| lanes(H100, n, 64, 2)), [8, 2, 2, 2]);
+        assert_eq!([64, 1 << 17, 1 << 18, 1 << 20].map(|n| lanes(H100, n, 32, 4)), [4, 2, 1, 1]);
+        assert_eq!([1, 1 << 20].map(|n| lanes(H100, n, 10, 2)), [2, 1]);
+        assert_eq!([1, 1 << 20].map(|n| lanes(H100, n, 8, 2)), [1, 1]);
+        let small = DeviceLimits { shared_bytes: 64 << 10, ..H100 };
+        assert_eq!(
+            [(64, 2), (64, 4), (10, 4)].map(|(classes, element)| lanes(small, 1 << 20, classes, element)),
+            [4, 8, 1]
+        );
     }
 
     /// Bytes of logits that a multiprocessor has on their way with all of its threads at their loads: resident blocks
@@ -602,9 +652,12 @@ mod tests {
             println!("    {} KB loss and gradient, {:?} {:?}", in_flight >> 10, forward.form, both.form);
             assert!(in_flight >= H200_READING / 2, "{n} x {classes}, loss and gradient: {in_flight} bytes, {both:?}");
         }
-        // tiles reach what an H100 needs to read, with the tiles that they prefetch
-        let shape = rows(1 << 20, 64, 2);
-        assert_eq!(bytes_in_flight(&planner(H100).reduce(&shape), &shape, &H100, false), 32 << 10);
+        for (classes, element) in [(64, 2), (64, 4), (21, 2), (10, 4)] {
+            let shape = rows(1 << 20, classes, element);
+            let in_flight = bytes_in_flight(&planner(H100).reduce(&shape), &shape, &H100, false);
+            println!("{classes} classes in tiles, {element} bytes: {} KB", in_flight >> 10);
+            assert!(in_flight >= H200_READING, "{classes} classes in tiles: {in_flight} bytes");
+        }
         // so do classes that lie apart, of images and of a transposed matrix
         for (n, classes) in [(16 * 512 * 512, 21), (16 * 512 * 512, 19), (32 * 128 * 128, 150), (1 << 20, 1000)] {
             for element in [2, 4] {
@@ -673,7 +726,11 @@ mod tests {
                 // the edges are at most a class short of a window on either side
                 assert!(2 * (per_window - 1) <= 2 * pass.team as u64 && (8..=32).contains(&pass.team), "{what}");
             }
-            Form::Tile => assert!(shape.classes <= 8 * pass.team as u64, "{what}"),
+            Form::Tile => {
+                let bytes = (TILE_THREADS / pass.team) as u64 * shape.row_bytes() + WINDOW;
+                assert!(shape.classes <= TILE_STEPS * pass.team as u64, "{what}");
+                assert!(bytes <= pass.grid.shared_bytes as u64, "{what}");
+            }
             Form::Strided => assert_eq!(pass.splits(), 1, "{what}"),
         }
     }

@@ -23,6 +23,7 @@ fn regimes() -> Vec<(&'static str, Thresholds)> {
         // with more classes than a tile has, the next regime
         ("tiles", usual),
         ("tiles in turn, counted ahead", Thresholds { blocks: 1, count_rows: 1, ..usual }),
+        ("tiles of few lanes", Thresholds { tile_threads: 0, ..usual }),
         ("registers", registers),
         ("registers, rows in turn, counted ahead", Thresholds { blocks: 1, count_rows: 1, ..registers }),
         ("warps", Thresholds { warp_bytes: 1 << 20, ..no_tiles }),
@@ -834,8 +835,9 @@ fn the_target_check_waits() -> Result<()> {
 /// logits and not.
 #[test]
 fn tiles_match_the_cpu() -> Result<()> {
-    THRESHOLDS.set(Thresholds::default());
     for (i, classes) in (1..=65).enumerate() {
+        // as many lanes as can work on a row, and as few
+        THRESHOLDS.set(Thresholds { tile_threads: (i as u32 / 4) % 2 * 1024, ..Thresholds::default() });
         for dtype in [FLOATS[i % 4], FLOATS[(i + 1) % 4]] {
             let rows = 300 / (classes / 8 + 1);
             let logits = random(&[rows + 1, classes], 1, dtype)?;
@@ -850,7 +852,8 @@ fn tiles_match_the_cpu() -> Result<()> {
     }
     // rows that begin at each place of a word, more of them than a warp has
     for classes in [5, 8, 9, 31, 33, 64] {
-        for dtype in FLOATS {
+        for (i, dtype) in FLOATS.into_iter().enumerate() {
+            THRESHOLDS.set(Thresholds { tile_threads: i as u32 % 2 * 1024, ..Thresholds::default() });
             for offset in 0..16 / dtype.size_in_bytes() {
                 let wide = random(&[offset + 70 * classes], 1, dtype)?;
                 let view = |x: &Tensor| x.narrow(0, offset, 70 * classes)?.reshape((70, classes));
@@ -1141,6 +1144,8 @@ fn rows_with_gaps_are_replaced_where_they_are() -> Result<()> {
 #[ignore = "counts nothing by itself"]
 fn launches_to_count() -> Result<()> {
     let gpu = Device::new_cuda(0)?;
+    // as for many rows
+    THRESHOLDS.set(Thresholds { tile_threads: 0, ..Thresholds::default() });
     let say = |what: String, call: &dyn Fn() -> Result<()>| -> Result<()> {
         println!("{} launches: {what}", work_of(call)?.launches);
         Ok(())
