@@ -301,11 +301,7 @@ impl Planner {
     /// The backward of log-softmax; `adjacent` says whether classes are next to each other in all of its tensors, the
     /// shape whether they are where the gradient is written.
     pub fn log_softmax_backward(&self, shape: &RowsShape, adjacent: bool) -> RowPass {
-        if adjacent && shape.classes > self.thresholds.tile_classes.min(TILE_CLASSES) {
-            self.keeping(self.rows(shape), shape)
-        } else {
-            self.any_layout(shape)
-        }
+        if adjacent { self.keeping(self.rows(shape), shape) } else { self.any_layout(shape) }
     }
 
     /// The gradient of probability targets.

@@ -1150,7 +1150,7 @@ fn launches_to_count() -> Result<()> {
         println!("{} launches: {what}", work_of(call)?.launches);
         Ok(())
     };
-    let sizes: [&[usize]; 5] = [&[2048, 64], &[512, 1000], &[16, 32000], &[16, 32001], &[1, 21, 128, 256]];
+    let sizes: [&[usize]; 6] = [&[8192, 10], &[2048, 64], &[512, 1000], &[16, 32000], &[16, 32001], &[1, 21, 128, 256]];
     for (dims, dtype) in sizes.into_iter().flat_map(|dims| [DType::BF16, DType::F32].map(|dtype| (dims, dtype))) {
         // rows of an odd number of classes are the last ones of longer rows: their gradients begin elsewhere in a word
         let behind = dims[1] % 2 * (dims.len() == 2) as usize;
