@@ -1145,7 +1145,7 @@ fn rows_with_gaps_are_replaced_where_they_are() -> Result<()> {
 fn launches_to_count() -> Result<()> {
     let gpu = Device::new_cuda(0)?;
     // as for many rows
-    THRESHOLDS.set(Thresholds { tile_threads: 0, ..Thresholds::default() });
+    THRESHOLDS.set(Thresholds { tile_threads: 0, strided_depth: 1, ..Thresholds::default() });
     let say = |what: String, call: &dyn Fn() -> Result<()>| -> Result<()> {
         println!("{} launches: {what}", work_of(call)?.launches);
         Ok(())
