@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """What the hot loops of the kernels cost, without a GPU: instructions for each element, from the machine code.
 
-    scripts/sass_loops.py [--arch 90a] [--only REGEX] [--windows N] [--fix OLD=>NEW ...] [--blocks] [kernels/modules/FILE.cu ...]
+    scripts/sass_loops.py [--arch 90a] [--only REGEX] [--windows N] [--fix OLD=>NEW]... [--blocks] [kernels/modules/FILE.cu ...]
 
 Finds the innermost loops that load 16 bytes at a time and prints, for each, the windows of 16 bytes that it moves in a round
 and, for each element, the issue slots, the operations of the special-function unit (MUFU), of the half-rate pipe (ALU: minima,
 comparisons, integers, conversions) and of shared memory. All instructions between a loop's first and its last are counted,
-so a branch that is not taken counts too: these are upper bounds. --fix 'p.capped=>0' compiles copies of the headers with one text
-in place of another, so that the branches that such a launch does not take are gone. With --blocks, each loop's basic blocks follow, a line each, so
-that those on a path can be added up: where a block begins, its instructions for each element, and where it branches to.
+so a branch that is not taken counts too: these are upper bounds. --fix 'p.capped=>0' compiles copies of the headers with one
+text in place of another, so that the branches that such a launch does not take are gone. With --blocks, each loop's basic blocks
+follow, a line each, so that those on a path can be added up: where a block begins, its instructions for each element, and where
+it branches to.
 
 Where a loop loads probabilities too, its loads in all branches are taken for windows of logits: --windows says how many there are.
 

@@ -62,9 +62,9 @@ constexpr int BLOCKS_OF[] = {ARCH < 800 || sizeof(A) == 8 ? 2 : 3, ARCH < 800 ||
 // compiler, which would give the general kernels more of them than there are, and plain tiles more than they need.
 constexpr int TILE_BLOCKS_OF[] = {ARCH < 800 ? 4 : ARCH >= 1000 ? 5 : 6, 4};
 #if defined(DETAIL_GENERAL)
-constexpr int STRIDED_BLOCKS = sizeof(A) == 8 ? 2 : ARCH == 900 ? 4 : 3;
+constexpr int STRIDED_BLOCKS = sizeof(A) == 8 || ARCH < 900 ? 2 : 3, FUSED_STRIDED_BLOCKS = 2;
 #elif defined(DETAIL_UNIFORM)
-constexpr int FUSED_TILE_BLOCKS = 4, STRIDED_BLOCKS = ARCH == 900 ? 3 : 2;
+constexpr int FUSED_TILE_BLOCKS = 4, STRIDED_BLOCKS = ARCH == 900 ? 3 : 2, FUSED_STRIDED_BLOCKS = STRIDED_BLOCKS;
 #else
 constexpr int FUSED_TILE_BLOCKS = ARCH < 800 || sizeof(A) == 8 ? 0 : ARCH >= 1000 ? 4 : 5;
 constexpr int STRIDED_BLOCKS = sizeof(A) == 8 ? 0 : ARCH == 900 ? 3 : 2;
@@ -113,7 +113,7 @@ constexpr int STRIDED_BLOCKS = sizeof(A) == 8 ? 0 : ARCH == 900 ? 3 : 2;
 #define FUSED_ROWS(NAME, RULE) \
     FUSED_KERNEL(NAME, (ROWS_THREADS, BLOCKS_OF[RULE::DETAIL]), (fused_rows<RULE>(p, x, out, targets, counts, left)))
 #define FUSED_STRIDED(NAME, RULE) \
-    FUSED_KERNEL(NAME, (STRIDED_THREADS, STRIDED_BLOCKS), (fused_strided<RULE>(p, x, out, targets, counts, left)))
+    FUSED_KERNEL(NAME, (STRIDED_THREADS, FUSED_STRIDED_BLOCKS), (fused_strided<RULE>(p, x, out, targets, counts, left)))
 #define FUSED_TILE(NAME, RULE) \
     FUSED_KERNEL(NAME, (TILE_THREADS, FUSED_TILE_BLOCKS), (fused_tiles<RULE>(p, x, out, targets, counts, left)))
 
@@ -235,7 +235,8 @@ LOG_SOFTMAX_KERNEL(softmax_log_softmax_strided, (STRIDED_THREADS, STRIDED_BLOCKS
 
 LOG_SOFTMAX_BACKWARD_KERNEL(softmax_log_softmax_backward_rows, (ROWS_THREADS, LOG_SOFTMAX_BLOCKS),
                             log_softmax_backward_rows)
-LOG_SOFTMAX_BACKWARD_KERNEL(softmax_log_softmax_backward_any, (STRIDED_THREADS), log_softmax_backward_any)
+LOG_SOFTMAX_BACKWARD_KERNEL(softmax_log_softmax_backward_any, (STRIDED_THREADS, sizeof(A) == 4 ? 4 : 2),
+                            log_softmax_backward_any)
 
 #endif
 

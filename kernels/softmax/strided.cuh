@@ -17,8 +17,14 @@ constexpr int STRIDED_THREADS = 256;
 template <Detail D, class T> constexpr bool IN_UNITS = D <= UNIFORM && sizeof(Acc<T>) == sizeof(float);
 // The rows that a thread takes at a time. The general kernels have no registers for the states of two.
 template <Detail D, class T> constexpr int ROWS_AT_ONCE = IN_UNITS<D, T> ? Unit<T>::LOGITS : 1;
-// Classes that a thread loads before it uses the first: with three blocks on a multiprocessor, 33 KB on their way.
-template <Detail D, class T> constexpr int STRIDED_BATCH = IN_UNITS<D, T> ? 11 : D <= UNIFORM ? 4 : 2;
+// Classes that a thread loads before it uses the first: with three blocks on a multiprocessor, 33 KB on their way. The
+// general kernels have their numbers q on the way too.
+template <Detail D, class T>
+constexpr int STRIDED_BATCH = IN_UNITS<D, T> ? 11
+                              : D == GENERAL ? (sizeof(T) == 2   ? 12
+                                                : sizeof(T) == 4 ? 8
+                                                                 : 2)
+                                             : (D <= UNIFORM ? 4 : 2);
 
 // Where a row's gradient is written: in the order (outer, class, inner), or (outer, inner, class).
 struct Written {
@@ -204,6 +210,18 @@ __device__ __forceinline__ void reduce_classes(const Params &p, const Targets<Ac
             state_of_rows(p, x, [&](int u) { return j + u < share; }, parts);
 #pragma unroll
             for (int k = 0; k < R; k++) states[k] = j == 0 ? parts[k] : merge<T>(p, states[k], parts[k]);
+        } else if constexpr (D == GENERAL && sizeof(Acc<T>) == sizeof(float)) {
+            constexpr int L = Unit<T>::LOGITS;
+            Unit<T> units[U / L];
+#pragma unroll
+            for (int i = 0; i < U / L; i++) {
+                Pack<T, L> unit;
+#pragma unroll
+                for (int k = 0; k < L; k++) unit.at[k] = x[i * L + k].at[0];
+                units[i] = *reinterpret_cast<const Unit<T> *>(&unit);
+            }
+            absorb_units<T, U, 1>(
+                states[0], p, o, threadIdx.y + j * blockDim.y, blockDim.y, [&](int u) { return j + u < share; }, units);
         } else {
             absorb<D, T, U, 1>(states[0], p, o, threadIdx.y + j * blockDim.y, blockDim.y,
                                [&](int u, int) { return widen<Acc<T>>(x[u].at[0]); });
@@ -287,16 +305,24 @@ __device__ __forceinline__ void emit_classes(const Params &p, const Targets<Acc<
     }
     int j = 0;
     while (j < share) {
+        const int first = threadIdx.y + j * blockDim.y;
+        // before the first store, which no load may pass
+        A q[U][1];
+        if constexpr (READS_Q<Rule>) load_q(p, o, first, blockDim.y, [&](int u) { return j + u < share; }, q);
 #pragma unroll
         for (int u = 0; u < U; u++) {
-            // the general rules have loads and branches of their own
+            // the general rules have branches of their own
             if (!IN_UNITS<Rule::DETAIL, T> && j + u >= share) continue;
             Pack<T, R> written;
 #pragma unroll
             for (int k = 0; k < R; k++) {
                 const A v[1] = {widen<A>(x[u].at[k])};
                 A y[1];
-                Rule::template emit<T>(p, o, s[k], threadIdx.y + (j + u) * blockDim.y, v, y);
+                if constexpr (READS_Q<Rule>) {
+                    Rule::template emit<T>(p, q[u], s[k], first + u * blockDim.y, v, y);
+                } else {
+                    Rule::template emit<T>(p, o, s[k], first + u * blockDim.y, v, y);
+                }
                 written.at[k] = narrow<T>(s[k].kind == Kind::LIVE ? y[0] : dead_value<A>(s[k].kind));
             }
             if (grouped && j + u < share && rows.exists[0]) written.store(to[0]);
@@ -450,12 +476,41 @@ __device__ __forceinline__ void log_softmax_strided(const Params &p, const T *x,
 // ---------------------------------------------------------------------------------------------------------------------
 // Passes that are rare enough to have one form for all layouts
 
+// Classes that a thread of these passes loads at a time where it writes as many.
+constexpr int ANY_BATCH = 8;
+
+// Some of a thread's classes of a row, from its class j on; the rest of `to` is as it was. All loads are issued before
+// one is waited for.
+template <class T, int U>
+__device__ __forceinline__ void load_classes(const T *row, int64_t stride, int j, int share, T (&to)[U]) {
+    const T *at = row + (threadIdx.y + static_cast<int64_t>(j) * blockDim.y) * stride;
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        if (j + u < share) to[u] = at[u * static_cast<int64_t>(blockDim.y) * stride];
+    }
+}
+
 // The rows of a block in turn: f(row, whether it exists), called by all threads alike.
 template <class F> __device__ __forceinline__ void for_strided_rows(const Params &p, F f) {
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
     for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x; first < p.rows; first += step) {
         const int64_t row = first + threadIdx.x;
         f(row < p.rows ? row : 0, row < p.rows);
+    }
+}
+
+// Writes value(u, class) for the classes of a thread that `load(j)` has loaded.
+template <class To, class L, class F>
+__device__ __forceinline__ void write_classes(const Params &p, int64_t row, To *out, L load, F value) {
+    const Written written(p, row);
+    const int share = share_of_classes(p);
+    for (int j = 0; j < share; j += ANY_BATCH) {
+        load(j);
+#pragma unroll
+        for (int u = 0; u < ANY_BATCH; u++) {
+            const int c = threadIdx.y + (j + u) * blockDim.y;
+            if (j + u < share) out[written.start + c * written.stride] = narrow<To>(value(u, c));
+        }
     }
 }
 
@@ -467,11 +522,19 @@ __device__ __forceinline__ void log_softmax_backward_any(const Params &p, const 
     using A = Acc<T>;
     __shared__ double sums[STRIDED_THREADS];
     for_strided_rows(p, [&](int64_t row, bool exists) {
-        const T *upstream = g + p.t.start(row);
-        const T *logits = x + p.x.start(row);
+        const T *upstream = g + p.t.start(row), *logits = x + p.x.start(row);
+        const int share = exists ? share_of_classes(p) : 0;
+        // with 1024 threads, 32 KB on their way
+        constexpr int U = sizeof(T) == 2 ? 16 : 8;
         double sum = 0;
-        for (int c = threadIdx.y; exists && c < p.classes; c += blockDim.y)
-            sum += widen<A>(upstream[c * p.t.class_stride]);
+        for (int j = 0; j < share; j += U) {
+            T of_g[U];
+#pragma unroll
+            for (int u = 0; u < U; u++) of_g[u] = narrow<T>(A(0));
+            load_classes(upstream, p.t.class_stride, j, share, of_g);
+#pragma unroll
+            for (int u = 0; u < U; u++) sum += widen<A>(of_g[u]);
+        }
         double *column = sums + threadIdx.x;
         column[threadIdx.y * blockDim.x] = sum;
         __syncthreads();
@@ -483,12 +546,13 @@ __device__ __forceinline__ void log_softmax_backward_any(const Params &p, const 
         __syncthreads();
         if (!exists) return;
         const LogSoftmaxGradient<A> rule(p, statistics, row, mass);
-        const Written written(p, row);
-        for (int c = threadIdx.y; c < p.classes; c += blockDim.y) {
-            const A v = rule.template value<T>(p, widen<A>(logits[c * p.x.class_stride]),
-                                               widen<A>(upstream[c * p.t.class_stride]));
-            out[written.start + c * written.stride] = narrow<T>(v);
-        }
+        T of_x[ANY_BATCH], of_g[ANY_BATCH];
+        const auto load = [&](int j) {
+            load_classes(logits, p.x.class_stride, j, share, of_x);
+            load_classes(upstream, p.t.class_stride, j, share, of_g);
+        };
+        write_classes(p, row, out, load,
+                      [&](int u, int) { return rule.template value<T>(p, widen<A>(of_x[u]), widen<A>(of_g[u])); });
     });
 }
 
@@ -502,13 +566,15 @@ __device__ __forceinline__ void target_gradient_strided(const Params &p, const T
         if (!exists) return;
         const RowScalars<A> s = target_scalars(p, in, row);
         const T *logits = x + p.x.start(row);
-        const Written written(p, row);
-        for (int c = threadIdx.y; c < p.classes; c += blockDim.y) {
-            const A x_c[1] = {widen<A>(logits[c * p.x.class_stride])};
+        const int share = share_of_classes(p);
+        T of_x[ANY_BATCH];
+        const auto load = [&](int j) { load_classes(logits, p.x.class_stride, j, share, of_x); };
+        write_classes(p, row, out, load, [&](int u, int c) {
+            const A x_c[1] = {widen<A>(of_x[u])};
             A y[1];
             TargetGradient::emit<T>(p, o, s, c, x_c, y);
-            out[written.start + c * written.stride] = narrow<To>(y[0]);
-        }
+            return y[0];
+        });
     });
 }
 

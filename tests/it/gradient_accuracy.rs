@@ -2,8 +2,8 @@
 //! nothing but the kernels' own arithmetic is measured.
 //!
 //! The gradient is a difference of two terms, `slope p` and `q`. No arithmetic keeps more than the digits of the larger
-//! of the two, so that is what an element's error is relative to, in units: the distance from 1 to the next number of the
-//! arithmetic dtype. A 16-bit gradient is rounded once more, for half a unit in its own last place.
+//! of the two, so that is what an element's error is relative to, in units: the distance from 1 to the next number of
+//! the arithmetic dtype. A 16-bit gradient is rounded once more, for half a unit in its own last place.
 
 use crate::common::{FLOATS, Random, arithmetic, devices, half_ulp, indices, is_slow, stored, tensor, values};
 use crate::reference::sum;
@@ -12,8 +12,8 @@ use candle_fused_loss::{CrossEntropyLoss, Reduction, RowStatistics, log_softmax}
 use std::f64::consts::LN_2;
 
 /// The most units that an element may be off. The exponential, the sum of exponentials and the sum of q add up to one
-/// each, and each of the six roundings of `upstream / denominator * (slope p - q)` to half a unit, if all are as large as
-/// can be and none makes up for another: 6, of which there is no more than this.
+/// each, and each of the six roundings of `upstream / denominator * (slope p - q)` to half a unit, if all are as large
+/// as can be and none makes up for another: 6, of which there is no more than this.
 const UNITS: f64 = 4.0;
 /// On CUDA, where an exponential may be off by two units, and with it their sum.
 const CUDA_UNITS: f64 = 6.0;

@@ -58,8 +58,8 @@ fn rows_at_once(shape: &RowsShape) -> u64 {
     if shape.light && shape.element == 2 { 2 } else { 1 }
 }
 
-/// The most addresses in one bank of shared memory, of the accesses of a warp to a tile: the index formulas of `Lane` in
-/// `kernels/softmax/tile.cuh`. For elements of 2 or 4 bytes, which share a bank of 4 bytes.
+/// The most addresses in one bank of shared memory, of the accesses of a warp to a tile: the index formulas of `Lane`
+/// in `kernels/softmax/tile.cuh`. For elements of 2 or 4 bytes, which share a bank of 4 bytes.
 fn shared_banks(classes: u32, element: u32, lanes: u32, rotated: u32) -> usize {
     let mut most = 1;
     // a tile begins anywhere in a word: what matters is whether it begins at a bank
@@ -607,9 +607,15 @@ mod tests {
                 (768 / threads, windows(team).min(if writes { 4 } else { 8 }) * WINDOW)
             }
             Form::Strided => {
-                // `STRIDED_BATCH` of the kernels
-                let classes = shape.classes.div_ceil(pass.team as u64).min(if shape.light { 11 } else { 2 });
-                (768 / threads, classes * rows_at_once(shape) * shape.element)
+                // `STRIDED_BATCH` of the kernels; those of all options have as many targets on their way
+                let (batch, operands) = match (shape.light, shape.element) {
+                    (true, _) => (11, 1),
+                    (false, 2) => (12, 2),
+                    (false, 4) => (8, 2),
+                    _ => (2, 2),
+                };
+                let classes = shape.classes.div_ceil(pass.team as u64).min(batch);
+                (768 / threads, classes * rows_at_once(shape) * shape.element * operands)
             }
         };
         // either device has 228 KB a multiprocessor, of which the system takes 1 KB for each block
@@ -656,8 +662,9 @@ mod tests {
         }
         // so do classes that lie apart, of images and of a transposed matrix
         for (n, classes) in [(16 * 512 * 512, 21), (16 * 512 * 512, 19), (32 * 128 * 128, 150), (1 << 20, 1000)] {
-            for element in [2, 4] {
-                let shape = RowsShape { adjacent: false, packed: false, even: false, ..rows(n, classes, element) };
+            for (element, light) in [(2, true), (4, true), (2, false), (4, false)] {
+                let apart = RowsShape { adjacent: false, packed: false, even: false, ..rows(n, classes, element) };
+                let shape = RowsShape { light, ..apart };
                 let pass = planner(H100).reduce(&shape);
                 let in_flight = bytes_in_flight(&pass, &shape, &H100, false);
                 println!("{n} x {classes} apart, {element} bytes: {} KB, {:?}", in_flight >> 10, pass.grid.threads);
