@@ -235,7 +235,7 @@ LOG_SOFTMAX_KERNEL(softmax_log_softmax_strided, (STRIDED_THREADS, STRIDED_BLOCKS
 
 LOG_SOFTMAX_BACKWARD_KERNEL(softmax_log_softmax_backward_rows, (ROWS_THREADS, LOG_SOFTMAX_BLOCKS),
                             log_softmax_backward_rows)
-LOG_SOFTMAX_BACKWARD_KERNEL(softmax_log_softmax_backward_any, (STRIDED_THREADS, sizeof(A) == 4 ? 4 : 2),
+LOG_SOFTMAX_BACKWARD_KERNEL(softmax_log_softmax_backward_any, (STRIDED_THREADS, sizeof(A) == 8 || ARCH >= 1000 ? 2 : 4),
                             log_softmax_backward_any)
 
 #endif

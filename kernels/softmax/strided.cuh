@@ -483,10 +483,11 @@ constexpr int ANY_BATCH = 8;
 // one is waited for.
 template <class T, int U>
 __device__ __forceinline__ void load_classes(const T *row, int64_t stride, int j, int share, T (&to)[U]) {
-    const T *at = row + (threadIdx.y + static_cast<int64_t>(j) * blockDim.y) * stride;
+    const int64_t step = blockDim.y * stride;
+    const T *at = row + threadIdx.y * stride + j * step;
 #pragma unroll
-    for (int u = 0; u < U; u++) {
-        if (j + u < share) to[u] = at[u * static_cast<int64_t>(blockDim.y) * stride];
+    for (int u = 0; u < U; u++, at += step) {
+        if (j + u < share) to[u] = *at;
     }
 }
 
@@ -503,13 +504,14 @@ template <class F> __device__ __forceinline__ void for_strided_rows(const Params
 template <class To, class L, class F>
 __device__ __forceinline__ void write_classes(const Params &p, int64_t row, To *out, L load, F value) {
     const Written written(p, row);
+    const int64_t step = blockDim.y * written.stride;
     const int share = share_of_classes(p);
+    To *to = out + written.start + threadIdx.y * written.stride;
     for (int j = 0; j < share; j += ANY_BATCH) {
         load(j);
 #pragma unroll
-        for (int u = 0; u < ANY_BATCH; u++) {
-            const int c = threadIdx.y + (j + u) * blockDim.y;
-            if (j + u < share) out[written.start + c * written.stride] = narrow<To>(value(u, c));
+        for (int u = 0; u < ANY_BATCH; u++, to += step) {
+            if (j + u < share) *to = narrow<To>(value(u, threadIdx.y + (j + u) * blockDim.y));
         }
     }
 }
