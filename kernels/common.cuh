@@ -163,11 +163,37 @@ __device__ __forceinline__ int64_t load_index(const void *p, DType dtype, int64_
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Elementary functions by one name for float and double.
+
+__device__ __forceinline__ float exp_(float x) { return expf(x); }
+__device__ __forceinline__ double exp_(double x) { return exp(x); }
+__device__ __forceinline__ float log_(float x) { return logf(x); }
+__device__ __forceinline__ double log_(double x) { return log(x); }
+__device__ __forceinline__ float log1p_(float x) { return log1pf(x); }
+__device__ __forceinline__ double log1p_(double x) { return log1p(x); }
+__device__ __forceinline__ bool is_nan(float x) { return x != x; }
+__device__ __forceinline__ bool is_nan(double x) { return x != x; }
+__device__ __forceinline__ float abs_(float x) { return fabsf(x); }
+__device__ __forceinline__ double abs_(double x) { return fabs(x); }
+// The larger of two numbers; of a number and a NaN, the number.
+__device__ __forceinline__ float max_(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ double max_(double a, double b) { return fmax(a, b); }
+__device__ __forceinline__ float fma_(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double fma_(double a, double b, double c) { return fma(a, b, c); }
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Reductions
 
 struct Sum {
     template <class A> __device__ __forceinline__ static A identity() { return A(0); }
     template <class A> __device__ __forceinline__ static A combine(A a, A b) { return a + b; }
+};
+
+struct Max {
+    template <class A> __device__ __forceinline__ static A combine(A a, A b) { return max_(a, b); }
+};
+struct Min {
+    __device__ __forceinline__ static int combine(int a, int b) { return min(a, b); }
 };
 
 // Over `width` neighbouring lanes, a power of two up to 32: all lanes of the warp call it, all get their group's
@@ -241,24 +267,5 @@ __device__ __forceinline__ void wait_for_last_launch() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Elementary functions by one name for float and double.
-
-__device__ __forceinline__ float exp_(float x) { return expf(x); }
-__device__ __forceinline__ double exp_(double x) { return exp(x); }
-__device__ __forceinline__ float log_(float x) { return logf(x); }
-__device__ __forceinline__ double log_(double x) { return log(x); }
-__device__ __forceinline__ float log1p_(float x) { return log1pf(x); }
-__device__ __forceinline__ double log1p_(double x) { return log1p(x); }
-__device__ __forceinline__ bool is_nan(float x) { return x != x; }
-__device__ __forceinline__ bool is_nan(double x) { return x != x; }
-__device__ __forceinline__ float abs_(float x) { return fabsf(x); }
-__device__ __forceinline__ double abs_(double x) { return fabs(x); }
-// The larger of two numbers; of a number and a NaN, the number.
-__device__ __forceinline__ float max_(float a, float b) { return fmaxf(a, b); }
-__device__ __forceinline__ double max_(double a, double b) { return fmax(a, b); }
-__device__ __forceinline__ float fma_(float a, float b, float c) { return fmaf(a, b, c); }
-__device__ __forceinline__ double fma_(double a, double b, double c) { return fma(a, b, c); }
 
 } // namespace fused_loss

@@ -295,12 +295,6 @@ template <class A, Detail D> __device__ __forceinline__ A mass_of(const Params &
     return D == UNIFORM ? A(p.mass) : A(0);
 }
 
-// Combines a number over `width` neighbouring lanes, a power of two up to 32; all lanes of the warp call it.
-template <class A, class F> __device__ __forceinline__ A butterfly(A v, int width, F combine) {
-    for (int step = width / 2; step > 0; step /= 2) v = combine(v, __shfl_xor_sync(ALL_LANES, v, step));
-    return v;
-}
-
 // What became of a lane's numbers when they were moved to the largest maximum.
 template <class A> struct Moved {
     bool at;         // the lane has that maximum
@@ -313,7 +307,7 @@ template <class A> struct Moved {
 // once.
 template <Detail D, class T, class A>
 __device__ __forceinline__ Moved<A> merge_maxima(const Params &p, State<A, D> &s, int width) {
-    const A max = butterfly(s.max, width, [](A a, A b) { return max_(a, b); });
+    const A max = lanes_reduce<Max>(s.max, width);
     Moved<A> m = {s.max == max, A(0), A(0), A(0)};
     if (s.max != -infinity<A>()) {
         // never -inf - -inf, but -inf where that is more than the largest number
@@ -341,12 +335,11 @@ __device__ __forceinline__ State<A, D> merge_lanes(const Params &p, State<A, D> 
         s.mass = lanes_reduce<Sum>(s.mass, width);
     }
     if constexpr (D >= STATISTICS) {
-        const auto first = [&](int index) { return butterfly(index, width, [](int a, int b) { return min(a, b); }); };
         const A moment = m.sum == A(0) ? A(0) : m.shrink * s.moment + m.sum * m.shift;
         s.moment = lanes_reduce<Sum>(m.at ? s.moment : moment, width);
-        s.argmax = first(m.at ? s.argmax : NO_CLASS);
-        const A top = butterfly(s.top, width, [](A a, A b) { return max_(a, b); });
-        s.top_class = first(s.top == top ? s.top_class : NO_CLASS);
+        s.argmax = lanes_reduce<Min>(m.at ? s.argmax : NO_CLASS, width);
+        const A top = lanes_reduce<Max>(s.top, width);
+        s.top_class = lanes_reduce<Min>(s.top == top ? s.top_class : NO_CLASS, width);
         s.top = top;
     }
     return s;

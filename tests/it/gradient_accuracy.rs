@@ -2,8 +2,9 @@
 //! nothing but the kernels' own arithmetic is measured.
 //!
 //! The gradient is a difference of two terms, `slope p` and `q`. No arithmetic keeps more than the digits of the larger
-//! of the two, so that is what an element's error is relative to, in units: the distance from 1 to the next number of
-//! the arithmetic dtype. A 16-bit gradient is rounded once more, for half a unit in its own last place.
+//! of the two, so that is what an element is measured by, in units in the last place of the arithmetic dtype; on CUDA
+//! relative to it, in units of the distance from 1 to the next number. A 16-bit gradient is rounded once more, for half
+//! a unit of its own.
 
 use crate::common::{FLOATS, Random, arithmetic, devices, half_ulp, indices, is_slow, stored, tensor, values};
 use crate::reference::sum;
@@ -11,11 +12,11 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_fused_loss::{CrossEntropyLoss, Reduction, RowStatistics, log_softmax};
 use std::f64::consts::LN_2;
 
-/// The most units that an element may be off. The exponential, the sum of exponentials and the sum of q add up to one
-/// each, and each of the six roundings of `upstream / denominator * (slope p - q)` to half a unit, if all are as large
-/// as can be and none makes up for another: 6, of which there is no more than this.
-const UNITS: f64 = 4.0;
-/// On CUDA, where an exponential may be off by two units, and with it their sum.
+/// The most units that an element may be off: one for the exponential, for each sum over the classes (of exponentials,
+/// and of q) one, and half a unit for each of the six roundings of `upstream / denominator * (slope p - q)`.
+const UNITS: f64 = 6.0;
+/// On CUDA, where the exponential may be off by two, its units and those of the sums are of numbers that may be as much
+/// as twice as large beside their last place as the element is: relative units, which add up.
 const CUDA_UNITS: f64 = 6.0;
 
 fn units_of(device: &Device) -> f64 {
@@ -123,17 +124,18 @@ fn units(way: Way, classes: usize, dtype: DType, device: &Device, random: &mut R
             let q: Vec<f64> = (0..classes).map(|c| q(row, c)).collect();
             let at = row * classes..(row + 1) * classes;
             for (want, got) in reference(way, &seen[at.clone()], &q).into_iter().zip(&got[at]) {
-                worst = worst.max(off(dtype, *got, want.value, want.size));
+                worst = worst.max(off(device, dtype, *got, want.value, want.size));
             }
         }
     }
     Ok(worst)
 }
 
-/// How many units of a dtype's arithmetic an error is, relative to `size`.
-fn in_units(dtype: DType, error: f64, size: f64) -> f64 {
-    let unit = if dtype == DType::F64 { f64::EPSILON } else { f32::EPSILON as f64 };
-    error / (unit * size.max(least(dtype)))
+/// How many units of a dtype's arithmetic an error is beside `size`, as the device's units are.
+fn in_units(device: &Device, dtype: DType, error: f64, size: f64) -> f64 {
+    let epsilon = if dtype == DType::F64 { f64::EPSILON } else { f32::EPSILON as f64 };
+    let relative = epsilon * size.max(least(dtype));
+    error / if device.is_cuda() { relative } else { 2.0 * half_ulp(arithmetic(dtype), size) }
 }
 
 /// The least normal number of a dtype's arithmetic.
@@ -142,13 +144,13 @@ fn least(dtype: DType) -> f64 {
 }
 
 /// How many units a gradient is off, relative to `size`, without the rounding to its dtype.
-fn off(dtype: DType, got: f64, want: f64, size: f64) -> f64 {
+fn off(device: &Device, dtype: DType, got: f64, want: f64, size: f64) -> f64 {
     let rounding =
-        if dtype == arithmetic(dtype) { 0.0 } else { half_ulp(dtype, want * (1.0 + f32::EPSILON as f64 * CUDA_UNITS)) };
+        if dtype == arithmetic(dtype) { 0.0 } else { half_ulp(dtype, want * (1.0 + f32::EPSILON as f64 * 8.0)) };
     assert!(!got.is_nan(), "expected {want:e}");
     // what is below the normal numbers may be flushed, and 16-bit numbers have a least distance
     let error = (got - want).abs() - rounding - 64.0 * least(dtype);
-    in_units(dtype, error.max(0.0), size)
+    in_units(device, dtype, error.max(0.0), size)
 }
 
 #[test]
@@ -200,7 +202,7 @@ fn the_part_of_the_z_loss_keeps_its_digits() -> Result<()> {
             let t = Tensor::new(&[0u32], &device)?;
             let got = values(&loss.loss_and_grad(&tensor(&x, &[1, 3], dtype, &device)?, &t)?.1)?;
             let want = reference(way, &x, &[1.0, 0.0, 0.0])[0].value;
-            let error = in_units(dtype, (got[0] - want).abs(), want.abs());
+            let error = in_units(&device, dtype, (got[0] - want).abs(), want.abs());
             assert!(
                 error <= units_of(&device),
                 "{dtype:?}, {way:?}: got {:e}, expected {want:e}, off by {error} units",
@@ -232,7 +234,7 @@ fn confident_rows_keep_their_digits() -> Result<()> {
             let of_log_softmax = values(log_prob.backward()?.get(&leaf).expect("a gradient"))?;
             for (got, factor) in all.into_iter().chain([(of_log_softmax, -1.0)]) {
                 let want = factor * want;
-                let error = in_units(dtype, (got[0] - want).abs(), want.abs());
+                let error = in_units(&device, dtype, (got[0] - want).abs(), want.abs());
                 assert!(
                     error <= units_of(&device),
                     "{dtype:?}: got {:e}, expected {want:e}, off by {error} units",
@@ -267,7 +269,7 @@ fn log_softmax_has_a_gradient_of_its_input() -> Result<()> {
                     let sizes: f64 = if dtype == DType::F64 { g.iter().map(|g| g.abs()).sum() } else { 0.0 };
                     for (c, (want, got)) in want.into_iter().zip(&got[at]).enumerate() {
                         let Element { value, size, p } = want;
-                        let units = off(dtype, *got, -value, size.max(p * sizes));
+                        let units = off(&device, dtype, *got, -value, size.max(p * sizes));
                         let what = format!("{dtype:?}, {classes} classes, [{row}, {c}]");
                         assert!(
                             units <= units_of(&device),
