@@ -12,6 +12,10 @@ extern "C" __global__ void step(int* x, int add, int n) {
     if (INDEX < n) x[INDEX] = 2 * x[INDEX] + add;
 }
 
+extern "C" __global__ void fetch(const int* x, int i) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(x + i));
+}
+
 extern "C" __global__ void move_if(const int* flag, const int* from, int* to, int n) {
     if (INDEX < n && *flag) to[INDEX] = from[INDEX];
 }

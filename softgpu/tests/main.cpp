@@ -665,6 +665,16 @@ static void errors_come_with_a_wait() {
     WORKS(cuMemFree(p));
 }
 
+static void prefetches_have_addresses() {
+    if (!soft) return;
+    CUstream s = stream_with();
+    CUdeviceptr p = memory();
+    WORKS(launch(s, "fetch", 1, p, N - 1));
+    WORKS(cuStreamSynchronize(s));
+    WORKS(launch(s, "fetch", 1, p, N));
+    GIVES(CUDA_ERROR_ILLEGAL_ADDRESS, cuStreamSynchronize(s));
+}
+
 static void work_that_is_left_runs_at_the_end() {
     if (!soft) return;
     CUstream s = stream_with();
@@ -1185,6 +1195,7 @@ static const Test TESTS[] = {
     TEST(use_races_with_a_free, "memory that was ", "`", "not ordered"),
     TEST(use_races_with_an_allocation, "allocated by `cuMemAllocAsync` in another stream"),
     TEST(errors_come_with_a_wait, "fill: global write of 4 bytes out of bounds"),
+    TEST(prefetches_have_addresses, "fetch: prefetch of address", "in no allocation"),
     TEST(work_that_is_left_runs_at_the_end, "at the end of the program failed"),
     TEST(streams_have_numbers),
     TEST(the_pool_has_attributes, "no memory for"),
