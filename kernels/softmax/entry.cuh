@@ -62,7 +62,9 @@ constexpr int BLOCKS_OF[] = {ARCH < 800 || sizeof(A) == 8 ? 2 : 3, ARCH < 800 ||
 // compiler, which would give the general kernels more of them than there are, and plain tiles more than they need.
 constexpr int TILE_BLOCKS_OF[] = {ARCH < 800 ? 4 : ARCH >= 1000 ? 5 : 6, 4};
 #if defined(DETAIL_GENERAL)
-constexpr int STRIDED_BLOCKS = sizeof(A) == 8 || ARCH < 900 ? 2 : 3, FUSED_STRIDED_BLOCKS = 2;
+// f16 has no registers for the third block
+constexpr bool TWO_STRIDED = sizeof(A) == 8 || ARCH < 900 || dtype_of(static_cast<const X *>(nullptr)) == DType::F16;
+constexpr int STRIDED_BLOCKS = TWO_STRIDED ? 2 : 3, FUSED_STRIDED_BLOCKS = 2;
 #elif defined(DETAIL_UNIFORM)
 constexpr int FUSED_TILE_BLOCKS = 4, STRIDED_BLOCKS = ARCH == 900 ? 3 : 2, FUSED_STRIDED_BLOCKS = STRIDED_BLOCKS;
 #else
@@ -156,8 +158,8 @@ EMIT_STRIDED(softmax_emit_general_strided, GeneralGradient)
 FUSED_ROWS(softmax_fused_general_rows, GeneralGradient)
 FUSED_STRIDED(softmax_fused_general_strided, GeneralGradient)
 STATISTICS_KERNEL(softmax_statistics_rows, (ROWS_THREADS, BLOCKS_OF[STATISTICS]), statistics_rows)
-// the state of a row and the results of all of them take more registers than those of the other passes
-STATISTICS_KERNEL(softmax_statistics_strided, (STRIDED_THREADS, sizeof(A) == 4 ? 4 : 2), statistics_strided)
+STATISTICS_KERNEL(softmax_statistics_strided, (STRIDED_THREADS, sizeof(A) == 4 && ARCH == 900 ? 3 : 2),
+                  statistics_strided)
 
 // For adjacent classes and for classes apart; written in the logits' dtype where that is the target's too, else in the
 // arithmetic one.

@@ -24,9 +24,15 @@ template <Detail D> constexpr int BATCH = D <= UNIFORM ? 4 : D == GENERAL ? 2 : 
 template <Detail D, class T>
 constexpr int READ_BATCH = BATCH<D> * (D <= UNIFORM && sizeof(T) < (D == PLAIN ? 8 : 4) ? 2 : 1);
 
-// The windows in flight of a thread in the general kernels, which compute so long on each window that they use one at a
-// time.
-template <Detail D> constexpr int QUEUE = D == GENERAL ? 4 : 2;
+// Bytes of logits that a thread should have on their way at least: with two blocks of 256 threads, 32 KB in a
+// multiprocessor. Kernels without registers for them have what they load later fetched to the second-level cache.
+constexpr int IN_FLIGHT = 64;
+// The same in windows.
+constexpr int WINDOWS_AHEAD = IN_FLIGHT / 16;
+
+__device__ __forceinline__ void prefetch(const void *p) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
+}
 
 // 16 bytes of logits in registers.
 template <class T> struct alignas(16) Window {
@@ -113,7 +119,9 @@ template <class T> struct Windows {
     }
 
     // The word that window 0 begins in.
-    __device__ __forceinline__ const T *words() const { return in_register(row + head - shift); }
+    __device__ __forceinline__ const T *first_word() const { return row + head - shift; }
+    // The same, for many accesses.
+    __device__ __forceinline__ const T *words() const { return in_register(first_word()); }
 
     // Leaves at most `most` windows.
     __device__ __forceinline__ void limit(int classes, int most) {
@@ -210,19 +218,22 @@ __device__ __forceinline__ State<float, D> state_of_windows(const Params &p, con
     return state_of<D, T>(p, units, missing);
 }
 
-// Has a thread's first windows fetched to the second-level cache, ahead of what decides whether they are read: without
-// registers for them, and whatever has to be waited for until then.
+// Has the windows first, first + step, … below `end` fetched to the second-level cache, U of them: without registers
+// for them, and whatever has to be waited for until they are read.
 template <int U, class T>
-__device__ __forceinline__ void prefetch_windows(const Windows<T> &w, int first, int step, int end) {
+__device__ __forceinline__ void prefetch_windows(const T *words, int first, int step, int end) {
 #pragma unroll
     for (int u = 0; u < U; u++) {
-        const T *word = w.row + w.head - w.shift + static_cast<int64_t>(first + u * step) * Windows<T>::N;
-        if (first + u * step < end) asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(word)));
+        if (first + u * step < end) prefetch(words + static_cast<int64_t>(first + u * step) * Windows<T>::N);
     }
 }
 
-// Reduces the windows begin + thread, begin + thread + step, … below `end`, U at a time (GENERAL: see QUEUE); with the
-// first window, the edges.
+// The windows that `reduce_windows` wants to be prefetched before it begins, which may be ahead of what decides whether
+// they are read.
+template <int U> constexpr int FIRST_WINDOWS = U > WINDOWS_AHEAD ? U : WINDOWS_AHEAD;
+
+// Reduces the windows begin + thread, begin + thread + step, … below `end`, U at a time, and with the first window the
+// edges.
 template <Detail D, int U, class T>
 __device__ __forceinline__ State<Acc<T>, D> reduce_windows(const Params &p, const Operands<Acc<T>> &o,
                                                            const Windows<T> &w, int thread, int step, int begin,
@@ -231,17 +242,14 @@ __device__ __forceinline__ State<Acc<T>, D> reduce_windows(const Params &p, cons
     State<Acc<T>, D> state = State<Acc<T>, D>::empty();
     const T *words = w.words();
     if constexpr (D >= GENERAL && !(D == GENERAL && sizeof(Acc<T>) == sizeof(float))) {
-        constexpr int Q = QUEUE<D>;
-        Window<T> next[Q];
+        // so long a computation that one window at a time, and the next one on its way, are enough
+        Window<T> next[1];
         load_windows(words, w.shift, begin + thread, step, end, next);
 #pragma unroll 1
         for (int i = begin + thread, j = 0; i < end; i += step, j++) {
             const Window<T> window = next[0];
-#pragma unroll
-            for (int u = 1; u < Q; u++) next[u - 1] = next[u];
-            Window<T> last[1];
-            load_windows(words, w.shift, i + Q * step, step, end, last);
-            next[Q - 1] = last[0];
+            load_windows(words, w.shift, i + step, step, end, next);
+            prefetch_windows<1>(words, i + WINDOWS_AHEAD * step, step, end);
             if (j < kept.count) kept.at(j) = window.bits();
             absorb<D, T, 1, N>(state, p, o, w.first(i), 0, [&](int, int k) { return window.logit(k); });
         }
@@ -249,6 +257,7 @@ __device__ __forceinline__ State<Acc<T>, D> reduce_windows(const Params &p, cons
         for (int i = begin + thread, j = 0; i < end; i += U * step, j += U) {
             Window<T> windows[U];
             load_windows(words, w.shift, i, step, end, windows);
+            if constexpr (U < WINDOWS_AHEAD) prefetch_windows<U>(words, i + WINDOWS_AHEAD * step, step, end);
 #pragma unroll
             for (int u = 0; u < U; u++) {
                 if (j + u < kept.count) kept.at(j + u) = windows[u].bits();
@@ -330,6 +339,10 @@ template <int U> struct Turns {
     __device__ __forceinline__ int first() const { return (count + U - 1) / U * U - U; }
     __device__ __forceinline__ int window(int j) const { return begin + j * step; }
 
+    // Prefetches a turn's windows where they were not kept in shared memory; there is no turn below 0.
+    template <class T> __device__ __forceinline__ void prefetch_turn(const T *words, int j, Kept kept) const {
+        if (j >= kept.count) prefetch_windows<U>(words, window(j), step, end);
+    }
     // A turn's windows, from shared memory where they were kept.
     template <class T>
     __device__ __forceinline__ void load(const T *words, int shift, int j, Kept kept, Window<T> (&to)[U]) const {
@@ -375,6 +388,7 @@ __device__ __forceinline__ void emit_windows(const Params &p, const Operands<Acc
     for (int j = turns.first(); j >= 0; j -= U) {
         Window<T> windows[U];
         turns.load(logits, w.shift, j, kept, windows);
+        if constexpr (U < WINDOWS_AHEAD) turns.prefetch_turn(logits, j - U, kept);
         // before the first store, which no load may pass
         Acc<T> q[U][N];
         if constexpr (READS_Q<Rule>)
@@ -508,7 +522,7 @@ __device__ __forceinline__ void reduce_rows(const Params &p, const T *x, const T
             const T *logits = x + p.x.start(row);
             const Windows<T> w(logits, p.classes);
             const Part part(w.count);
-            prefetch_windows<U>(w, part.begin + team.thread, team.threads, part.end);
+            prefetch_windows<FIRST_WINDOWS<U>>(w.first_word(), part.begin + team.thread, team.threads, part.end);
             target = read_target(p, targets, row);
             x_t = own_logit<D>(p, logits, target);
             if (target.kind == Kind::LIVE) {
@@ -594,7 +608,7 @@ __device__ __forceinline__ void statistics_rows(const Params &p, const T *x, con
         if (exists) {
             const T *logits = x + p.x.start(row);
             const Windows<T> w(logits, p.classes);
-            prefetch_windows<QUEUE<STATISTICS>>(w, team.thread, team.threads, w.count);
+            prefetch_windows<FIRST_WINDOWS<U>>(w.first_word(), team.thread, team.threads, w.count);
             target = read_target(p, targets, row);
             x_t = own_logit<STATISTICS>(p, logits, target);
             state = reduce_windows<STATISTICS, U>(p, operands_of(p, targets, row), w, team.thread, team.threads, 0,
@@ -651,7 +665,7 @@ __device__ __forceinline__ void emit_rows_by(const Params &p, const T *x, const 
         const Windows<T> w(x + p.x.start(row), to, p.classes);
         const Part part(w.count);
         const Turns<U> turns(team.thread, team.threads, part.begin, part.end);
-        prefetch_windows<U>(w, turns.window(turns.first()), team.threads, part.end);
+        turns.prefetch_turn(w.first_word(), turns.first(), {nullptr, 0});
         emit_windows<Rule>(p, operands_of(p, targets, row), w, scalars(row), to, team.thread, team.threads, part.begin,
                            part.end, {nullptr, 0});
     });
@@ -751,7 +765,7 @@ __device__ __forceinline__ void merge_cluster(const Params &p, const Team &team,
 // The sum of the numbers of the threads that share a row: all threads of the block, and of its cluster, call it and get
 // it. `scratch` may be used again at once.
 __device__ __forceinline__ double sum_row(const Team &team, double sum, double *scratch) {
-    sum = team_reduce<Sum>(sum, team.lanes, scratch);
+    sum = team_reduce<Sum>(sum, team.lanes, in_shared_register(scratch));
     if (team.blocks == 1) return sum;
     if (threadIdx.x == 0) *scratch = sum;
     cluster_sync();
@@ -794,7 +808,7 @@ __device__ __forceinline__ void fused_rows(const Params &p, const T *x, T *to, c
         const Windows<T> w(logits, gradient, p.classes);
         const Operands<A> o = operands_of(p, targets, row);
         if (exists) {
-            prefetch_windows<BATCH<D>>(w, team.thread, team.threads, w.count);
+            prefetch_windows<FIRST_WINDOWS<BATCH<D>>>(w.first_word(), team.thread, team.threads, w.count);
             target = read_target(p, targets, row);
             // by the block that will overwrite it
             owner = w.thread_of(max(0, target.index), 0, w.count, team.threads) / blockDim.x;
@@ -882,7 +896,7 @@ __device__ __forceinline__ void log_softmax_backward_rows(const Params &p, const
                 sum += static_cast<double>((sums[0] + sums[1]) + (sums[2] + sums[3]));
             }
             for (int i = team.thread; i < wg.edges; i += team.threads) sum += widen<A>(wg.row[wg.edge(i)]);
-            prefetch_windows<HALF>(wx, turns.window(turns.first()), team.threads, turns.end);
+            turns.prefetch_turn(logits, turns.first(), {nullptr, 0});
         }
         const A mass = A(sum_row(team, sum, scratch));
         if (!exists) return;
@@ -892,6 +906,7 @@ __device__ __forceinline__ void log_softmax_backward_rows(const Params &p, const
             Window<T> of_x[HALF], of_g[HALF];
             turns.load(logits, wx.shift, j, {nullptr, 0}, of_x);
             turns.load(upstream, wg.shift, j, kept, of_g);
+            turns.prefetch_turn(logits, j - HALF, {nullptr, 0});
 #pragma unroll
             for (int u = 0; u < HALF; u++) {
                 if (j + u >= turns.count) continue;

@@ -20,11 +20,14 @@ template <Detail D, class T> constexpr int ROWS_AT_ONCE = IN_UNITS<D, T> ? Unit<
 // Classes that a thread loads before it uses the first: with three blocks on a multiprocessor, 33 KB on their way. The
 // general kernels have their numbers q on the way too.
 template <Detail D, class T>
-constexpr int STRIDED_BATCH = IN_UNITS<D, T> ? 11
-                              : D == GENERAL ? (sizeof(T) == 2   ? 12
-                                                : sizeof(T) == 4 ? 8
-                                                                 : 2)
-                                             : (D <= UNIFORM ? 4 : 2);
+constexpr int STRIDED_BATCH = IN_UNITS<D, T>                      ? 11
+                              : sizeof(T) == 8 || D == STATISTICS ? 4
+                              : sizeof(T) == 4                    ? 8
+                                                                  : 12;
+// Classes of a row that a thread has on their way, with those that it has prefetched where it has no registers for so
+// many. 0: none is prefetched.
+template <class T> constexpr int CLASSES_IN_FLIGHT = IN_FLIGHT / static_cast<int>(sizeof(T));
+template <Detail D, class T> constexpr int PREFETCHED = IN_UNITS<D, T> ? 0 : CLASSES_IN_FLIGHT<T>;
 
 // Where a row's gradient is written: in the order (outer, class, inner), or (outer, inner, class).
 struct Written {
@@ -62,15 +65,12 @@ template <class T, int R> struct ThreadRows {
             logits[k] = k > 0 && grouped ? logits[0] + k : x + p.x.start(row[k]);
         }
     }
+    // One row whose place is known.
+    __device__ __forceinline__ ThreadRows(const Params &p, int64_t first, const T *place)
+        : grouped(false), row{first}, exists{first < p.rows}, logits{place} {
+        static_assert(R == 1, "one row");
+    }
 };
-
-// Calls f with the rows of each thread in turn; all threads of the block call it alike.
-template <int R, class T, class F> __device__ __forceinline__ void for_thread_rows(const Params &p, const T *x, F f) {
-    const bool grouped = in_groups<R>(p, x);
-    const int64_t width = blockDim.x * R, mine = threadIdx.x * (grouped ? R : 1);
-    for (int64_t first = blockIdx.x * width; first < p.rows; first += gridDim.x * width)
-        f(ThreadRows<T, R>(p, x, first + mine, grouped));
-}
 
 // The number of a thread's classes: threadIdx.y, threadIdx.y + blockDim.y, … The block's depth is a power of two.
 __device__ __forceinline__ int share_of_classes(const Params &p) {
@@ -78,8 +78,48 @@ __device__ __forceinline__ int share_of_classes(const Params &p) {
     return ((p.classes - 1 - y) >> (31 - __clz(depth))) + 1;
 }
 
-// Reads a thread's classes of its rows, a few at a time.
-template <class T, int R> struct Reader {
+// Prefetches a thread's classes FROM to TO, of the `left` ones that are `step` apart. A fetch is one of SECTOR bytes,
+// with those of neighbouring threads: each of these has another class fetched, for all of them.
+template <int FROM, int TO, class T>
+__device__ __forceinline__ void prefetch_classes(const T *at, int64_t step, int left) {
+    constexpr int SECTOR = 32, THREADS = SECTOR / sizeof(T);
+    unsigned lane;
+    asm("mov.u32 %0, %%laneid;" : "=r"(lane));
+#pragma unroll
+    for (int first = FROM; first < TO; first += THREADS) {
+        const int u = first + static_cast<int>(lane % THREADS);
+        if (u < min(TO, left)) prefetch(at + u * step);
+    }
+}
+
+// Calls f with the rows of each thread in turn, and has the first COUNT classes of the next turn's rows prefetched; all
+// threads of the block call it alike.
+template <int R, int COUNT, class T, class F>
+__device__ __forceinline__ void for_thread_rows(const Params &p, const T *x, F f) {
+    const bool grouped = in_groups<R>(p, x);
+    const int64_t width = blockDim.x * R, mine = threadIdx.x * (grouped ? R : 1), step = gridDim.x * width;
+    int64_t first = blockIdx.x * width;
+    if constexpr (COUNT == 0) {
+        for (; first < p.rows; first += step) f(ThreadRows<T, R>(p, x, first + mine, grouped));
+    } else {
+        const auto prefetched = [&](int64_t row) {
+            const T *logits = x + p.x.start(row);
+            prefetch_classes<0, COUNT>(logits + threadIdx.y * p.x.class_stride, blockDim.y * p.x.class_stride,
+                                       row < p.rows ? share_of_classes(p) : 0);
+            return logits;
+        };
+        const T *logits = prefetched(first + mine);
+        for (; first < p.rows; first += step) {
+            const T *next = prefetched(first + step + mine);
+            f(ThreadRows<T, 1>(p, first + mine, logits));
+            logits = next;
+        }
+    }
+}
+
+// Reads a thread's classes of its rows, U at a time, of which the first COUNT have been prefetched, and has those
+// behind them prefetched in time.
+template <class T, int R, int U, int COUNT> struct Reader {
     const T *at[R];
     int64_t step;
     int left[R];
@@ -93,12 +133,20 @@ template <class T, int R> struct Reader {
             left[k] = rows.exists[k] ? share_of_classes(p) : 0;
         }
     }
-    // The next U classes; -inf behind the last one. All loads are issued before one is waited for.
-    template <int U> __device__ __forceinline__ void next(Pack<T, R> (&x)[U]) {
+    // Those of one row, of `share` classes of a thread.
+    __device__ __forceinline__ Reader(const T *row, int64_t class_stride, int share) : grouped(false) {
+        static_assert(R == 1, "one row");
+        step = blockDim.y * class_stride;
+        at[0] = in_register(row + threadIdx.y * class_stride);
+        left[0] = share;
+    }
+    // The next U classes; `missing` behind the last one. All loads are issued before one is waited for.
+    __device__ __forceinline__ void next(Pack<T, R> (&x)[U], T missing = narrow<T>(-infinity<Acc<T>>())) {
+        if constexpr (COUNT > 0) prefetch_classes<COUNT, COUNT + U>(at[0], step, left[0]);
 #pragma unroll
         for (int u = 0; u < U; u++) {
 #pragma unroll
-            for (int k = 0; k < R; k++) x[u].at[k] = narrow<T>(-infinity<Acc<T>>());
+            for (int k = 0; k < R; k++) x[u].at[k] = missing;
         }
         if (grouped) {
 #pragma unroll
@@ -197,7 +245,7 @@ __device__ __forceinline__ void reduce_classes(const Params &p, const Targets<Ac
                                                F meanwhile) {
     constexpr int U = STRIDED_BATCH<D, T>;
     Pack<T, R> x[U];
-    Reader<T, R> reader(p, rows);
+    Reader<T, R, U, PREFETCHED<D, T>> reader(p, rows);
     reader.next(x);
     meanwhile();
     const Operands<Acc<T>> o = operands_of(p, targets, rows.exists[0] ? rows.row[0] : 0);
@@ -283,7 +331,7 @@ __device__ __forceinline__ void emit_classes(const Params &p, const Targets<Acc<
     using A = Acc<T>;
     constexpr int U = STRIDED_BATCH<Rule::DETAIL, T>;
     Pack<T, R> x[U];
-    Reader<T, R> reader(p, rows);
+    Reader<T, R, U, PREFETCHED<Rule::DETAIL, T>> reader(p, rows);
     reader.next(x);
     RowScalars<A> s[R];
     A x_t[R];
@@ -370,7 +418,7 @@ __device__ __forceinline__ void reduce_strided(const Params &p, const T *x, cons
     __shared__ double scratch[WARP];
     __shared__ State<A, D> merging[STRIDED_THREADS];
     double2 total = {0, 0};
-    for_thread_rows<R>(p, x, [&](const ThreadRows<T, R> &rows) {
+    for_thread_rows<R, PREFETCHED<D, T>>(p, x, [&](const ThreadRows<T, R> &rows) {
         OwnClasses<T, R> own;
         State<A, D> states[R];
         finish_rows(p, targets, rows, out, own, states, merging, total);
@@ -387,7 +435,7 @@ __device__ __forceinline__ void statistics_strided(const Params &p, const T *x, 
     __shared__ double scratch[WARP];
     __shared__ State<A, STATISTICS> merging[STRIDED_THREADS];
     double2 total = {0, 0};
-    for_thread_rows<1>(p, x, [&](const ThreadRows<T, 1> &rows) {
+    for_thread_rows<1, PREFETCHED<STATISTICS, T>>(p, x, [&](const ThreadRows<T, 1> &rows) {
         OwnClasses<T, 1> own;
         State<A, STATISTICS> states[1];
         reduce_classes<STATISTICS>(p, targets, rows, states, [&] { own.read(p, targets, rows); });
@@ -409,7 +457,7 @@ __device__ __forceinline__ void emit_strided(const Params &p, const T *x, const 
                                              const GradientInputs<Acc<T>> &in, T *out) {
     using A = Acc<T>;
     constexpr int R = ROWS_AT_ONCE<Rule::DETAIL, T>;
-    for_thread_rows<R>(p, x ? x : out, [&](const ThreadRows<T, R> &rows) {
+    for_thread_rows<R, PREFETCHED<Rule::DETAIL, T>>(p, x ? x : out, [&](const ThreadRows<T, R> &rows) {
         emit_classes<Rule>(p, targets, rows, out, [&](RowScalars<A>(&s)[R], A(&x_t)[R]) {
 #pragma unroll
             for (int k = 0; k < R; k++) {
@@ -435,7 +483,7 @@ __device__ __forceinline__ void fused_strided(const Params &p, const T *x, T *to
     __shared__ State<A, D> merging[STRIDED_THREADS];
     LazyDivisor<A> divisor;
     double2 total = {0, 0};
-    for_thread_rows<R>(p, x ? x : to, [&](const ThreadRows<T, R> &rows) {
+    for_thread_rows<R, PREFETCHED<D, T>>(p, x ? x : to, [&](const ThreadRows<T, R> &rows) {
         OwnClasses<T, R> own;
         State<A, D> states[R];
         finish_rows(p, targets, rows, out, own, states, merging, total);
@@ -459,7 +507,7 @@ __device__ __forceinline__ void log_softmax_strided(const Params &p, const T *x,
     constexpr int R = ROWS_AT_ONCE<PLAIN, T>;
     __shared__ State<A, PLAIN> merging[STRIDED_THREADS];
     const Targets<A> none = {nullptr, nullptr};
-    for_thread_rows<R>(p, x, [&](const ThreadRows<T, R> &rows) {
+    for_thread_rows<R, PREFETCHED<PLAIN, T>>(p, x, [&](const ThreadRows<T, R> &rows) {
         State<A, PLAIN> states[R];
         reduce_classes<PLAIN>(p, none, rows, states, [] {});
         merge_columns<T>(p, states, merging);
@@ -479,28 +527,7 @@ __device__ __forceinline__ void log_softmax_strided(const Params &p, const T *x,
 // Classes that a thread of these passes loads at a time where it writes as many.
 constexpr int ANY_BATCH = 8;
 
-// Some of a thread's classes of a row, from its class j on; the rest of `to` is as it was. All loads are issued before
-// one is waited for.
-template <class T, int U>
-__device__ __forceinline__ void load_classes(const T *row, int64_t stride, int j, int share, T (&to)[U]) {
-    const int64_t step = blockDim.y * stride;
-    const T *at = row + threadIdx.y * stride + j * step;
-#pragma unroll
-    for (int u = 0; u < U; u++, at += step) {
-        if (j + u < share) to[u] = *at;
-    }
-}
-
-// The rows of a block in turn: f(row, whether it exists), called by all threads alike.
-template <class F> __device__ __forceinline__ void for_strided_rows(const Params &p, F f) {
-    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x; first < p.rows; first += step) {
-        const int64_t row = first + threadIdx.x;
-        f(row < p.rows ? row : 0, row < p.rows);
-    }
-}
-
-// Writes value(u, class) for the classes of a thread that `load(j)` has loaded.
+// Writes value(u, class) for the classes of a thread, of which `load()` loads the next ones.
 template <class To, class L, class F>
 __device__ __forceinline__ void write_classes(const Params &p, int64_t row, To *out, L load, F value) {
     const Written written(p, row);
@@ -508,7 +535,7 @@ __device__ __forceinline__ void write_classes(const Params &p, int64_t row, To *
     const int share = share_of_classes(p);
     To *to = out + written.start + threadIdx.y * written.stride;
     for (int j = 0; j < share; j += ANY_BATCH) {
-        load(j);
+        load();
 #pragma unroll
         for (int u = 0; u < ANY_BATCH; u++, to += step) {
             if (j + u < share) *to = narrow<To>(value(u, threadIdx.y + (j + u) * blockDim.y));
@@ -523,19 +550,19 @@ __device__ __forceinline__ void log_softmax_backward_any(const Params &p, const 
                                                          const T *g, T *out) {
     using A = Acc<T>;
     __shared__ double sums[STRIDED_THREADS];
-    for_strided_rows(p, [&](int64_t row, bool exists) {
-        const T *upstream = g + p.t.start(row), *logits = x + p.x.start(row);
-        const int share = exists ? share_of_classes(p) : 0;
+    for_thread_rows<1, CLASSES_IN_FLIGHT<T>>(p, x, [&](const ThreadRows<T, 1> &rows) {
+        const int64_t row = rows.exists[0] ? rows.row[0] : 0;
+        const T *upstream = g + p.t.start(row);
+        const int share = rows.exists[0] ? share_of_classes(p) : 0;
         // with 1024 threads, 32 KB on their way
         constexpr int U = sizeof(T) == 2 ? 16 : 8;
+        Reader<T, 1, U, 0> summed(upstream, p.t.class_stride, share);
         double sum = 0;
         for (int j = 0; j < share; j += U) {
-            T of_g[U];
+            Pack<T, 1> of_g[U];
+            summed.next(of_g, narrow<T>(A(0)));
 #pragma unroll
-            for (int u = 0; u < U; u++) of_g[u] = narrow<T>(A(0));
-            load_classes(upstream, p.t.class_stride, j, share, of_g);
-#pragma unroll
-            for (int u = 0; u < U; u++) sum += widen<A>(of_g[u]);
+            for (int u = 0; u < U; u++) sum += widen<A>(of_g[u].at[0]);
         }
         double *column = sums + threadIdx.x;
         column[threadIdx.y * blockDim.x] = sum;
@@ -546,15 +573,15 @@ __device__ __forceinline__ void log_softmax_backward_any(const Params &p, const 
         }
         const A mass = A(column[0]);
         __syncthreads();
-        if (!exists) return;
+        if (!rows.exists[0]) return;
         const LogSoftmaxGradient<A> rule(p, statistics, row, mass);
-        T of_x[ANY_BATCH], of_g[ANY_BATCH];
-        const auto load = [&](int j) {
-            load_classes(logits, p.x.class_stride, j, share, of_x);
-            load_classes(upstream, p.t.class_stride, j, share, of_g);
-        };
-        write_classes(p, row, out, load,
-                      [&](int u, int) { return rule.template value<T>(p, widen<A>(of_x[u]), widen<A>(of_g[u])); });
+        Reader<T, 1, ANY_BATCH, CLASSES_IN_FLIGHT<T>> of_logits(p, rows);
+        Reader<T, 1, ANY_BATCH, 0> of_upstream(upstream, p.t.class_stride, share);
+        Pack<T, 1> of_x[ANY_BATCH], of_g[ANY_BATCH];
+        const auto load = [&] { of_logits.next(of_x), of_upstream.next(of_g); };
+        write_classes(p, row, out, load, [&](int u, int) {
+            return rule.template value<T>(p, widen<A>(of_x[u].at[0]), widen<A>(of_g[u].at[0]));
+        });
     });
 }
 
@@ -564,19 +591,19 @@ __device__ __forceinline__ void target_gradient_strided(const Params &p, const T
                                                         const GradientInputs<Acc<T>> &in, To *out) {
     using A = Acc<T>;
     const Operands<A> o = {{nullptr, weight}, 0};
-    for_strided_rows(p, [&](int64_t row, bool exists) {
-        if (!exists) return;
-        const RowScalars<A> s = target_scalars(p, in, row);
-        const T *logits = x + p.x.start(row);
-        const int share = share_of_classes(p);
-        T of_x[ANY_BATCH];
-        const auto load = [&](int j) { load_classes(logits, p.x.class_stride, j, share, of_x); };
-        write_classes(p, row, out, load, [&](int u, int c) {
-            const A x_c[1] = {widen<A>(of_x[u])};
-            A y[1];
-            TargetGradient::emit<T>(p, o, s, c, x_c, y);
-            return y[0];
-        });
+    for_thread_rows<1, CLASSES_IN_FLIGHT<T>>(p, x, [&](const ThreadRows<T, 1> &rows) {
+        if (!rows.exists[0]) return;
+        const RowScalars<A> s = target_scalars(p, in, rows.row[0]);
+        Reader<T, 1, ANY_BATCH, CLASSES_IN_FLIGHT<T>> of_logits(p, rows);
+        Pack<T, 1> of_x[ANY_BATCH];
+        write_classes(
+            p, rows.row[0], out, [&] { of_logits.next(of_x); },
+            [&](int u, int c) {
+                const A x_c[1] = {widen<A>(of_x[u].at[0])};
+                A y[1];
+                TargetGradient::emit<T>(p, o, s, c, x_c, y);
+                return y[0];
+            });
     });
 }
 

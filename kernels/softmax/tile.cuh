@@ -89,7 +89,8 @@ __device__ __forceinline__ int rows_from(const Params &p, int64_t first) {
 // Has the tile from a row on fetched to the second-level cache.
 template <class T> __device__ __forceinline__ void prefetch_tile(const Params &p, const T *x, int64_t first) {
     const Windows<T> w(x + first * p.classes, rows_from(p, first) * p.classes);
-    for (int i = threadIdx.x; i < w.count; i += blockDim.x) prefetch_windows<1>(w, i, 0, w.count);
+    for (int i = threadIdx.x; i < w.count; i += blockDim.x)
+        prefetch(w.first_word() + static_cast<int64_t>(i) * Windows<T>::N);
 }
 
 // Applies f(lane) to each tile of a block; a gradient that f leaves in shared memory goes to `out`. All threads call f

@@ -585,12 +585,42 @@ mod tests {
         );
     }
 
+    /// What a kernel reads, as far as it tells the bytes that it has on their way.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    enum Reading {
+        /// Logits, for a number for each row.
+        Forward,
+        Statistics,
+        /// Logits, for a value for each class.
+        Backward,
+        LossAndGradient,
+        TargetGradient,
+        /// Logits and as many upstream gradients.
+        LogSoftmaxBackward,
+    }
+
+    /// The number of a `constexpr int` in the source of kernels.
+    fn constant(source: &str, name: &str) -> u64 {
+        let (_, rest) = source.split_once(&format!("constexpr int {name} = ")).expect("the constant");
+        rest.split_once(';').expect("its end").0.parse().expect("a number")
+    }
+
     /// Bytes of logits that a multiprocessor has on their way with all of its threads at their loads: resident blocks
-    /// by the registers that the kernels are limited to (`kernels/softmax/entry.cuh`), by shared memory and by the
-    /// grid, times the bytes that a thread asks for before it uses the first.
-    fn bytes_in_flight(pass: &RowPass, shape: &RowsShape, device: &DeviceLimits, writes: bool) -> u64 {
+    /// times what a thread loads, or prefetches, before it uses the first.
+    fn bytes_in_flight(pass: &RowPass, shape: &RowsShape, device: &DeviceLimits, reading: Reading) -> u64 {
+        let at_least = constant(include_str!("../../../kernels/softmax/rows.cuh"), "IN_FLIGHT");
+        let writes = !matches!(reading, Reading::Forward | Reading::Statistics);
         let threads = pass.grid.threads.iter().product::<u32>() as u64;
         let windows = |threads: u64| (shape.row_bytes() / WINDOW).div_ceil(threads);
+        // the bounds of the kernels on an sm_90
+        let resident = match (reading, pass.form) {
+            _ if shape.element == 8 => 512,
+            (Reading::LogSoftmaxBackward, Form::Strided) => 1024,
+            (Reading::Statistics, Form::Strided) => 768,
+            (Reading::TargetGradient | Reading::LogSoftmaxBackward, _) => 768,
+            _ if shape.light => 768,
+            _ => 512,
+        };
         let (by_registers, of_thread) = match pass.form {
             Form::Registers(kept) => {
                 // two rows where a thread has registers for both
@@ -604,18 +634,16 @@ mod tests {
             }
             Form::Rows => {
                 let team = (pass.team * pass.splits() * pass.grid.cluster) as u64;
-                (768 / threads, windows(team).min(if writes { 4 } else { 8 }) * WINDOW)
+                // `READ_BATCH`
+                let most = if shape.light && !writes && shape.element == 2 { 2 * at_least } else { at_least };
+                (resident / threads, (windows(team) * WINDOW).min(most))
             }
             Form::Strided => {
-                // `STRIDED_BATCH` of the kernels; those of all options have as many targets on their way
-                let (batch, operands) = match (shape.light, shape.element) {
-                    (true, _) => (11, 1),
-                    (false, 2) => (12, 2),
-                    (false, 4) => (8, 2),
-                    _ => (2, 2),
-                };
-                let classes = shape.classes.div_ceil(pass.team as u64).min(batch);
-                (768 / threads, classes * rows_at_once(shape) * shape.element * operands)
+                // `STRIDED_BATCH` of the kernels for units of logits; the others prefetch the next row's too
+                let units = shape.light && reading != Reading::LogSoftmaxBackward;
+                let rows = if units { rows_at_once(shape) } else { 2 };
+                let most = if units { 11 * rows * shape.element } else { at_least };
+                (resident / threads, (shape.classes.div_ceil(pass.team as u64) * rows * shape.element).min(most))
             }
         };
         // either device has 228 KB a multiprocessor, of which the system takes 1 KB for each block
@@ -624,58 +652,74 @@ mod tests {
         by_registers.min(by_shared).min(by_grid) * threads * of_thread
     }
 
-    /// An H100 needs 32 KB on their way in each multiprocessor to read at its memory's speed and an H200 48 KB; a pass
-    /// that writes as much as it reads needs half of that.
+    /// All passes that read the logits of a shape.
+    fn passes(shape: &RowsShape) -> Vec<(Reading, RowPass)> {
+        let planner = planner(H100);
+        let mut passes = vec![
+            (Reading::Forward, planner.reduce(shape)),
+            (Reading::Backward, planner.emit(shape)),
+            (Reading::LogSoftmaxBackward, planner.log_softmax_backward(shape, shape.adjacent)),
+        ];
+        if let FusedPlan::OnePass(pass) = planner.fused(shape) {
+            passes.push((Reading::LossAndGradient, pass));
+        }
+        if !shape.light {
+            passes.push((Reading::Statistics, planner.statistics(shape)));
+            passes.push((Reading::TargetGradient, planner.target_gradient(shape)));
+        }
+        passes
+    }
+
+    /// An H100 needs 32 KB on their way in each multiprocessor to read at its memory's speed and an H200 48 KB, which
+    /// those forwards have that are bound by memory. Where rows are shorter than a thread's share of these and it takes
+    /// them one at a time, a whole row is on its way.
     #[test]
     fn enough_bytes_are_in_flight() {
-        const H200_READING: u64 = 48 << 10;
-        for (n, classes, element) in [
-            (32768, 256, 2),
-            (65536, 1000, 2),
-            (65536, 1000, 4),
-            (32768, 4096, 2),
-            (8192, 8192, 2),
-            (4096, 32_000, 2),
-            (4096, 32_000, 4),
-            (16384, 50_257, 2),
-            (8192, 128_256, 2),
-            (8192, 262_144, 2),
-        ] {
-            let shape = rows(n, classes, element);
-            let forward = planner(H100).reduce(&shape);
-            let in_flight = bytes_in_flight(&forward, &shape, &H100, false);
-            assert!(in_flight >= H200_READING, "{n} x {classes}, forward: {in_flight} bytes, {forward:?}");
-            let both = one_pass(H100, shape);
-            let in_flight = bytes_in_flight(&both, &shape, &H100, true);
-            println!(
-                "{n} x {classes}, {element} bytes: {} KB forward",
-                bytes_in_flight(&forward, &shape, &H100, false) >> 10
-            );
-            println!("    {} KB loss and gradient, {:?} {:?}", in_flight >> 10, forward.form, both.form);
-            assert!(in_flight >= H200_READING / 2, "{n} x {classes}, loss and gradient: {in_flight} bytes, {both:?}");
-        }
-        for (classes, element) in [(64, 2), (64, 4), (21, 2), (10, 4)] {
-            let shape = rows(1 << 20, classes, element);
-            let in_flight = bytes_in_flight(&planner(H100).reduce(&shape), &shape, &H100, false);
-            println!("{classes} classes in tiles, {element} bytes: {} KB", in_flight >> 10);
-            assert!(in_flight >= H200_READING, "{classes} classes in tiles: {in_flight} bytes");
-        }
-        // so do classes that lie apart, of images and of a transposed matrix
-        for (n, classes) in [(16 * 512 * 512, 21), (16 * 512 * 512, 19), (32 * 128 * 128, 150), (1 << 20, 1000)] {
-            for (element, light) in [(2, true), (4, true), (2, false), (4, false)] {
-                let apart = RowsShape { adjacent: false, packed: false, even: false, ..rows(n, classes, element) };
-                let shape = RowsShape { light, ..apart };
-                let pass = planner(H100).reduce(&shape);
-                let in_flight = bytes_in_flight(&pass, &shape, &H100, false);
-                println!("{n} x {classes} apart, {element} bytes: {} KB, {:?}", in_flight >> 10, pass.grid.threads);
-                assert!(in_flight >= 32 << 10, "{n} x {classes} apart: {in_flight} bytes, {pass:?}");
+        let shapes = [
+            (true, 32768, 256),
+            (true, 65536, 1000),
+            (true, 32768, 4096),
+            (true, 8192, 8192),
+            (true, 4096, 32_000),
+            (true, 16384, 50_257),
+            (true, 8192, 128_256),
+            (true, 8192, 262_144),
+            (true, 1 << 20, 64),
+            (true, 1 << 20, 21),
+            (true, 1 << 20, 10),
+            // images, and a transposed matrix
+            (false, 16 * 512 * 512, 21),
+            (false, 16 * 512 * 512, 19),
+            (false, 32 * 128 * 128, 150),
+            (false, 1 << 20, 1000),
+        ];
+        for (adjacent, n, classes) in shapes {
+            for (element, light) in [(2, true), (4, true), (2, false), (4, false), (8, false)] {
+                let packed = RowsShape { light, ..rows(n, classes, element) };
+                let apart = RowsShape { adjacent: false, packed: false, even: false, ..packed };
+                let shape = if adjacent { packed } else { apart };
+                for (reading, pass) in passes(&shape) {
+                    let bytes = bytes_in_flight(&pass, &shape, &H100, reading);
+                    let fast = adjacent && light && reading == Reading::Forward;
+                    let layout = if adjacent { "adjacent" } else { "apart" };
+                    let kernels = if light { "light" } else { "general" };
+                    let what = format!("{n} x {classes} {layout}, {element} bytes, {kernels}, {reading:?}");
+                    println!("{what}: {} KB", bytes >> 10);
+                    if pass.form == Form::Rows && pass.team == 1 && shape.row_bytes() < 64 {
+                        continue;
+                    }
+                    let needed = if fast { 48 << 10 } else { 32 << 10 };
+                    assert!(bytes >= needed, "{what}: {bytes} bytes, {pass:?}");
+                }
             }
         }
         // all of a small problem is on its way at once
         for (n, classes, element) in [(64, 1000, 2), (64, 1000, 4), (64, 100, 2), (64, 10, 2), (1, 1000, 4)] {
             let shape = rows(n, classes, element);
-            for (pass, writes) in [(planner(H100).reduce(&shape), false), (one_pass(H100, shape), true)] {
-                let in_flight = bytes_in_flight(&pass, &shape, &H100, writes) * pass.blocks() as u64;
+            for (reading, pass) in
+                [(Reading::Forward, planner(H100).reduce(&shape)), (Reading::LossAndGradient, one_pass(H100, shape))]
+            {
+                let in_flight = bytes_in_flight(&pass, &shape, &H100, reading) * pass.blocks() as u64;
                 assert!(in_flight >= n * shape.row_bytes() / WINDOW * WINDOW, "{n} x {classes}: {in_flight}, {pass:?}");
             }
         }

@@ -2,6 +2,7 @@
 
 use super::detail::{Detail, KERNELS};
 use super::plan::Thresholds;
+use crate::cuda::gpu::Image;
 use crate::cuda::testing::{FLOATS, assert_close, indices, numbers, random, tolerance};
 use crate::cuda::work::{Work, work_of};
 use crate::reduction::Reduction;
@@ -633,6 +634,34 @@ fn no_rows() -> Result<()> {
     Ok(())
 }
 
+/// Kernels without registers for all the loads that memory needs on their way prefetch the rest: ahead of their loops,
+/// those over classes apart for two turns, and in each loop. `enough_bytes_are_in_flight` counts on it.
+#[test]
+fn general_kernels_prefetch() -> Result<()> {
+    for dtype in FLOATS {
+        for (detail, kernel, ahead, in_loops) in [
+            (Detail::General, "softmax_reduce_general_rows", 4, 1),
+            (Detail::General, "softmax_statistics_rows", 4, 1),
+            (Detail::General, "softmax_emit_general_rows", 2, 2),
+            (Detail::General, "softmax_fused_general_rows", 4, 3),
+            (Detail::General, "softmax_reduce_general_strided", 4, 1),
+            (Detail::General, "softmax_statistics_strided", 4, 1),
+            (Detail::General, "softmax_emit_general_strided", 4, 1),
+            (Detail::General, "softmax_fused_general_strided", 4, 2),
+            (Detail::General, "softmax_target_gradient", 4, 1),
+            (Detail::Plain, "softmax_log_softmax_backward_rows", 2, 2),
+            (Detail::Plain, "softmax_log_softmax_backward_any", 4, 1),
+        ] {
+            let ptx = String::from_utf8(detail.module(dtype)?.image(Image::Ptx)?).expect("PTX is text");
+            let (_, code) = ptx.split_once(&format!(".entry {kernel}(")).expect("the kernel");
+            let code = code.split(".entry ").next().unwrap_or(code);
+            let found = code.matches("prefetch.global.L2").count();
+            assert!(found >= ahead + in_loops, "{kernel}, {dtype:?}: {found} prefetches");
+        }
+    }
+    Ok(())
+}
+
 /// The table of kernels has all that were compiled; some plan chooses each of them, and its results are right.
 #[test]
 fn every_kernel_is_reached() -> Result<()> {
@@ -1151,7 +1180,9 @@ fn launches_to_count() -> Result<()> {
         Ok(())
     };
     let sizes: [&[usize]; 6] = [&[8192, 10], &[2048, 64], &[512, 1000], &[16, 32000], &[16, 32001], &[1, 21, 128, 256]];
-    for (dims, dtype) in sizes.into_iter().flat_map(|dims| [DType::BF16, DType::F32].map(|dtype| (dims, dtype))) {
+    for (dims, dtype) in
+        sizes.into_iter().flat_map(|dims| [DType::BF16, DType::F32, DType::F64].map(|dtype| (dims, dtype)))
+    {
         // rows of an odd number of classes are the last ones of longer rows: their gradients begin elsewhere in a word
         let behind = dims[1] % 2 * (dims.len() == 2) as usize;
         let wide: Vec<usize> = dims.iter().enumerate().map(|(i, n)| n + behind * (i == 1) as usize).collect();
@@ -1161,7 +1192,8 @@ fn launches_to_count() -> Result<()> {
         let index = indices(len / dims[1], dims[1], 2)?.reshape(rows)?.to_device(&gpu)?;
         let soft = random(dims, 3, dtype)?.abs()?.to_device(&gpu)?;
         let smoothed = || with(plain(), |o| (o.label_smoothing, o.z_loss) = (0.1, 1e-4));
-        let of_class = random(&[dims[1]], 4, DType::F32)?.abs()?.to_device(&gpu)?;
+        let arithmetic = if dtype == DType::F64 { dtype } else { DType::F32 };
+        let of_class = random(&[dims[1]], 4, arithmetic)?.abs()?.to_device(&gpu)?;
         for (options, problem, target) in [
             ("class indices", plain(), &index),
             ("smoothing, z-loss", smoothed(), &index),
@@ -1176,6 +1208,7 @@ fn launches_to_count() -> Result<()> {
             let (of_x, of_t) = (Var::from_tensor(&x)?, Var::from_tensor(&soft)?);
             let loss = problem.clone().forward(&of_x, target)?;
             say(what("backward"), &|| loss.backward().map(drop))?;
+            say(what("statistics"), &|| problem.clone().forward_with_statistics(&x, target).map(drop))?;
             if options == "probabilities" {
                 let loss = problem.clone().forward(&x, of_t.as_tensor())?;
                 say(what("backward of the target"), &|| loss.backward().map(drop))?;
