@@ -377,8 +377,8 @@ fn target_gradients_of_hard_labels() -> Result<()> {
                 let a = 0.25 * t + 0.75 * (1.0 - t);
                 let terms = [-0.5 * ce, -a * x, a * gamma / u * (1.0 - 2.0 * sigmoid(x)) * ce];
                 let terms = terms.map(|term| u.powf(gamma) * term / 3.0);
-                // they cancel, at gamma 2 and -1 to a 150th, and each of them has its own error and the power's, which the
-                // CPU keeps small
+                // they cancel, at gamma 2 and -1 to a 150th, and each of them has its own error and the power's,
+                // which the CPU keeps small
                 let sizes = terms.iter().map(|term| term.abs()).sum::<f64>();
                 let want = terms.iter().sum::<f64>();
                 let most = if device.is_cpu() { 8.0 * F32 * want.abs() } else { f64::INFINITY };
