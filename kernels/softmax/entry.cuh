@@ -56,14 +56,19 @@ constexpr int ROWS_THREADS = 256;
 // With three blocks, 768 threads have 96 KB of loads in flight. Two are enough for the general kernels, which compute
 // more than they load, and for doubles, which take two registers each. Fewer where an architecture's code takes more
 // registers: on sm_75 for want of minima of pairs and of NaN, and from sm_100 on.
-constexpr int BLOCKS_OF[] = {ARCH < 800 || sizeof(A) == 8 ? 2 : 3, ARCH < 800 || ARCH >= 1000 ? 2 : 3,
-                             ARCH >= 1000 || (ARCH < 900 && sizeof(A) == 8) ? 1 : 2, ARCH >= 1000 ? 1 : 2};
+constexpr int BLOCKS_OF[] = {
+    ARCH < 800 || sizeof(A) == 8 || (ARCH >= 1200 && sizeof(X) == 4) ? 2 : 3, // PLAIN
+    ARCH < 800 || ARCH >= 1000 ? 2 : 3,                                       // UNIFORM
+    ARCH >= 1000 || (ARCH < 900 && sizeof(A) == 8) ? 1 : 2,                   // GENERAL
+    ARCH >= 1000 ? 1 : 2,                                                     // STATISTICS
+};
 // The same for forwards over tiles, for fused passes over tiles and for strided rows. 0 leaves the registers to the
 // compiler, which would give the general kernels more of them than there are, and plain tiles more than they need.
 constexpr int TILE_BLOCKS_OF[] = {ARCH < 800 ? 4 : ARCH >= 1000 ? 5 : 6, 4};
 #if defined(DETAIL_GENERAL)
-// f16 has no registers for the third block
-constexpr bool TWO_STRIDED = sizeof(A) == 8 || ARCH < 900 || dtype_of(static_cast<const X *>(nullptr)) == DType::F16;
+// f16 has no registers for the third block, and from sm_100 on bf16 has none
+constexpr bool TWO_STRIDED = sizeof(A) == 8 || ARCH < 900 || (ARCH >= 1000 && sizeof(X) == 2) ||
+                             dtype_of(static_cast<const X *>(nullptr)) == DType::F16;
 constexpr int STRIDED_BLOCKS = TWO_STRIDED ? 2 : 3, FUSED_STRIDED_BLOCKS = 2;
 #elif defined(DETAIL_UNIFORM)
 constexpr int FUSED_TILE_BLOCKS = 4, STRIDED_BLOCKS = ARCH == 900 ? 3 : 2, FUSED_STRIDED_BLOCKS = STRIDED_BLOCKS;

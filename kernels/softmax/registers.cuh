@@ -4,8 +4,8 @@
 // `Params::team` lanes, 8 to 32, share a row, each with up to W aligned windows of it and two of its edges. The row's
 // maximum is known before the first exponential, so that lanes exchange two numbers and merge nothing. A block takes
 // rows in turn, and fetches the next ones before it works on those it has: their targets two turns ahead, their logits
-// one turn ahead where the registers allow, so that the memory is busy while the block computes. Bytes: `reduce` reads
-// E; `fused` and `log_softmax` read E and write E.
+// one turn ahead where the registers allow, so that the memory is busy while the block computes. Those of short rows
+// are prefetched further ahead. Bytes: `reduce` reads E; `fused` and `log_softmax` read E and write E.
 #pragma once
 
 #include "rows.cuh"
@@ -149,6 +149,14 @@ __device__ __forceinline__ void for_each_share(const Params &p, const T *x, cons
     float x_t = own(row, target);
     prepare();
     for (; first < p.rows; first += step, row += step) {
+        if constexpr (W == 4) {
+            // a sector for each lane
+            prefetch_later(p, first, teams, [&](int64_t later) {
+                const int64_t row = later + in_place(threadIdx.x) / p.team;
+                const int c = min(lane * static_cast<int>(SECTOR / sizeof(T)), p.classes - 1);
+                if (row < p.rows) prefetch(x + row * p.x.outer_stride + c);
+            });
+        }
         const Target<float> after = target_of(row + 2 * step);
         if constexpr (AHEAD<W>) {
             const Share<T, W> fetched(windows_of(row + step), lane, lanes, next.kind == Kind::LIVE);

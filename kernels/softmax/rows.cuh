@@ -29,6 +29,8 @@ constexpr int READ_BATCH = BATCH<D> * (D <= UNIFORM && sizeof(T) < (D == PLAIN ?
 constexpr int IN_FLIGHT = 64;
 // The same in windows.
 constexpr int WINDOWS_AHEAD = IN_FLIGHT / 16;
+// Bytes that a fetch brings.
+constexpr int SECTOR = 32;
 
 __device__ __forceinline__ void prefetch(const void *p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
@@ -89,6 +91,13 @@ template <class P> __device__ __forceinline__ P *in_shared_register(P *p) {
     size_t address = __cvta_generic_to_shared(p);
     asm("" : "+l"(address));
     return static_cast<P *>(__cvta_shared_to_generic(address));
+}
+
+// The same number, made opaque: what is computed of it is computed in its place, and not ahead of a loop, in which it
+// would take registers.
+__device__ __forceinline__ int in_place(int i) {
+    asm volatile("" : "+r"(i));
+    return i;
 }
 
 // One row as windows and edges.
@@ -473,11 +482,41 @@ struct Team {
     __device__ __forceinline__ int block() const { return blockIdx.x / blocks; }
 };
 
-// The rows of a team in turn: f(row, whether it exists), called by all threads of a block alike.
-template <class F> __device__ __forceinline__ void for_each_row(const Params &p, const Team &team, F f) {
+// Has the rows of a later block prefetched where a block's own ones are too few bytes: of the block that is worked on
+// `Params::ahead` waves later, and by the blocks of the first wave of all those in between. A block has `rows` rows
+// from `first` on; prefetch(row) has those from a row on fetched.
+template <class F>
+__device__ __forceinline__ void prefetch_later(const Params &p, int64_t first, int rows, F prefetch) {
+    if (p.ahead == 0) return;
+    const int64_t wave = static_cast<int64_t>(p.wave) * rows;
+#pragma unroll 1
+    for (int i = first < wave ? 1 : p.ahead; i <= p.ahead; i++) {
+        const int64_t later = first + i * wave;
+        if (later < p.rows) prefetch(later);
+    }
+}
+
+// Has a row of less than IN_FLIGHT bytes fetched to the second-level cache.
+template <class T> __device__ __forceinline__ void prefetch_row(const Params &p, const T *row) {
+    constexpr int STEP = SECTOR / sizeof(T);
+    prefetch(row);
+    if (p.classes > STEP) prefetch(row + STEP);
+    prefetch(row + (p.classes - 1));
+}
+
+// The rows of a team in turn: f(row, whether it exists), called by all threads of a block alike. Where a thread has a
+// row of few bytes for itself, those of `x`, and of `g` with the strides `Params::t`, are prefetched.
+template <class T, class F>
+__device__ __forceinline__ void for_each_row(const Params &p, const Team &team, const T *x, F f, const T *g = nullptr) {
     const int teams = blockDim.x / team.lanes;
     const int64_t step = static_cast<int64_t>(team.count()) * teams;
     for (int64_t first = static_cast<int64_t>(team.block()) * teams; first < p.rows; first += step) {
+        prefetch_later(p, first, teams, [&](int64_t later) {
+            const int64_t row = later + in_place(threadIdx.x);
+            if (row >= p.rows) return;
+            prefetch_row(p, x + p.x.start(row));
+            if (g) prefetch_row(p, g + p.t.start(row));
+        });
         const int64_t row = first + threadIdx.x / team.lanes;
         f(row < p.rows ? row : 0, row < p.rows);
     }
@@ -514,7 +553,7 @@ __device__ __forceinline__ void reduce_rows(const Params &p, const T *x, const T
     __shared__ State<A, D> states[WARP];
     const Team team(p);
     double2 total = {0, 0};
-    for_each_row(p, team, [&](int64_t row, bool exists) {
+    for_each_row(p, team, x, [&](int64_t row, bool exists) {
         State<A, D> state = State<A, D>::empty();
         Target<A> target = {Kind::IGNORED, -1, A(0), A(0)};
         A x_t = A(0);
@@ -601,7 +640,7 @@ __device__ __forceinline__ void statistics_rows(const Params &p, const T *x, con
     __shared__ State<A, STATISTICS> states[WARP];
     const Team team(p);
     double2 total = {0, 0};
-    for_each_row(p, team, [&](int64_t row, bool exists) {
+    for_each_row(p, team, x, [&](int64_t row, bool exists) {
         State<A, STATISTICS> state = State<A, STATISTICS>::empty();
         Target<A> target = {Kind::IGNORED, -1, A(0), A(0)};
         A x_t = A(0);
@@ -659,7 +698,7 @@ __device__ __forceinline__ void emit_rows_by(const Params &p, const T *x, const 
                                              bool in_place, F scalars) {
     constexpr int U = EMIT_BATCH<Rule>;
     const Team team(p);
-    for_each_row(p, team, [&](int64_t row, bool exists) {
+    for_each_row(p, team, x, [&](int64_t row, bool exists) {
         if (!exists) return;
         To *to = out + written_start(p, in_place, row);
         const Windows<T> w(x + p.x.start(row), to, p.classes);
@@ -798,7 +837,7 @@ __device__ __forceinline__ void fused_rows(const Params &p, const T *x, T *to, c
     const Team team = cluster_team(p);
     LazyDivisor<A> divisor;
     double2 total = {0, 0};
-    for_each_row(p, team, [&](int64_t row, bool exists) {
+    for_each_row(p, team, x, [&](int64_t row, bool exists) {
         State<A, D> state = State<A, D>::empty();
         Target<A> target = {Kind::IGNORED, -1, A(0), A(0)};
         A x_t = A(0);
@@ -844,7 +883,7 @@ __device__ __forceinline__ void log_softmax_rows(const Params &p, const T *x, T 
     const Kept kept = {slots + threadIdx.x, p.kept};
     const Operands<A> none = {{nullptr, nullptr}, 0};
     const Team team = cluster_team(p);
-    for_each_row(p, team, [&](int64_t row, bool exists) {
+    for_each_row(p, team, x, [&](int64_t row, bool exists) {
         T *result = to + row * p.classes;
         const Windows<T> w(x + p.x.start(row), result, p.classes);
         State<A, PLAIN> state = State<A, PLAIN>::empty();
@@ -873,7 +912,7 @@ __device__ __forceinline__ void log_softmax_backward_rows(const Params &p, const
     __shared__ double scratch[WARP];
     const Kept kept = {slots + threadIdx.x, p.kept};
     const Team team = cluster_team(p);
-    for_each_row(p, team, [&](int64_t row, bool exists) {
+    const auto of_row = [&](int64_t row, bool exists) {
         T *out = to + row * p.classes;
         Windows<T> wx(x + p.x.start(row), out, p.classes), wg(g + p.t.start(row), out, p.classes);
         wx.limit(p.classes, wg.count), wg.limit(p.classes, wx.count);
@@ -920,7 +959,8 @@ __device__ __forceinline__ void log_softmax_backward_rows(const Params &p, const
             const int c = wx.edge(i);
             out[c] = narrow<T>(rule.template value<T>(p, widen<A>(wx.row[c]), widen<A>(wg.row[c])));
         }
-    });
+    };
+    for_each_row(p, team, x, of_row, g);
 }
 
 } // namespace softmax

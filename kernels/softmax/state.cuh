@@ -48,7 +48,8 @@ struct Params : RowParams {
     int kept;          // windows of a row that a thread keeps in shared memory between its two passes over them
     int upstream_rows; // whether the upstream gradient has a number for each row, or one for all
     int rotated;       // how many of its classes further on each thread of a tile begins than the one before, in 32nds
-    int ahead;         // how many tiles ahead of its own a block prefetches one; 0: none
+    int wave;          // blocks that are worked on at a time, or all of those that take rows in turn
+    int ahead;         // how many waves ahead of its own a block has rows prefetched: see `prefetch_later`
     int class_last;    // gradients are written in the order (outer, inner, class), else (outer, class, inner)
     // the same for f32 arithmetic, and as exponents of 2: exp2(factor_exponent d) = exp(factor d),
     // exp2(cap_rate x) = exp(2 scale x / softcap), exp2(cap_exponent) = exp(softcap)

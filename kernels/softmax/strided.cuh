@@ -19,8 +19,9 @@ template <Detail D, class T> constexpr bool IN_UNITS = D <= UNIFORM && sizeof(Ac
 template <Detail D, class T> constexpr int ROWS_AT_ONCE = IN_UNITS<D, T> ? Unit<T>::LOGITS : 1;
 // Classes that a thread loads before it uses the first: with three blocks on a multiprocessor, 33 KB on their way. The
 // general kernels have their numbers q on the way too.
+constexpr int UNITS_BATCH = 11;
 template <Detail D, class T>
-constexpr int STRIDED_BATCH = IN_UNITS<D, T>                      ? 11
+constexpr int STRIDED_BATCH = IN_UNITS<D, T>                      ? UNITS_BATCH
                               : sizeof(T) == 8 || D == STATISTICS ? 4
                               : sizeof(T) == 4                    ? 8
                                                                   : 12;
@@ -79,10 +80,10 @@ __device__ __forceinline__ int share_of_classes(const Params &p) {
 }
 
 // Prefetches a thread's classes FROM to TO, of the `left` ones that are `step` apart. A fetch is one of SECTOR bytes,
-// with those of neighbouring threads: each of these has another class fetched, for all of them.
-template <int FROM, int TO, class T>
+// with those of neighbouring threads, R of each: each of these has another class fetched, for all of them.
+template <int FROM, int TO, int R, class T>
 __device__ __forceinline__ void prefetch_classes(const T *at, int64_t step, int left) {
-    constexpr int SECTOR = 32, THREADS = SECTOR / sizeof(T);
+    constexpr int THREADS = SECTOR / sizeof(T) / R;
     unsigned lane;
     asm("mov.u32 %0, %%laneid;" : "=r"(lane));
 #pragma unroll
@@ -92,24 +93,46 @@ __device__ __forceinline__ void prefetch_classes(const T *at, int64_t step, int 
     }
 }
 
-// Calls f with the rows of each thread in turn, and has the first COUNT classes of the next turn's rows prefetched; all
-// threads of the block call it alike.
+// Prefetches the first COUNT of a thread's classes of the row at `row`, and of R - 1 behind it.
+template <int COUNT, int R, class T>
+__device__ __forceinline__ void prefetch_first(const Params &p, const T *row, int64_t class_stride, bool exists) {
+    const int y = in_place(threadIdx.y);
+    prefetch_classes<0, COUNT, R>(row + y * class_stride, blockDim.y * class_stride, exists ? share_of_classes(p) : 0);
+}
+
+// Calls f with the rows of each thread in turn, and has the first COUNT classes of the next turn's rows prefetched or,
+// where these are few bytes, rows of later waves, of `g` with the strides `Params::t` too. All threads of the block
+// call it alike.
 template <int R, int COUNT, class T, class F>
-__device__ __forceinline__ void for_thread_rows(const Params &p, const T *x, F f) {
+__device__ __forceinline__ void for_thread_rows(const Params &p, const T *x, F f, const T *g = nullptr) {
     const bool grouped = in_groups<R>(p, x);
-    const int64_t width = blockDim.x * R, mine = threadIdx.x * (grouped ? R : 1), step = gridDim.x * width;
-    int64_t first = blockIdx.x * width;
+    const int width = blockDim.x * R, mine = threadIdx.x * (grouped ? R : 1);
+    const int64_t step = static_cast<int64_t>(gridDim.x) * width;
+    const auto prefetch_few = [&](int64_t later) {
+        const ThreadRows<T, R> rows(p, x, later + mine, grouped);
+        if (R > 1 && grouped)
+            return prefetch_first<UNITS_BATCH, R>(p, rows.logits[0], p.x.class_stride, rows.exists[0]);
+#pragma unroll
+        for (int k = 0; k < R; k++) {
+            prefetch_first<UNITS_BATCH, 1>(p, rows.logits[k], p.x.class_stride, rows.exists[k]);
+            if (g) prefetch_first<UNITS_BATCH, 1>(p, g + p.t.start(rows.row[k]), p.t.class_stride, rows.exists[k]);
+        }
+    };
+    int64_t first = static_cast<int64_t>(blockIdx.x) * width;
     if constexpr (COUNT == 0) {
-        for (; first < p.rows; first += step) f(ThreadRows<T, R>(p, x, first + mine, grouped));
+        for (; first < p.rows; first += step) {
+            prefetch_later(p, first, width, prefetch_few);
+            f(ThreadRows<T, R>(p, x, first + mine, grouped));
+        }
     } else {
         const auto prefetched = [&](int64_t row) {
             const T *logits = x + p.x.start(row);
-            prefetch_classes<0, COUNT>(logits + threadIdx.y * p.x.class_stride, blockDim.y * p.x.class_stride,
-                                       row < p.rows ? share_of_classes(p) : 0);
+            if (p.ahead == 0) prefetch_first<COUNT, 1>(p, logits, p.x.class_stride, row < p.rows);
             return logits;
         };
         const T *logits = prefetched(first + mine);
         for (; first < p.rows; first += step) {
+            prefetch_later(p, first, width, prefetch_few);
             const T *next = prefetched(first + step + mine);
             f(ThreadRows<T, 1>(p, first + mine, logits));
             logits = next;
@@ -142,7 +165,7 @@ template <class T, int R, int U, int COUNT> struct Reader {
     }
     // The next U classes; `missing` behind the last one. All loads are issued before one is waited for.
     __device__ __forceinline__ void next(Pack<T, R> (&x)[U], T missing = narrow<T>(-infinity<Acc<T>>())) {
-        if constexpr (COUNT > 0) prefetch_classes<COUNT, COUNT + U>(at[0], step, left[0]);
+        if constexpr (COUNT > 0) prefetch_classes<COUNT, COUNT + U, 1>(at[0], step, left[0]);
 #pragma unroll
         for (int u = 0; u < U; u++) {
 #pragma unroll
@@ -550,7 +573,7 @@ __device__ __forceinline__ void log_softmax_backward_any(const Params &p, const 
                                                          const T *g, T *out) {
     using A = Acc<T>;
     __shared__ double sums[STRIDED_THREADS];
-    for_thread_rows<1, CLASSES_IN_FLIGHT<T>>(p, x, [&](const ThreadRows<T, 1> &rows) {
+    const auto of_rows = [&](const ThreadRows<T, 1> &rows) {
         const int64_t row = rows.exists[0] ? rows.row[0] : 0;
         const T *upstream = g + p.t.start(row);
         const int share = rows.exists[0] ? share_of_classes(p) : 0;
@@ -582,7 +605,8 @@ __device__ __forceinline__ void log_softmax_backward_any(const Params &p, const 
         write_classes(p, row, out, load, [&](int u, int) {
             return rule.template value<T>(p, widen<A>(of_x[u].at[0]), widen<A>(of_g[u].at[0]));
         });
-    });
+    };
+    for_thread_rows<1, CLASSES_IN_FLIGHT<T>>(p, x, of_rows, g);
 }
 
 // The gradient of probability targets: see `TargetGradient`. It is written in the order of the logits' gradient.

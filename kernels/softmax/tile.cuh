@@ -89,7 +89,8 @@ __device__ __forceinline__ int rows_from(const Params &p, int64_t first) {
 // Has the tile from a row on fetched to the second-level cache.
 template <class T> __device__ __forceinline__ void prefetch_tile(const Params &p, const T *x, int64_t first) {
     const Windows<T> w(x + first * p.classes, rows_from(p, first) * p.classes);
-    for (int i = threadIdx.x; i < w.count; i += blockDim.x)
+    constexpr int STEP = SECTOR / 16;
+    for (int i = threadIdx.x * STEP; i < w.count; i += blockDim.x * STEP)
         prefetch(w.first_word() + static_cast<int64_t>(i) * Windows<T>::N);
 }
 
@@ -104,9 +105,7 @@ template <class T, class F> __device__ __forceinline__ void for_each_tile(const 
         const int count = rows_from(p, first);
         Tile<T> tile;
         tile.size = count * p.classes;
-        // for the block that comes when one that runs now has ended
-        const int64_t later = first + static_cast<int64_t>(p.ahead) * rows;
-        if (p.ahead > 0 && later < p.rows) prefetch_tile(p, x, later);
+        prefetch_later(p, first, rows, [&](int64_t later) { prefetch_tile(p, x, later); });
         tile.load(slots, x + first * p.classes);
         __syncthreads();
         lane.row = first + row;

@@ -38,6 +38,7 @@ pub(super) struct SoftmaxParams {
     pub kept: i32,
     pub upstream_rows: i32,
     pub rotated: i32,
+    pub wave: i32,
     pub ahead: i32,
     pub class_last: i32,
     pub softcap_f32: f32,
@@ -70,6 +71,7 @@ impl SoftmaxParams {
             kept: 0,
             upstream_rows: 0,
             rotated: 0,
+            wave: 0,
             ahead: 0,
             class_last: rows.class_last() as i32,
             softcap_f32: 0.0,
@@ -108,8 +110,9 @@ impl SoftmaxParams {
             x.outer_stride = if x.inner > 1 { x.inner_stride } else { x.outer_stride };
             x.inner = 1;
         }
-        let (team, kept) = (pass.team as i32, pass.kept as i32);
-        SoftmaxParams { x, team, kept, rotated: pass.rotated as i32, ahead: pass.ahead as i32, ..self }
+        let [team, kept, rotated, wave, ahead] =
+            [pass.team, pass.kept, pass.rotated, pass.wave, pass.ahead].map(|n| n as i32);
+        SoftmaxParams { x, team, kept, rotated, wave, ahead, ..self }
     }
 }
 

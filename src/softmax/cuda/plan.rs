@@ -15,17 +15,28 @@ use std::sync::OnceLock;
 
 /// Bytes that a thread moves at once, and the unit in which rows are shared out.
 const WINDOW: u64 = 16;
+/// Bytes that a fetch brings: `SECTOR` of `kernels/softmax/rows.cuh`.
+const SECTOR: u64 = 32;
+/// Bytes of logits that a thread should have on their way at least: `IN_FLIGHT` of `kernels/softmax/rows.cuh`.
+const IN_FLIGHT: u64 = 64;
 /// The largest block of the kernels for adjacent classes.
 const ROWS_THREADS: u32 = 256;
 /// The threads of a block whose teams are parts of warps.
 const WARPS_THREADS: u32 = 128;
+/// The most blocks of these that a multiprocessor works on at a time.
+const WARPS_BLOCKS: u32 = 8;
 /// The largest block of the kernels for classes apart.
 const STRIDED_THREADS: u32 = 256;
 /// The most bytes of logits of such a block: what `fused` reads a second time should still be in the cache.
 const STRIDED_BYTES: u64 = 32 << 10;
-/// The most blocks of these kernels for each multiprocessor, which runs 2, 3 or 4 of them at once: whole rounds of
-/// each, and few enough partial sums.
+/// The most blocks of these that a multiprocessor works on at a time: 2, 3 or 4.
+const STRIDED_BLOCKS: u32 = 4;
+/// The most blocks of these kernels for each multiprocessor: whole rounds of what it works on, and few enough partial
+/// sums.
 const STRIDED_ROUNDS: u32 = 12;
+/// The classes of a unit of rows that a thread of the light ones of these kernels loads at a time: `UNITS_BATCH` of
+/// `kernels/softmax/strided.cuh`.
+const UNITS_BATCH: u64 = 11;
 /// Windows that a thread handles at a time. A thread keeps either all of its windows of a row or a multiple of these.
 const BATCH: u32 = 4;
 /// The threads of a block of the kernels for tiles.
@@ -149,8 +160,8 @@ pub(crate) struct DeviceLimits {
 pub(crate) struct Thresholds {
     /// The most classes of a row that is worked through in tiles, up to 64.
     pub tile_classes: u64,
-    /// The threads of a multiprocessor that tiles need before a row has fewer lanes than could work on it.
-    pub tile_threads: u32,
+    /// The threads of a multiprocessor that there have to be before a row has fewer lanes than could work on it.
+    pub row_threads: u32,
     /// The longest row that a warp, or a part of one, takes.
     pub warp_bytes: u64,
     /// The most windows of a row that a lane keeps in registers; below 4, none.
@@ -171,13 +182,15 @@ pub(crate) struct Thresholds {
     pub blocks: u32,
     /// Less shared memory than the device has.
     pub shared_bytes: Option<u32>,
+    /// Fewer blocks of a wave than the device works on at a time.
+    pub wave: Option<u32>,
 }
 
 impl Default for Thresholds {
     fn default() -> Self {
         Thresholds {
             tile_classes: TILE_CLASSES,
-            tile_threads: 1024,
+            row_threads: 1024,
             warp_bytes: 8 << 10,
             register_windows: 16,
             cluster_bytes: 64 << 10,
@@ -187,6 +200,7 @@ impl Default for Thresholds {
             count_rows: 1024,
             blocks: 16 * 1024,
             shared_bytes: None,
+            wave: None,
         }
     }
 }
@@ -212,14 +226,36 @@ pub(crate) struct RowPass {
     /// At which classes the rows of a tile begin, so that they do not meet in the banks of shared memory: see
     /// [`rotation`].
     pub rotated: u32,
-    /// How many tiles ahead of its own a block prefetches one: as many as are worked on at a time. 0: none.
+    /// Blocks that are worked on at a time, or all of those that take rows in turn.
+    pub wave: u32,
+    /// How many waves ahead of its own a block prefetches rows, where its own ones are too few bytes to keep the memory
+    /// busy.
     pub ahead: u32,
     pub grid: Grid,
 }
 
 impl RowPass {
     fn new(form: Form, team: u32, grid: Grid) -> Self {
-        RowPass { form, team, kept: 0, rotated: 0, ahead: 0, grid }
+        RowPass { form, team, kept: 0, rotated: 0, wave: 0, ahead: 0, grid }
+    }
+
+    /// The same with `turns` of each thread on their way, of `all` turns of blocks, where the device works on `wave`
+    /// blocks at a time.
+    fn with_turns(mut self, turns: u64, all: u64, wave: u32) -> Self {
+        if turns <= 1 {
+            return self;
+        }
+        let blocks = &mut self.grid.blocks[0];
+        if all > *blocks as u64 {
+            // a block prefetches its own next turns, and has so many of them
+            *blocks = (*blocks).min((all / turns).max(wave as u64) as u32);
+            self.wave = *blocks;
+        } else {
+            // the turns of the blocks that come when those that run now have ended
+            self.wave = wave.min(*blocks);
+        }
+        self.ahead = (turns - 1) as u32;
+        self
     }
 
     /// Blocks that share a row without forming a cluster.
@@ -229,6 +265,16 @@ impl RowPass {
 
     pub fn blocks(&self) -> u32 {
         self.grid.blocks[0] * self.grid.blocks[1]
+    }
+
+    /// A row's bytes for each of the threads that share it.
+    fn thread_bytes(&self, shape: &RowsShape) -> u64 {
+        (shape.row_bytes() / (self.team * self.splits() * self.grid.cluster) as u64).max(1)
+    }
+
+    /// The fewest classes that a thread with work has of its row.
+    fn share(&self, shape: &RowsShape) -> u64 {
+        (shape.classes / self.team as u64).max(1)
     }
 
     /// Partial sums that a pass leaves: one for each block, or for each cluster.
@@ -260,13 +306,13 @@ impl Planner {
 
     /// Row statistics, for which rows are never split over blocks.
     pub fn statistics(&self, shape: &RowsShape) -> RowPass {
-        if shape.adjacent { self.rows(shape) } else { self.strided(shape, 1) }
+        if shape.adjacent { self.rows(shape) } else { self.strided(shape) }
     }
 
     /// The passes over classes that lie apart, and over tiles.
     fn special(&self, shape: &RowsShape) -> Option<RowPass> {
         if !shape.adjacent {
-            return Some(self.strided(shape, rows_at_once(shape)));
+            return Some(if shape.light { self.strided_units(shape) } else { self.strided(shape) });
         }
         let tile = shape.light && shape.packed && shape.classes <= self.thresholds.tile_classes.min(TILE_CLASSES);
         tile.then(|| self.tile(shape))
@@ -306,7 +352,7 @@ impl Planner {
 
     /// The gradient of probability targets.
     pub fn target_gradient(&self, shape: &RowsShape) -> RowPass {
-        if shape.adjacent { self.rows(shape) } else { self.strided(shape, 1) }
+        if shape.adjacent { self.rows(shape) } else { self.strided(shape) }
     }
 
     /// The same pass with shared memory for each row, over the blocks of a cluster where one has too little.
@@ -355,13 +401,30 @@ impl Planner {
         RowPass::new(Form::Rows, threads, grid)
     }
 
+    /// Whether rows of so many lanes are enough for all threads of the device.
+    fn are_many(&self, rows: u64, lanes: u32) -> bool {
+        rows * lanes as u64 >= self.device.processors as u64 * self.thresholds.row_threads as u64
+    }
+
+    /// The blocks that the device works on at a time, so many of them in each multiprocessor.
+    fn wave(&self, blocks: u32) -> u32 {
+        self.thresholds.wave.unwrap_or(self.device.processors * blocks)
+    }
+
     fn rows(&self, shape: &RowsShape) -> RowPass {
         if shape.row_bytes() > self.thresholds.warp_bytes {
             return self.block_per_row(shape, 1);
         }
-        let team = power_of_two(shape.windows() / BATCH as u64, 1, 32);
-        let blocks = shape.rows.div_ceil((WARPS_THREADS / team) as u64).min(self.thresholds.blocks as u64) as u32;
-        RowPass::new(Form::Rows, team, Grid::flat(blocks, WARPS_THREADS))
+        // as few lanes as have enough bytes on their way, if there are rows enough
+        let few = power_of_two_below(shape.row_bytes() / IN_FLIGHT, 1, 32);
+        let most = power_of_two(shape.windows() / BATCH as u64, 1, 32);
+        let team = if self.are_many(shape.rows, few) { few } else { most };
+        let turns = shape.rows.div_ceil((WARPS_THREADS / team) as u64);
+        let blocks = turns.min(self.thresholds.blocks as u64) as u32;
+        let pass = RowPass::new(Form::Rows, team, Grid::flat(blocks, WARPS_THREADS));
+        // a team has enough bytes of one row
+        let on_their_way = if team == 1 { IN_FLIGHT.div_ceil(pass.thread_bytes(shape)) } else { 1 };
+        pass.with_turns(on_their_way, turns, self.wave(WARPS_BLOCKS))
     }
 
     /// As many blocks as the device runs at once, which take rows in turn; `writes` says whether a value is written for
@@ -382,8 +445,14 @@ impl Planner {
         }
         let team = power_of_two(lanes(kept), REGISTER_LANES, 32);
         let most = (self.device.processors * register_blocks(kept, writes)).min(self.thresholds.blocks);
-        let blocks = shape.rows.div_ceil((REGISTER_THREADS / team) as u64).min(most as u64) as u32;
-        Some(RowPass::new(Form::Registers(kept), team, Grid::flat(blocks, REGISTER_THREADS)))
+        let turns = shape.rows.div_ceil((REGISTER_THREADS / team) as u64);
+        let blocks = turns.min(most as u64) as u32;
+        let pass = RowPass::new(Form::Registers(kept), team, Grid::flat(blocks, REGISTER_THREADS));
+        Some(match IN_FLIGHT.div_ceil(pass.thread_bytes(shape)) {
+            // the next turn's rows are on their way in any case
+            ..=2 => pass,
+            on_their_way => pass.with_turns(on_their_way, turns, blocks),
+        })
     }
 
     /// As few lanes for a row as still leave every multiprocessor enough threads, and as many rows as a block has lanes
@@ -392,27 +461,45 @@ impl Planner {
         let most = power_of_two(shape.classes.div_ceil(TILE_DEPTH), 1, 8);
         let tile_bytes = |lanes: u32| (TILE_THREADS / lanes) as u64 * shape.row_bytes();
         let shared = self.thresholds.shared_bytes.unwrap_or(self.device.shared_bytes) as u64;
-        let threads = self.device.processors as u64 * self.thresholds.tile_threads as u64;
         let enough = |lanes: u32| {
             shape.classes <= lanes as u64 * TILE_STEPS
-                && shape.rows * lanes as u64 >= threads
+                && self.are_many(shape.rows, lanes)
                 && tile_bytes(lanes) * TILES <= shared
         };
         let lanes = [1, 2, 4].into_iter().find(|&lanes| enough(lanes)).map_or(most, |lanes| lanes.min(most));
-        let blocks = shape.rows.div_ceil((TILE_THREADS / lanes) as u64).min(self.thresholds.blocks as u64) as u32;
+        let tiles = shape.rows.div_ceil((TILE_THREADS / lanes) as u64);
+        let blocks = tiles.min(self.thresholds.blocks as u64) as u32;
         // as many bytes behind a word as the tile has in global memory
         let shared_bytes = (tile_bytes(lanes).next_multiple_of(WINDOW) + WINDOW) as u32;
         let grid = Grid { shared_bytes, ..Grid::flat(blocks, TILE_THREADS) };
         let rotated = rotation(shape.classes as u32, shape.element as u32, lanes);
-        let ahead = self.device.processors * TILE_BLOCKS;
-        RowPass { rotated, ahead, ..RowPass::new(Form::Tile, lanes, grid) }
+        let pass = RowPass { rotated, ..RowPass::new(Form::Tile, lanes, grid) };
+        // a tile that is on its way while another one is worked on, at least
+        let on_their_way = IN_FLIGHT.div_ceil(pass.thread_bytes(shape)).max(2);
+        pass.with_turns(on_their_way, tiles, self.wave(TILE_BLOCKS))
+    }
+
+    /// The light passes over classes that lie apart.
+    fn strided_units(&self, shape: &RowsShape) -> RowPass {
+        let (pass, turns) = self.columns(shape, rows_at_once(shape));
+        pass.with_turns(UNITS_BATCH.div_ceil(pass.share(shape)), turns, self.wave(STRIDED_BLOCKS))
+    }
+
+    /// The other passes over classes that lie apart, which prefetch the next turn's rows in any case.
+    fn strided(&self, shape: &RowsShape) -> RowPass {
+        let (pass, turns) = self.columns(shape, 1);
+        match (IN_FLIGHT / shape.element).div_ceil(pass.share(shape)) {
+            ..=2 => pass,
+            on_their_way => pass.with_turns(on_their_way, turns, self.wave(STRIDED_BLOCKS)),
+        }
     }
 
     /// Neighbouring threads on neighbouring rows, `at_once` of them each; several threads on the same rows where a
-    /// block's would have too many bytes for a cache, or too few threads would have work.
-    fn strided(&self, shape: &RowsShape, at_once: u64) -> RowPass {
+    /// block's would have too many bytes for a cache, or too few threads would have work. Also the turns of blocks.
+    fn columns(&self, shape: &RowsShape, at_once: u64) -> (RowPass, u64) {
         let groups = shape.rows.div_ceil(at_once);
-        let least_width = power_of_two(groups, 1, 32);
+        // what a warp reads of a class are whole sectors at least
+        let least_width = power_of_two(groups, 1, (SECTOR / (at_once * shape.element)) as u32);
         let for_cache = (STRIDED_THREADS as u64 * at_once * shape.row_bytes()).div_ceil(STRIDED_BYTES);
         let for_work = (self.device.processors * 3 * STRIDED_THREADS) as u64 / groups.max(1);
         let most = power_of_two(shape.classes / BATCH as u64, 1, STRIDED_THREADS / least_width);
@@ -421,16 +508,17 @@ impl Planner {
         // whole warps, but no wider than there are rows
         let width = power_of_two(groups, 32 / depth.min(32), STRIDED_THREADS / depth);
         let most_blocks = (self.device.processors * STRIDED_ROUNDS).min(self.thresholds.blocks);
-        let blocks = groups.div_ceil(width as u64).min(most_blocks as u64) as u32;
+        let turns = groups.div_ceil(width as u64);
+        let blocks = turns.min(most_blocks as u64) as u32;
         let grid =
             Grid { blocks: [blocks, 1, 1], threads: [width, depth, 1], shared_bytes: 0, cluster: 1, overlaps: false };
-        RowPass::new(Form::Strided, depth, grid)
+        (RowPass::new(Form::Strided, depth, grid), turns)
     }
 
     /// The pass that takes any layout. Where classes are adjacent, neighbouring threads have neighbouring classes.
     pub fn any_layout(&self, shape: &RowsShape) -> RowPass {
         if !shape.adjacent {
-            return self.strided(shape, 1);
+            return self.strided(shape);
         }
         let depth = power_of_two(shape.classes, 1, STRIDED_THREADS);
         let width = STRIDED_THREADS / depth;
@@ -448,6 +536,11 @@ impl Planner {
         }
         rows.div_ceil(self.thresholds.count_rows.max(1)).min(64) as u32
     }
+}
+
+/// The largest power of two that is at most `n`, within bounds that are powers of two.
+fn power_of_two_below(n: u64, least: u32, most: u32) -> u32 {
+    1 << n.clamp(least as u64, most as u64).ilog2()
 }
 
 /// The smallest power of two that is at least `n`, within bounds that are powers of two.
@@ -608,10 +701,8 @@ mod tests {
     /// Bytes of logits that a multiprocessor has on their way with all of its threads at their loads: resident blocks
     /// times what a thread loads, or prefetches, before it uses the first.
     fn bytes_in_flight(pass: &RowPass, shape: &RowsShape, device: &DeviceLimits, reading: Reading) -> u64 {
-        let at_least = constant(include_str!("../../../kernels/softmax/rows.cuh"), "IN_FLIGHT");
         let writes = !matches!(reading, Reading::Forward | Reading::Statistics);
         let threads = pass.grid.threads.iter().product::<u32>() as u64;
-        let windows = |threads: u64| (shape.row_bytes() / WINDOW).div_ceil(threads);
         // the bounds of the kernels on an sm_90
         let resident = match (reading, pass.form) {
             _ if shape.element == 8 => 512,
@@ -624,26 +715,26 @@ mod tests {
         let (by_registers, of_thread) = match pass.form {
             Form::Registers(kept) => {
                 // two rows where a thread has registers for both
-                let rows = if kept <= 8 { 2 } else { 1 };
-                (register_blocks(kept, writes) as u64, rows * windows(pass.team as u64).min(kept as u64) * WINDOW)
+                let turns = (1 + pass.ahead as u64).max(if kept <= 8 { 2 } else { 1 });
+                (register_blocks(kept, writes) as u64, turns * pass.thread_bytes(shape).min(kept as u64 * WINDOW))
             }
-            Form::Tile => {
-                // its own tile, and the one that it prefetches
-                let of_block = threads / pass.team as u64 * shape.row_bytes();
-                (TILE_BLOCKS as u64, 2 * of_block.div_ceil(threads * WINDOW) * WINDOW)
-            }
+            // its own tile, and those that it prefetches
+            Form::Tile => (TILE_BLOCKS as u64, (1 + pass.ahead as u64) * pass.thread_bytes(shape)),
             Form::Rows => {
-                let team = (pass.team * pass.splits() * pass.grid.cluster) as u64;
                 // `READ_BATCH`
-                let most = if shape.light && !writes && shape.element == 2 { 2 * at_least } else { at_least };
-                (resident / threads, (windows(team) * WINDOW).min(most))
+                let batch = if shape.light && !writes && shape.element == 2 { 2 * IN_FLIGHT } else { IN_FLIGHT };
+                let of_row = pass.thread_bytes(shape).min(batch);
+                (resident / threads, (1 + pass.ahead as u64) * of_row)
             }
             Form::Strided => {
                 // `STRIDED_BATCH` of the kernels for units of logits; the others prefetch the next row's too
                 let units = shape.light && reading != Reading::LogSoftmaxBackward;
-                let rows = if units { rows_at_once(shape) } else { 2 };
-                let most = if units { 11 * rows * shape.element } else { at_least };
-                (resident / threads, (shape.classes.div_ceil(pass.team as u64) * rows * shape.element).min(most))
+                let turns = (1 + pass.ahead as u64).max(if units { 1 } else { 2 });
+                let of_class = shape.element * if units { rows_at_once(shape) } else { 1 };
+                let batch = if units { UNITS_BATCH * of_class } else { IN_FLIGHT };
+                // all of what is prefetched of later waves
+                let most = if pass.ahead > 0 { u64::MAX } else { batch };
+                (resident / threads, (turns * pass.share(shape) * of_class).min(most))
             }
         };
         // either device has 228 KB a multiprocessor, of which the system takes 1 KB for each block
@@ -671,45 +762,49 @@ mod tests {
     }
 
     /// An H100 needs 32 KB on their way in each multiprocessor to read at its memory's speed and an H200 48 KB, which
-    /// those forwards have that are bound by memory. Where rows are shorter than a thread's share of these and it takes
-    /// them one at a time, a whole row is on its way.
+    /// those forwards have that are bound by memory.
     #[test]
     fn enough_bytes_are_in_flight() {
-        let shapes = [
-            (true, 32768, 256),
-            (true, 65536, 1000),
-            (true, 32768, 4096),
-            (true, 8192, 8192),
-            (true, 4096, 32_000),
-            (true, 16384, 50_257),
-            (true, 8192, 128_256),
-            (true, 8192, 262_144),
-            (true, 1 << 20, 64),
-            (true, 1 << 20, 21),
-            (true, 1 << 20, 10),
+        let rows_source = include_str!("../../../kernels/softmax/rows.cuh");
+        assert_eq!([IN_FLIGHT, SECTOR], ["IN_FLIGHT", "SECTOR"].map(|name| constant(rows_source, name)));
+        assert_eq!(UNITS_BATCH, constant(include_str!("../../../kernels/softmax/strided.cuh"), "UNITS_BATCH"));
+        let few = (1..=70).map(|classes| (1 << 24, classes));
+        // one turn of each block
+        let once = (8..=70).map(|classes| (1 << 20, classes));
+        let many = [
+            (32768, 256),
+            (65536, 1000),
+            (32768, 4096),
+            (8192, 8192),
+            (4096, 32_000),
+            (16384, 50_257),
+            (8192, 128_256),
+            (8192, 262_144),
             // images, and a transposed matrix
-            (false, 16 * 512 * 512, 21),
-            (false, 16 * 512 * 512, 19),
-            (false, 32 * 128 * 128, 150),
-            (false, 1 << 20, 1000),
+            (16 * 512 * 512, 21),
+            (32 * 128 * 128, 150),
+            (1 << 20, 1000),
         ];
-        for (adjacent, n, classes) in shapes {
+        for (n, classes) in few.chain(once).chain(many) {
             for (element, light) in [(2, true), (4, true), (2, false), (4, false), (8, false)] {
                 let packed = RowsShape { light, ..rows(n, classes, element) };
-                let apart = RowsShape { adjacent: false, packed: false, even: false, ..packed };
-                let shape = if adjacent { packed } else { apart };
-                for (reading, pass) in passes(&shape) {
-                    let bytes = bytes_in_flight(&pass, &shape, &H100, reading);
-                    let fast = adjacent && light && reading == Reading::Forward;
-                    let layout = if adjacent { "adjacent" } else { "apart" };
-                    let kernels = if light { "light" } else { "general" };
-                    let what = format!("{n} x {classes} {layout}, {element} bytes, {kernels}, {reading:?}");
-                    println!("{what}: {} KB", bytes >> 10);
-                    if pass.form == Form::Rows && pass.team == 1 && shape.row_bytes() < 64 {
-                        continue;
+                let with_gaps = RowsShape { packed: false, ..packed };
+                let apart = RowsShape { adjacent: false, even: false, ..with_gaps };
+                let layouts = [("packed", packed), ("with gaps", with_gaps), ("apart", apart)];
+                // no block for each multiprocessor's every place where few rows have their classes apart
+                for (layout, shape) in layouts.into_iter().filter(|(_, shape)| shape.adjacent || n >= 8192) {
+                    for (reading, pass) in passes(&shape) {
+                        let kernels = if light { "light" } else { "general" };
+                        let what = format!("{n} x {classes} {layout}, {element} bytes, {kernels}, {reading:?}");
+                        let bytes = bytes_in_flight(&pass, &shape, &H100, reading);
+                        println!("{what}: {} KB", bytes >> 10);
+                        let fast = shape.adjacent && light && reading == Reading::Forward;
+                        let needed = if fast { 48 << 10 } else { 32 << 10 };
+                        assert!(bytes >= needed, "{what}: {bytes} bytes, {pass:?}");
+                        // there are as many rows as are prefetched
+                        let of_wave = (pass.wave * pass.grid.threads.iter().product::<u32>() / pass.team) as u64;
+                        assert!((1 + pass.ahead as u64) * of_wave <= n, "{what}: {pass:?}");
                     }
-                    let needed = if fast { 48 << 10 } else { 32 << 10 };
-                    assert!(bytes >= needed, "{what}: {bytes} bytes, {pass:?}");
                 }
             }
         }

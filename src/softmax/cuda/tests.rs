@@ -24,7 +24,7 @@ fn regimes() -> Vec<(&'static str, Thresholds)> {
         // with more classes than a tile has, the next regime
         ("tiles", usual),
         ("tiles in turn, counted ahead", Thresholds { blocks: 1, count_rows: 1, ..usual }),
-        ("tiles of few lanes", Thresholds { tile_threads: 0, ..usual }),
+        ("tiles of few lanes", Thresholds { row_threads: 0, ..usual }),
         ("registers", registers),
         ("registers, rows in turn, counted ahead", Thresholds { blocks: 1, count_rows: 1, ..registers }),
         ("warps", Thresholds { warp_bytes: 1 << 20, ..no_tiles }),
@@ -634,29 +634,57 @@ fn no_rows() -> Result<()> {
     Ok(())
 }
 
-/// Kernels without registers for all the loads that memory needs on their way prefetch the rest: ahead of their loops,
-/// those over classes apart for two turns, and in each loop. `enough_bytes_are_in_flight` counts on it.
+/// What `enough_bytes_are_in_flight` counts on: kernels without registers for all the loads that memory needs on their
+/// way prefetch the rest, ahead of their loops (over classes apart, for two turns) and in them, and rows of later waves.
 #[test]
-fn general_kernels_prefetch() -> Result<()> {
+fn kernels_prefetch() -> Result<()> {
+    use Detail::{General, Plain, Uniform};
     for dtype in FLOATS {
-        for (detail, kernel, ahead, in_loops) in [
-            (Detail::General, "softmax_reduce_general_rows", 4, 1),
-            (Detail::General, "softmax_statistics_rows", 4, 1),
-            (Detail::General, "softmax_emit_general_rows", 2, 2),
-            (Detail::General, "softmax_fused_general_rows", 4, 3),
-            (Detail::General, "softmax_reduce_general_strided", 4, 1),
-            (Detail::General, "softmax_statistics_strided", 4, 1),
-            (Detail::General, "softmax_emit_general_strided", 4, 1),
-            (Detail::General, "softmax_fused_general_strided", 4, 2),
-            (Detail::General, "softmax_target_gradient", 4, 1),
-            (Detail::Plain, "softmax_log_softmax_backward_rows", 2, 2),
-            (Detail::Plain, "softmax_log_softmax_backward_any", 4, 1),
+        for (detail, kernel, ahead, in_loops, later) in [
+            (General, "softmax_reduce_general_rows", 4, 1, 3),
+            (General, "softmax_statistics_rows", 4, 1, 3),
+            (General, "softmax_emit_general_rows", 2, 2, 3),
+            (General, "softmax_fused_general_rows", 4, 3, 3),
+            (General, "softmax_reduce_general_strided", 4, 1, 1),
+            (General, "softmax_statistics_strided", 4, 1, 1),
+            (General, "softmax_emit_general_strided", 4, 1, 1),
+            (General, "softmax_fused_general_strided", 4, 2, 1),
+            // rows and classes apart, written in one of two dtypes where there are two
+            (General, "softmax_target_gradient", 4 + 4, 1 + 1, 3 + 1),
+            (Plain, "softmax_reduce_plain_rows", 4, 0, 3),
+            (Plain, "softmax_fused_plain_rows", 4, 0, 3),
+            (Plain, "softmax_log_softmax_rows", 0, 0, 3),
+            (Plain, "softmax_reduce_plain_tile", 0, 0, 1),
+            (Plain, "softmax_fused_plain_tile", 1, 0, 1),
+            (Plain, "softmax_log_softmax_tile", 0, 0, 1),
+            (Plain, "softmax_reduce_plain_registers_4", 0, 0, 1),
+            (Plain, "softmax_fused_plain_registers_4", 0, 0, 1),
+            (Plain, "softmax_log_softmax_registers_4", 0, 0, 1),
+            (Plain, "softmax_log_softmax_strided", 0, 0, 2),
+            // of the logits and of the upstream gradient
+            (Plain, "softmax_log_softmax_backward_rows", 2, 2, 3 + 3),
+            (Plain, "softmax_log_softmax_backward_any", 4, 1, 1 + 1),
+            (Uniform, "softmax_reduce_uniform_rows", 4, 0, 3),
+            (Uniform, "softmax_emit_uniform_rows", 2, 0, 3),
+            (Uniform, "softmax_fused_uniform_rows", 4, 0, 3),
+            (Uniform, "softmax_reduce_uniform_tile", 0, 0, 1),
+            (Uniform, "softmax_emit_uniform_tile", 0, 0, 1),
+            (Uniform, "softmax_fused_uniform_tile", 1, 0, 1),
+            (Uniform, "softmax_reduce_uniform_registers_4", 0, 0, 1),
+            (Uniform, "softmax_fused_uniform_registers_4", 0, 0, 1),
+            (Uniform, "softmax_reduce_uniform_strided", 0, 0, 2),
+            (Uniform, "softmax_emit_uniform_strided", 0, 0, 2),
+            (Uniform, "softmax_fused_uniform_strided", 0, 0, 2),
         ] {
+            // doubles have fewer kernels
+            if dtype == DType::F64 && (detail == Uniform || !detail.module(dtype)?.kernels.contains(&kernel)) {
+                continue;
+            }
             let ptx = String::from_utf8(detail.module(dtype)?.image(Image::Ptx)?).expect("PTX is text");
             let (_, code) = ptx.split_once(&format!(".entry {kernel}(")).expect("the kernel");
             let code = code.split(".entry ").next().unwrap_or(code);
             let found = code.matches("prefetch.global.L2").count();
-            assert!(found >= ahead + in_loops, "{kernel}, {dtype:?}: {found} prefetches");
+            assert!(found >= ahead + in_loops + later, "{kernel}, {dtype:?}: {found} prefetches");
         }
     }
     Ok(())
@@ -866,7 +894,7 @@ fn the_target_check_waits() -> Result<()> {
 fn tiles_match_the_cpu() -> Result<()> {
     for (i, classes) in (1..=65).enumerate() {
         // as many lanes as can work on a row, and as few
-        THRESHOLDS.set(Thresholds { tile_threads: (i as u32 / 4) % 2 * 1024, ..Thresholds::default() });
+        THRESHOLDS.set(Thresholds { row_threads: (i as u32 / 4) % 2 * 1024, ..Thresholds::default() });
         for dtype in [FLOATS[i % 4], FLOATS[(i + 1) % 4]] {
             let rows = 300 / (classes / 8 + 1);
             let logits = random(&[rows + 1, classes], 1, dtype)?;
@@ -882,7 +910,7 @@ fn tiles_match_the_cpu() -> Result<()> {
     // rows that begin at each place of a word, more of them than a warp has
     for classes in [5, 8, 9, 31, 33, 64] {
         for (i, dtype) in FLOATS.into_iter().enumerate() {
-            THRESHOLDS.set(Thresholds { tile_threads: i as u32 % 2 * 1024, ..Thresholds::default() });
+            THRESHOLDS.set(Thresholds { row_threads: i as u32 % 2 * 1024, ..Thresholds::default() });
             for offset in 0..16 / dtype.size_in_bytes() {
                 let wide = random(&[offset + 70 * classes], 1, dtype)?;
                 let view = |x: &Tensor| x.narrow(0, offset, 70 * classes)?.reshape((70, classes));
@@ -954,6 +982,48 @@ fn sizes_match_the_cpu() -> Result<()> {
             let logits = random(&[2, classes], 1, DType::BF16)?;
             for options in [plain(), uniform(), capped(30.0)] {
                 compare("sizes", &options, &logits, &indices(2, classes, 2)?, |x| Ok(x.clone()))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Rows of few classes, of which each thread prefetches its next ones: packed, with gaps between them, and apart.
+#[test]
+fn few_classes_match_the_cpu() -> Result<()> {
+    // prefetched by their own block, and by an earlier one
+    let usual = Thresholds { strided_depth: 1, ..Thresholds::default() };
+    let ways = [Thresholds { blocks: 1, ..usual }, Thresholds { wave: Some(1), ..usual }];
+    for (i, classes) in [1, 2, 10, 17, 3, 5, 9, 21].into_iter().enumerate() {
+        THRESHOLDS.set(ways[i / 2 % 2]);
+        let rows = 700;
+        let target = indices(rows, classes, 2)?;
+        for dtype in [FLOATS[i % 4], FLOATS[(i + 2) % 4]] {
+            let packed = random(&[rows, classes], 1, dtype)?;
+            let wide = random(&[rows, classes + 1], 1, dtype)?;
+            let columns = random(&[classes, rows], 1, dtype)?;
+            for options in [plain(), uniform(), everything(classes)?] {
+                compare("few classes", &options, &packed, &target, |x| Ok(x.clone()))?;
+                compare("few classes, with gaps", &options, &wide, &target, |x| x.narrow(1, 1, classes))?;
+                compare("few classes, apart", &options, &columns, &target, |x| x.t())?;
+            }
+            // of log-softmax, and of probability targets
+            let gradients = |device: &Device| -> Result<Vec<Tensor>> {
+                let mut results = vec![];
+                let soft = Var::from_tensor(&packed.abs()?.to_device(device)?)?;
+                for x in [wide.to_device(device)?.narrow(1, 1, classes)?, columns.to_device(device)?.t()?] {
+                    let leaf = Var::from_tensor(&x)?;
+                    let y = crate::softmax::op::log_softmax("log_softmax", true, &x, 1)?;
+                    let of_view = crate::softmax::op::log_softmax("log_softmax", true, leaf.as_tensor(), 1)?;
+                    let grads = of_view.sqr()?.sum_all()?.backward()?;
+                    results.extend([y, grads.get(&leaf).unwrap().clone()]);
+                    let grads = plain().forward(&x, soft.as_tensor())?.backward()?;
+                    results.push(grads.get(&soft).unwrap().clone());
+                }
+                Ok(results)
+            };
+            for (got, expected) in gradients(&Device::new_cuda(0)?)?.iter().zip(&gradients(&Device::Cpu)?) {
+                assert_close(&format!("{classes} classes, {dtype:?}"), got, expected, 2.0 * tolerance(dtype));
             }
         }
     }
@@ -1174,7 +1244,7 @@ fn rows_with_gaps_are_replaced_where_they_are() -> Result<()> {
 fn launches_to_count() -> Result<()> {
     let gpu = Device::new_cuda(0)?;
     // as for many rows
-    THRESHOLDS.set(Thresholds { tile_threads: 0, strided_depth: 1, ..Thresholds::default() });
+    THRESHOLDS.set(Thresholds { row_threads: 0, strided_depth: 1, wave: Some(4), ..Thresholds::default() });
     let say = |what: String, call: &dyn Fn() -> Result<()>| -> Result<()> {
         println!("{} launches: {what}", work_of(call)?.launches);
         Ok(())
