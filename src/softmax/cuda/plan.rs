@@ -229,7 +229,7 @@ pub(crate) struct RowPass {
     /// Blocks that are worked on at a time, or all of those that take rows in turn.
     pub wave: u32,
     /// How many waves ahead of its own a block prefetches rows, where its own ones are too few bytes to keep the memory
-    /// busy.
+    /// busy; 0: none.
     pub ahead: u32,
     pub grid: Grid,
 }
@@ -803,7 +803,9 @@ mod tests {
                         assert!(bytes >= needed, "{what}: {bytes} bytes, {pass:?}");
                         // there are as many rows as are prefetched
                         let of_wave = (pass.wave * pass.grid.threads.iter().product::<u32>() / pass.team) as u64;
-                        assert!((1 + pass.ahead as u64) * of_wave <= n, "{what}: {pass:?}");
+                        let units = pass.form == Form::Strided && light && reading != Reading::LogSoftmaxBackward;
+                        let at_once = if units { rows_at_once(&shape) } else { 1 };
+                        assert!((1 + pass.ahead as u64) * of_wave * at_once <= n, "{what}: {pass:?}");
                     }
                 }
             }

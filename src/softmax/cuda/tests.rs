@@ -635,7 +635,8 @@ fn no_rows() -> Result<()> {
 }
 
 /// What `enough_bytes_are_in_flight` counts on: kernels without registers for all the loads that memory needs on their
-/// way prefetch the rest, ahead of their loops (over classes apart, for two turns) and in them, and rows of later waves.
+/// way prefetch the rest, ahead of their loops (over classes apart, for two turns) and in them, and all of them rows of
+/// later waves.
 #[test]
 fn kernels_prefetch() -> Result<()> {
     use Detail::{General, Plain, Uniform};
