@@ -108,14 +108,15 @@ __device__ __forceinline__ void for_thread_rows(const Params &p, const T *x, F f
     const bool grouped = in_groups<R>(p, x);
     const int width = blockDim.x * R, mine = threadIdx.x * (grouped ? R : 1);
     const int64_t step = static_cast<int64_t>(gridDim.x) * width;
+    // at most so many where `Params::ahead` is not 0
+    constexpr int FEW = COUNT > 0 ? COUNT : UNITS_BATCH;
     const auto prefetch_few = [&](int64_t later) {
         const ThreadRows<T, R> rows(p, x, later + mine, grouped);
-        if (R > 1 && grouped)
-            return prefetch_first<UNITS_BATCH, R>(p, rows.logits[0], p.x.class_stride, rows.exists[0]);
+        if (R > 1 && grouped) return prefetch_first<FEW, R>(p, rows.logits[0], p.x.class_stride, rows.exists[0]);
 #pragma unroll
         for (int k = 0; k < R; k++) {
-            prefetch_first<UNITS_BATCH, 1>(p, rows.logits[k], p.x.class_stride, rows.exists[k]);
-            if (g) prefetch_first<UNITS_BATCH, 1>(p, g + p.t.start(rows.row[k]), p.t.class_stride, rows.exists[k]);
+            prefetch_first<FEW, 1>(p, rows.logits[k], p.x.class_stride, rows.exists[k]);
+            if (g) prefetch_first<FEW, 1>(p, g + p.t.start(rows.row[k]), p.t.class_stride, rows.exists[k]);
         }
     };
     int64_t first = static_cast<int64_t>(blockIdx.x) * width;

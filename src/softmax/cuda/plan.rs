@@ -485,11 +485,11 @@ impl Planner {
         pass.with_turns(UNITS_BATCH.div_ceil(pass.share(shape)), turns, self.wave(STRIDED_BLOCKS))
     }
 
-    /// The other passes over classes that lie apart, which prefetch the next turn's rows in any case.
+    /// The other passes over classes that lie apart, which prefetch a block's next turn in any case.
     fn strided(&self, shape: &RowsShape) -> RowPass {
         let (pass, turns) = self.columns(shape, 1);
         match (IN_FLIGHT / shape.element).div_ceil(pass.share(shape)) {
-            ..=2 => pass,
+            ..=2 if turns > pass.grid.blocks[0] as u64 => pass,
             on_their_way => pass.with_turns(on_their_way, turns, self.wave(STRIDED_BLOCKS)),
         }
     }
@@ -727,9 +727,10 @@ mod tests {
                 (resident / threads, (1 + pass.ahead as u64) * of_row)
             }
             Form::Strided => {
-                // `STRIDED_BATCH` of the kernels for units of logits; the others prefetch the next row's too
+                // `STRIDED_BATCH` of the kernels for units of logits; the others prefetch their next turn's too
                 let units = shape.light && reading != Reading::LogSoftmaxBackward;
-                let turns = (1 + pass.ahead as u64).max(if units { 1 } else { 2 });
+                let next = !units && shape.rows > pass.grid.blocks[0] as u64 * pass.grid.threads[0] as u64;
+                let turns = (1 + pass.ahead as u64).max(1 + next as u64);
                 let of_class = shape.element * if units { rows_at_once(shape) } else { 1 };
                 let batch = if units { UNITS_BATCH * of_class } else { IN_FLIGHT };
                 // all of what is prefetched of later waves
@@ -781,6 +782,7 @@ mod tests {
             (8192, 128_256),
             (8192, 262_144),
             // images, and a transposed matrix
+            (300_000, 21),
             (16 * 512 * 512, 21),
             (32 * 128 * 128, 150),
             (1 << 20, 1000),
@@ -791,7 +793,7 @@ mod tests {
                 let with_gaps = RowsShape { packed: false, ..packed };
                 let apart = RowsShape { adjacent: false, even: false, ..with_gaps };
                 let layouts = [("packed", packed), ("with gaps", with_gaps), ("apart", apart)];
-                // no block for each multiprocessor's every place where few rows have their classes apart
+                // few rows whose classes lie apart have too few blocks
                 for (layout, shape) in layouts.into_iter().filter(|(_, shape)| shape.adjacent || n >= 8192) {
                     for (reading, pass) in passes(&shape) {
                         let kernels = if light { "light" } else { "general" };
