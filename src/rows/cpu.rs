@@ -25,6 +25,8 @@ const TILE_MAX_CLASSES: usize = 64;
 pub(crate) const STRIP: usize = STRIP_BLOCKS * BLOCK;
 /// The blocks of a strip of one row.
 pub(crate) const STRIP_BLOCKS: usize = 16;
+/// The blocks of a strip of several rows at most, where the last one of a row may have a single class.
+pub(crate) const ROW_BLOCKS: usize = 2 * STRIP_BLOCKS;
 /// Classes a task takes where there are fewer rows than would keep all threads busy.
 pub(crate) const SEGMENT: usize = if cfg!(miri) { BLOCK } else { 8 * BLOCK };
 /// Fewer rows than this are split into segments if they are long.

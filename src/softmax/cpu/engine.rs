@@ -10,7 +10,7 @@ use crate::cpu::element::{Element, Output, PerRow, as_uninit, build};
 use crate::cpu::math::{Baseline, LANES, Real, dispatch};
 use crate::cpu::parallel::for_each_task;
 use crate::cpu::stream::{self, Stage};
-use crate::rows::cpu::{BLOCK, Division, STRIP, STRIP_BLOCKS, Strip, Tile, TilePlace, with_tiles};
+use crate::rows::cpu::{BLOCK, Division, ROW_BLOCKS, STRIP, STRIP_BLOCKS, Strip, Tile, TilePlace, with_tiles};
 use candle_core::CpuStorage;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -89,7 +89,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
             let (e, tiles) = tiles.split_at_mut(1);
             let (staged, tiles) = tiles.split_at_mut(2);
             let (slope, powers) = tiles.split_at_mut(capped);
-            let references = [T::Acc::ZERO; STRIP_BLOCKS];
+            let references = [T::Acc::ZERO; ROW_BLOCKS];
             work(&mut TileScratch { x, q, e, slope, staged, powers, references });
         });
     }
@@ -293,7 +293,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
                     let x = &*x;
                     self.reduce_blocks(blocks, |row| &x[row * len..][..len]);
                 }
-                if let Some(reference) = references.get_mut(class / BLOCK) {
+                if let Some(reference) = references.get_mut(row_block(lanes.start, of.len(), class)) {
                     *reference = states.max[lanes.start];
                 }
             }
@@ -398,7 +398,7 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
         let q = self.q.load_block(row * of + first, first, q.get_mut(..len).unwrap_or_default());
         let value = match source {
             BlockSource::Powers => {
-                let reference = if of <= BLOCK { scalars.max } else { references[first / BLOCK] };
+                let reference = if of <= BLOCK { scalars.max } else { references[row_block(lane, of, first)] };
                 let row = scalars.of_powers(self.logits.factor, reference);
                 let xs = &powers[lane * of + first..][..len];
                 emit_block(EmitBlock { emit: &PowersGradient, row, xs, q, slope: None, out }, e);
@@ -467,6 +467,11 @@ impl<'k, 'a, T: Element> Engine<'k, 'a, T> {
             unsafe { place.store(x, &classes, out) };
         }
     }
+}
+
+/// The number of a block among those of a strip's rows, of which each has so many classes.
+fn row_block(lane: usize, classes: usize, class: usize) -> usize {
+    lane * classes.div_ceil(BLOCK) + class / BLOCK
 }
 
 /// Emits a block, by way of `e` if the output's type can't be written directly.

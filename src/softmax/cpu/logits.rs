@@ -2,7 +2,7 @@
 
 use crate::cpu::element::{Element, Input, Source};
 use crate::cpu::math::{Ahead, LANES, Real, ScaleAndCap, dispatch};
-use crate::rows::cpu::{STRIP_BLOCKS, Tile, TilePlace};
+use crate::rows::cpu::{ROW_BLOCKS, Tile, TilePlace};
 use crate::rows::layout::{Rows, Run};
 use std::ops::Range;
 
@@ -18,7 +18,7 @@ pub(super) struct TileScratch<'m, A> {
     /// A strip's exponentials, if its pass keeps them.
     pub(super) powers: &'m mut [Tile<A>],
     /// Of a row's blocks: the maximum that these are relative to.
-    pub(super) references: [A; STRIP_BLOCKS],
+    pub(super) references: [A; ROW_BLOCKS],
     /// For a block on its way past the cache, and a line.
     pub(super) staged: &'m mut [Tile<A>],
 }

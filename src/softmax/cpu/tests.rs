@@ -94,28 +94,33 @@ fn results_past_the_cache_are_the_same() -> Result<()> {
 }
 
 /// The gradient of rows of several blocks comes from exponentials that are relative to the maximum so far: whether it
-/// rises, falls, or is another block's twice, the gradient is that of f64.
+/// rises, falls, or is another block's twice, the gradient is that of f64. So it is where several such rows are one
+/// unit of work, up to as many of as many blocks as one can have.
 #[test]
 fn gradients_of_rising_and_falling_rows() -> Result<()> {
-    let classes = 3 * BLOCK + 100;
-    let slopes = [30.0, -30.0, 0.0, 200.0, -200.0];
-    let value = |i: usize, slope: f64| {
-        let noise = ((i * 7919) % 1024) as f64 / 256.0;
-        // exact in f32, and their differences too
-        ((slope * i as f64 / classes as f64 + noise) * 256.0).round() / 256.0
-    };
-    let x: Vec<f64> = slopes.iter().flat_map(|&slope| (0..classes).map(move |i| value(i, slope))).collect();
-    let x = Tensor::from_vec(x, (slopes.len(), classes), &Device::Cpu)?;
-    let target = Tensor::new(&[0u32, 2, 1500, 6143, 6144], &Device::Cpu)?;
-    let mut plain = problem(None);
-    (plain.options.label_smoothing, plain.options.rows.ignore_index) = (0.0, -100);
-    let (_, want) = plain.clone().loss_and_grad(&x, &target)?;
-    let (_, got) = plain.loss_and_grad(&x.to_dtype(DType::F32)?, &target)?;
-    let (want, got) = (want.flatten_all()?.to_vec1::<f64>()?, got.flatten_all()?.to_vec1::<f32>()?);
-    for (i, (want, got)) in want.into_iter().zip(got).enumerate() {
-        // two exponentials of an ulp each, the sum and two products: 6 units, as everywhere; below the normal numbers 0
-        let bound = 6.0 * f32::EPSILON as f64 * want.abs() + f32::MIN_POSITIVE as f64;
-        assert!((want - got as f64).abs() <= bound, "element {i}: {want} {got}");
+    for (rows, classes) in [(5, 3 * BLOCK + 100), (100, 3 * BLOCK + 100), (300, BLOCK + 1)] {
+        let slopes = [30.0, -30.0, 0.0, 200.0, -200.0];
+        let value = |row: usize, i: usize| {
+            let noise = ((i * 7919) % 1024) as f64 / 256.0;
+            // exact in f32, and their differences too
+            ((slopes[row % 5] * i as f64 / classes as f64 + noise) * 256.0).round() / 256.0
+        };
+        let x: Vec<f64> = (0..rows * classes).map(|at| value(at / classes, at % classes)).collect();
+        let x = Tensor::from_vec(x, (rows, classes), &Device::Cpu)?;
+        let targets = [0, 2, 1500, classes as u32 - 101, classes as u32 - 100];
+        let target: Vec<u32> = (0..rows).map(|row| targets[row % 5]).collect();
+        let target = Tensor::from_vec(target, rows, &Device::Cpu)?;
+        let mut plain = problem(None);
+        (plain.options.label_smoothing, plain.options.rows.ignore_index) = (0.0, -100);
+        let (_, want) = plain.clone().loss_and_grad(&x, &target)?;
+        let (_, got) = plain.loss_and_grad(&x.to_dtype(DType::F32)?, &target)?;
+        let (want, got) = (want.flatten_all()?.to_vec1::<f64>()?, got.flatten_all()?.to_vec1::<f32>()?);
+        for (i, (want, got)) in want.into_iter().zip(got).enumerate() {
+            // two exponentials of an ulp each, the sum and two products: 6 units, as everywhere; below the normal
+            // numbers 0
+            let bound = 6.0 * f32::EPSILON as f64 * want.abs() + f32::MIN_POSITIVE as f64;
+            assert!((want - got as f64).abs() <= bound, "{rows} x {classes}, element {i}: {want} {got}");
+        }
     }
     Ok(())
 }
