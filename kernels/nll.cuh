@@ -49,11 +49,12 @@ __device__ __forceinline__ void losses(const Params &p, const T *x, const Target
         A loss = target.kind == Kind::BAD ? quiet_nan<A>() : A(0);
         if (target.kind == Kind::LIVE && target.own != A(0)) {
             loss = -target.own * widen<A>(x[p.x.start(row) + target.index * p.x.class_stride]);
+            loss = times_row_weight(p, targets, row, loss);
         }
         if (out.loss) out.loss[row] = loss;
         total.x += static_cast<double>(loss), total.y += static_cast<double>(target.weight);
     }
-    finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
+    finish_block(p, targets, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // The gradient at one class of a row; `factor` is the upstream gradient over the denominator.
@@ -86,6 +87,7 @@ __device__ __forceinline__ void gradient(const Params &p, const Targets<Acc<T>> 
             if (row < p.rows && row != read) {
                 target = read_target(p, targets, row);
                 factor = over(upstream ? upstream[p.upstream_rows ? row : 0] : A(p.grad_scale), denominator);
+                factor = times_row_weight(p, targets, row, factor);
                 read = row;
             }
             pack.at[k] = narrow<T>(value_at(target, c, factor));

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![deny(missing_docs)]
 
+mod cast;
 mod check;
 mod composed;
 mod cpu;
@@ -29,5 +30,6 @@ pub use losses::l1::{L1Loss, l1};
 pub use losses::linear_cross_entropy::{LinearCrossEntropyLoss, linear_cross_entropy};
 pub use losses::multi_label::{MultiLabelSoftMarginLoss, multi_label_soft_margin};
 pub use losses::nll::{NllLoss, log_softmax, nll};
-pub use reduction::Reduction;
+pub use reduction::{Normalizer, Reduction};
 pub use softmax::problem::RowStatistics;
+pub use softmax::transform::RowTransform;

@@ -29,8 +29,6 @@ constexpr int MAX_THREADS = 256;
 // The operands that may be views, in the order of `OPERANDS` in src/elementwise/cuda/plan.rs.
 enum Operand { INPUT, TARGET, WEIGHT, POS_WEIGHT, MASK, OPERANDS };
 
-enum class Reduction : int { None = 0, Mean = 1, Sum = 2 };
-
 // A divisor, and the multiplication that replaces the division by it, as src/elementwise/cuda/divisor.rs computes it:
 // (mulhi(n, magic) + n) >> shift, in 32 bits for dividends below 2^31 and in 64 bits for all others.
 struct Divisor {
@@ -47,8 +45,9 @@ struct ElementParams {
     double smooth_scale, smooth_shift;  // target <- scale * target + shift
     double grad_scale;                  // of the gradient that comes with the loss
     double parameters[TERM_PARAMETERS]; // of the term
+    double normalizer;                  // what the sum is divided by, unless `counted` or a pointer says otherwise
     TermNumber term;                    // of the kernels that all terms share
-    Reduction reduction;
+    int counted;                        // divide by the number of elements that the mask leaves
     DType target_dtype;
     DType mask_dtype;
     int unit_target;   // where the target is not in [0, 1], an element is NaN
@@ -186,8 +185,9 @@ struct Offsets {
 template <class In, int U> struct Loaded {
     using A = Acc<In>;
     A x[U], t[U], w[U], p[U];
-    bool in[U]; // the element is in the span
-    bool on[U]; // ... and its mask is not 0
+    bool in[U];   // the element is in the span
+    bool on[U];   // ... and its mask is not 0
+    bool live[U]; // ... and neither is its weight: else loss and gradient are 0, whatever is there
 
     // The elements first, first + step, ... before `last`.
     __device__ __forceinline__ Loaded(const Arrays<In> &a, const ElementParams &params, int64_t first, int64_t last,
@@ -225,7 +225,7 @@ template <class In, int U> struct Loaded {
             });
         }
 #pragma unroll
-        for (int k = 0; k < U; k++) x[k] = widen<A>(input[k]);
+        for (int k = 0; k < U; k++) x[k] = widen<A>(input[k]), live[k] = on[k] && w[k] != A(0);
     }
 };
 
@@ -236,11 +236,12 @@ template <class In, int U> struct Loaded {
 template <class A> struct Losses {
     A *each; // every element's
     A *rows; // every span's mean
-    // with more than one span: memory for every span's sum, and behind them, if there is a mask, every count
+    // with more than one span: memory for every span's sum, and behind them, if elements are counted, every count
     double *sums;
-    unsigned *ticket; // ... and the counter of `is_last_block`
-    A *loss;          // the result
-    A *denominator;   // the number that the losses' sum is divided by
+    unsigned *ticket;         // ... and the counter of `is_last_block`
+    const double *normalizer; // the number that their sum is divided by, if it is in memory
+    A *loss;                  // the result
+    A *denominator;           // ... and what it was divided by
 };
 
 // The sum of an earlier kernel's partial counts, in all threads of the block.
@@ -277,28 +278,30 @@ __device__ __forceinline__ long long count_elements(const void *mask, const Elem
     return block_reduce<Sum>(count, scratch);
 }
 
-// The number that the sum of the losses is divided by for the mean: elements that the mask leaves, or groups.
-__device__ __forceinline__ double mean_divisor(bool masked, long long count, const ElementParams &params) {
-    return masked ? static_cast<double>(count) : static_cast<double>(params.elements / params.group.value);
+// What the sum of the losses is divided by where elements are not counted: a number in memory, of which the host knows
+// nothing, or the one in the parameters.
+__device__ __forceinline__ double given_divisor(const double *normalizer, const ElementParams &params) {
+    return normalizer ? *normalizer : params.normalizer;
 }
 
-// The factor of the gradient that comes with the loss: the upstream gradient grad_scale over the denominator. All
-// threads of the block call it. `counts`: the partial counts of the elements that the mask leaves; null where there is
-// no need to know them, or where each block counts by itself.
+// The factor of the gradient that comes with the loss: the upstream gradient grad_scale over the denominator, 0 where
+// that is 0. All threads of the block call it. `counts`: the partial counts of the elements that the mask leaves; null
+// where there is no need to know them, or where each block counts by itself.
 template <class A>
 __device__ __forceinline__ A fused_scale(const void *mask, const long long *counts, int count_parts,
-                                         const ElementParams &params) {
+                                         const double *normalizer, const ElementParams &params) {
     __shared__ long long scratch[WARP];
-    double divisor = 1.0;
+    double divisor;
     if (counts) wait_for_last_launch();
-    if (params.reduction == Reduction::Mean) {
-        long long left = 0;
-        if (counts)
-            left = sum_counts(counts, count_parts, scratch);
-        else if (mask)
-            left = count_elements(mask, params, 0, params.elements, threadIdx.x, blockDim.x, scratch);
-        divisor = mean_divisor(mask, left, params);
+    if (mask && params.counted) {
+        const long long left = counts
+                                   ? sum_counts(counts, count_parts, scratch)
+                                   : count_elements(mask, params, 0, params.elements, threadIdx.x, blockDim.x, scratch);
+        divisor = static_cast<double>(left);
+    } else {
+        divisor = given_divisor(normalizer, params);
     }
+    if (divisor == 0.0) return A(0);
     return static_cast<A>(params.grad_scale / (divisor * static_cast<double>(params.group.value)));
 }
 
@@ -308,9 +311,9 @@ template <class A> struct LossSums {
     int count = 0; // of elements that the mask leaves
 };
 
-// LossSums of losses become the result. All threads of the block call it.
+// LossSums of losses become the result; `counting`: divided by the sum of the counts. All threads of the block call it.
 template <class A>
-__device__ __forceinline__ void write_losses(const LossSums<A> &sums, bool masked, const Losses<A> &to,
+__device__ __forceinline__ void write_losses(const LossSums<A> &sums, bool counting, const Losses<A> &to,
                                              const Span &span, const ElementParams &params) {
     __shared__ double scratch[WARP];
     __shared__ long long count_scratch[WARP];
@@ -327,26 +330,25 @@ __device__ __forceinline__ void write_losses(const LossSums<A> &sums, bool maske
     }
     // exact in a double as long as there are fewer than 2^53 elements
     double counted =
-        masked ? static_cast<double>(team_reduce<Sum>(static_cast<long long>(sums.count), blockDim.x, count_scratch))
-               : 0.0;
+        counting ? static_cast<double>(team_reduce<Sum>(static_cast<long long>(sums.count), blockDim.x, count_scratch))
+                 : 0.0;
     if (to.sums) {
         if (leader) {
             to.sums[span.index] = total;
-            if (masked) to.sums[gridDim.x + span.index] = counted;
+            if (counting) to.sums[gridDim.x + span.index] = counted;
         }
         if (!is_last_block(to.ticket, gridDim.x)) return;
         total = counted = 0;
 #pragma unroll 4
         for (int i = threadIdx.x; i < gridDim.x; i += blockDim.x) {
             total += __ldcg(to.sums + i);
-            if (masked) counted += __ldcg(to.sums + gridDim.x + i);
+            if (counting) counted += __ldcg(to.sums + gridDim.x + i);
         }
         total = block_reduce<Sum>(total, scratch);
-        if (masked) counted = block_reduce<Sum>(counted, scratch);
+        if (counting) counted = block_reduce<Sum>(counted, scratch);
     }
     if (!leader) return;
-    const double divisor =
-        params.reduction == Reduction::Mean ? mean_divisor(masked, static_cast<long long>(counted), params) : 1.0;
+    const double divisor = counting ? counted : given_divisor(to.normalizer, params);
     *to.loss = static_cast<A>(total / static_cast<double>(params.group.value) / divisor);
     if (to.denominator) *to.denominator = static_cast<A>(divisor);
 }
@@ -358,7 +360,7 @@ __device__ __forceinline__ void dense_loss_pass(const In *input, const In *targe
     using A = Acc<In>;
     constexpr int N = LANES_16B<In>;
     // ahead of all else, as a division of doubles is a subroutine
-    const A grad_scale = GRAD ? fused_scale<A>(nullptr, nullptr, 0, params) : A(1);
+    const A grad_scale = GRAD ? fused_scale<A>(nullptr, nullptr, 0, to.normalizer, params) : A(1);
     const TermAt<Term, A, true> term(params);
     const Span span(params);
     LossSums<A> sums;
@@ -409,7 +411,7 @@ __device__ __forceinline__ void any_loss_pass(const Arrays<In> &a, const long lo
     using A = Acc<In>;
     constexpr int U = 4;
     A grad_scale = A(1);
-    if (grad) grad_scale = fused_scale<A>(a.mask, counts, count_parts, params);
+    if (grad) grad_scale = fused_scale<A>(a.mask, counts, count_parts, to.normalizer, params);
     const Span span(params);
     const int team = blockDim.x;
     LossSums<A> sums;
@@ -423,15 +425,15 @@ __device__ __forceinline__ void any_loss_pass(const Arrays<In> &a, const long lo
                 if (!e.in[k]) continue;
                 const int64_t i = at + static_cast<int64_t>(k) * team;
                 const Value<A> v = term.at(e.x[k], e.t[k], e.p[k]);
-                const A loss = e.on[k] ? times(e.w[k], v.loss) : A(0);
+                const A loss = e.live[k] ? times(e.w[k], v.loss) : A(0);
                 sums.loss += loss;
                 sums.count += e.on[k];
                 if (opaque(to.each)) to.each[i] = loss;
-                if (opaque(grad)) grad[i] = narrow<In>(e.on[k] ? times(e.w[k], v.grad) * grad_scale : A(0));
+                if (opaque(grad)) grad[i] = narrow<In>(e.live[k] ? times(e.w[k], v.grad) * grad_scale : A(0));
             }
         }
     });
-    write_losses(sums, a.mask, to, span, params);
+    write_losses(sums, params.counted, to, span, params);
 }
 
 // The number of the span's elements whose mask is not 0, one number for each block.
@@ -446,8 +448,10 @@ __device__ __forceinline__ void count_pass(const void *mask, long long *counts, 
 // ---------------------------------------------------------------------------------------------------------------------
 // The gradient, from the upstream gradient and the denominator that the loss's pass wrote
 
+// The factor of all gradients: 0 where the denominator is, so that no gradient goes out of such a loss.
 template <class A>
 __device__ __forceinline__ A upstream_scale(const A *upstream, const A *denominator, const ElementParams &params) {
+    if (*denominator == A(0)) return A(0);
     const A scale = A(1) / (*denominator * static_cast<A>(params.group.value));
     return params.upstream_each ? scale : scale * *upstream;
 }
@@ -509,7 +513,7 @@ __device__ __forceinline__ void any_grad_pass(const Arrays<In> &a, const Acc<In>
                 const int64_t i = at + static_cast<int64_t>(k) * team;
                 const A g = params.upstream_each ? upstream[divide(i, params.group, params.small)] * scale : scale;
                 const A v = BY_TARGET ? term.by_target(e.x[k], e.t[k], e.p[k]) : term.at(e.x[k], e.t[k], e.p[k]).grad;
-                grad[i] = narrow<Out>(e.on[k] ? times(e.w[k], v) * g : A(0));
+                grad[i] = narrow<Out>(e.live[k] ? times(e.w[k], v) * g : A(0));
             }
         }
     });
@@ -526,7 +530,7 @@ __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long lo
 #pragma unroll 1
     for (int64_t i = span.first + threadIdx.x; i < span.last; i += blockDim.x) {
         const Loaded<In, 1> e(a, params, i, span.last, 1);
-        bool good = !e.on[0];
+        bool good = !e.live[0];
         with_term(params.term,
                   [&](auto type) { good |= TermAt<decltype(type), Acc<In>, false>(params).valid(e.x[0], e.t[0]); });
         if (good) continue;
@@ -557,14 +561,16 @@ __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long lo
 
 // The parameters that kernels have in common. src/elementwise/cuda/params.rs passes them in this order.
 #define ELEMENT_OPERANDS const In *input, const void *target, const A *weight, const A *pos_weight, const void *mask
-#define ELEMENT_LOSSES \
-    const long long *counts, int count_parts, A *each, A *rows, double *sums, unsigned *ticket, A *loss, A *denominator
+#define ELEMENT_LOSSES                                                                          \
+    const long long *counts, int count_parts, A *each, A *rows, double *sums, unsigned *ticket, \
+        const double *normalizer, A *loss, A *denominator
 #define ELEMENT_PARAMS const __grid_constant__ fused_loss::ElementParams params
 
-#define ELEMENT_DENSE_LOSS(NAME, Term, GRAD)                                                                      \
-    ELEMENT_DENSE(GRAD) NAME(ELEMENT_OPERANDS, ELEMENT_LOSSES, In *grad, ELEMENT_PARAMS) {                        \
-        fused_loss::dense_loss_pass<fused_loss::Term, In, GRAD>(                                                  \
-            input, static_cast<const In *>(target), {each, rows, sums, ticket, loss, denominator}, grad, params); \
+#define ELEMENT_DENSE_LOSS(NAME, Term, GRAD)                                                                         \
+    ELEMENT_DENSE(GRAD) NAME(ELEMENT_OPERANDS, ELEMENT_LOSSES, In *grad, ELEMENT_PARAMS) {                           \
+        fused_loss::dense_loss_pass<fused_loss::Term, In, GRAD>(                                                     \
+            input, static_cast<const In *>(target), {each, rows, sums, ticket, normalizer, loss, denominator}, grad, \
+            params);                                                                                                 \
     }
 
 #define ELEMENT_DENSE_KERNELS(Term, LOSS, FUSED, GRAD)                                                               \
@@ -582,16 +588,16 @@ __device__ __forceinline__ void check_pass(const Arrays<In> &a, unsigned long lo
     }
 
 // The kernels of a dtype `In`, which the including file has defined: those of all dtypes, and those of all but f64.
-#define ELEMENT_ANY_KERNELS                                                                           \
-    using A = fused_loss::Acc<In>;                                                                    \
-    ELEMENT_ANY loss_any(ELEMENT_OPERANDS, ELEMENT_LOSSES, In *grad, ELEMENT_PARAMS) {                \
-        fused_loss::any_loss_pass<In>({input, target, weight, pos_weight, mask}, counts, count_parts, \
-                                      {each, rows, sums, ticket, loss, denominator}, grad, params);   \
-    }                                                                                                 \
-    ELEMENT_ANY_GRAD(grad_any, false, In)                                                             \
-    ELEMENT_ANY_GRAD(target_grad_any, true, A)                                                        \
-    ELEMENT_ANY check_any(ELEMENT_OPERANDS, unsigned long long *bad, ELEMENT_PARAMS) {                \
-        fused_loss::check_pass<In>({input, target, weight, pos_weight, mask}, bad, params);           \
+#define ELEMENT_ANY_KERNELS                                                                                     \
+    using A = fused_loss::Acc<In>;                                                                              \
+    ELEMENT_ANY loss_any(ELEMENT_OPERANDS, ELEMENT_LOSSES, In *grad, ELEMENT_PARAMS) {                          \
+        fused_loss::any_loss_pass<In>({input, target, weight, pos_weight, mask}, counts, count_parts,           \
+                                      {each, rows, sums, ticket, normalizer, loss, denominator}, grad, params); \
+    }                                                                                                           \
+    ELEMENT_ANY_GRAD(grad_any, false, In)                                                                       \
+    ELEMENT_ANY_GRAD(target_grad_any, true, A)                                                                  \
+    ELEMENT_ANY check_any(ELEMENT_OPERANDS, unsigned long long *bad, ELEMENT_PARAMS) {                          \
+        fused_loss::check_pass<In>({input, target, weight, pos_weight, mask}, bad, params);                     \
     }
 #define ELEMENT_KERNELS \
     ELEMENT_ANY_KERNELS \

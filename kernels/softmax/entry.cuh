@@ -92,7 +92,7 @@ constexpr int STRIDED_BLOCKS = sizeof(A) == 8 ? 0 : ARCH == 900 ? 3 : 2;
 #define REDUCE_TILE(NAME, D) \
     REDUCE_KERNEL(NAME, (TILE_THREADS, TILE_BLOCKS_OF[D]), (reduce_tiles<D>(p, x, targets, out)))
 #define MERGE(NAME, D)                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(ROWS_THREADS)                                                         \
+    extern "C" __global__ void __launch_bounds__(ROWS_THREADS, 1)                                                      \
         NAME(const Params p, const X *x, const Targets<A> targets, const A *splits, int count, A *loss, A *statistics, \
              A *result, A *denominator) {                                                                              \
         merge_splits<D>(p, x, targets, splits, count, {loss, statistics, nullptr, nullptr, result, denominator});      \
@@ -169,14 +169,14 @@ STATISTICS_KERNEL(softmax_statistics_strided, (STRIDED_THREADS, sizeof(A) == 4 &
 // For adjacent classes and for classes apart; written in the logits' dtype where that is the target's too, else in the
 // arithmetic one.
 extern "C" __global__ void __launch_bounds__(ROWS_THREADS, sizeof(A) == 4 ? 3 : 2)
-    softmax_target_gradient(const Params p, const X *x, const A *weight, const A *statistics, const A *denominator,
-                            const A *upstream, void *out) {
+    softmax_target_gradient(const Params p, const X *x, const Targets<A> targets, const A *statistics,
+                            const A *denominator, const A *upstream, void *out) {
     const GradientInputs<A> in = {statistics, denominator, upstream};
     const auto write = [&](auto *out) {
         if (p.x.class_stride == 1) {
-            target_gradient_rows(p, x, weight, in, out);
+            target_gradient_rows(p, x, targets, in, out);
         } else {
-            target_gradient_strided(p, x, weight, in, out);
+            target_gradient_strided(p, x, targets, in, out);
         }
     };
     if (sizeof(X) < sizeof(A) && p.target == dtype_of(x)) {

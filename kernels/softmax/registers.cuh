@@ -185,11 +185,11 @@ __device__ __forceinline__ void reduce_registers(const Params &p, const T *x, co
             const Target<float> &target, float x_t) {
             const State<float, D> state = share.template reduce<D>(p, w);
             if (!exists || lane != 0) return;
-            const double2 one = finish_row<D>(p, out, target, value_of<D>(p, x_t), state, row);
+            const double2 one = finish_row<D>(p, targets, out, target, value_of<D>(p, x_t), state, row);
             total.x += one.x, total.y += one.y;
         });
     if (out.partials || out.result || out.denominator)
-        finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
+        finish_block(p, targets, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // Loss and gradient, whose rows are aligned alike; the gradient may replace the logits (x null), as a row's are in
@@ -210,15 +210,16 @@ __device__ __forceinline__ void fused_registers(const Params &p, const T *x, T *
                                 const State<float, D> state = share.template reduce<D>(p, w);
                                 if (!exists) return;
                                 if (lane == 0) {
-                                    const double2 one = finish_row<D>(p, out, target, value_of<D>(p, x_t), state, row);
+                                    const double2 one =
+                                        finish_row<D>(p, targets, out, target, value_of<D>(p, x_t), state, row);
                                     total.x += one.x, total.y += one.y;
                                 }
-                                const auto s = RowScalars<float>::template gradient<D>(p, target, state.max, state.rest,
-                                                                                       mass_of(p, state), upstream);
+                                const auto s =
+                                    reduced_scalars(p, targets, row, target, value_of<D>(p, x_t), state, upstream);
                                 T *gradient = to + row * (x ? p.classes : p.x.outer_stride);
                                 emit_share<Rule>(p, w, s, share, x_t, gradient, lane, p.team);
                             });
-    if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
+    if (out.partials || out.result) finish_block(p, targets, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // log-softmax, whose rows are aligned as the logits'. Reads E, writes E.

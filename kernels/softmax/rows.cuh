@@ -456,11 +456,16 @@ __device__ __forceinline__ State<A, D> merge_team(const Params &p, State<A, D> s
 // Ends a row whose state is known, in one thread of its team: writes the loss and the statistics that the backward
 // needs.
 template <Detail D, class A>
-__device__ __forceinline__ double2 finish_row(const Params &p, const Outputs<A> &out, const Target<A> &target, A x_t,
-                                              const State<A, D> &state, int64_t row) {
-    const A loss = loss_of<D>(p, target, x_t, state);
+__device__ __forceinline__ double2 finish_row(const Params &p, const Targets<A> &targets, const Outputs<A> &out,
+                                              const Target<A> &target, A x_t, const State<A, D> &state, int64_t row) {
+    A loss = loss_of<D>(p, target, x_t, state);
+    if (target.kind == Kind::LIVE) loss = times_row_weight(p, targets, row, loss);
     if (out.loss) out.loss[row] = loss;
     write_statistics<D>(p, out.statistics, row, state);
+    if constexpr (D >= UNIFORM) {
+        if (p.row_transform != NO_TRANSFORM && out.statistics)
+            out.statistics[slope_at(p, row)] = transformed(p, nll_of(p, x_t, state)).slope;
+    }
     return {static_cast<double>(loss), static_cast<double>(target.weight)};
 }
 
@@ -575,11 +580,11 @@ __device__ __forceinline__ void reduce_rows(const Params &p, const T *x, const T
             state.each([&](auto field, int i) { splits[(row * gridDim.y + blockIdx.y) * 4 + i] = field; });
             return;
         }
-        const double2 one = finish_row<D>(p, out, target, x_t, state, row);
+        const double2 one = finish_row<D>(p, targets, out, target, x_t, state, row);
         total.x += one.x, total.y += one.y;
     });
     if (gridDim.y == 1 && (out.partials || out.result || out.denominator))
-        finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
+        finish_block(p, targets, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // The second stage of a forward whose rows were split over blocks, in one block: a warp merges the states of a row.
@@ -600,10 +605,11 @@ __device__ __forceinline__ void merge_splits(const Params &p, const T *x, const 
         state = merge_lanes<T>(p, state, WARP);
         if (lane != 0) continue;
         const Target<A> target = read_target(p, targets, row);
-        const double2 one = finish_row<D>(p, out, target, own_logit<D>(p, x + p.x.start(row), target), state, row);
+        const double2 one =
+            finish_row<D>(p, targets, out, target, own_logit<D>(p, x + p.x.start(row), target), state, row);
         total.x += one.x, total.y += one.y;
     }
-    finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
+    finish_block(p, targets, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // The forward with more numbers for each row.
@@ -655,12 +661,12 @@ __device__ __forceinline__ void statistics_rows(const Params &p, const T *x, con
         }
         state = merge_team<T>(p, state, team.lanes, states);
         if (!exists || team.thread != 0) return;
-        const double2 one = finish_row<STATISTICS>(p, out, target, x_t, state, row);
+        const double2 one = finish_row<STATISTICS>(p, targets, out, target, x_t, state, row);
         write_row_statistics(p, numbers, target, A(one.x), state, row);
         total.x += one.x, total.y += one.y;
     });
     if (out.partials || out.result || out.denominator)
-        finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
+        finish_block(p, targets, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -675,19 +681,27 @@ template <class A> struct GradientInputs {
 
 // A row's scalars in the backward.
 template <class Rule, class A>
-__device__ __forceinline__ RowScalars<A> saved_scalars(const Params &p, const Target<A> &target,
+__device__ __forceinline__ RowScalars<A> saved_scalars(const Params &p, const Targets<A> &targets,
                                                        const GradientInputs<A> &in, int64_t row) {
-    const A g = over(in.upstream ? in.upstream[p.upstream_rows ? row : 0] : A(p.grad_scale), *in.denominator);
+    const A of_row = times_row_weight(p, targets, row, A(1));
+    Target<A> target = read_target(p, targets, row, of_row);
+    const A upstream = over(in.upstream ? in.upstream[p.upstream_rows ? row : 0] : A(p.grad_scale), *in.denominator);
+    if constexpr (Rule::DETAIL >= UNIFORM) {
+        if (p.row_transform != NO_TRANSFORM) target.own *= in.statistics[slope_at(p, row)];
+    }
     const A mass = Rule::DETAIL >= UNIFORM ? read_mass(p, in.statistics, row) : A(0);
     const A max = in.statistics[row], rest = in.statistics[p.rows + row];
-    return RowScalars<A>::template gradient<Rule::DETAIL>(p, target, max, rest, mass, g);
+    return RowScalars<A>::template gradient<Rule::DETAIL>(p, target, max, rest, mass, upstream * of_row);
 }
 
 // A row's scalars for the gradient of its probability target.
 template <class A>
-__device__ __forceinline__ RowScalars<A> target_scalars(const Params &p, const GradientInputs<A> &in, int64_t row) {
+__device__ __forceinline__ RowScalars<A> target_scalars(const Params &p, const Targets<A> &targets,
+                                                        const GradientInputs<A> &in, int64_t row) {
     RowScalars<A> s = RowScalars<A>::of(in.statistics[row], in.statistics[p.rows + row]);
-    s.upstream = over(in.upstream[p.upstream_rows ? row : 0], *in.denominator);
+    const A of_row = times_row_weight(p, targets, row, A(1));
+    s.kind = of_row == A(0) ? Kind::IGNORED : Kind::LIVE;
+    s.upstream = of_row * over(in.upstream[p.upstream_rows ? row : 0], *in.denominator);
     return s;
 }
 
@@ -715,15 +729,15 @@ template <class Rule, class T>
 __device__ __forceinline__ void emit_rows(const Params &p, const T *x, const Targets<Acc<T>> &targets,
                                           const GradientInputs<Acc<T>> &in, T *out) {
     emit_rows_by<Rule>(p, x ? x : out, targets, out, !x,
-                       [&](int64_t row) { return saved_scalars<Rule>(p, read_target(p, targets, row), in, row); });
+                       [&](int64_t row) { return saved_scalars<Rule>(p, targets, in, row); });
 }
 
 // The gradient of probability targets.
 template <class T, class To>
-__device__ __forceinline__ void target_gradient_rows(const Params &p, const T *x, const Acc<T> *weight,
+__device__ __forceinline__ void target_gradient_rows(const Params &p, const T *x, const Targets<Acc<T>> &targets,
                                                      const GradientInputs<Acc<T>> &in, To *out) {
-    const Targets<Acc<T>> targets = {nullptr, weight};
-    emit_rows_by<TargetGradient>(p, x, targets, out, false, [&](int64_t row) { return target_scalars(p, in, row); });
+    emit_rows_by<TargetGradient>(p, x, targets, out, false,
+                                 [&](int64_t row) { return target_scalars(p, targets, in, row); });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -861,16 +875,15 @@ __device__ __forceinline__ void fused_rows(const Params &p, const T *x, T *to, c
         const A upstream = over(A(p.grad_scale), divisor.get(p, targets, counts, scratch));
         if (!exists) return;
         if (team.thread == 0) {
-            const double2 one = finish_row<D>(p, out, target, x_t, state, row);
+            const double2 one = finish_row<D>(p, targets, out, target, x_t, state, row);
             total.x += one.x, total.y += one.y;
         }
-        const auto s =
-            RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(p, state), upstream);
+        const auto s = reduced_scalars(p, targets, row, target, x_t, state, upstream);
         emit_windows<Rule>(p, o, w, s, gradient, team.thread, team.threads, 0, w.count, kept);
     });
     // in a cluster, the first block has the losses
     if (team.rank == 0 && (out.partials || out.result))
-        finish_block(p, out, total.x, total.y, scratch, team.block(), team.count());
+        finish_block(p, targets, out, total.x, total.y, scratch, team.block(), team.count());
 }
 
 // log-softmax: x - m - log-sum, and what its backward needs. As `fused_rows` with another rule.

@@ -42,9 +42,11 @@ struct Params : RowParams {
     double softcap; // the soft cap and scale / softcap, if `capped`
     double cap_scale;
     double z_loss;
-    int row_mass;      // whether the sum of q without the own class differs between rows
-    int capped;        // whether there is a soft cap
-    int team;          // threads that share a row: a power of two up to 32, or the whole block
+    double transform_parameter; // of the row transform
+    int row_transform;          // a `RowTransform`
+    int row_mass;               // whether the sum of q without the own class differs between rows
+    int capped;                 // whether there is a soft cap
+    int team;                   // threads that share a row: a power of two up to 32, or the whole block
     int kept;          // windows of a row that a thread keeps in shared memory between its two passes over them
     int upstream_rows; // whether the upstream gradient has a number for each row, or one for all
     int rotated;       // how many of its classes further on each thread of a tile begins than the one before, in 32nds
@@ -771,6 +773,41 @@ __device__ __forceinline__ void absorb(State<A, D> &state, const Params &p, cons
 // ---------------------------------------------------------------------------------------------------------------------
 // A row's loss and the scalars of its gradient
 
+// What becomes of the own class's negative log-likelihood n, where p = exp(-n) and u = 1 - p; o is the parameter.
+enum RowTransform : int {
+    NO_TRANSFORM,   // n
+    FOCAL,          // u^o n
+    POLY1,          // n + o u
+    DFT,            // p n, with p a constant
+    GENERALIZED_CE, // (1 - p^o) / o
+};
+
+template <class A> struct Transformed {
+    A value, slope; // the slope by n
+};
+
+template <class A> __device__ __forceinline__ Transformed<A> transformed(const Params &params, A n) {
+    const A o = A(params.transform_parameter);
+    const A p = exp_(-n), u = -expm1_(-n);
+    switch (params.row_transform) {
+    case FOCAL: {
+        const A power = o == A(2) ? u * u : pow_(u, o);
+        // p n / u: 1 where u is 0, and 0 where the own class is at -inf
+        const A ratio = p == A(0) ? A(0) : u == A(0) ? A(1) : p * n / u;
+        return {power * n, power * fma_(o, ratio, A(1))};
+    }
+    case POLY1: return {fma_(o, u, n), fma_(o, p, A(1))};
+    case DFT: return {p == A(0) ? A(0) : p * n, p};
+    case GENERALIZED_CE: return {-expm1_(-o * n) / o, exp_(-o * n)};
+    default: return {n, A(1)};
+    }
+}
+
+// The negative log-likelihood of a row's own class, of which `x_t` is the logit after scale and cap.
+template <Detail D, class A> __device__ __forceinline__ A nll_of(const Params &p, A x_t, const State<A, D> &state) {
+    return log_sum_of(state.max, state.rest) - scaled<D>(p, x_t - state.max);
+}
+
 // z lse^2
 template <class A> __device__ __forceinline__ A z_loss_of(const Params &p, A lse) {
     return p.z_loss == 0.0 ? A(0) : A(p.z_loss) * lse * lse;
@@ -783,7 +820,14 @@ __device__ __forceinline__ A loss_of(const Params &p, const Target<A> &target, A
     if (target.kind == Kind::BAD) return quiet_nan<A>();
     const A log_sum = log_sum_of(state.max, state.rest);
     // a weight of 0 still gives NaN in a row without a softmax
-    A loss = target.own == A(0) ? A(0) * log_sum : target.own * (log_sum - scaled<D>(p, x_t - state.max));
+    A loss = A(0) * log_sum;
+    if (target.own != A(0)) {
+        A n = nll_of(p, x_t, state);
+        if constexpr (D >= UNIFORM) {
+            if (p.row_transform != NO_TRANSFORM) n = transformed(p, n).value;
+        }
+        loss = target.own * n;
+    }
     if constexpr (D == UNIFORM) {
         if (p.spread != 0.0) loss += A(p.mass) * log_sum - A(p.spread / UNIT * p.factor) * state.linear;
     }
@@ -844,6 +888,18 @@ template <class A> struct RowScalars {
         return s;
     }
 };
+
+// A row's scalars in a pass that has just reduced it; `x_t` is its own class's logit after scale and cap.
+template <Detail D, class A>
+__device__ __forceinline__ RowScalars<A> reduced_scalars(const Params &p, const Targets<A> &targets, int64_t row,
+                                                         Target<A> target, A x_t, const State<A, D> &state,
+                                                         A upstream) {
+    if constexpr (D >= UNIFORM) {
+        if (p.row_transform != NO_TRANSFORM) target.own *= transformed(p, nll_of(p, x_t, state)).slope;
+    }
+    return RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(p, state),
+                                               times_row_weight(p, targets, row, upstream));
+}
 
 // upstream (slope p - q), within a few units in the last place of the larger of slope p and q.
 template <Detail D, class T, class A>
@@ -1024,7 +1080,8 @@ template <class A> __device__ __forceinline__ A dead_value(Kind kind) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The statistics that a forward saves of a row
+// The statistics that a forward saves of a row: maximum and rest; with `row_mass` the mass; with a row transform its
+// slope
 
 template <Detail D, class A>
 __device__ __forceinline__ void write_statistics(const Params &p, A *statistics, int64_t row,
@@ -1036,6 +1093,9 @@ __device__ __forceinline__ void write_statistics(const Params &p, A *statistics,
         if (p.row_mass) statistics[2 * p.rows + row] = state.mass;
     }
 }
+
+// The place of a row transform's slope behind them.
+__device__ __forceinline__ int64_t slope_at(const Params &p, int64_t row) { return (2 + p.row_mass) * p.rows + row; }
 
 // The sum of a row's q without its own class, in the backward.
 template <class A> __device__ __forceinline__ A read_mass(const Params &p, const A *statistics, int64_t row) {

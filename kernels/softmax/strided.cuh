@@ -74,8 +74,8 @@ template <class T, int R> struct ThreadRows {
 };
 
 // The number of a thread's classes: threadIdx.y, threadIdx.y + blockDim.y, … The block's depth is a power of two.
-__device__ __forceinline__ int share_of_classes(const Params &p) {
-    const int depth = blockDim.y, y = threadIdx.y;
+__device__ __forceinline__ int share_of_classes(const Params &p, int y) {
+    const int depth = blockDim.y;
     return ((p.classes - 1 - y) >> (31 - __clz(depth))) + 1;
 }
 
@@ -97,7 +97,8 @@ __device__ __forceinline__ void prefetch_classes(const T *at, int64_t step, int 
 template <int COUNT, int R, class T>
 __device__ __forceinline__ void prefetch_first(const Params &p, const T *row, int64_t class_stride, bool exists) {
     const int y = in_place(threadIdx.y);
-    prefetch_classes<0, COUNT, R>(row + y * class_stride, blockDim.y * class_stride, exists ? share_of_classes(p) : 0);
+    prefetch_classes<0, COUNT, R>(row + y * class_stride, blockDim.y * class_stride,
+                                  exists ? share_of_classes(p, threadIdx.y) : 0);
 }
 
 // Calls f with the rows of each thread in turn, and has the first COUNT classes of the next turn's rows prefetched or,
@@ -154,7 +155,7 @@ template <class T, int R, int U, int COUNT> struct Reader {
 #pragma unroll
         for (int k = 0; k < R; k++) {
             at[k] = in_register(rows.logits[k] + threadIdx.y * p.x.class_stride);
-            left[k] = rows.exists[k] ? share_of_classes(p) : 0;
+            left[k] = rows.exists[k] ? share_of_classes(p, threadIdx.y) : 0;
         }
     }
     // Those of one row, of `share` classes of a thread.
@@ -275,7 +276,7 @@ __device__ __forceinline__ void reduce_classes(const Params &p, const Targets<Ac
     const Operands<Acc<T>> o = operands_of(p, targets, rows.exists[0] ? rows.row[0] : 0);
 #pragma unroll
     for (int k = 0; k < R; k++) states[k] = State<Acc<T>, D>::empty();
-    const int share = share_of_classes(p);
+    const int share = share_of_classes(p, threadIdx.y);
     for (int j = 0; j < share;) {
         if constexpr (IN_UNITS<D, T>) {
             State<float, D> parts[R];
@@ -368,7 +369,8 @@ __device__ __forceinline__ void emit_classes(const Params &p, const Targets<Acc<
     const Operands<A> o = operands_of(p, targets, rows.exists[0] ? rows.row[0] : 0);
     const int64_t stride = Written(p, 0).stride, step = blockDim.y * stride;
     const bool grouped = rows.grouped && !p.class_last && phase_of<T, R>(out) == 0;
-    const int share = share_of_classes(p);
+    // opaque where it would stay in a register that the loop is short of
+    const int share = share_of_classes(p, Rule::DETAIL == UNIFORM ? in_place(threadIdx.y) : threadIdx.y);
     T *to[R];
 #pragma unroll
     for (int k = 0; k < R; k++) {
@@ -428,7 +430,8 @@ __device__ __forceinline__ void finish_rows(const Params &p, const Targets<A> &t
 #pragma unroll
     for (int k = 0; k < R; k++) {
         if (!rows.exists[k] || threadIdx.y != 0) continue;
-        const double2 one = finish_row<D>(p, out, own.target[k], value_of<D>(p, own.x_t[k]), states[k], rows.row[k]);
+        const double2 one =
+            finish_row<D>(p, targets, out, own.target[k], value_of<D>(p, own.x_t[k]), states[k], rows.row[k]);
         total.x += one.x, total.y += one.y;
     }
 }
@@ -448,7 +451,7 @@ __device__ __forceinline__ void reduce_strided(const Params &p, const T *x, cons
         finish_rows(p, targets, rows, out, own, states, merging, total);
     });
     if (out.partials || out.result || out.denominator)
-        finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
+        finish_block(p, targets, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 template <class T>
@@ -465,14 +468,14 @@ __device__ __forceinline__ void statistics_strided(const Params &p, const T *x, 
         reduce_classes<STATISTICS>(p, targets, rows, states, [&] { own.read(p, targets, rows); });
         merge_columns<T>(p, states, merging);
         if (rows.exists[0] && threadIdx.y == 0) {
-            const double2 one = finish_row<STATISTICS>(p, out, own.target[0], value_of<STATISTICS>(p, own.x_t[0]),
-                                                       states[0], rows.row[0]);
+            const double2 one = finish_row<STATISTICS>(p, targets, out, own.target[0],
+                                                       value_of<STATISTICS>(p, own.x_t[0]), states[0], rows.row[0]);
             write_row_statistics(p, numbers, own.target[0], A(one.x), states[0], rows.row[0]);
             total.x += one.x, total.y += one.y;
         }
     });
     if (out.partials || out.result || out.denominator)
-        finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
+        finish_block(p, targets, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // Backward. Reads E, writes E.
@@ -486,7 +489,7 @@ __device__ __forceinline__ void emit_strided(const Params &p, const T *x, const 
 #pragma unroll
             for (int k = 0; k < R; k++) {
                 const int64_t row = rows.exists[k] ? rows.row[k] : 0;
-                s[k] = saved_scalars<Rule>(p, read_target(p, targets, row), in, row);
+                s[k] = saved_scalars<Rule>(p, targets, in, row);
                 if (!rows.exists[k]) s[k].target = -1;
                 // another thread may have overwritten the logit if it owns the class
                 x_t[k] = owns_class(s[k].target) ? widen<A>(rows.logits[k][s[k].target * p.x.class_stride]) : A(0);
@@ -515,13 +518,13 @@ __device__ __forceinline__ void fused_strided(const Params &p, const T *x, T *to
         emit_classes<Rule>(p, targets, rows, to, [&](RowScalars<A>(&s)[R], A(&x_t)[R]) {
 #pragma unroll
             for (int k = 0; k < R; k++) {
-                s[k] = RowScalars<A>::template gradient<D>(p, own.target[k], states[k].max, states[k].rest,
-                                                           mass_of(p, states[k]), upstream);
+                const int64_t row = rows.exists[k] ? rows.row[k] : 0;
+                s[k] = reduced_scalars(p, targets, row, own.target[k], value_of<D>(p, own.x_t[k]), states[k], upstream);
                 x_t[k] = own.x_t[k];
             }
         });
     });
-    if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
+    if (out.partials || out.result) finish_block(p, targets, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // log-softmax. Reads E (twice where it does not stay in the cache), writes E.
@@ -556,7 +559,7 @@ template <class To, class L, class F>
 __device__ __forceinline__ void write_classes(const Params &p, int64_t row, To *out, L load, F value) {
     const Written written(p, row);
     const int64_t step = blockDim.y * written.stride;
-    const int share = share_of_classes(p);
+    const int share = share_of_classes(p, threadIdx.y);
     To *to = out + written.start + threadIdx.y * written.stride;
     for (int j = 0; j < share; j += ANY_BATCH) {
         load();
@@ -577,7 +580,7 @@ __device__ __forceinline__ void log_softmax_backward_any(const Params &p, const 
     const auto of_rows = [&](const ThreadRows<T, 1> &rows) {
         const int64_t row = rows.exists[0] ? rows.row[0] : 0;
         const T *upstream = g + p.t.start(row);
-        const int share = rows.exists[0] ? share_of_classes(p) : 0;
+        const int share = rows.exists[0] ? share_of_classes(p, threadIdx.y) : 0;
         // with 1024 threads, 32 KB on their way
         constexpr int U = sizeof(T) == 2 ? 16 : 8;
         Reader<T, 1, U, 0> summed(upstream, p.t.class_stride, share);
@@ -612,13 +615,14 @@ __device__ __forceinline__ void log_softmax_backward_any(const Params &p, const 
 
 // The gradient of probability targets: see `TargetGradient`. It is written in the order of the logits' gradient.
 template <class T, class To>
-__device__ __forceinline__ void target_gradient_strided(const Params &p, const T *x, const Acc<T> *weight,
+__device__ __forceinline__ void target_gradient_strided(const Params &p, const T *x, const Targets<Acc<T>> &targets,
                                                         const GradientInputs<Acc<T>> &in, To *out) {
     using A = Acc<T>;
-    const Operands<A> o = {{nullptr, weight}, 0};
+    const Operands<A> o = {targets, 0};
     for_thread_rows<1, CLASSES_IN_FLIGHT<T>>(p, x, [&](const ThreadRows<T, 1> &rows) {
         if (!rows.exists[0]) return;
-        const RowScalars<A> s = target_scalars(p, in, rows.row[0]);
+        const RowScalars<A> s = target_scalars(p, targets, in, rows.row[0]);
+        if (s.kind != Kind::LIVE) return write_classes(p, rows.row[0], out, [] {}, [](int, int) { return A(0); });
         Reader<T, 1, ANY_BATCH, CLASSES_IN_FLIGHT<T>> of_logits(p, rows);
         Pack<T, 1> of_x[ANY_BATCH];
         write_classes(

@@ -186,11 +186,11 @@ __device__ __forceinline__ void reduce_tiles(const Params &p, const T *x, const 
         A x_t;
         const State<A, D> state = reduce_lane<D>(p, operands_of(p, targets, row), l, target, x_t);
         if (!l.exists || l.lane != 0) return;
-        const double2 one = finish_row<D>(p, out, target, x_t, state, row);
+        const double2 one = finish_row<D>(p, targets, out, target, x_t, state, row);
         total.x += one.x, total.y += one.y;
     });
     if (out.partials || out.result || out.denominator)
-        finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
+        finish_block(p, targets, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // Backward. Reads E, writes E.
@@ -199,8 +199,7 @@ __device__ __forceinline__ void emit_tiles(const Params &p, const T *x, const Ta
                                            const GradientInputs<Acc<T>> &in, T *out) {
     for_each_tile(p, x ? x : out, out, [&](const Lane<T> &l) {
         if (!l.exists) return;
-        const auto target = read_target(p, targets, l.row);
-        const auto s = saved_scalars<Rule>(p, target, in, l.row);
+        const auto s = saved_scalars<Rule>(p, targets, in, l.row);
         emit_lane<Rule>(p, operands_of(p, targets, l.row), s, l);
     });
 }
@@ -224,14 +223,12 @@ __device__ __forceinline__ void fused_tiles(const Params &p, const T *x, T *to, 
         const State<A, D> state = reduce_lane<D>(p, o, l, target, x_t);
         if (!l.exists) return;
         if (l.lane == 0) {
-            const double2 one = finish_row<D>(p, out, target, x_t, state, row);
+            const double2 one = finish_row<D>(p, targets, out, target, x_t, state, row);
             total.x += one.x, total.y += one.y;
         }
-        emit_lane<Rule>(
-            p, o, RowScalars<A>::template gradient<D>(p, target, state.max, state.rest, mass_of(p, state), upstream),
-            l);
+        emit_lane<Rule>(p, o, reduced_scalars(p, targets, row, target, x_t, state, upstream), l);
     });
-    if (out.partials || out.result) finish_block(p, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
+    if (out.partials || out.result) finish_block(p, targets, out, total.x, total.y, scratch, blockIdx.x, gridDim.x);
 }
 
 // log-softmax. Reads E, writes E.

@@ -76,18 +76,33 @@ impl<'a> Indices<'a> {
         with_indices!(self, t => t.len())
     }
 
-    /// Checks every class index, and sums the weights of the rows that count.
-    pub fn total<A: Real>(&self, name: &str, ignore_index: i64, classes: usize, weight: Option<&[A]>) -> Result<f64> {
-        let counted = (0..self.len()).map(|row| (row, self.get(row))).filter(|(_, class)| *class != ignore_index);
-        let count = with_indices!(self, t => dispatch(CountRows { indices: t, ignore_index, classes }));
-        if count.is_none() {
-            let all = (0..self.len()).map(|row| self.get(row));
-            check::class_range(name, all, self.dtype(), classes, ignore_index)?;
-        }
-        Ok(match weight {
-            None => count.unwrap_or_default() as f64,
-            Some(weight) => counted.map(|(_, class)| weight[class as usize].to_f64()).sum(),
-        })
+    /// Checks the class index of every row that counts, and sums their weights. A row of weight 0 doesn't count.
+    pub fn total<A: Real>(
+        &self,
+        name: &str,
+        ignore_index: i64,
+        classes: usize,
+        (weight, row_weight): (Option<&[A]>, Option<&[A]>),
+    ) -> Result<f64> {
+        let Some(of_rows) = row_weight else {
+            let counted = (0..self.len()).map(|row| self.get(row)).filter(|class| *class != ignore_index);
+            let count = with_indices!(self, t => dispatch(CountRows { indices: t, ignore_index, classes }));
+            if count.is_none() {
+                let all = (0..self.len()).map(|row| self.get(row));
+                check::class_range(name, all, self.dtype(), classes, ignore_index)?;
+            }
+            return Ok(match weight {
+                None => count.unwrap_or_default() as f64,
+                Some(weight) => counted.map(|class| weight[class as usize].to_f64()).sum(),
+            });
+        };
+        let looked_at = |row: usize| if of_rows[row] == A::ZERO { ignore_index } else { self.get(row) };
+        let all = || (0..self.len()).map(looked_at);
+        check::class_range(name, all(), self.dtype(), classes, ignore_index)?;
+        let counted = all().zip(of_rows).filter(|(class, _)| *class != ignore_index);
+        Ok(counted
+            .map(|(class, of_row)| weight.map_or(1.0, |weight| weight[class as usize].to_f64()) * of_row.to_f64())
+            .sum())
     }
 }
 

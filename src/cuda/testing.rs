@@ -1,6 +1,7 @@
 //! What the tests of the families' kernels share.
 
 use super::tests::in_software;
+use crate::reduction::{LossForm, Reduction};
 use candle_core::{DType, Device, Result, Tensor};
 
 pub(crate) const FLOATS: [DType; 4] = [DType::F32, DType::BF16, DType::F16, DType::F64];
@@ -67,4 +68,10 @@ pub(crate) fn assert_close(what: &str, got: &Tensor, expected: &Tensor, toleranc
         let close = (g - e).abs() <= tolerance * e.abs().max(0.1 * largest);
         assert!(same || close, "{what}: element {i} is {g:e}, expected {e:e}");
     }
+}
+
+/// What becomes of the losses without a normalizer.
+pub(crate) fn form_of(reduction: Reduction) -> LossForm {
+    let scalar = Tensor::zeros((), DType::F32, &Device::Cpu).unwrap();
+    LossForm::new("test", (reduction, None), &scalar, scalar.shape()).unwrap()
 }

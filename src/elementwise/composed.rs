@@ -5,9 +5,10 @@
 //! what is detached is a constant, or corrects the rounding of a value. The one exception is said at [`bce`].
 
 use super::problem::{Elements, Term};
-use crate::check::{arithmetic, is_index};
-use crate::reduction::Reduction;
-use crate::rows::layout::indices_as_i64;
+use crate::cast::computable;
+use crate::check::arithmetic;
+use crate::composed::mean;
+use crate::reduction::{Denominator, LossForm};
 use candle_core::{D, DType, Device, Result, Tensor};
 
 /// The loss.
@@ -16,14 +17,19 @@ pub(crate) fn loss(problem: &Elements, input: &Tensor, target: &Tensor) -> Resul
         0 => no_losses(input, target)?,
         _ => losses(problem, input, target)?,
     };
-    match (problem.options.reduction, problem.average_rows) {
-        // no elements, but classes: no rows, of which candle's CUDA part takes no mean
-        (Reduction::None, true) if loss.elem_count() == 0 => loss.reshape(problem.loss_shape(input.layout())),
-        (Reduction::None, true) => loss.mean(D::Minus1),
-        (Reduction::None, false) => Ok(loss),
-        (Reduction::Sum, true) => sum(&loss)? / loss.dim(D::Minus1)? as f64,
-        (Reduction::Sum, false) => sum(&loss),
-        (Reduction::Mean, _) => sum(&loss)? / count,
+    let LossForm::Scalar(denominator) = &problem.form else {
+        return match problem.average_rows {
+            // no elements, but classes: no rows, of which candle's CUDA part takes no mean
+            true if loss.elem_count() == 0 => loss.reshape(problem.loss_shape(input.layout())),
+            true => loss.mean(D::Minus1),
+            false => Ok(loss),
+        };
+    };
+    let group = problem.group(input.layout()) as f64;
+    match denominator {
+        Denominator::Counted => mean(&sum(&loss)?, &count),
+        Denominator::Value(value) => sum(&loss)? / (value * group),
+        Denominator::Tensor(tensor) => mean(&sum(&loss)?, &(tensor * group)?.to_dtype(loss.dtype())?),
     }
 }
 
@@ -41,8 +47,8 @@ fn no_losses(input: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
 fn losses(problem: &Elements, input: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
     let (o, dtype) = (&problem.options, arithmetic(input.dtype()));
     let counted = o.mask.as_ref().map(|mask| computable(mask)?.contiguous()?.ne(0f64)).transpose()?;
-    // in an element that doesn't count, every operand is replaced by a number that does no harm in any derivative, as
-    // are infinite ones in an element that weighs nothing
+    // in an element that doesn't count or weighs nothing, every operand is replaced by a number that does no harm in
+    // any derivative
     let replaced = |which: &Tensor, by_half: &Tensor| which.where_cond(&(by_half.zeros_like()? + 0.5)?, by_half);
     let counting = |operand: &Tensor| -> Result<Tensor> {
         let operand = computable(operand)?.to_dtype(dtype)?.contiguous()?;
@@ -52,7 +58,7 @@ fn losses(problem: &Elements, input: &Tensor, target: &Tensor) -> Result<(Tensor
     let operand = |operand: &Tensor| -> Result<Tensor> {
         let operand = counting(operand)?;
         match &weight {
-            Some(weight) => replaced(&operand.abs()?.eq(f64::INFINITY)?.mul(&weight.eq(0f64)?)?, &operand),
+            Some(weight) => replaced(&weight.eq(0f64)?, &operand),
             None => Ok(operand),
         }
     };
@@ -88,11 +94,6 @@ fn losses(problem: &Elements, input: &Tensor, target: &Tensor) -> Result<(Tensor
         None => Tensor::new(loss.elem_count() as f64, input.device())?.to_dtype(dtype)?,
     };
     Ok((loss, count))
-}
-
-/// The same numbers in a dtype that candle computes with: on CUDA i16 and i32 have neither conversions nor comparisons.
-fn computable(t: &Tensor) -> Result<Tensor> {
-    if is_index(t.dtype()) { indices_as_i64(t) } else { Ok(t.clone()) }
 }
 
 /// An `Err` about the first element that is not in [0, 1] though it has to be. `x` and `t` are the operands in the

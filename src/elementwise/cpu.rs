@@ -11,7 +11,6 @@ use crate::cpu::math::{Isa, LANES, Real, Vectorized, dispatch, sum_of};
 use crate::cpu::parallel::for_each_task;
 use crate::cpu::{own_slice, stream, sum_in_order, with_floats};
 use crate::custom_op::{Arg, Argument};
-use crate::reduction::Reduction;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Result, Tensor, WithDType};
 use std::mem::MaybeUninit;
@@ -65,6 +64,7 @@ struct ElementScratch<A, O> {
     x: [A; BLOCK],
     t: [A; BLOCK],
     p: [A; BLOCK],
+    weight: [A; BLOCK],
     mask: [A; BLOCK],
     factor: [A; BLOCK],
     loss: [A; BLOCK],
@@ -77,7 +77,17 @@ impl<A: Real, O: Copy> ElementScratch<A, O> {
     fn new() -> Self {
         let block = [A::ZERO; BLOCK];
         let staged = [MaybeUninit::uninit(); BLOCK];
-        ElementScratch { x: block, t: block, p: block, mask: block, factor: block, loss: block, grad: block, staged }
+        ElementScratch {
+            x: block,
+            t: block,
+            p: block,
+            weight: block,
+            mask: block,
+            factor: block,
+            loss: block,
+            grad: block,
+            staged,
+        }
     }
 }
 
@@ -91,7 +101,7 @@ impl<'a, A: Real + Element<Acc = A>> ElementsOnCpu<'a, A> {
         let all = |arg: Option<Arg<'a, CpuStorage>>| {
             arg.map(|(storage, layout)| source(storage, Strided::of(layout))).transpose()
         };
-        let [weight, pos_weight, mask] = locked.args(problem.name)?;
+        let [weight, pos_weight, mask, _] = locked.args(problem.name)?;
         let label_smoothing = problem.options.label_smoothing;
         Ok(ElementsOnCpu {
             x: source(input.0, Strided::of(input.1))?,
@@ -109,8 +119,8 @@ impl<'a, A: Real + Element<Acc = A>> ElementsOnCpu<'a, A> {
         })
     }
 
-    fn reduction(&self) -> Reduction {
-        self.problem.options.reduction
+    fn is_each(&self) -> bool {
+        self.problem.form.is_each()
     }
 
     /// The groups of a unit: as many as fit into a block, at least one.
@@ -126,18 +136,13 @@ impl<'a, A: Real + Element<Acc = A>> ElementsOnCpu<'a, A> {
         self.groups().div_ceil(self.groups_per_unit())
     }
 
-    /// Applies the weight to the values of a block.
-    fn weigh(&self, at: usize, values: &mut [A], factor: &mut [A]) {
-        if let Some(weight) = &self.weight {
-            dispatch(Weigh { weight: weight.read(at, &mut factor[..values.len()]), values });
-        }
+    /// The number that the sum of the losses is divided by.
+    fn denominator(&self) -> Result<f64> {
+        self.problem.form.denominator(|| self.counted())
     }
 
-    /// The number that the sum of the losses is divided by.
-    fn denominator(&self) -> f64 {
-        if self.reduction() != Reduction::Mean {
-            return 1.0;
-        }
+    /// The groups, or the elements that the mask leaves.
+    fn counted(&self) -> f64 {
         let Some(mask) = &self.mask else { return self.groups() as f64 };
         let mut count = 0usize;
         let mut block = [A::ZERO; 256];
@@ -224,7 +229,7 @@ impl<A: Real, F: Formula<A>> Vectorized for FormulaMap<'_, A, F> {
     }
 }
 
-/// Whether all numbers of an operand are in [0, 1], but for those that the mask takes out.
+/// Whether all numbers of an operand are in [0, 1], but for those that a mask of [`looked_at`] takes out.
 #[derive(Clone, Copy)]
 struct InUnit<'k, A> {
     values: &'k [A],
@@ -281,9 +286,26 @@ impl<A: Real> Vectorized for Weigh<'_, A> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         for (v, &w) in self.values.iter_mut().zip(self.weight) {
-            *v = product(w, *v);
+            // whatever is there
+            *v = if w == A::ZERO { A::ZERO } else { product(w, *v) };
         }
     }
+}
+
+/// Applies the weight to the values of a block.
+fn weigh<A: Real>(weight: Option<&[A]>, values: &mut [A]) {
+    if let Some(weight) = weight {
+        dispatch(Weigh { weight, values });
+    }
+}
+
+/// Numbers of a block that are 0 where the mask or the weight is, and nobody looks at the element.
+fn looked_at<'s, A: Real>(mask: Option<&'s [A]>, weight: Option<&'s [A]>, both: &'s mut [A]) -> Option<&'s [A]> {
+    let (Some(mask), Some(weight)) = (mask, weight) else { return mask.or(weight) };
+    for ((to, &m), &w) in both.iter_mut().zip(mask).zip(weight) {
+        *to = if w == A::ZERO { A::ZERO } else { m };
+    }
+    Some(both)
 }
 
 /// The sum of the first `len` of a block's values, in vectors.
@@ -401,10 +423,11 @@ impl<A: Real + Element<Acc = A>, O: Element<Acc = A>> ElementPass<'_, '_, A, O> 
         let mut sum = A::ZERO;
         for at in range.clone().step_by(BLOCK) {
             let len = (range.end - at).min(BLOCK);
-            let ElementScratch { x, t, p, mask, factor, loss, grad, staged } = scratch;
+            let ElementScratch { x, t, p, weight, mask, factor, loss, grad, staged } = scratch;
             let mask = all.mask.as_ref().map(|source| source.read(at, &mut mask[..len]));
+            let weight = all.weight.as_ref().map(|source| source.read(at, &mut weight[..len]));
             let x = all.x.read(at, &mut x[..len]);
-            let t = self.load_target(at, &mut t[..len], x, mask);
+            let t = self.load_target(at, &mut t[..len], x, looked_at(mask, weight, &mut factor[..len]));
             let p = all.pos_weight.as_ref().map(|source| source.read(at, &mut p[..len]));
             let block = ElementBlock { x, t, p, mask };
             all.problem.term.formula(FormulaOverBlock {
@@ -413,17 +436,17 @@ impl<A: Real + Element<Acc = A>, O: Element<Acc = A>> ElementPass<'_, '_, A, O> 
                 grads: self.gradient.as_ref().map(|gradient| (gradient.of, &mut grad[..len])),
             });
             if let Some(losses) = &self.losses {
-                all.weigh(at, &mut loss[..len], factor);
+                weigh(weight, &mut loss[..len]);
                 block.clear_masked(&mut loss[..len]);
                 sum += self.reduce(losses, &groups, at, len, loss);
             }
             if let Some(gradient) = &self.gradient {
-                all.weigh(at, &mut grad[..len], factor);
+                weigh(weight, &mut grad[..len]);
                 self.write_gradient(gradient, at, &grad[..len], mask, (factor, loss, &mut staged[..len]));
             }
         }
         let Some(losses) = &self.losses else { return };
-        let reduced = all.reduction() != Reduction::None;
+        let reduced = !all.is_each();
         if reduced || all.group > BLOCK {
             let share = if reduced { A::ONE } else { all.share() };
             // SAFETY: this unit alone writes its element
@@ -469,7 +492,7 @@ impl<A: Real + Element<Acc = A>, O: Element<Acc = A>> ElementPass<'_, '_, A, O> 
         values: &mut [A; BLOCK],
     ) -> A {
         let all = self.elements;
-        if all.reduction() != Reduction::None || all.group > BLOCK {
+        if !all.is_each() || all.group > BLOCK {
             return dispatch(BlockSum { values, len });
         }
         if all.group == 1 {
@@ -505,6 +528,8 @@ impl<A: Real + Element<Acc = A>, O: Element<Acc = A>> ElementPass<'_, '_, A, O> 
         let smoothing = if gradient.of == Argument::Target { all.keep } else { A::ONE };
         let factor = smoothing * all.share() / gradient.denominator;
         let factors = match gradient.upstream {
+            // no gradient goes out of a loss that was divided by 0
+            [_] if gradient.denominator == A::ZERO => ChainFactors::All(A::ZERO),
             [upstream] => ChainFactors::All(*upstream * factor),
             upstream if all.group == 1 => ChainFactors::Each(&upstream[at..][..len], factor),
             upstream => {
@@ -562,7 +587,7 @@ impl<'a, A: Real + Element<Acc = A>> ElementsOnCpu<'a, A> {
         denominator: f64,
         gradient: Option<ElementGradient<A, O>>,
     ) -> Result<CpuStorage> {
-        let none = self.reduction() == Reduction::None;
+        let none = self.is_each();
         let count = if none { self.groups() } else { self.units() };
         let mut losses = with_room(count);
         let past_cache = none && stream::exceeds_cache(count * size_of::<A>());
@@ -590,7 +615,7 @@ impl<'a, A: Real + Element<Acc = A>> ElementsOnCpu<'a, A> {
 
     /// The losses, reduced, and the gradient of the input, in elements of type `O`.
     fn losses_and_gradient<O: Element<Acc = A>>(&self) -> Result<(CpuStorage, CpuStorage)> {
-        let denominator = self.denominator();
+        let denominator = self.denominator()?;
         let mut grad = with_room(self.len);
         let to = &Output::<O>::new(&mut grad, self.len);
         let (of, upstream) = (Argument::Input, &[A::of(self.problem.options.grad_scale)]);
@@ -612,9 +637,9 @@ struct ElementCallOnCpu<'a> {
 
 impl ElementCallOnCpu<'_> {
     fn forward<T: Element>(self, _: &[T]) -> Result<(CpuStorage, CpuStorage)> {
-        let locked = self.problem.options.lock();
+        let locked = self.problem.lock();
         let elements = ElementsOnCpu::<T::Acc>::new(self.problem, self.input, self.target, &locked)?;
-        let denominator = elements.denominator();
+        let denominator = elements.denominator()?;
         let loss = elements.losses::<T>(denominator, None)?;
         Ok((loss, T::Acc::to_cpu_storage_owned(vec![T::Acc::of(denominator)])))
     }
@@ -626,7 +651,7 @@ impl ElementCallOnCpu<'_> {
         of: Argument,
         upstream: Arg<CpuStorage>,
     ) -> Result<CpuStorage> {
-        let locked = self.problem.options.lock();
+        let locked = self.problem.lock();
         let elements = ElementsOnCpu::<T::Acc>::new(self.problem, self.input, self.target, &locked)?;
         let (upstream, denominator) = (own_slice(upstream)?, denominator.to_scalar()?);
         match of {
@@ -636,7 +661,7 @@ impl ElementCallOnCpu<'_> {
     }
 
     fn loss_and_grad<T: Element>(self, _: &[T]) -> Result<(CpuStorage, CpuStorage)> {
-        let locked = self.problem.options.lock();
+        let locked = self.problem.lock();
         ElementsOnCpu::<T::Acc>::new(self.problem, self.input, self.target, &locked)?.losses_and_gradient::<T>()
     }
 }
@@ -669,6 +694,7 @@ impl ElementKernels for CpuStorage {
 mod tests {
     use super::*;
     use crate::elementwise::problem::{ElementOptions, Term};
+    use crate::reduction::Reduction;
     use candle_core::{DType, Device, Storage, Var};
     use half::{bf16, f16};
 
@@ -681,7 +707,7 @@ mod tests {
     ) -> Result<(Vec<f32>, Vec<O>)> {
         let (input, target) = (input.storage_and_layout(), target.storage_and_layout());
         let (Storage::Cpu(x), Storage::Cpu(t)) = (&*input.0, &*target.0) else { panic!("tensors on the CPU") };
-        let locked = problem.options.lock();
+        let locked = problem.lock();
         let elements = ElementsOnCpu::<f32>::new(problem, (x, input.1), (t, target.1), &locked)?;
         let (mut losses, mut grad) = (vec![f32::NAN; elements.len], vec![O::from_acc(f32::NAN); elements.len]);
         let (to, losses_to) = (&Output::in_place(&mut grad).1, &Output::in_place(&mut losses).1);

@@ -1,10 +1,11 @@
 //! The element-wise family as its kernels are asked for it: terms with the ranges of their parameters, options and
 //! their checks.
 
+use crate::cast::computable;
 use crate::check;
 use crate::custom_op::{Arg, Argument, DeviceStorage, Locked};
-use crate::reduction::Reduction;
-use candle_core::{DType, Error, Layout, Result, Shape, Tensor, bail};
+use crate::reduction::{Denominator, LossForm, Normalizer, Reduction};
+use candle_core::{D, DType, Error, Layout, Result, Shape, Tensor, bail};
 
 /// The formula of one element, of an input x, a target t and a positive weight p.
 ///
@@ -144,6 +145,8 @@ pub(crate) struct ElementOptions {
     pub mask: Option<Tensor>,
     pub label_smoothing: f64,
     pub reduction: Reduction,
+    /// What `Mean` divides by in place of the number of elements that count.
+    pub normalizer: Option<Normalizer>,
     /// A factor of the gradients of a pass without a graph.
     pub grad_scale: f64,
     /// On CUDA: synchronise to check the values that have to be in [0, 1]. The CPU always checks them.
@@ -161,6 +164,7 @@ impl Default for ElementOptions {
             mask: None,
             label_smoothing: 0.0,
             reduction: Reduction::Mean,
+            normalizer: None,
             grad_scale: 1.0,
             target_check: false,
             fused: true,
@@ -171,6 +175,15 @@ impl Default for ElementOptions {
 impl ElementOptions {
     /// Checks both tensors against the options.
     pub fn problem(&self, name: &'static str, term: Term, input: &Tensor, target: &Tensor) -> Result<Elements> {
+        self.problem_of((name, term, false), input, target)
+    }
+
+    fn problem_of(
+        &self,
+        (name, term, average_rows): (&'static str, Term, bool),
+        input: &Tensor,
+        target: &Tensor,
+    ) -> Result<Elements> {
         let arithmetic = check::arithmetic_dtype(name, term.declaration().domain.input(), input)?;
         check::in_unit_interval(name, "label smoothing", self.label_smoothing)?;
         check::finite(name, "grad scale", self.grad_scale)?;
@@ -180,53 +193,103 @@ impl ElementOptions {
             bail!("{name}: target of shape {:?}, expected the input's shape {:?}", target.dims(), input.dims());
         }
         check::number(name, "target", target.dtype())?;
-        let mask = match &self.mask {
-            None => None,
-            Some(mask) => {
-                check::number(name, "mask", mask.dtype())?;
-                check::same_device(name, "mask", mask, input)?;
-                Some(check::broadcast(name, "mask", mask.detach(), input)?)
-            }
-        };
         let options = ElementOptions {
             weight: check::broadcast_weights(name, "weight", &self.weight, input, arithmetic)?,
             pos_weight: check::broadcast_weights(name, "pos_weight", &self.pos_weight, input, arithmetic)?,
-            mask,
+            mask: self.checked_mask(name, input)?,
             ..self.clone()
         };
-        Ok(Elements { name, term, average_rows: false, options })
+        let each = losses_shape(input.shape(), average_rows);
+        let form = LossForm::new(name, (self.reduction, self.normalizer.as_ref()), input, &each)?;
+        Ok(Elements { name, term, average_rows, form, options })
     }
 
-    /// The optional operands, locked for the time of a call.
-    pub fn lock(&self) -> LockedOptions<'_> {
-        LockedOptions([&self.weight, &self.pos_weight, &self.mask].map(|tensor| tensor.as_ref().map(Locked::new)))
+    /// The mask as a view of the input's shape.
+    fn checked_mask(&self, name: &str, input: &Tensor) -> Result<Option<Tensor>> {
+        let Some(mask) = &self.mask else { return Ok(None) };
+        check::number(name, "mask", mask.dtype())?;
+        check::same_device(name, "mask", mask, input)?;
+        check::broadcast(name, "mask", mask.detach(), input).map(Some)
     }
 
     /// As [`Self::problem`] for losses that average the last axis, with weights for its classes.
     pub fn multi_label_problem(&self, name: &'static str, input: &Tensor, target: &Tensor) -> Result<Elements> {
-        let classes = match input.dims() {
-            [] => bail!("{name}: a scalar input, expected shape (C) or (…, C)"),
-            [.., 0] => bail!("{name}: no classes in an input of shape {:?}, expected at least one", input.dims()),
-            [.., classes] => *classes,
-        };
+        let classes = classes(name, input)?;
         match &self.weight {
             Some(weight) if weight.dims() != [classes] => {
                 bail!("{name}: class weights of shape {:?}, expected ({classes}), one for each class", weight.dims())
             }
             _ => {}
         }
-        Ok(Elements { average_rows: true, ..self.problem(name, Term::BceWithLogits, input, target)? })
+        let problem = self.problem_of((name, Term::BceWithLogits, true), input, target)?;
+        problem.averaging_unmasked(classes, check::arithmetic(input.dtype()))
+    }
+
+    /// What the mean of elements with these targets divides by, a scalar f64 on their device.
+    pub fn count(&self, name: &str, target: &Tensor) -> Result<Tensor> {
+        self.count_of(name, target, false)
+    }
+
+    /// As [`Self::count`] for losses that average the last axis.
+    pub fn multi_label_count(&self, name: &str, target: &Tensor) -> Result<Tensor> {
+        classes(name, target)?;
+        self.count_of(name, target, true)
+    }
+
+    fn count_of(&self, name: &str, target: &Tensor, average_rows: bool) -> Result<Tensor> {
+        check::number(name, "target", target.dtype())?;
+        let mask = self.checked_mask(name, target)?;
+        let each = losses_shape(target.shape(), average_rows);
+        let constant = |value: f64| Tensor::full(value, (), target.device());
+        match (LossForm::new(name, (Reduction::Mean, self.normalizer.as_ref()), target, &each)?, mask) {
+            (LossForm::Scalar(Denominator::Tensor(tensor)), _) => Ok(tensor),
+            (LossForm::Scalar(Denominator::Value(value)), _) => constant(value),
+            (_, Some(mask)) if mask.elem_count() > 0 => {
+                let counts = unmasked_along_rows(&mask)?;
+                if average_rows { nonzero(&counts) } else { counts.sum_all() }
+            }
+            _ => constant(each.elem_count() as f64),
+        }
     }
 }
 
-/// The optional operands of a call, locked: weight, positive weight and mask.
-pub(crate) struct LockedOptions<'a>([Option<Locked<'a>>; 3]);
+/// The size of the axis that is averaged.
+fn classes(name: &str, input: &Tensor) -> Result<usize> {
+    match input.dims() {
+        [] => bail!("{name}: a scalar input, expected shape (C) or (…, C)"),
+        [.., 0] => bail!("{name}: no classes in an input of shape {:?}, expected at least one", input.dims()),
+        [.., classes] => Ok(*classes),
+    }
+}
+
+/// How many elements a mask leaves along the last axis, whose size becomes 1: f64.
+fn unmasked_along_rows(mask: &Tensor) -> Result<Tensor> {
+    let mask = if mask.rank() == 0 { mask.unsqueeze(0)? } else { mask.clone() };
+    let unmasked = computable(&mask)?.contiguous()?.ne(0f64)?;
+    unmasked.to_dtype(DType::U32)?.sum_keepdim(D::Minus1)?.to_dtype(DType::F64)
+}
+
+/// How many numbers are not 0.
+fn nonzero(counts: &Tensor) -> Result<Tensor> {
+    counts.ne(0f64)?.to_dtype(DType::F64)?.sum_all()
+}
+
+/// The shape of the losses of an input's elements, or of the averages along its last axis.
+fn losses_shape(input: &Shape, average_rows: bool) -> Shape {
+    match input.dims() {
+        [rows @ .., _] if average_rows => Shape::from(rows),
+        _ => input.clone(),
+    }
+}
+
+/// The tensors of a call beside input and target, locked: weight, positive weight, mask and normalizer.
+pub(crate) struct LockedOptions<'a>([Option<Locked<'a>>; 4]);
 
 impl LockedOptions<'_> {
     /// As arguments of a kernel of `name`.
-    pub fn args<S: DeviceStorage>(&self, name: &str) -> Result<[Option<Arg<'_, S>>; 3]> {
+    pub fn args<S: DeviceStorage>(&self, name: &str) -> Result<[Option<Arg<'_, S>>; 4]> {
         let arg = |i: usize| self.0[i].as_ref().map(|locked| locked.arg(name)).transpose();
-        Ok([arg(0)?, arg(1)?, arg(2)?])
+        Ok([arg(0)?, arg(1)?, arg(2)?, arg(3)?])
     }
 }
 
@@ -238,10 +301,40 @@ pub(crate) struct Elements {
     pub term: Term,
     /// Whether the elements along the last axis are averaged before the reduction, so that the axis disappears.
     pub average_rows: bool,
+    /// What becomes of the losses. A mean of averages under a mask has its denominator in a tensor.
+    pub form: LossForm,
     pub options: ElementOptions,
 }
 
 impl Elements {
+    /// With a mask, a row's average is over the classes that it leaves, and a row without any is none of the mean's.
+    ///
+    /// Kernels divide by all classes and count elements. What is right comes from a weight, all classes over those that
+    /// are left, and from a denominator that is the number of rows with any: the kernels need no word of it.
+    fn averaging_unmasked(mut self, classes: usize, arithmetic: DType) -> Result<Self> {
+        let Some(mask) = &self.options.mask else { return Ok(self) };
+        if mask.elem_count() == 0 {
+            return Ok(self); // of which candle's CUDA part takes no sum
+        }
+        let counts = unmasked_along_rows(mask)?;
+        let share = (counts.maximum(1f64)?.recip()? * classes as f64)?.to_dtype(arithmetic)?;
+        self.options.weight = Some(match &self.options.weight {
+            Some(weight) => weight.broadcast_mul(&share)?,
+            None => share.broadcast_as(mask.shape())?,
+        });
+        if self.form.is_counted() {
+            self.form = LossForm::Scalar(Denominator::Tensor(nonzero(&counts)?));
+        }
+        Ok(self)
+    }
+
+    /// The tensors beside input and target, locked for the time of a call.
+    pub fn lock(&self) -> LockedOptions<'_> {
+        let ElementOptions { weight, pos_weight, mask, .. } = &self.options;
+        let all = [weight.as_ref(), pos_weight.as_ref(), mask.as_ref(), self.form.tensor()];
+        LockedOptions(all.map(|tensor| tensor.map(Locked::new)))
+    }
+
     /// How many adjacent elements are averaged into one loss.
     pub fn group(&self, input: &Layout) -> usize {
         match input.dims() {
@@ -265,11 +358,7 @@ impl Elements {
     }
 
     pub fn loss_shape(&self, input: &Layout) -> Shape {
-        let each = match input.dims() {
-            [rows @ .., _] if self.average_rows => Shape::from(rows),
-            _ => input.shape().clone(),
-        };
-        self.options.reduction.shape(each)
+        self.form.shape(losses_shape(input.shape(), self.average_rows))
     }
 }
 

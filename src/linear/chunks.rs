@@ -12,7 +12,8 @@ use crate::check::arithmetic;
 use crate::cuda::launch::alloc;
 #[cfg(feature = "cuda")]
 use crate::custom_op::DeviceStorage;
-use crate::reduction::Reduction;
+use crate::reduction::LossForm;
+use crate::rows::options::RowOptions;
 use crate::softmax::problem::{CrossEntropy, RowStatistics, SoftmaxOptions};
 #[cfg(feature = "cuda")]
 use candle_core::{CudaStorage, Storage};
@@ -192,14 +193,19 @@ impl Chunk {
 impl<'a> Chunks<'a> {
     fn new(linear: &Linear, inputs: &'a Inputs, selection: &'a Selection, step: usize) -> Result<Self> {
         let (working, options) = (inputs.policy.working, &linear.problem.options);
-        let reduction = if options.rows.reduction == Reduction::None { Reduction::None } else { Reduction::Sum };
-        let rows = options.rows.of_sum(reduction);
+        let form = if linear.problem.form.is_each() { LossForm::Each } else { LossForm::SUM };
+        let row_weight = options.rows.row_weight.as_ref().map(Tensor::flatten_all).transpose()?;
+        let rows = RowOptions { row_weight, ..options.rows.of_sum() };
         // SAFETY: the first product replaces the logits of a chunk; nothing reads the gaps between the rows
         let logits = unsafe { room((step, inputs.policy.logits_stride(inputs.classes())), working, &inputs.hidden)? };
         Ok(Chunks {
             inputs,
             selection,
-            problem: CrossEntropy { options: SoftmaxOptions { rows, ..options.clone() }, ..linear.problem.clone() },
+            problem: CrossEntropy {
+                form,
+                options: SoftmaxOptions { rows, ..options.clone() },
+                ..linear.problem.clone()
+            },
             bias: inputs.bias.as_ref().map(|bias| bias.to_dtype(working)).transpose()?,
             logits: logits.narrow(1, 0, inputs.classes())?,
             ones: ones(step, inputs)?,
@@ -215,6 +221,15 @@ impl<'a> Chunks<'a> {
             logits: self.logits.narrow(0, 0, rows)?,
             ones: self.ones.narrow(0, 0, rows)?,
         })
+    }
+
+    /// The loss of a chunk, with the weights of its rows.
+    fn problem_of(&self, chunk: &Chunk) -> Result<CrossEntropy> {
+        let mut problem = self.problem.clone();
+        if let Some(weights) = &mut problem.options.rows.row_weight {
+            *weights = self.selection.rows(weights, chunk.start, chunk.rows)?;
+        }
+        Ok(problem)
     }
 
     fn compute_logits(&self, chunk: &Chunk) -> Result<()> {
@@ -299,7 +314,8 @@ impl Linear {
         for start in (0..rows).step_by(step) {
             let chunk = chunks.chunk(start, step.min(rows - start))?;
             chunks.compute_logits(&chunk)?;
-            let problem = || chunks.problem.clone();
+            let problem = chunks.problem_of(&chunk)?;
+            let problem = || problem.clone();
             let mut loss = None;
             if wanted.statistics {
                 let (of_chunk, rows) = problem().forward_with_statistics(&chunk.logits, &chunk.target)?;
@@ -316,9 +332,9 @@ impl Linear {
                 Unfinished::Chunk(_) => {}
             }
         }
-        let losses = match self.problem.options.rows.reduction {
-            Reduction::None => Tensor::cat(&losses, 0)?,
-            Reduction::Mean | Reduction::Sum => Tensor::stack(&losses, 0)?,
+        let losses = match self.problem.form {
+            LossForm::Each => Tensor::cat(&losses, 0)?,
+            LossForm::Scalar(_) => Tensor::stack(&losses, 0)?,
         };
         Ok(ChunkResults { losses: Some(losses), statistics, gradients })
     }

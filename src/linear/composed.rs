@@ -1,7 +1,8 @@
 //! Linear cross-entropy in candle's tensor ops: all logits at once.
 
 use super::problem::{Linear, LinearGradients};
-use crate::rows::layout::indices_as_i64;
+use crate::cast::indices_as_i64;
+use crate::composed::{counted_rows, counting_rows};
 use crate::softmax::composed::{self, ComposedLoss};
 use crate::softmax::problem::RowStatistics;
 use candle_core::{DType, Result, Tensor, Var};
@@ -9,9 +10,8 @@ use candle_core::{DType, Result, Tensor, Var};
 /// The logits as a matrix. An ignored row of hidden states is replaced by zeros, so that its NaN goes nowhere.
 fn logits(linear: &Linear, hidden: &Tensor, weight: &Tensor, bias: Option<&Tensor>, target: &Tensor) -> Result<Tensor> {
     let hidden = hidden.reshape((target.elem_count(), weight.dim(1)?))?;
-    let counted = indices_as_i64(target)?.flatten_all()?.ne(linear.problem.options.rows.ignore_index)?;
-    let counted = counted.unsqueeze(1)?.broadcast_as(hidden.shape())?;
-    let logits = counted.where_cond(&hidden, &hidden.zeros_like()?)?.matmul(&weight.t()?)?;
+    let counted = counting_rows(&indices_as_i64(target)?.flatten_all()?, &linear.problem.options.rows)?;
+    let logits = counted_rows(&counted, &hidden)?.matmul(&weight.t()?)?;
     match bias {
         Some(bias) => logits.broadcast_add(bias),
         None => Ok(logits),

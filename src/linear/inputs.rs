@@ -4,9 +4,10 @@ use super::problem::Linear;
 use super::scale::masked;
 use crate::check::arithmetic;
 use crate::nll::problem::Nll;
-use crate::reduction::Reduction;
+use crate::reduction::{Denominator, LossForm};
 use crate::rows::layout::contiguous_indices;
 use crate::rows::options::RowOptions;
+use crate::softmax::problem::CrossEntropy;
 use candle_core::{DType, Device, Result, Shape, Tensor};
 
 /// Bytes of a 16-bit weight that are widened at a time, on the CPU.
@@ -181,21 +182,23 @@ pub(super) struct Counted {
 impl Counted {
     pub fn new(linear: &Linear, inputs: &Inputs) -> Result<Self> {
         let (device, all) = (inputs.device(), inputs.rows());
-        let options = &linear.problem.options.rows;
+        let CrossEntropy { options, form, .. } = &linear.problem;
         if all == 0 {
             return Ok(Counted {
                 selection: Selection::All,
                 rows: 0,
-                denominator: scalar(options.denominator(0.0), device)?,
+                denominator: scalar(form.of_nothing().1, device)?,
             });
         }
         let ones = row_weights(linear, inputs, None)?;
-        let denominator = match (options.reduction, options.normalizer, &options.weight) {
-            (Reduction::Mean, None, None) => ones.to_dtype(DType::F64)?.sum_all()?,
-            (Reduction::Mean, None, Some(weight)) => {
+        let denominator = match (form, &options.rows.weight) {
+            (LossForm::Each, _) => scalar(1.0, device)?,
+            (LossForm::Scalar(Denominator::Value(value)), _) => scalar(*value, device)?,
+            (LossForm::Scalar(Denominator::Tensor(tensor)), _) => tensor.clone(),
+            (LossForm::Scalar(Denominator::Counted), None) => ones.to_dtype(DType::F64)?.sum_all()?,
+            (LossForm::Scalar(Denominator::Counted), Some(weight)) => {
                 row_weights(linear, inputs, Some(weight.clone()))?.to_dtype(DType::F64)?.sum_all()?
             }
-            _ => scalar(options.denominator(0.0), device)?,
         };
         if !inputs.policy.host_knows {
             let selection = Selection::Mask(ones.ne(0f64)?.unsqueeze(1)?);
@@ -213,16 +216,18 @@ impl Counted {
     }
 }
 
-/// The weight of each row with class weights, else 1; 0 where it is ignored. On the CPU this is where a class out of
-/// range is found; on CUDA it is NaN, or found if that was asked for.
+/// The weight of each row with these class weights, else of 1; 0 where it is ignored. On the CPU this is where a class
+/// out of range is found; on CUDA it is NaN, or found if that was asked for.
 ///
 /// It is the NLL of log-probabilities that are all -1, and these take no memory.
 fn row_weights(linear: &Linear, inputs: &Inputs, weight: Option<Tensor>) -> Result<Tensor> {
     let minus_one = scalar(-1.0, inputs.device())?.to_dtype(inputs.arithmetic())?;
     let minus_ones = minus_one.broadcast_as((inputs.rows(), inputs.classes()))?;
     let rows = &linear.problem.options.rows;
-    let options = RowOptions { weight, reduction: Reduction::None, normalizer: None, ..rows.clone() };
-    let weights = Nll { name: linear.problem.name, axis: 1, options }.forward(&minus_ones, &inputs.target)?;
+    let row_weight = rows.row_weight.as_ref().map(Tensor::flatten_all).transpose()?;
+    let options = RowOptions { weight, row_weight, ..rows.clone() };
+    let nll = Nll { name: linear.problem.name, axis: 1, form: LossForm::Each, options };
+    let weights = nll.forward(&minus_ones, &inputs.target)?;
     if inputs.policy.host_knows {
         return Ok(weights);
     }

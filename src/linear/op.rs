@@ -4,7 +4,7 @@
 //! products bring that gradient to the inputs: 6NDV operations, the same as with all logits at once. So the gradients
 //! are made in the forward, as sums that know neither the upstream gradient nor the mean's denominator; both are one
 //! factor of the sums in the end, which is also why 16-bit gradients of a mean over many rows don't vanish. With
-//! [`Reduction::None`] the upstream gradient is different in each row, and the backward computes the logits once more
+//! [`LossForm::Each`] the upstream gradient is different in each row, and the backward computes the logits once more
 //! (8NDV).
 //!
 //! Sums are kept in the arithmetic dtype and rounded once. Where all rows are one chunk, a product is its own sum: on
@@ -17,7 +17,7 @@ use super::problem::{Linear, LinearGradients};
 use crate::custom_op::{
     Arg, DeviceStorage, Locked, check_first_order, device_passes, is_composed, is_composed_in_graph,
 };
-use crate::reduction::Reduction;
+use crate::reduction::LossForm;
 use crate::softmax::problem::RowStatistics;
 use candle_core::{CustomOp3, DType, Error, Result, Shape, Tensor};
 use std::sync::{Mutex, PoisonError};
@@ -100,8 +100,8 @@ impl Linear {
             statistics: false,
         };
         let counted = Counted::new(&self, &inputs)?;
-        let in_forward = match self.problem.options.rows.reduction {
-            Reduction::None if !self.keeps_chunk(&inputs, counted.rows, wanted) => Wanted::NOTHING,
+        let in_forward = match self.problem.form {
+            LossForm::Each if !self.keeps_chunk(&inputs, counted.rows, wanted) => Wanted::NOTHING,
             _ => wanted,
         };
         let in_forward = Wanted { statistics, ..in_forward };
@@ -156,17 +156,17 @@ impl Linear {
     }
 
     pub(super) fn loss_shape(&self, target: &Tensor) -> Shape {
-        self.problem.options.rows.reduction.shape(target.shape().clone())
+        self.problem.form.shape(target.shape().clone())
     }
 
     /// The loss as it is returned, but flat.
     fn reduced(&self, inputs: &Inputs, counted: &Counted, losses: Option<Tensor>) -> Result<Tensor> {
         let all = inputs.rows();
         let dtype = inputs.arithmetic();
-        match (self.problem.options.rows.reduction, losses) {
-            (Reduction::None, None) => Tensor::zeros(all, dtype, inputs.device()),
-            (Reduction::None, Some(losses)) => counted.selection.spread(losses, all),
-            (Reduction::Mean | Reduction::Sum, losses) => {
+        match (&self.problem.form, losses) {
+            (LossForm::Each, None) => Tensor::zeros(all, dtype, inputs.device()),
+            (LossForm::Each, Some(losses)) => counted.selection.spread(losses, all),
+            (LossForm::Scalar(_), losses) => {
                 let sum = match losses {
                     Some(losses) => losses.to_dtype(DType::F64)?.sum_all()?,
                     None => scalar(0.0, inputs.device())?,
@@ -254,11 +254,11 @@ impl CustomOp3 for Attached {
             None => linear.run(&inputs, &self.counted, self.wanted, upstream).map(|results| results.gradients),
         };
         let of = (&inputs, &self.counted, self.wanted);
-        let gradients = match linear.problem.options.rows.reduction {
-            Reduction::Mean | Reduction::Sum => {
+        let gradients = match linear.problem.form {
+            LossForm::Scalar(_) => {
                 linear.gradients(of, unfinished(None)?, Upstream::Scalar(upstream), hidden.shape())?
             }
-            Reduction::None => {
+            LossForm::Each => {
                 let upstream = upstream.flatten_all()?.contiguous()?;
                 let (upstream, factor) = normalised(upstream, hidden.dtype())?;
                 linear.gradients(

@@ -63,9 +63,9 @@ impl LinearOptions {
             bail!("{name}: target of shape {:?}, expected class indices of shape {rows:?}", target.dims());
         }
         check::class_indices(name, target)?;
-        let rows = options.rows.checked(name, classes, hidden, arithmetic)?;
+        let (rows, form) = options.rows.checked(name, (classes, rows), hidden, arithmetic)?;
         let options = SoftmaxOptions { rows, ..options.clone() };
-        Ok(Linear { problem: CrossEntropy { name, axis: 1, options }, chunk_rows: self.chunk_rows })
+        Ok(Linear { problem: CrossEntropy { name, axis: 1, form, options }, chunk_rows: self.chunk_rows })
     }
 }
 

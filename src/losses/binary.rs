@@ -1,7 +1,7 @@
 //! Binary cross-entropy, of probabilities and of logits.
 
 use crate::elementwise::problem::{ElementOptions, Term};
-use crate::reduction::Reduction;
+use crate::reduction::{Normalizer, Reduction};
 use candle_core::{Result, Tensor};
 
 const BCE: &str = "binary_cross_entropy";
@@ -15,16 +15,17 @@ const BCE_WITH_LOGITS: &str = "binary_cross_entropy_with_logits";
 /// loss = -w (t max(ln x, -100) + (1 - t) max(ln(1 - x), -100))
 /// ```
 ///
-/// `Mean` divides the sum by the number of elements, with weights too. The gradient is `w (x - t) / max(x (1 - x),
-/// 1e-12)`. For probabilities that a sigmoid made, [`BceWithLogitsLoss`] of its input is more accurate and faster.
+/// `Mean` divides the sum by the number of elements whose mask is not 0, with weights too. The gradient is
+/// `w (x - t) / max(x (1 - x), 1e-12)`. For probabilities that a sigmoid made, [`BceWithLogitsLoss`] of its input is
+/// more accurate and faster.
 ///
-/// Definition: [`torch.nn.BCELoss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.BCELoss.html). The gradient
-/// in a float target is the difference of the clamped logarithms, whereas PyTorch's is infinite where a probability is
-/// 0 or 1.
+/// Definition: [`torch.nn.BCELoss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.BCELoss.html); the mask is
+/// this crate's own. The gradient in a float target is the difference of the clamped logarithms, whereas PyTorch's is
+/// infinite where a probability is 0 or 1.
 ///
 /// # Shapes
-/// Probabilities of any shape and layout, and a target of the same shape. The loss is a scalar, or with
-/// [`Reduction::None`] has that shape.
+/// Probabilities of any shape and layout, and a target of the same shape. Weight and mask broadcast to it. The loss is
+/// a scalar, or with [`Reduction::None`] has that shape.
 ///
 /// # Dtypes
 /// Probabilities f16, bf16, f32 or f64; targets of these or, holding 0 and 1, u8, u32, i16, i32 or i64. Arithmetic and
@@ -34,9 +35,10 @@ const BCE_WITH_LOGITS: &str = "binary_cross_entropy_with_logits";
 /// Finite everywhere in [0, 1], the ends included.
 ///
 /// # Errors
-/// Shapes, dtypes or devices that don't fit; on the CPU a probability or target outside of [0, 1], or NaN. On CUDA such
-/// an element is NaN instead, unless [`with_target_check`](Self::with_target_check) is on. Setters check nothing: all
-/// errors come from the call that takes the tensors.
+/// Shapes, dtypes or devices that don't fit; on the CPU a probability or target outside of [0, 1], or NaN, where the
+/// mask does not leave it out; on CUDA such an element is NaN instead, unless
+/// [`with_target_check`](Self::with_target_check) is on. Setters check nothing: all errors come from the call that
+/// takes the tensors.
 ///
 /// # Example
 /// ```
@@ -56,7 +58,7 @@ pub struct BceLoss {
 }
 
 impl BceLoss {
-    /// The defaults: no weights, mean.
+    /// The defaults: no weights, no mask, mean.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
@@ -80,6 +82,19 @@ impl BceLoss {
         weighted: "0.460969",
     }
 
+    element_mask_setter! {
+        loss: "BceLoss",
+        inputs: "let probs = Tensor::new(&[0.5f32, 0.25], &Device::Cpu)?;\n\
+                 let target = Tensor::new(&[1u8, 0], &Device::Cpu)?;",
+        args: "(&probs, &target)",
+        options: self.options,
+        left: "its loss is 0, and the mean does not count it",
+        mask: "let mask = Tensor::new(&[1u8, 0], &Device::Cpu)?;",
+        masked: "std::f32::consts::LN_2",
+        counted: "the number of elements, or of those that the mask leaves",
+        count: count(BCE),
+    }
+
     element_check_setter! {
         loss: "BceLoss",
         inputs: "let probs = Tensor::new(&[0.5f32, 0.25], &Device::Cpu)?;",
@@ -98,6 +113,7 @@ impl BceLoss {
         of: "elements",
         mean: "0.490415",
         sum: "0.980829",
+        normalized: "0.24520725",
     }
 
     /// The loss, differentiable in the probabilities and in float targets.
@@ -251,7 +267,11 @@ impl BceWithLogitsLoss {
                  let target = Tensor::new(&[1u8, 0], &Device::Cpu)?;",
         args: "(&logits, &target)",
         options: self.options,
+        left: "its loss is 0, and the mean does not count it",
+        mask: "let mask = Tensor::new(&[1u8, 0], &Device::Cpu)?;",
         masked: "std::f32::consts::LN_2",
+        counted: "the number of elements, or of those that the mask leaves",
+        count: count(BCE_WITH_LOGITS),
     }
 
     element_check_setter! {
@@ -272,6 +292,7 @@ impl BceWithLogitsLoss {
         of: "elements",
         mean: "1.410038",
         sum: "2.820075",
+        normalized: "0.70501875",
     }
 
     /// The loss, differentiable in the logits and in float targets.

@@ -1,8 +1,9 @@
 //! Cross-entropy.
 
 use crate::check;
-use crate::reduction::Reduction;
+use crate::reduction::{Normalizer, Reduction};
 use crate::softmax::problem::{RowStatistics, SoftmaxOptions};
+use crate::softmax::transform::RowTransform;
 use candle_core::{Result, Tensor, bail};
 
 const NAME: &str = "cross_entropy";
@@ -18,11 +19,14 @@ const NAME: &str = "cross_entropy";
 ///
 /// Label smoothing e replaces the target by `(1 - e) target + e / C`, for a class index as `(1 - e) loss + (e / C)
 /// sum_c w_c (log sum exp(x) - x_c)`. `Mean` divides the sum by `sum w[t]` over the rows that are not ignored, which
-/// without weights is their number; with probabilities it divides by the number of rows.
+/// without weights is their number; with probabilities it divides by the number of rows. Row weights r
+/// ([`with_row_weight`](Self::with_row_weight)) make the loss of a row `r loss` and the denominator `sum r w[t]`, or
+/// `sum r`; [`with_normalizer`](Self::with_normalizer) takes the place of either.
 ///
 /// Definition:
 /// [`torch.nn.CrossEntropyLoss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html);
-/// z-loss: PaLM (Chowdhery et al. 2022); soft cap: Gemma 2.
+/// z-loss: PaLM (Chowdhery et al. 2022); soft cap: Gemma 2; row transforms:
+/// [`RowTransform`](crate::RowTransform).
 ///
 /// # Shapes
 /// Logits `(C)`, `(N, C)` or `(N, C, d1, …, dk)` in any layout, or with the classes along another axis
@@ -40,9 +44,9 @@ const NAME: &str = "cross_entropy";
 /// scale multiplies the differences to the row's largest logit, not the logits, which could overflow. Classes at -inf
 /// are fine (with a scale above 0). A row that is all -inf, or that has a +inf or a NaN, is NaN, and no other row is
 /// affected. The sum over a row is kept without its largest term, so that even a loss of 4e-9 and its gradient are
-/// accurate. Ignored rows are exact zeros whatever they hold. The bits of the result don't depend on the number of
-/// threads. Where all rows are ignored, or all targets weigh 0, `Mean` is NaN and the
-/// gradient zero.
+/// accurate. Ignored rows, and rows of weight 0, are exact zeros whatever they hold. The bits of the result don't
+/// depend on the number of threads. Where all rows are ignored, or all targets weigh 0, `Mean` is NaN and the gradient
+/// zero.
 ///
 /// # Errors
 /// Tensors whose shapes, dtypes or devices don't fit, options out of range, and on the CPU a class index outside of

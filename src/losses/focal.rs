@@ -1,7 +1,7 @@
 //! Sigmoid focal loss.
 
 use crate::elementwise::problem::{ElementOptions, Term};
-use crate::reduction::Reduction;
+use crate::reduction::{Normalizer, Reduction};
 use candle_core::{Result, Tensor};
 
 const NAME: &str = "sigmoid_focal";
@@ -14,18 +14,20 @@ const NAME: &str = "sigmoid_focal";
 /// ce    = t softplus(-x) + (1 - t) softplus(x)
 /// p_t   = t sigmoid(x) + (1 - t) sigmoid(-x)
 /// a_t   = alpha t + (1 - alpha) (1 - t), or 1 where alpha is negative
-/// loss  = a_t (1 - p_t)^gamma ce
+/// loss  = w a_t (1 - p_t)^gamma ce
 /// ```
 ///
-/// `Mean` divides the sum by the number of elements.
+/// `Mean` divides the sum by the number of elements whose mask is not 0, with weights too. A detector's usual
+/// denominator, the number of positive targets, is a normalizer:
+/// `with_normalizer(target.to_dtype(DType::F64)?.sum_all()?)`.
 ///
 /// Definition: Lin et al. 2017, as in
 /// [`torchvision.ops.sigmoid_focal_loss`](https://docs.pytorch.org/vision/stable/generated/torchvision.ops.sigmoid_focal_loss.html)
-/// (whose default reduction is none).
+/// (whose default reduction is none); weights and mask are this crate's.
 ///
 /// # Shapes
-/// Logits of any shape and layout, and a target of the same shape. The loss is a scalar, or with [`Reduction::None`]
-/// has that shape.
+/// Logits of any shape and layout, and a target of the same shape. Weight and mask broadcast to it. The loss is a
+/// scalar, or with [`Reduction::None`] has that shape.
 ///
 /// # Dtypes
 /// Logits f16, bf16, f32 or f64; targets of these or, holding 0 and 1, u8, u32, i16, i32 or i64. Arithmetic and loss
@@ -36,8 +38,8 @@ const NAME: &str = "sigmoid_focal";
 ///
 /// # Errors
 /// Shapes, dtypes or devices that don't fit; gamma negative or not finite; alpha above 1 or NaN; integer targets other
-/// than 0 and 1, as for [`BceWithLogitsLoss`](crate::BceWithLogitsLoss). Setters check nothing: all errors come from
-/// the call that takes the tensors.
+/// than 0 and 1 where the mask does not leave them out, as for [`BceWithLogitsLoss`](crate::BceWithLogitsLoss). Setters
+/// check nothing: all errors come from the call that takes the tensors.
 ///
 /// # Example
 /// ```
@@ -65,7 +67,7 @@ impl Default for SigmoidFocalLoss {
 }
 
 impl SigmoidFocalLoss {
-    /// The defaults: alpha 0.25, gamma 2, mean.
+    /// The defaults: alpha 0.25, gamma 2, no weights, no mask, mean.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
@@ -113,6 +115,28 @@ impl SigmoidFocalLoss {
         self
     }
 
+    element_weight_setter! {
+        loss: "SigmoidFocalLoss",
+        inputs: "let logits = Tensor::new(&[0f32, 2.], &Device::Cpu)?;\n\
+                 let target = Tensor::new(&[1u8, 0], &Device::Cpu)?;",
+        args: "(&logits, &target)",
+        options: self.options,
+        weighted: "1.248389",
+    }
+
+    element_mask_setter! {
+        loss: "SigmoidFocalLoss",
+        inputs: "let logits = Tensor::new(&[0f32, 2.], &Device::Cpu)?;\n\
+                 let target = Tensor::new(&[1u8, 0], &Device::Cpu)?;",
+        args: "(&logits, &target)",
+        options: self.options,
+        left: "its loss is 0, and the mean does not count it",
+        mask: "let mask = Tensor::new(&[1u8, 0], &Device::Cpu)?;",
+        masked: "0.0433217",
+        counted: "the number of elements, or of those that the mask leaves",
+        count: count(NAME),
+    }
+
     element_check_setter! {
         loss: "SigmoidFocalLoss",
         inputs: "let logits = Tensor::new(&[0f32, 2.], &Device::Cpu)?;",
@@ -131,6 +155,7 @@ impl SigmoidFocalLoss {
         of: "elements",
         mean: "0.640440",
         sum: "1.280880",
+        normalized: "0.32022",
     }
 
     /// The loss, differentiable in the logits and in float targets.

@@ -1,7 +1,7 @@
 //! The L1 loss.
 
 use crate::elementwise::problem::{ElementOptions, Term};
-use crate::reduction::Reduction;
+use crate::reduction::{Normalizer, Reduction};
 use candle_core::{Result, Tensor};
 
 const NAME: &str = "l1";
@@ -85,7 +85,11 @@ impl L1Loss {
                  let target = Tensor::new(&[4i64, 0], &Device::Cpu)?;",
         args: "(&input, &target)",
         options: self.options,
+        left: "its loss is 0, and the mean does not count it",
+        mask: "let mask = Tensor::new(&[1u8, 0], &Device::Cpu)?;",
         masked: "3.0",
+        counted: "the number of elements, or of those that the mask leaves",
+        count: count(NAME),
     }
 
     loss_setters! {
@@ -97,6 +101,7 @@ impl L1Loss {
         of: "elements",
         mean: "2.5",
         sum: "5.0",
+        normalized: "1.25",
     }
 
     /// The loss, differentiable in the input and in float targets.

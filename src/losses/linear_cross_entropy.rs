@@ -1,8 +1,9 @@
 //! Cross-entropy of a linear layer's output, without the logits.
 
 use crate::linear::problem::{LinearGradients, LinearOptions};
-use crate::reduction::Reduction;
+use crate::reduction::{Normalizer, Reduction};
 use crate::softmax::problem::RowStatistics;
+use crate::softmax::transform::RowTransform;
 use candle_core::{Result, Tensor};
 
 const NAME: &str = "linear_cross_entropy";

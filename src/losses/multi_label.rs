@@ -1,7 +1,7 @@
 //! Multi-label soft margin.
 
 use crate::elementwise::problem::ElementOptions;
-use crate::reduction::Reduction;
+use crate::reduction::{Normalizer, Reduction};
 use candle_core::{Result, Tensor};
 
 const NAME: &str = "multi_label_soft_margin";
@@ -14,26 +14,29 @@ const NAME: &str = "multi_label_soft_margin";
 /// loss = -(1 / C) sum_c w_c (t_c log sigmoid(x_c) + (1 - t_c) log sigmoid(-x_c))
 /// ```
 ///
-/// `Mean` divides the sum of the rows' losses by the number of rows.
+/// `Mean` divides the sum of the rows' losses by the number of rows. With a mask, C is the number of the row's classes
+/// that are left, the sum is over these, and a row without any is left out: its loss is 0, and it is not counted.
 ///
 /// Definition:
-/// [`torch.nn.MultiLabelSoftMarginLoss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.MultiLabelSoftMarginLoss.html).
+/// [`torch.nn.MultiLabelSoftMarginLoss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.MultiLabelSoftMarginLoss.html);
+/// the mask is this crate's own.
 ///
 /// # Shapes
-/// Logits `(C)` or `(…, C)` in any layout, and a target of the same shape. The loss is a scalar, or with
-/// [`Reduction::None`] has the logits' shape without the last axis.
+/// Logits `(C)` or `(…, C)` in any layout, and a target of the same shape. Weights are `(C)`, a mask broadcasts to the
+/// logits. The loss is a scalar, or with [`Reduction::None`] has the logits' shape without the last axis.
 ///
 /// # Dtypes
 /// Logits f16, bf16, f32 or f64; targets of these or, holding 0 and 1, u8, u32, i16, i32 or i64. Arithmetic and loss
 /// are f32 (f64 for f64); the gradient has the logits' dtype.
 ///
 /// # Numerics
-/// As for [`BceWithLogitsLoss`](crate::BceWithLogitsLoss).
+/// As for [`BceWithLogitsLoss`](crate::BceWithLogitsLoss). The classes that a mask leaves are counted ahead of the
+/// loss, by a few of candle's tensor ops.
 ///
 /// # Errors
-/// Shapes, dtypes or devices that don't fit; integer targets other than 0 and 1, as for
-/// [`BceWithLogitsLoss`](crate::BceWithLogitsLoss). Setters check nothing: all errors come from the call that takes the
-/// tensors.
+/// Shapes, dtypes or devices that don't fit; integer targets other than 0 and 1 where the mask does not leave them out,
+/// as for [`BceWithLogitsLoss`](crate::BceWithLogitsLoss). Setters check nothing: all errors come from the call that
+/// takes the tensors.
 ///
 /// # Example
 /// ```
@@ -54,7 +57,7 @@ pub struct MultiLabelSoftMarginLoss {
 }
 
 impl MultiLabelSoftMarginLoss {
-    /// The defaults: no weights, mean.
+    /// The defaults: no weights, no mask, mean.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
@@ -87,6 +90,20 @@ impl MultiLabelSoftMarginLoss {
         self
     }
 
+    element_mask_setter! {
+        loss: "MultiLabelSoftMarginLoss",
+        inputs: "let logits = Tensor::new(&[[0.5f32, -1., 3.], [1.5, -2., 0.]], &Device::Cpu)?;\n\
+                 let target = Tensor::new(&[[1u8, 0, 1], [0, 1, 0]], &Device::Cpu)?;",
+        args: "(&logits, &target)",
+        options: self.options,
+        left: "and its row's sum is divided by the number of classes that are left. A row without any has loss 0, and \
+               the mean does not count it",
+        mask: "let mask = Tensor::new(&[[1u8, 1, 0], [0, 0, 0]], &Device::Cpu)?;",
+        masked: "0.393669",
+        counted: "the number of rows, or of those with a class that the mask leaves",
+        count: multi_label_count(NAME),
+    }
+
     element_check_setter! {
         loss: "MultiLabelSoftMarginLoss",
         inputs: "let logits = Tensor::new(&[[0.5f32, -1., 3.], [1.5, -2., 0.]], &Device::Cpu)?;",
@@ -105,6 +122,7 @@ impl MultiLabelSoftMarginLoss {
         of: "rows",
         mean: "0.892902",
         sum: "1.785805",
+        normalized: "0.44645125",
     }
 
     /// The loss, differentiable in the logits and in float targets.

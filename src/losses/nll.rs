@@ -2,7 +2,7 @@
 
 use crate::check::arithmetic_dtype;
 use crate::nll::problem::Nll;
-use crate::reduction::Reduction;
+use crate::reduction::{Normalizer, Reduction};
 use crate::rows::options::RowOptions;
 use crate::softmax;
 use candle_core::shape::Dim;
@@ -14,7 +14,8 @@ const LOG_SOFTMAX: &str = "log_softmax";
 /// Negative log-likelihood of log-probabilities and class indices.
 ///
 /// For a row of log-probabilities x with target class t: `loss = -w[t] x_t`, in nats. `Mean` divides the sum by `sum
-/// w[t]` over the rows that are not ignored, which without weights is their number. Applied to [`log_softmax`] of
+/// w[t]` over the rows that are not ignored, which without weights is their number; row weights are factors of both.
+/// Applied to [`log_softmax`] of
 /// logits this is [`CrossEntropyLoss`](crate::CrossEntropyLoss) of the logits, which takes half the passes.
 ///
 /// Definition: [`torch.nn.NLLLoss`](https://docs.pytorch.org/docs/stable/generated/torch.nn.NLLLoss.html).

@@ -31,7 +31,8 @@ macro_rules! setter_example {
 macro_rules! loss_setters {
     (
         loss: $loss:literal, inputs: $inputs:literal, args: $args:literal, options: self.$($options:ident).+,
-        of: $of:literal, mean: $mean:literal, sum: $sum:literal $(, grad: $grad:literal)? $(,)?
+        of: $of:literal, mean: $mean:literal, sum: $sum:literal, normalized: $normalized:literal
+        $(, grad: $grad:literal)? $(,)?
     ) => {
         #[doc = concat!("Sets what becomes of the ", $of, "' losses; by default their mean is returned.")]
         ///
@@ -50,6 +51,16 @@ macro_rules! loss_setters {
         #[doc = setter_example!($loss, $inputs, $args, ".with_fused(false)", $mean)]
         pub fn with_fused(mut self, fused: bool) -> Self {
             self.$($options).+.fused = fused;
+            self
+        }
+
+        /// Makes [`Reduction::Mean`](crate::Reduction::Mean) divide the sum by this positive number, or by this scalar
+        /// tensor, instead of its usual denominator: by the [`count`](Self::count) of all devices, say, or of all the
+        /// batches whose gradients are accumulated. Another reduction is an error then.
+        ///
+        #[doc = setter_example!($loss, $inputs, $args, ".with_normalizer(4.0)", $normalized)]
+        pub fn with_normalizer(mut self, normalizer: impl Into<Normalizer>) -> Self {
+            self.$($options).+.normalizer = Some(normalizer.into());
             self
         }
 
@@ -90,6 +101,22 @@ macro_rules! row_setters {
             self
         }
 
+        /// Sets a factor of each row's loss, all of its terms included: any float dtype, or u8 for a mask, in which 0
+        /// is a weight of 0 and anything else one of 1. Its shape may be any that broadcasts to the class indices'. The
+        /// mean divides by the sum of these weights times the classes' weights.
+        ///
+        /// A row of weight 0 is left out as an ignored one is: its loss and gradient are 0 whatever logits and target
+        /// hold there. The weights are constants: no gradient flows into them.
+        ///
+        #[doc = setter_example!(
+            $loss, $inputs, $args, ".with_row_weight(row_weights)", "0.657606",
+            "let row_weights = Tensor::new(&[3f32, 1.], &Device::Cpu)?;"
+        )]
+        pub fn with_row_weight(mut self, row_weight: Tensor) -> Self {
+            self.$($options).+.row_weight = Some(row_weight);
+            self
+        }
+
         /// Sets the class index whose rows are left out: their loss and gradient are 0, and the mean does not count
         /// them. It is -100 by default.
         ///
@@ -111,16 +138,6 @@ macro_rules! row_setters {
             self
         }
 
-        /// Makes [`Reduction::Mean`](crate::Reduction::Mean) divide the sum by this positive number instead of its
-        /// usual denominator: by the token count of all devices, say, or of all the batches whose gradients are
-        /// accumulated.
-        ///
-        #[doc = setter_example!($loss, $inputs, $args, ".with_normalizer(4.0)", "0.453803")]
-        pub fn with_normalizer(mut self, normalizer: f64) -> Self {
-            self.$($options).+.normalizer = Some(normalizer);
-            self
-        }
-
         /// On CUDA, makes a class index out of range an error, at the price of a synchronisation. Off by default: the
         /// index's row is NaN instead. The CPU always checks.
         ///
@@ -135,9 +152,27 @@ macro_rules! row_setters {
             self
         }
 
+        /// What [`Reduction::Mean`](crate::Reduction::Mean) divides by for rows with these targets, a scalar f64 on
+        /// their device, for which nobody waits: the weights of the rows that count, without weights their number; or
+        /// the normalizer, if there is one. The counts of several batches or devices, added up, are the normalizer of
+        /// each.
+        ///
+        /// # Errors
+        /// Tensors whose shapes, dtypes or devices don't fit, a normalizer out of range, and on the CPU a class index
+        /// that is negative or, with class weights, has none.
+        ///
+        #[doc = example!(
+            $loss, $inputs,
+            concat!("let loss = ", $loss, "::new().with_ignore_index(0);"),
+            "assert_eq!(loss.count(&target)?.to_scalar::<f64>()?, 1.0);",
+        )]
+        pub fn count(&self, target: &Tensor) -> Result<Tensor> {
+            crate::composed::count_rows(NAME, &self.$($options).+, target)
+        }
+
         loss_setters! {
             loss: $loss, inputs: $inputs, args: $args, options: self.$($options).+,
-            of: "rows", mean: "0.907606", sum: "1.815212" $(, grad: $grad)?,
+            of: "rows", mean: "0.907606", sum: "1.815212", normalized: "0.453803" $(, grad: $grad)?,
         }
     };
 }
@@ -174,6 +209,19 @@ macro_rules! softmax_setters {
             self
         }
 
+        /// Replaces the negative log-likelihood of a row's own class by a function of it: softmax focal loss, poly-1,
+        /// and others. Class weights and 1 - smoothing are factors of the result; the terms of smoothing and z-loss
+        /// stay as they are. It is for class indices.
+        ///
+        #[doc = setter_example!(
+            $loss, $inputs, $args, ".with_row_transform(focal)", "0.424313",
+            "let focal = candle_fused_loss::RowTransform::Focal { gamma: 2.0 };"
+        )]
+        pub fn with_row_transform(mut self, transform: RowTransform) -> Self {
+            self.$($options).+.row_transform = Some(transform);
+            self
+        }
+
         /// Multiplies the logits by this number before anything else: the inverse of a temperature, 1 by default.
         ///
         /// A number of 0 makes all classes equally probable, one below 0 the lowest logit the most probable. A row with
@@ -187,26 +235,44 @@ macro_rules! softmax_setters {
     };
 }
 
-/// The setter of element-wise masks; `$masked` is the loss of the first of the two inputs.
+/// The setter of element-wise masks, and the number of what counts. `$left` says how an element is left out of the
+/// losses, `$counted` what the mean divides by. The example's mask leaves a loss of `$masked`, and a count of 1.
 #[rustfmt::skip] // which would indent the examples anew each time
 macro_rules! element_mask_setter {
     (
         loss: $loss:literal, inputs: $inputs:literal, args: $args:literal, options: self.$options:ident,
-        masked: $masked:literal $(,)?
+        left: $left:literal, mask: $mask:literal, masked: $masked:literal,
+        counted: $counted:literal, count: $count:ident($name:expr) $(,)?
     ) => {
         /// Sets a mask: an element counts where it is 1, or anything else but 0. Where it is 0, the element is left
-        /// out: its loss and gradient are 0, the mean does not count it, and what input, target and weights hold there
-        /// is not looked at. To leave out a label of 255, say, the mask is `target.ne(255)?`.
+        /// out: what input, target and weights hold there is not looked at, its gradient is 0,
+        #[doc = concat!($left, ".")]
+        /// To leave out a label of 255, say, the mask is `target.ne(255)?`.
         ///
         /// Its dtype may be any that a target's may be, and its shape any that broadcasts to the target's.
         ///
-        #[doc = setter_example!(
-            $loss, $inputs, $args, ".with_mask(mask)", $masked,
-            "let mask = Tensor::new(&[1u8, 0], &Device::Cpu)?;"
-        )]
+        #[doc = setter_example!($loss, $inputs, $args, ".with_mask(mask)", $masked, $mask)]
         pub fn with_mask(mut self, mask: Tensor) -> Self {
             self.$options.mask = Some(mask);
             self
+        }
+
+        /// What [`Reduction::Mean`](crate::Reduction::Mean) divides by with this target, a scalar f64 on its device,
+        /// for which nobody waits:
+        #[doc = concat!($counted, ";")]
+        /// or the normalizer, if there is one. The counts of several batches or devices, added up, are the normalizer
+        /// of each.
+        ///
+        /// # Errors
+        /// Tensors whose shapes, dtypes or devices don't fit, and a normalizer out of range.
+        ///
+        #[doc = example!(
+            $loss, $inputs, $mask,
+            concat!("let loss = ", $loss, "::new().with_mask(mask);"),
+            "assert_eq!(loss.count(&target)?.to_scalar::<f64>()?, 1.0);",
+        )]
+        pub fn count(&self, target: &Tensor) -> Result<Tensor> {
+            self.$options.$count($name, target)
         }
     };
 }
@@ -241,7 +307,8 @@ macro_rules! element_weight_setter {
         weighted: $weighted:literal $(,)?
     ) => {
         /// Sets a factor of each element's loss: any float dtype, and any shape that broadcasts to the target's. It is
-        /// a constant: no gradient flows into it.
+        /// a constant: no gradient flows into it. Where it is 0, loss and gradient are 0 whatever input and target
+        /// hold; but the mean counts the element: what is to be left out needs a [mask](Self::with_mask).
         ///
         #[doc = setter_example!(
             $loss, $inputs, $args, ".with_weight(weight)", $weighted,

@@ -6,12 +6,14 @@ use crate::cpu::indices::Indices;
 use crate::cpu::math::{Isa, LANES, Real, Vectorized, dispatch};
 use crate::cpu::parallel::for_each_task;
 use crate::cpu::{own_slice, stream, sum_in_order, with_floats};
-use crate::custom_op::{Arg, Locked};
-use crate::reduction::Reduction;
-use crate::rows::cpu::over_denominator;
+use crate::custom_op::Arg;
+use crate::reduction::LossForm;
+use crate::rows::cpu::{over_denominator, row_weights};
 use crate::rows::layout::Rows;
+use crate::rows::options::LockedRowOptions;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Result, Tensor, WithDType};
+use std::borrow::Cow;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -22,17 +24,17 @@ const LONG_ROW: usize = 1024;
 
 impl NllKernels for CpuStorage {
     fn forward(problem: &Nll, log_probs: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
-        let weight = problem.options.lock_weight();
+        let locked = problem.options.lock(&problem.form);
         with_floats!(problem.name, log_probs.0, data => {
-            let rows = NllRows::new(problem, data, problem.rows(log_probs.1)?, target, &weight)?;
+            let rows = NllRows::new(problem, data, problem.rows(log_probs.1)?, target, &locked)?;
             Ok((rows.loss(), WithDType::to_cpu_storage_owned(vec![rows.denominator()])))
         })
     }
 
     fn loss_and_grad(problem: &Nll, log_probs: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
-        let weight = problem.options.lock_weight();
+        let locked = problem.options.lock(&problem.form);
         with_floats!(problem.name, log_probs.0, data => {
-            let rows = NllRows::new(problem, data, problem.rows(log_probs.1)?, target, &weight)?;
+            let rows = NllRows::new(problem, data, problem.rows(log_probs.1)?, target, &locked)?;
             Ok((rows.loss(), rows.gradient(rows.denominator(), &[Real::of(problem.options.grad_scale)])))
         })
     }
@@ -44,10 +46,10 @@ impl NllKernels for CpuStorage {
         target: Arg<Self>,
         upstream: Arg<Self>,
     ) -> Result<Self> {
-        let weight = problem.options.lock_weight();
+        let locked = problem.options.lock(&problem.form);
         with_floats!(problem.name, log_probs.0, data => {
             // a target that was overwritten since the forward is checked again, and must not lead outside of its row
-            let rows = NllRows::new(problem, data, problem.rows(log_probs.1)?, target, &weight)?;
+            let rows = NllRows::new(problem, data, problem.rows(log_probs.1)?, target, &locked)?;
             Ok(rows.gradient(denominator.to_scalar()?, own_slice(upstream)?))
         })
     }
@@ -72,12 +74,16 @@ impl<T: Element> Vectorized for NllTiles<'_, '_, T> {
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let NllRows { problem, x, rows: place, indices, weight, .. } = self.rows;
+        let NllRows { problem, x, rows: place, indices, weight, row_weight, .. } = self.rows;
         let (count, ignored) = (place.count(), problem.options.ignore_index);
         for tile in self.tiles {
             let rows = tile * LANES..((tile + 1) * LANES).min(count);
             let len = rows.len();
-            let classes = indices.load(rows.clone());
+            let mut classes = indices.load(rows.clone());
+            let of_rows = row_weight.as_ref().map(|weights| &weights[rows.clone()]);
+            for (class, of_row) in classes.iter_mut().zip(of_rows.unwrap_or_default()) {
+                *class = if *of_row == T::Acc::ZERO { ignored } else { *class };
+            }
             // all reads of a tile before the first use of one: a row's number is rarely in the cache
             let mut xs = [T::Acc::ZERO; LANES];
             for ((to, row), class) in xs.iter_mut().zip(rows.clone()).zip(classes) {
@@ -97,6 +103,9 @@ impl<T: Element> Vectorized for NllTiles<'_, '_, T> {
                         *loss = if weight == T::Acc::ZERO { T::Acc::ZERO } else { -weight * x };
                     }
                 }
+            }
+            for (loss, of_row) in losses.iter_mut().zip(of_rows.unwrap_or_default()) {
+                *loss = if *loss == T::Acc::ZERO { T::Acc::ZERO } else { *loss * *of_row };
             }
             match self.to {
                 // SAFETY: the rows of a tile are one task's alone
@@ -125,6 +134,8 @@ struct NllRows<'a, T: Element> {
     rows: Rows,
     indices: Indices<'a>,
     weight: Option<&'a [T::Acc]>,
+    /// A factor of each row, 0 where it doesn't count.
+    row_weight: Option<Cow<'a, [T::Acc]>>,
     /// What the sum of the losses is divided by.
     denominator: f64,
 }
@@ -135,13 +146,15 @@ impl<'a, T: Element> NllRows<'a, T> {
         x: &'a [T],
         rows: Rows,
         target: Arg<'a, CpuStorage>,
-        weight: &'a Option<Locked>,
+        locked: &'a LockedRowOptions,
     ) -> Result<Self> {
         let Nll { name, options, .. } = problem;
-        let weight = weight.as_ref().map(|weight| own_slice(weight.arg(name)?)).transpose()?;
+        let [weight, row_weight, _] = locked.args(name)?;
+        let (weight, row_weight) = (weight.map(own_slice).transpose()?, row_weights(row_weight)?);
         let indices = Indices::new(name, rows.count(), target)?;
-        let total = indices.total(name, options.ignore_index, rows.classes, weight)?;
-        Ok(NllRows { problem, x, rows, indices, weight, denominator: options.denominator(total) })
+        let total = indices.total(name, options.ignore_index, rows.classes, (weight, row_weight.as_deref()))?;
+        let denominator = problem.form.denominator(|| total)?;
+        Ok(NllRows { problem, x, rows, indices, weight, row_weight, denominator })
     }
 
     fn denominator(&self) -> T::Acc {
@@ -152,10 +165,12 @@ impl<'a, T: Element> NllRows<'a, T> {
     #[inline(always)]
     fn own(&self, row: usize) -> Option<(usize, T::Acc)> {
         let class = self.indices.get(row);
-        if class == self.problem.options.ignore_index {
+        let of_row = self.row_weight.as_ref().map_or(T::Acc::ONE, |weights| weights[row]);
+        if class == self.problem.options.ignore_index || of_row == T::Acc::ZERO {
             return None;
         }
-        Some((class as usize, self.weight.map_or(T::Acc::ONE, |weight| weight[class as usize])))
+        let of_class = self.weight.map_or(T::Acc::ONE, |weight| weight[class as usize]);
+        Some((class as usize, of_class * of_row))
     }
 
     fn loss(&self) -> CpuStorage {
@@ -163,10 +178,10 @@ impl<'a, T: Element> NllRows<'a, T> {
         let run = |to: TileLosses<T::Acc>| {
             for_each_task(tiles, LANES * ROW_WORK, |tiles| dispatch(NllTiles { rows: self, tiles, to }));
         };
-        T::Acc::to_cpu_storage_owned(match self.problem.options.reduction {
+        T::Acc::to_cpu_storage_owned(match self.problem.form {
             // SAFETY: the tiles have all rows
-            Reduction::None => unsafe { build(count, |out| run(TileLosses::Each(out))) },
-            Reduction::Mean | Reduction::Sum => {
+            LossForm::Each => unsafe { build(count, |out| run(TileLosses::Each(out))) },
+            LossForm::Scalar(_) => {
                 // SAFETY: each tile has a sum
                 let sums = unsafe { build(tiles, |out| run(TileLosses::Sums(out))) };
                 vec![T::Acc::of(sum_in_order(&sums) / self.denominator)]
@@ -239,12 +254,13 @@ mod tests {
             let target: Vec<_> =
                 (0..count).map(|row| if row == 1 { -100 } else { (row * 31 % dims[1]) as i64 }).collect();
             let target = Tensor::new(target, &Device::Cpu)?;
-            let problem = Nll { name: "test", axis: 1, options: RowOptions::default() };
+            let problem = Nll { name: "test", axis: 1, form: LossForm::MEAN, options: RowOptions::default() };
             let (input, target) = (x.storage_and_layout(), target.storage_and_layout());
             let (Storage::Cpu(CpuStorage::F32(data)), Storage::Cpu(t)) = (&*input.0, &*target.0) else {
                 panic!("tensors on the CPU")
             };
-            let rows = NllRows::new(&problem, data, problem.rows(input.1)?, (t, target.1), &None)?;
+            let locked = problem.options.lock(&problem.form);
+            let rows = NllRows::new(&problem, data, problem.rows(input.1)?, (t, target.1), &locked)?;
             let CpuStorage::F32(grad) = rows.gradient(4.0, &[1.0]) else { panic!("a gradient of the input's dtype") };
             assert_eq!(grad.iter().filter(|&&v| v == -0.25).count(), count - 1);
             let mut past = vec![MaybeUninit::new(f32::NAN); grad.len()];
@@ -262,7 +278,7 @@ mod tests {
         for dims in [vec![40, 3], vec![2, 3, 4]] {
             let x = Var::from_tensor(&Tensor::rand(-2f32, -1., dims.clone(), &Device::Cpu)?)?;
             let target = Tensor::ones([&dims[..1], &dims[2..]].concat(), candle_core::DType::U8, &Device::Cpu)?;
-            let problem = Nll { name: "test", axis: 1, options: RowOptions::default() };
+            let problem = Nll { name: "test", axis: 1, form: LossForm::MEAN, options: RowOptions::default() };
             let loss = problem.clone().forward(&x, &target)?;
             loss.backward()?;
             let (again, _) = problem.loss_and_grad(&x, &target)?;

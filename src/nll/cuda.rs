@@ -7,9 +7,9 @@ use crate::cuda::grid::Grid;
 use crate::cuda::kernels::NLL;
 use crate::cuda::launch::{InputView, Launch, Tag, Workspace, alloc, output, upstream_view};
 use crate::custom_op::{Arg, Locked};
-use crate::reduction::Reduction;
 use crate::rows::cuda::{LossOutput, Partials, RowOperands, RowParams, Strides, TargetViews, check_indices};
 use crate::rows::layout::Rows;
+use crate::rows::options::LockedRowOptions;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
 use candle_core::{DType, Layout, Result, Tensor, bail};
@@ -116,12 +116,12 @@ impl<'a> NllCall<'a> {
         problem: &'a Nll,
         (storage, layout): Arg<'a, CudaStorage>,
         target: Arg<'a, CudaStorage>,
-        weight: &'a Option<Locked>,
+        locked: &'a LockedRowOptions,
     ) -> Result<Self> {
         let (name, rows) = (problem.name, problem.rows(layout)?);
-        let base = RowParams::new(name, &rows, &problem.options, target.0.dtype())?;
+        let base = RowParams::new(name, &rows, (&problem.options, &problem.form), target.0.dtype())?;
         let arithmetic = arithmetic(storage.dtype());
-        let operands = RowOperands::new(name, (&rows, layout.shape(), arithmetic), target, weight)?;
+        let operands = RowOperands::new(name, (&rows, layout.shape(), arithmetic), target, locked)?;
         Ok(NllCall {
             problem,
             device: storage.device.clone(),
@@ -144,7 +144,7 @@ impl<'a> NllCall<'a> {
     }
 
     fn per_row(&self) -> bool {
-        self.problem.options.reduction == Reduction::None
+        self.problem.form.is_each()
     }
 
     fn wrap(&self, slice: CudaStorageSlice) -> CudaStorage {
@@ -164,12 +164,12 @@ impl<'a> NllCall<'a> {
             _ => rows.div_ceil(THREADS as usize).min(MOST_BLOCKS),
         } as u32;
         let (arithmetic, losses) = (arithmetic(self.dtype), if self.per_row() { rows } else { 1 });
-        let (reduction, stream) = (self.problem.options.reduction, self.device.cuda_stream());
+        let (form, stream) = (&self.problem.form, self.device.cuda_stream());
         let mut workspace = Workspace::default();
         if !both {
             workspace.add(arithmetic.size_in_bytes());
         }
-        let partials = Partials::of(reduction, blocks, &mut workspace, (self.gpu, &stream))?;
+        let partials = Partials::of(form, blocks, &mut workspace, (self.gpu, &stream))?;
         // SAFETY: the launch writes all that is read
         let (mut loss, mut workspace, mut grad) = unsafe {
             let grad = both.then(|| alloc(&self.device, self.dtype, self.elements())).transpose()?;
@@ -179,7 +179,7 @@ impl<'a> NllCall<'a> {
             params: self.params,
             x: &x.bytes,
             targets: self.targets(),
-            loss: LossOutput::new(&mut loss, reduction, partials)?,
+            loss: LossOutput::new(&mut loss, form, partials)?,
             workspace: workspace.as_mut().map(output).transpose()?,
             grad: grad.as_mut().map(output).transpose()?,
         };
@@ -216,18 +216,15 @@ impl<'a> NllCall<'a> {
             Locked::new(&tensor).arg::<CudaStorage>(self.problem.name)?.0.try_clone(tensor.layout())
         };
         let acc = arithmetic(self.dtype);
-        let loss = match self.problem.options.reduction {
-            Reduction::Mean if self.problem.options.normalizer.is_none() => f64::NAN,
-            _ => 0.0,
-        };
-        Ok([constant(loss, acc, 1)?, constant(1.0, acc, 1)?, constant(0.0, self.dtype, 1)?])
+        let (loss, denominator) = self.problem.form.of_nothing();
+        Ok([constant(loss, acc, 1)?, constant(denominator, acc, 1)?, constant(0.0, self.dtype, 1)?])
     }
 }
 
 impl NllKernels for CudaStorage {
     fn forward(problem: &Nll, log_probs: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
-        let weight = problem.options.lock_weight();
-        let call = NllCall::new(problem, log_probs, target, &weight)?;
+        let locked = problem.options.lock(&problem.form);
+        let call = NllCall::new(problem, log_probs, target, &locked)?;
         check_indices(problem.name, &problem.options, target, &call.rows)?;
         if call.elements() == 0 {
             let [loss, denominator, _] = call.nothing()?;
@@ -246,8 +243,8 @@ impl NllKernels for CudaStorage {
         target: Arg<Self>,
         upstream: Arg<Self>,
     ) -> Result<Self> {
-        let weight = problem.options.lock_weight();
-        let call = NllCall::new(problem, log_probs, target, &weight)?;
+        let locked = problem.options.lock(&problem.form);
+        let call = NllCall::new(problem, log_probs, target, &locked)?;
         if call.elements() == 0 {
             let [.., grad] = call.nothing()?;
             return Ok(grad);
@@ -259,8 +256,8 @@ impl NllKernels for CudaStorage {
     }
 
     fn loss_and_grad(problem: &Nll, log_probs: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
-        let weight = problem.options.lock_weight();
-        let call = NllCall::new(problem, log_probs, target, &weight)?;
+        let locked = problem.options.lock(&problem.form);
+        let call = NllCall::new(problem, log_probs, target, &locked)?;
         check_indices(problem.name, &problem.options, target, &call.rows)?;
         if call.elements() == 0 {
             let [loss, _, grad] = call.nothing()?;

@@ -2,6 +2,7 @@
 
 use crate::check;
 use crate::custom_op::{Arg, DeviceStorage};
+use crate::reduction::LossForm;
 use crate::rows::layout::{Rows, row_shape, rows_of};
 use crate::rows::options::RowOptions;
 use candle_core::{Layout, Result, Shape, Tensor};
@@ -13,6 +14,8 @@ pub(crate) struct Nll {
     pub name: &'static str,
     /// The class axis of the log-probabilities.
     pub axis: usize,
+    /// What becomes of the rows' losses.
+    pub form: LossForm,
     pub options: RowOptions,
 }
 
@@ -29,7 +32,8 @@ impl Nll {
             return Err(check::not_of_rows(name, target, log_probs, axis, ""));
         }
         check::class_indices(name, target)?;
-        Ok(Nll { name, axis, options: options.checked(name, classes, log_probs, arithmetic)? })
+        let (options, form) = options.checked(name, (classes, &rows), log_probs, arithmetic)?;
+        Ok(Nll { name, axis, form, options })
     }
 
     pub fn rows(&self, log_probs: &Layout) -> Result<Rows> {
@@ -37,7 +41,7 @@ impl Nll {
     }
 
     pub fn loss_shape(&self, log_probs: &Layout) -> Shape {
-        self.options.reduction.shape(row_shape(log_probs, self.axis))
+        self.form.shape(row_shape(log_probs, self.axis))
     }
 }
 

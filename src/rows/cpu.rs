@@ -2,9 +2,13 @@
 //! lie.
 
 use super::layout::{Rows, Run};
-use crate::cpu::element::SQUARE;
-use crate::cpu::element::{Element, Input, Output, Source};
+use crate::cpu::element::{Element, Input, Output, SQUARE, Source, Strided, source};
 use crate::cpu::math::{LANES, Real};
+use crate::cpu::own_slice;
+use crate::custom_op::Arg;
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, DType, Result};
+use std::borrow::Cow;
 use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -13,6 +17,22 @@ use std::ops::Range;
 /// out of this loss, and what else was added to it keeps its own.
 pub(crate) fn over_denominator<A: Real>(upstream: A, denominator: A) -> A {
     if denominator == A::ZERO { A::ZERO } else { upstream / denominator }
+}
+
+/// The weights of rows in the arithmetic type; those of a mask are 0 and 1.
+pub(crate) fn row_weights<'a, A: Real + Element<Acc = A>>(
+    weights: Option<Arg<'a, CpuStorage>>,
+) -> Result<Option<Cow<'a, [A]>>> {
+    let Some((storage, layout)) = weights else { return Ok(None) };
+    if storage.dtype() == A::DTYPE && layout.is_contiguous() {
+        return own_slice((storage, layout)).map(|weights| Some(Cow::Borrowed(weights)));
+    }
+    let mut weights = vec![A::ZERO; layout.shape().elem_count()];
+    source(storage, Strided::of(layout))?.load(0, &mut weights);
+    if storage.dtype() == DType::U8 {
+        weights.iter_mut().for_each(|w| *w = if *w == A::ZERO { A::ZERO } else { A::ONE });
+    }
+    Ok(Some(Cow::Owned(weights)))
 }
 
 /// Classes in a tile; fewer under Miri, which takes a thousand times as long.

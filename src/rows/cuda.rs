@@ -4,10 +4,10 @@ use crate::check;
 use crate::cuda::gpu::Gpu;
 use crate::cuda::indices::index_range;
 use crate::cuda::launch::{InputView, Launch, Tag, Workspace, output, to_host};
-use crate::custom_op::{Arg, Locked};
-use crate::reduction::Reduction;
-use crate::rows::layout::Rows;
-use crate::rows::options::RowOptions;
+use crate::custom_op::Arg;
+use crate::reduction::{Denominator, LossForm};
+use crate::rows::layout::{RowPlaces, Rows};
+use crate::rows::options::{LockedRowOptions, RowOptions};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaStorage, CudaStorageSlice};
 use candle_core::{DType, Result, Shape, bail};
@@ -48,6 +48,8 @@ pub(crate) struct RowParams {
     pub target: Tag,
     pub counted: i32,
     pub counts: i32,
+    pub row_weight: Tag,
+    pub row_places: RowPlaces,
 }
 
 // SAFETY: plain numbers, laid out as in C on both sides
@@ -69,23 +71,35 @@ impl RowParams {
             target: Tag::U32,
             counted: 0,
             counts: 0,
+            row_weight: Tag::F32,
+            row_places: RowPlaces::default(),
         })
     }
 
     /// Of rows with targets of `dtype`.
-    pub fn new(name: &str, rows: &Rows, options: &RowOptions, dtype: DType) -> Result<Self> {
-        let (counted, normalizer) = match (options.reduction, options.normalizer) {
-            (Reduction::Mean, Some(normalizer)) => (false, normalizer),
-            (Reduction::Mean, None) if dtype.is_float() => (false, rows.count() as f64),
-            (Reduction::Mean, None) => (true, 1.0),
-            (Reduction::None | Reduction::Sum, _) => (false, 1.0),
+    pub fn new(name: &str, rows: &Rows, (options, form): (&RowOptions, &LossForm), dtype: DType) -> Result<Self> {
+        let all_count = dtype.is_float() && options.row_weight.is_none();
+        let (counted, normalizer) = match form {
+            LossForm::Scalar(Denominator::Counted) if all_count => (false, rows.count() as f64),
+            LossForm::Scalar(Denominator::Counted) => (true, 1.0),
+            LossForm::Scalar(Denominator::Value(value)) => (false, *value),
+            // the kernels read it
+            LossForm::Scalar(Denominator::Tensor(_)) => (false, 1.0),
+            LossForm::Each => (false, 1.0),
         };
+        let places = options.row_weight.as_ref().map(|weight| match RowPlaces::of(weight.layout()) {
+            Some(places) => Ok((Tag::of(weight.dtype())?, places)),
+            None => bail!("{name}: row weights whose strides {:?} don't merge into two", weight.stride()),
+        });
+        let (row_weight, row_places) = places.transpose()?.unwrap_or((Tag::F32, RowPlaces::default()));
         Ok(RowParams {
             ignore_index: options.ignore_index,
             target: Tag::of(dtype)?,
             counted: counted as i32,
             normalizer,
             grad_scale: options.grad_scale,
+            row_weight,
+            row_places,
             ..Self::untargeted(name, rows)?
         })
     }
@@ -95,6 +109,8 @@ impl RowParams {
 pub(crate) struct RowOperands<'a> {
     target: InputView<'a>,
     weight: Option<InputView<'a>>,
+    row_weight: Option<InputView<'a>>,
+    normalizer: Option<InputView<'a>>,
 }
 
 impl<'a> RowOperands<'a> {
@@ -103,7 +119,7 @@ impl<'a> RowOperands<'a> {
         name: &str,
         (rows, shape, arithmetic): (&Rows, &Shape, DType),
         (target, layout): Arg<'a, CudaStorage>,
-        weight: &'a Option<Locked>,
+        locked: &'a LockedRowOptions,
     ) -> Result<Self> {
         if check::is_index(target.dtype()) {
             let indices = index_range(name, layout)?.len();
@@ -113,7 +129,17 @@ impl<'a> RowOperands<'a> {
         } else if layout.shape() != shape {
             bail!("{name}: target of shape {:?}, expected the logits' {shape:?}", layout.shape());
         }
-        let weight = weight.as_ref().map(|weight| weight.arg::<CudaStorage>(name)).transpose()?;
+        let [weight, row_weight, normalizer] = locked.args::<CudaStorage>(name)?;
+        if let Some((storage, layout)) = row_weight
+            && layout.shape().elem_count() != rows.count()
+        {
+            bail!("{name}: row weights {:?} of dtype {:?} for {} rows", layout.dims(), storage.dtype(), rows.count());
+        }
+        if let Some((storage, layout)) = normalizer
+            && (layout.shape().elem_count() != 1 || storage.dtype() != DType::F64)
+        {
+            bail!("{name}: normalizer {:?} of dtype {:?}, expected a scalar f64", layout.dims(), storage.dtype());
+        }
         if let Some((weight, layout)) = weight {
             let dense = layout.is_contiguous() && layout.shape().elem_count() == rows.classes;
             if !dense || weight.dtype() != arithmetic {
@@ -125,32 +151,34 @@ impl<'a> RowOperands<'a> {
                 );
             }
         }
+        let view = |arg: Option<Arg<'a, CudaStorage>>| {
+            arg.map(|(storage, layout)| InputView::new(storage, layout)).transpose()
+        };
         Ok(RowOperands {
             target: InputView::new(target, layout)?,
-            weight: weight.map(|(storage, layout)| InputView::new(storage, layout)).transpose()?,
+            weight: view(weight)?,
+            row_weight: view(row_weight)?,
+            normalizer: view(normalizer)?,
         })
     }
 
     pub fn views(&self) -> TargetViews<'_> {
-        TargetViews { target: &self.target.bytes, weight: self.weight() }
-    }
-
-    pub fn weight(&self) -> Option<&CudaView<'a, u8>> {
-        self.weight.as_ref().map(|weight| &weight.bytes)
+        let RowOperands { target, weight, row_weight, normalizer } = self;
+        fn bytes<'b>(view: &'b Option<InputView>) -> Option<&'b CudaView<'b, u8>> {
+            view.as_ref().map(|view| &view.bytes)
+        }
+        TargetViews([Some(&target.bytes), bytes(weight), bytes(row_weight), bytes(normalizer)])
     }
 }
 
-/// `Targets` of the kernels: the targets of all rows, and the class weights.
+/// `Targets` of the kernels: the targets of all rows, the weights of classes and of rows, and the normalizer.
 #[derive(Clone, Copy)]
-pub(crate) struct TargetViews<'a> {
-    pub target: &'a CudaView<'a, u8>,
-    pub weight: Option<&'a CudaView<'a, u8>>,
-}
+pub(crate) struct TargetViews<'a>([Option<&'a CudaView<'a, u8>>; 4]);
 
 impl<'a> TargetViews<'a> {
     /// Adds them to a launch as the kernels' `Targets`, whose order this is.
     pub fn push(self, launch: &mut Launch<'a>) {
-        launch.read_all(&[Some(self.target), self.weight]);
+        launch.read_all(&self.0);
     }
 }
 
@@ -174,12 +202,12 @@ impl Partials {
     /// Of a launch over `blocks` blocks (a cluster counts as one) that makes one number of the losses. A lone block has
     /// none.
     pub fn of(
-        reduction: Reduction,
+        form: &LossForm,
         blocks: u32,
         workspace: &mut Workspace,
         (gpu, stream): (&Gpu, &Arc<CudaStream>),
     ) -> Result<Option<Self>> {
-        if reduction == Reduction::None || blocks == 1 {
+        if form.is_each() || blocks == 1 {
             return Ok(None);
         }
         let sums = workspace.add(blocks as usize * size_of::<[f64; 2]>());
@@ -196,12 +224,12 @@ pub(crate) struct LossPointers<'a, 'b> {
 }
 
 impl<'a> LossOutput<'a> {
-    /// The loss as `reduction` wants it.
-    pub fn new(loss: &'a mut CudaStorageSlice, reduction: Reduction, partials: Option<Partials>) -> Result<Self> {
+    /// The loss in its form.
+    pub fn new(loss: &'a mut CudaStorageSlice, form: &LossForm, partials: Option<Partials>) -> Result<Self> {
         let loss = output(loss)?;
-        Ok(match reduction {
-            Reduction::None => LossOutput::Rows(loss),
-            Reduction::Mean | Reduction::Sum => LossOutput::Scalar { result: loss, partials },
+        Ok(match form {
+            LossForm::Each => LossOutput::Rows(loss),
+            LossForm::Scalar(_) => LossOutput::Scalar { result: loss, partials },
         })
     }
 
@@ -217,7 +245,8 @@ impl<'a> LossOutput<'a> {
     }
 }
 
-/// Looks for class indices out of range, where the options ask for it: at the price of waiting for the device.
+/// Looks for class indices out of range in rows that weigh something, where the options ask for it: at the price of
+/// waiting for the device.
 pub(crate) fn check_indices(
     name: &str,
     options: &RowOptions,
@@ -229,7 +258,7 @@ pub(crate) fn check_indices(
         return Ok(());
     }
     let device = &target.device;
-    let indices: Vec<i64> = match &target.slice {
+    let mut indices: Vec<i64> = match &target.slice {
         CudaStorageSlice::U8(s) => to_host(device, &s.slice(range))?.into_iter().map(i64::from).collect(),
         CudaStorageSlice::U32(s) => to_host(device, &s.slice(range))?.into_iter().map(i64::from).collect(),
         CudaStorageSlice::I16(s) => to_host(device, &s.slice(range))?.into_iter().map(i64::from).collect(),
@@ -237,5 +266,10 @@ pub(crate) fn check_indices(
         CudaStorageSlice::I64(s) => to_host(device, &s.slice(range))?,
         _ => return Err(check::not_class_indices(name, target.dtype())),
     };
+    if let Some(weights) = options.row_weights(DType::F64)? {
+        let weights: Vec<f64> = weights.to_vec1()?;
+        let weightless = indices.iter_mut().zip(weights).filter(|(_, weight)| *weight == 0.0);
+        weightless.for_each(|(index, _)| *index = options.ignore_index);
+    }
     check::class_range(name, indices, target.dtype(), rows.classes, options.ignore_index)
 }

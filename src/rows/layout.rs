@@ -1,10 +1,8 @@
 //! Rows of classes in tensors of any layout.
 
 #[cfg(feature = "cuda")]
-use crate::custom_op::DeviceStorage;
-#[cfg(feature = "cuda")]
-use candle_core::Storage;
-use candle_core::{DType, Error, Layout, Result, Shape, Tensor};
+use crate::cast::indices_as_i64;
+use candle_core::{Error, Layout, Result, Shape, Tensor};
 use std::ops::Range;
 
 /// Where the logits of each row lie: `outer x inner` rows of `classes` logits.
@@ -124,6 +122,31 @@ impl Rows {
     }
 }
 
+/// Where the numbers of rows lie that have one each: that of row `r` at `(r / inner, r % inner)`, where `inner` fits
+/// into 32 bits, as does r unless `inner` is 1. `RowPlaces` of the kernels.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct RowPlaces {
+    outer_stride: i64,
+    inner_stride: i64,
+    inner: u32,
+}
+
+impl RowPlaces {
+    /// Of a tensor of the rows' shape, or `None` where its axes don't merge into two.
+    pub fn of(layout: &Layout) -> Option<Self> {
+        let axes: Vec<_> = layout.dims().iter().copied().zip(layout.stride().iter().copied()).collect();
+        let few = layout.shape().elem_count() <= u32::MAX as usize;
+        // as much outside as possible: of a contiguous tensor everything
+        (0..=axes.len()).rev().find_map(|split| {
+            let (_, outer_stride) = merge(&axes[..split])?;
+            let (inner, inner_stride) = merge(&axes[split..])?;
+            let inner = u32::try_from(inner).ok().filter(|&inner| inner == 1 || few)?;
+            Some(RowPlaces { outer_stride: outer_stride as i64, inner_stride: inner_stride as i64, inner })
+        })
+    }
+}
+
 /// The shape of the rows along `axis`: the tensor's without it.
 pub(crate) fn row_shape(layout: &Layout, axis: usize) -> Shape {
     let mut dims = layout.dims().to_vec();
@@ -170,16 +193,6 @@ pub(crate) fn contiguous_indices(target: &Tensor) -> Result<Tensor> {
         return indices_as_i64(target);
     }
     target.contiguous()
-}
-
-/// Class indices, or other integers, one after the other as i64.
-pub(crate) fn indices_as_i64(target: &Tensor) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if let Storage::Cuda(storage) = &*target.storage_and_layout().0 {
-        // candle has no kernels for i16 and i32, and for the others a copy that no CUDA graph can record
-        return Ok(crate::cuda::indices::as_i64(storage, target.layout())?.into_tensor(target.shape()));
-    }
-    target.contiguous()?.to_dtype(DType::I64)
 }
 
 /// The rows of a tensor that went through [`as_rows`].

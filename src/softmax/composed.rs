@@ -2,8 +2,9 @@
 //! the path where there are no kernels.
 
 use super::problem::{CrossEntropy, RowStatistics, STATISTICS, SoftmaxOptions};
+use super::transform::RowTransform;
 use crate::check::arithmetic;
-use crate::composed::{ComposedIndices, as_matrix, reduced, scaled};
+use crate::composed::{ComposedIndices, as_matrix, counted_rows, reduced, scaled};
 use crate::rows::layout::row_shape;
 use candle_core::{DType, Result, Tensor};
 
@@ -36,6 +37,40 @@ fn transformed(o: &SoftmaxOptions, logits: Tensor) -> Result<Tensor> {
     }
 }
 
+/// The number of each row's own class, by a choice: candle's gather can't be differentiated twice where its gradient
+/// depends on what it reads.
+fn chosen(log_probs: &Tensor, classes: &Tensor) -> Result<Tensor> {
+    let each = Tensor::arange(0, log_probs.dim(1)? as i64, log_probs.device())?;
+    let own = each.broadcast_as(log_probs.shape())?.eq(&classes.unsqueeze(1)?.broadcast_as(log_probs.shape())?)?;
+    own.where_cond(log_probs, &log_probs.zeros_like()?)?.sum(1)
+}
+
+/// A row transform of negative log-likelihoods n. Where n is 0 or infinite it is continued along its tangent, without
+/// the products of 0 and infinity that autograd would make of the formula.
+fn transformed_nll(transform: RowTransform, n: &Tensor) -> Result<Tensor> {
+    let (least, most) = (n.eq(0f64)?, n.eq(f64::INFINITY)?);
+    let inside = (&least + &most)?.eq(0u8)?.where_cond(n, &n.ones_like()?)?;
+    // u = 1 - exp(-n) without cancellation
+    let half = (&inside * 0.5)?.tanh()?;
+    let u = ((&half * 2.0)? / (&half + 1.0)?)?;
+    let value = match transform {
+        RowTransform::Focal { gamma: 0.0 } => return Ok(n.clone()),
+        RowTransform::Focal { gamma } => ((u.log()? * gamma)?.exp()? * &inside)?,
+        RowTransform::Poly1 { epsilon } => (&inside + (u * epsilon)?)?,
+        RowTransform::Dft => (inside.neg()?.exp()?.detach() * &inside)?,
+        RowTransform::GeneralizedCe { q } => {
+            let half = (&inside * (0.5 * q))?.tanh()?;
+            (((&half * 2.0)? / (half + 1.0)?)? / q)?
+        }
+    };
+    let along = |at: f64| -> Result<Tensor> {
+        let (value, slope) = transform.at(at);
+        // a constant where the slope is 0, which times an infinite n would be NaN
+        if slope == 0.0 { n.zeros_like()? + value } else { n.affine(slope, if at == 0.0 { value } else { 0.0 }) }
+    };
+    least.where_cond(&along(0.0)?, &most.where_cond(&along(f64::INFINITY)?, &value)?)
+}
+
 /// The class of each row's first largest number `(N)`, u32. On some devices candle's argmax takes any of them.
 fn first_largest(x: &Tensor) -> Result<Tensor> {
     let classes = x.dim(1)? as u32;
@@ -51,8 +86,12 @@ fn first_largest(x: &Tensor) -> Result<Tensor> {
 struct ComposedRows {
     /// Where the target is class indices.
     indices: Option<ComposedIndices>,
-    /// `(N)`, 1 where the row counts, else 0.
+    /// `(N)`, u8: whether the row counts.
+    counts: Tensor,
+    /// The same as 1 and 0.
     counted: Tensor,
+    /// `(N)`: the weight of the row where it counts, else 0; if there are any.
+    weight: Option<Tensor>,
     /// `(N, C)`, [`transformed`].
     x: Tensor,
     /// `(N, C)`
@@ -67,18 +106,24 @@ impl ComposedRows {
         let dtype = arithmetic(logits.dtype());
         let mut x = as_matrix(logits, problem.axis)?.to_dtype(dtype)?;
         let (rows, classes) = x.dims2()?;
-        let (indices, counted) = if target.dtype().is_float() {
-            (None, Tensor::ones(rows, dtype, logits.device())?)
-        } else {
+        let weight = o.rows.row_weights(dtype)?;
+        let (indices, counts) = if !target.dtype().is_float() {
             let indices = ComposedIndices::new(problem.name, target, classes, &o.rows)?;
-            x = indices.counted_rows(&x)?;
-            let counted = indices.counted.to_dtype(dtype)?;
-            (Some(indices), counted)
+            let counts = indices.counted.clone();
+            (Some(indices), counts)
+        } else {
+            let all = || Tensor::ones(rows, DType::U8, logits.device());
+            (None, weight.as_ref().map_or_else(all, |weight| weight.ne(0f64))?)
         };
+        let weight = weight.map(|weight| counts.where_cond(&weight, &weight.zeros_like()?)).transpose()?;
+        if indices.is_some() || weight.is_some() {
+            x = counted_rows(&counts, &x)?;
+        }
         let x = transformed(o, x)?;
         let (shifted, log_sum, max) = shifted_log_sum(&x, 1, o.split_scale().1)?;
         let log_probs = shifted.broadcast_sub(&log_sum)?;
-        Ok(ComposedRows { indices, counted, x, log_probs, lse: (log_sum + max)?.squeeze(1)? })
+        let counted = counts.to_dtype(dtype)?;
+        Ok(ComposedRows { indices, counts, counted, weight, x, log_probs, lse: (log_sum + max)?.squeeze(1)? })
     }
 
     /// The loss of each row `(N)` with the z-loss, and what the rows add to the denominator.
@@ -86,9 +131,14 @@ impl ComposedRows {
         let (o, log_probs, dtype) = (&problem.options, &self.log_probs, self.x.dtype());
         let (rows, classes) = self.x.dims2()?;
         let e = o.label_smoothing;
-        let (mut loss, weights) = match &self.indices {
+        let (mut loss, mut weights) = match &self.indices {
             None => {
-                let target = as_matrix(target, problem.axis)?.to_dtype(dtype)?.affine(1.0 - e, e / classes as f64)?;
+                let target = as_matrix(target, problem.axis)?.to_dtype(dtype)?;
+                let target = match &self.weight {
+                    Some(_) => counted_rows(&self.counts, &target)?,
+                    None => target,
+                };
+                let target = target.affine(1.0 - e, e / classes as f64)?;
                 let target = match &o.rows.weight {
                     Some(weight) => target.broadcast_mul(weight)?,
                     None => target,
@@ -96,8 +146,13 @@ impl ComposedRows {
                 (scaled(&target, log_probs)?.sum(1)?.neg()?, self.counted.clone())
             }
             Some(indices) => {
-                let weights = indices.weights(&o.rows.weight, dtype)?;
-                let own = log_probs.gather(&indices.classes.unsqueeze(1)?, 1)?.squeeze(1)?;
+                let weights = indices.class_weights(&o.rows, dtype)?;
+                let own = match o.row_transform {
+                    Some(transform) => {
+                        transformed_nll(transform, &chosen(log_probs, &indices.classes)?.neg()?)?.neg()?
+                    }
+                    None => log_probs.gather(&indices.classes.unsqueeze(1)?, 1)?.squeeze(1)?,
+                };
                 ((scaled(&weights, &own)?.neg()? * (1.0 - e))?, weights)
             }
         };
@@ -111,6 +166,9 @@ impl ComposedRows {
         }
         if o.z_loss != 0.0 {
             loss = (loss + self.z_loss(o.z_loss)?)?;
+        }
+        if let Some(weight) = &self.weight {
+            (loss, weights) = (scaled(weight, &loss)?, (weights * weight)?);
         }
         match &self.indices {
             Some(indices) => Ok((indices.poison(loss)?, weights)),
@@ -156,15 +214,15 @@ pub(crate) struct ComposedLoss {
 
 impl ComposedLoss {
     pub fn new(problem: &CrossEntropy, logits: &Tensor, target: &Tensor) -> Result<Self> {
-        let (o, shape) = (&problem.options.rows, row_shape(logits.layout(), problem.axis));
+        let (form, shape) = (&problem.form, row_shape(logits.layout(), problem.axis));
         if logits.elem_count() == 0 {
             // nothing to reduce, and candle reduces nothing to nothing
             let losses = logits.to_dtype(arithmetic(logits.dtype()))?.flatten_all()?;
-            return Ok(ComposedLoss { loss: reduced(o, losses.clone(), &losses, shape)?, rows: None, losses });
+            return Ok(ComposedLoss { loss: reduced(form, losses.clone(), &losses, shape)?, rows: None, losses });
         }
         let rows = ComposedRows::new(problem, logits, target)?;
         let (losses, weights) = rows.losses(problem, target)?;
-        Ok(ComposedLoss { loss: reduced(o, losses.clone(), &weights, shape)?, rows: Some(rows), losses })
+        Ok(ComposedLoss { loss: reduced(form, losses.clone(), &weights, shape)?, rows: Some(rows), losses })
     }
 
     /// The rows' losses and more, without a graph.

@@ -6,3 +6,4 @@ mod cpu;
 mod cuda;
 pub(crate) mod op;
 pub(crate) mod problem;
+pub(crate) mod transform;

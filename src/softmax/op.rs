@@ -9,6 +9,7 @@ use crate::custom_op::{
     Arg, Argument, check_first_order, device_passes, is_composed, is_composed_in_graph, put, saved, taken,
     takes_gradient, through_autograd,
 };
+use crate::reduction::{Denominator, LossForm};
 use crate::rows::layout::{
     as_rows, as_rows_like, contiguous_indices, row_shape, rows_like, rows_of, view_as_logits, written_shape,
 };
@@ -82,7 +83,13 @@ impl CrossEntropy {
         }
         // weights may be a view of the logits, whose storage is locked while it is written
         let rows = &mut self.options.rows;
-        rows.weight = rows.weight.as_ref().map(Tensor::copy).transpose()?;
+        for operand in [&mut rows.weight, &mut rows.row_weight].into_iter().flatten() {
+            *operand = operand.copy()?;
+        }
+        self.form = match self.form {
+            LossForm::Scalar(Denominator::Tensor(tensor)) => LossForm::Scalar(Denominator::Tensor(tensor.copy()?)),
+            form => form,
+        };
         let (_, target) = self.operands(logits, &target.detach())?;
         let op = CrossEntropyLossAndGrad { problem: self, loss: OnceLock::new() };
         logits.inplace_op2(&target, &op)?;

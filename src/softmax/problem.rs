@@ -3,8 +3,10 @@
 
 use crate::check::{self, arithmetic};
 use crate::custom_op::{Arg, Argument, DeviceStorage};
+use crate::reduction::LossForm;
 use crate::rows::layout::{Rows, row_shape, rows_like, rows_of};
 use crate::rows::options::RowOptions;
+use crate::softmax::transform::RowTransform;
 use candle_core::{DType, Device, Layout, Result, Shape, Tensor, bail};
 
 /// The options of cross-entropy.
@@ -15,6 +17,8 @@ pub(crate) struct SoftmaxOptions {
     pub z_loss: f64,
     pub softcap: Option<f64>,
     pub logit_scale: f64,
+    /// What becomes of the own class's negative log-likelihood.
+    pub row_transform: Option<RowTransform>,
 }
 
 impl Default for SoftmaxOptions {
@@ -25,6 +29,7 @@ impl Default for SoftmaxOptions {
             z_loss: 0.0,
             softcap: None,
             logit_scale: 1.0,
+            row_transform: None,
         }
     }
 }
@@ -37,6 +42,7 @@ impl SoftmaxOptions {
             bail!("{name}: z-loss factor {}, expected a finite number of 0 or more", self.z_loss);
         }
         check::finite(name, "logit scale", self.logit_scale)?;
+        self.row_transform.map_or(Ok(()), |transform| transform.check(name))?;
         match self.softcap {
             Some(cap) if !(cap.is_finite() && cap > 0.0) => {
                 bail!("{name}: soft cap {cap}, expected a finite number above 0")
@@ -81,8 +87,15 @@ impl SoftmaxOptions {
                 self.rows.ignore_index
             );
         }
-        let rows = self.rows.checked(name, classes, logits, arithmetic)?;
-        Ok(CrossEntropy { name, axis, options: SoftmaxOptions { rows, ..self.clone() } })
+        if target.dtype().is_float()
+            && let Some(transform) = self.row_transform
+        {
+            bail!(
+                "{name}: row transform {transform:?} with probability targets, expected none: it is for class indices"
+            );
+        }
+        let (rows, form) = self.rows.checked(name, (classes, &rows), logits, arithmetic)?;
+        Ok(CrossEntropy { name, axis, form, options: SoftmaxOptions { rows, ..self.clone() } })
     }
 }
 
@@ -93,6 +106,8 @@ pub(crate) struct CrossEntropy {
     pub name: &'static str,
     /// The class axis of the logits.
     pub axis: usize,
+    /// What becomes of the rows' losses.
+    pub form: LossForm,
     pub options: SoftmaxOptions,
 }
 
@@ -107,7 +122,7 @@ impl CrossEntropy {
     }
 
     pub fn loss_shape(&self, logits: &Layout) -> Shape {
-        self.options.rows.reduction.shape(row_shape(logits, self.axis))
+        self.form.shape(row_shape(logits, self.axis))
     }
 }
 

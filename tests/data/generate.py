@@ -4,9 +4,10 @@
     python generate.py
 
 The oracle is torch.nn.functional on the CPU, in f64, fed with inputs already rounded to the dtype the case is about.
-What PyTorch lacks (z-loss, soft cap, logit scale, normalizer, ignore mask, binary label smoothing, focal loss, weights of L1) is
-composed of torch ops around it. Every number is then checked against NumPy: each loss is written out a second time
-below, and each gradient is compared with a central difference of that second version.
+What PyTorch lacks (z-loss, soft cap, logit scale, normalizer, row weights and transforms, ignore mask, batch mean,
+binary label smoothing, focal loss, weights of focal loss and L1) is composed of torch ops around it. Every number is
+then checked against NumPy: each loss is written out a second time below, and each gradient is compared with a central
+difference of that second version.
 
 Cases in which PyTorch gives NaN and the crate does better (0 * log 0 for a target of 0 at a logit of -inf) are left
 out, and so are empty batches. A rerun with the same versions gives the same file, bit for bit.
@@ -15,13 +16,14 @@ The file
 --------
 `__metadata__` has one key, `cases`: a first line `torch=<version>`, then one line a case of `key=value` joined by `;`.
 The keys `id`, `loss` and, except for log_softmax, `reduction` are always there; `note` is for people; any other is an
-option that differs from its default: ignore_index, label_smoothing, z_loss, softcap, logit_scale, normalizer, alpha,
-gamma, dim.
+option that differs from its default: ignore_index, label_smoothing, z_loss, softcap, logit_scale, normalizer,
+transform and its parameter, alpha, gamma, dim.
 
 The tensors of case `id` are called `<id>.<field>`:
 
     input, target         as the loss is given them
     weight, pos_weight,   likewise, where the case has one
+    row_weight,
     ignore_mask
     upstream              gradient with respect to the loss: the loss's shape, f64 for f64 inputs, f32 for others
                           (the input's dtype for log_softmax)
@@ -64,13 +66,24 @@ def cross_entropy(
     reduction="mean",
     z_loss=0.0,
     normalizer=None,
+    row_weight=None,
+    transform=None,
+    parameter=0.0,
     **prior,
 ):
     x = softmax_rows(x, **prior)
     options = dict(weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
-    if z_loss == 0.0 and normalizer is None:
+    if z_loss == 0.0 and normalizer is None and row_weight is None and transform is None:
         return F.cross_entropy(x, target, reduction=reduction, **options)
     rows = F.cross_entropy(x, target, reduction="none", **options)
+    if transform is not None:
+        # the own class's part for the transformed one
+        own = dict(weight=weight, ignore_index=ignore_index)
+        n = F.cross_entropy(x, target, reduction="none", ignore_index=ignore_index)
+        of_class = torch.ones((), dtype=x.dtype) if weight is None else weight[torch.where(target == ignore_index, 0, target)]
+        kept = (target != ignore_index).to(x.dtype)
+        rows = rows - (1.0 - label_smoothing) * F.cross_entropy(x, target, reduction="none", **own)
+        rows = rows + (1.0 - label_smoothing) * kept * of_class * transformed(n, transform, parameter)
     lse_squared = torch.logsumexp(x, 0 if x.dim() == 1 else 1) ** 2
     if target.is_floating_point():
         rows, count = rows + z_loss * lse_squared, rows.numel()
@@ -78,52 +91,104 @@ def cross_entropy(
         kept = target != ignore_index
         rows = rows + torch.where(kept, z_loss * lse_squared, 0.0)
         count = kept.sum() if weight is None else weight[target[kept]].sum()
+    if row_weight is not None:
+        rows = rows * row_weight
+        if target.is_floating_point():
+            count = row_weight.expand(rows.shape).sum()
+        else:
+            of_rows = row_weight.expand(rows.shape)[kept]
+            count = of_rows.sum() if weight is None else (weight[target[kept]] * of_rows).sum()
     if reduction == "mean":
         return rows.sum() / (count if normalizer is None else normalizer)
     return rows.sum() if reduction == "sum" else rows
 
 
-def nll(x, target, weight=None, ignore_index=-100, reduction="mean"):
-    return F.nll_loss(x, target, weight=weight, ignore_index=ignore_index, reduction=reduction)
+def transformed(n, transform, parameter):
+    """What a row transform makes of negative log-likelihoods n, which are not 0."""
+    p, u = torch.exp(-n), -torch.expm1(-n)
+    return {
+        "focal": lambda: u**parameter * n,
+        "poly1": lambda: n + parameter * u,
+        "dft": lambda: p.detach() * n,
+        "generalized_ce": lambda: -torch.expm1(-parameter * n) / parameter,
+    }[transform]()
 
 
-def bce_with_logits(x, target, ignore_mask=None, label_smoothing=0.0, reduction="mean", **weights):
-    target = target * (1.0 - label_smoothing) + label_smoothing / 2.0
-    if ignore_mask is None:
-        return F.binary_cross_entropy_with_logits(x, target, reduction=reduction, **weights)
-    loss = F.binary_cross_entropy_with_logits(x, target, reduction="none", **weights)
-    loss = torch.where(ignore_mask != 0, loss, 0.0)
+def nll(x, target, weight=None, ignore_index=-100, row_weight=None, reduction="mean"):
+    options = dict(weight=weight, ignore_index=ignore_index)
+    if row_weight is None:
+        return F.nll_loss(x, target, reduction=reduction, **options)
+    rows = F.nll_loss(x, target, reduction="none", **options) * row_weight
+    kept = row_weight * (target != ignore_index)
+    count = kept if weight is None else kept * weight[torch.where(target == ignore_index, 0, target)]
+    return {"none": rows, "mean": rows.sum() / count.sum(), "sum": rows.sum()}[reduction]
+
+
+def reduce_losses(loss, count, reduction, normalizer):
     if reduction == "mean":
-        return loss.sum() / (ignore_mask != 0).sum()
+        return loss.sum() / (count if normalizer is None else normalizer)
+    if reduction == "batchmean":
+        return loss.sum() / (loss.shape[0] if loss.dim() else 1)
     return loss.sum() if reduction == "sum" else loss
 
 
-def sigmoid_focal(x, target, alpha=0.25, gamma=2.0, reduction="mean"):
+def reduce_elements(loss, weight=None, ignore_mask=None, reduction="mean", normalizer=None):
+    """Weight, mask, reduction and normalizer around the losses of elements."""
+    loss = loss if weight is None else weight * loss
+    if ignore_mask is None:
+        return reduce_losses(loss, loss.numel(), reduction, normalizer)
+    kept = (ignore_mask != 0).expand_as(loss)
+    return reduce_losses(torch.where(kept, loss, 0.0), kept.sum(), reduction, normalizer)
+
+
+def bce(x, target, weight=None, **options):
+    if options.keys() <= {"reduction"} and options.get("reduction") != "batchmean":
+        return F.binary_cross_entropy(x, target, weight=weight, **options)
+    return reduce_elements(F.binary_cross_entropy(x, target, reduction="none"), weight, **options)
+
+
+def bce_with_logits(x, target, ignore_mask=None, label_smoothing=0.0, reduction="mean", normalizer=None, **weights):
+    target = target * (1.0 - label_smoothing) + label_smoothing / 2.0
+    if ignore_mask is None and normalizer is None and reduction != "batchmean":
+        return F.binary_cross_entropy_with_logits(x, target, reduction=reduction, **weights)
+    loss = F.binary_cross_entropy_with_logits(x, target, reduction="none", **weights)
+    return reduce_elements(loss, None, ignore_mask, reduction, normalizer)
+
+
+def multi_label_soft_margin(x, target, weight=None, ignore_mask=None, reduction="mean", normalizer=None):
+    if ignore_mask is None:
+        if normalizer is None and reduction != "batchmean":
+            return F.multilabel_soft_margin_loss(x, target, weight=weight, reduction=reduction)
+        rows = F.multilabel_soft_margin_loss(x, target, weight=weight, reduction="none")
+        return reduce_losses(rows, rows.numel(), reduction, normalizer)
+    loss = F.binary_cross_entropy_with_logits(x, target, weight=weight, reduction="none")
+    kept = (ignore_mask != 0).expand_as(loss)
+    rows = torch.where(kept, loss, 0.0).sum(-1) / kept.sum(-1).clamp(min=1)
+    return reduce_losses(rows, kept.any(-1).sum(), reduction, normalizer)
+
+
+def sigmoid_focal(x, target, alpha=0.25, gamma=2.0, **options):
     """torchvision.ops.sigmoid_focal_loss, with 1 - p_t expanded so that it does not cancel where p_t is near 1."""
     one_minus_p_t = torch.sigmoid(x) * (1.0 - target) + torch.sigmoid(-x) * target
     loss = F.binary_cross_entropy_with_logits(x, target, reduction="none") * one_minus_p_t**gamma
     if alpha >= 0.0:
         loss = (alpha * target + (1.0 - alpha) * (1.0 - target)) * loss
-    return {"none": loss, "mean": loss.mean(), "sum": loss.sum()}[reduction]
+    return reduce_elements(loss, **options)
 
 
-def l1(x, target, weight=None, ignore_mask=None, reduction="mean"):
-    if weight is None and ignore_mask is None:
-        return F.l1_loss(x, target, reduction=reduction)
-    loss = F.l1_loss(x, target, reduction="none")
-    loss = loss if weight is None else weight * loss
-    kept = torch.ones_like(loss) if ignore_mask is None else (ignore_mask != 0).to(F64)
-    loss = kept * loss
-    return {"none": loss, "mean": loss.sum() / kept.sum(), "sum": loss.sum()}[reduction]
+def l1(x, target, **options):
+    if options.keys() <= {"reduction"} and options.get("reduction") != "batchmean":
+        return F.l1_loss(x, target, **options)
+    return reduce_elements(F.l1_loss(x, target, reduction="none"), **options)
 
 
 ORACLE = {
     "cross_entropy": cross_entropy,
     "nll": nll,
     "log_softmax": lambda x, _, dim: F.log_softmax(x, dim),
-    "binary_cross_entropy": F.binary_cross_entropy,
+    "binary_cross_entropy": bce,
     "binary_cross_entropy_with_logits": bce_with_logits,
-    "multi_label_soft_margin": F.multilabel_soft_margin_loss,
+    "multi_label_soft_margin": multi_label_soft_margin,
     "sigmoid_focal": sigmoid_focal,
     "l1": l1,
 }
@@ -135,6 +200,8 @@ ORACLE = {
 def np_reduce(rows, count, reduction):
     if reduction == "none":
         return rows
+    if reduction == "batchmean":
+        return rows.sum() / (rows.shape[0] if rows.ndim else 1)
     with np.errstate(invalid="ignore"):
         return rows.sum() / count if reduction == "mean" else rows.sum()
 
@@ -160,6 +227,9 @@ def np_cross_entropy(
     softcap=None,
     logit_scale=1.0,
     normalizer=None,
+    row_weight=None,
+    transform=None,
+    parameter=0.0,
 ):
     shape = x.shape[2:] if x.ndim == 1 else x.shape[:1] + x.shape[2:]
     logits = np_rows(x) * logit_scale
@@ -179,16 +249,32 @@ def np_cross_entropy(
         t = np.eye(c)[index] * (1.0 - label_smoothing) + label_smoothing / c
         count = (weight[index] * kept).sum()
         t = t * kept[:, None]
-    loss = -np.where(t == 0.0, 0.0, t * weight * np.where(t == 0.0, 0.0, log_p)).sum(1)
+    cost = -np.where(t == 0.0, 0.0, t * weight * np.where(t == 0.0, 0.0, log_p))
+    if transform is not None:
+        # the own class's n for the transformed one; smoothing keeps its part
+        own, n = (np.arange(len(index)), index), -log_p[np.arange(len(index)), index]
+        p = np.exp(-n)
+        value = {
+            "focal": (1.0 - p) ** parameter * n,
+            "poly1": n + parameter * (1.0 - p),
+            "dft": p * n,
+            "generalized_ce": (1.0 - p**parameter) / (parameter or 1.0),
+        }[transform]
+        cost[own] += (1.0 - label_smoothing) * kept * weight[index] * (value - n)
+    loss = cost.sum(1)
     loss = loss + z_loss * kept * ((top + log_sum)[:, 0]) ** 2
+    if row_weight is not None:
+        of_rows = np.broadcast_to(row_weight, shape).reshape(-1)
+        loss = loss * of_rows
+        count = (of_rows * (1.0 if target.dtype.kind == "f" else weight[index] * kept)).sum()
     return np_reduce(loss.reshape(shape), count if normalizer is None else normalizer, reduction)
 
 
-def np_nll(x, target, weight=None, ignore_index=-100, reduction="mean"):
+def np_nll(x, target, weight=None, ignore_index=-100, row_weight=1.0, reduction="mean"):
     rows, index = np_rows(x), target.reshape(-1)
     weight = np.ones(rows.shape[1]) if weight is None else weight
-    kept = index != ignore_index
-    index = np.where(kept, index, 0)
+    kept = (index != ignore_index) * np.broadcast_to(row_weight, target.shape).reshape(-1)
+    index = np.where(index != ignore_index, index, 0)
     loss = -rows[np.arange(len(index)), index] * weight[index] * kept
     return np_reduce(loss.reshape(target.shape), (weight[index] * kept).sum(), reduction)
 
@@ -198,34 +284,43 @@ def np_log_softmax(x, _, dim):
     return x - np.log(np.exp(x).sum(dim, keepdims=True))
 
 
-def np_binary_cross_entropy(x, t, weight=1.0, reduction="mean"):
-    with np.errstate(divide="ignore"):
-        loss = -weight * (t * np.maximum(np.log(x), -100.0) + (1.0 - t) * np.maximum(np.log1p(-x), -100.0))
-    return np_reduce(loss, loss.size, reduction)
-
-
-def np_bce_with_logits(x, t, weight=1.0, pos_weight=1.0, ignore_mask=None, label_smoothing=0.0, reduction="mean"):
-    t = t * (1.0 - label_smoothing) + label_smoothing / 2.0
+def np_kept(x, ignore_mask):
     kept = np.ones(x.shape) if ignore_mask is None else (ignore_mask != 0).astype(np.float64)
-    loss = kept * weight * (pos_weight * t * np_softplus(-x) + (1.0 - t) * np_softplus(x))
-    return np_reduce(loss, kept.sum(), reduction)
+    return np.broadcast_to(kept, x.shape)
 
 
-def np_multi_label_soft_margin(x, t, weight=1.0, reduction="mean"):
-    loss = (weight * (t * np_softplus(-x) + (1.0 - t) * np_softplus(x))).mean(-1)
-    return np_reduce(loss, loss.size, reduction)
+def np_reduce_elements(loss, weight=1.0, ignore_mask=None, reduction="mean", normalizer=None):
+    kept = np_kept(loss, ignore_mask)
+    return np_reduce(kept * weight * loss, kept.sum() if normalizer is None else normalizer, reduction)
 
 
-def np_sigmoid_focal(x, t, alpha=0.25, gamma=2.0, reduction="mean"):
+def np_binary_cross_entropy(x, t, **options):
+    with np.errstate(divide="ignore"):
+        loss = -(t * np.maximum(np.log(x), -100.0) + (1.0 - t) * np.maximum(np.log1p(-x), -100.0))
+    return np_reduce_elements(loss, **options)
+
+
+def np_bce_with_logits(x, t, pos_weight=1.0, label_smoothing=0.0, **options):
+    t = t * (1.0 - label_smoothing) + label_smoothing / 2.0
+    return np_reduce_elements(pos_weight * t * np_softplus(-x) + (1.0 - t) * np_softplus(x), **options)
+
+
+def np_multi_label_soft_margin(x, t, weight=1.0, ignore_mask=None, reduction="mean", normalizer=None):
+    kept = np_kept(x, ignore_mask)
+    left = kept.sum(-1)
+    loss = (kept * weight * (t * np_softplus(-x) + (1.0 - t) * np_softplus(x))).sum(-1) / np.maximum(left, 1.0)
+    return np_reduce(loss, (left > 0.0).sum() if normalizer is None else normalizer, reduction)
+
+
+def np_sigmoid_focal(x, t, alpha=0.25, gamma=2.0, **options):
     p_t = t / (1.0 + np.exp(-x)) + (1.0 - t) / (1.0 + np.exp(x))
     alpha_t = alpha * t + (1.0 - alpha) * (1.0 - t) if alpha >= 0.0 else 1.0
     loss = alpha_t * (1.0 - p_t) ** gamma * (t * np_softplus(-x) + (1.0 - t) * np_softplus(x))
-    return np_reduce(loss, loss.size, reduction)
+    return np_reduce_elements(loss, **options)
 
 
-def np_l1(x, t, weight=1.0, ignore_mask=None, reduction="mean"):
-    kept = np.ones(x.shape) if ignore_mask is None else (ignore_mask != 0).astype(np.float64)
-    return np_reduce(kept * weight * np.abs(x - t), kept.sum(), reduction)
+def np_l1(x, t, **options):
+    return np_reduce_elements(np.abs(x - t), **options)
 
 
 SECOND_OPINION = {
@@ -250,6 +345,8 @@ def check(line, loss, arrays, options, want, upstream, grads):
     np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-14 * max(1.0, size), err_msg=line)
     if size > 1e3:
         return  # a difference of two such losses has no digits left
+    if options.get("transform") == "dft":
+        return  # its p is a constant, so that the gradient is not the slope of the value
     for name, grad in grads.items():
         assert np.isfinite(grad).all(), line
         direction = np.random.default_rng(0).uniform(0.5, 1.5, grad.shape)
@@ -314,7 +411,7 @@ class Record:
             ).detach()
         self.lines.append(line)
         for name, tensor in saved.items():
-            self.tensors[f"{number}.{name}"] = tensor.detach().contiguous()
+            self.tensors[f"{number}.{name}"] = tensor.detach().clone().contiguous()
 
     def upstream(self, shape, dtype):
         rng = np.random.default_rng(len(self.lines))
@@ -450,6 +547,8 @@ def extra_cases(record):
     )
     shapes = list(class_shapes())
     for turn, (dtype, extra, reduction) in enumerate(itertools.product(DTYPES, extras, REDUCTIONS)):
+        # a mean divides by the normalizer, and nothing else does
+        extra = {key: value for key, value in extra.items() if key != "normalizer" or reduction == "mean"}
         for probabilities in (False, True):
             # Shapes below 130 classes only: the class count is not what these are about.
             shape = shapes[(turn * 2 + probabilities) % (len(shapes) - 4)]
@@ -467,6 +566,77 @@ def extra_cases(record):
             smoothing = (None, 0.1)[turn // 4 % 2]
             options = dict(reduction=reduction, ignore_index=ignore_index, label_smoothing=smoothing)
             record.add("cross_entropy", values, **options, **extra)
+
+
+ROW_WEIGHT_DTYPES = (F32, torch.uint8, F64, BF16, F16)
+
+
+def row_weights(draw, shape, turn):
+    """Of the rows' shape, or one that broadcasts to it; some are 0, the last one isn't."""
+    rows = row_shape(shape)
+    rows = rows if turn % 3 else (1,) * (len(rows) > 1) + rows[1:]
+    weight = draw.uniform(rows, F64) * torch.tensor(draw.rng.random(rows) < 0.7)
+    weight.reshape(-1)[-1] = 1.5
+    dtype = ROW_WEIGHT_DTYPES[turn % 5]
+    return (weight != 0 if dtype == torch.uint8 else draw.tensor(weight, F64)).to(dtype)
+
+
+def some_count(target, ignore_index):
+    """The last row's class is not the ignored one, nor one of weight 0."""
+    target.reshape(-1)[-1] = 0
+    return target, ignore_index
+
+
+def row_weight_cases(record):
+    grid = itertools.product(DTYPES, (False, True), (None, 0.1), ("no", "rows", "class"), REDUCTIONS)
+    shapes = list(class_shapes())
+    for turn, (dtype, weighted, smoothing, ignore, reduction) in enumerate(grid):
+        # what is ignored takes several rows, and another class
+        fitting = shapes if ignore == "no" else [s for s in shapes if len(s) > 1 and s[1] > 1]
+        shape = fitting[turn % len(fitting)]
+        axis = class_axis(shape)
+        draw = Draw(11, turn, wide=dtype == F64)
+        target, ignore_index = some_count(*index_targets(draw, shape, ignore, turn // 3))
+        x = draw.normal(shape, F64)
+        values = {
+            "input": draw.tensor(x, dtype),
+            "target": target,
+            "weight": class_weight(draw, shape[axis], dtype, turn) if weighted else None,
+            "row_weight": row_weights(draw, shape, turn),
+        }
+        options = dict(reduction=reduction, ignore_index=ignore_index)
+        record.add("cross_entropy", values, label_smoothing=smoothing, z_loss=(None, 0.01)[turn % 2], **options)
+        if smoothing is None:
+            values["input"] = draw.tensor(F.log_softmax(x, axis), dtype)
+            record.add("nll", values, **options)
+        if ignore == "no":
+            values["input"] = draw.normal(shape, dtype)
+            values["target"] = draw.mixture(shape, axis, dtype, turn % 2 == 0)
+            record.add("cross_entropy", values, label_smoothing=smoothing, reduction=reduction)
+
+
+def transform_cases(record):
+    transforms = (
+        dict(transform="focal", parameter=2.0),
+        dict(transform="focal", parameter=0.5),
+        dict(transform="poly1", parameter=1.5),
+        dict(transform="dft"),
+        dict(transform="generalized_ce", parameter=0.7),
+    )
+    # several classes: one alone has n = 0, where torch's focal loss has no slope
+    shapes = [shape for shape in class_shapes() if shape[class_axis(shape)] > 1]
+    for turn, (dtype, transform, reduction) in enumerate(itertools.product(DTYPES, transforms, REDUCTIONS)):
+        shape = shapes[turn % len(shapes)]
+        draw = Draw(12, turn, wide=dtype == F64)
+        target, ignore_index = some_count(*index_targets(draw, shape, ("no", "class")[turn // 2 % 2], turn))
+        values = {
+            "input": draw.normal(shape, dtype),
+            "target": target,
+            "weight": class_weight(draw, shape[class_axis(shape)], dtype, turn) if turn % 3 == 0 else None,
+            "row_weight": row_weights(draw, shape, turn) if turn % 2 else None,
+        }
+        options = dict(reduction=reduction, ignore_index=ignore_index, label_smoothing=(None, 0.1)[turn // 3 % 2])
+        record.add("cross_entropy", values, **options, **transform)
 
 
 def special_cases(record):
@@ -613,6 +783,40 @@ def l1_cases(record):
         record.add("l1", values, variant, reduction=reduction)
 
 
+def element_option_cases(record):
+    losses = (
+        "binary_cross_entropy",
+        "binary_cross_entropy_with_logits",
+        "multi_label_soft_margin",
+        "sigmoid_focal",
+        "l1",
+    )
+    variants = (
+        *(("weight and mask", reduction) for reduction in (*REDUCTIONS, "batchmean")),
+        ("plain", "batchmean"),
+        ("mask", "mean"),
+        ("normalizer", "mean"),
+        ("all", "mean"),
+    )
+    for turn, (loss, dtype, (variant, reduction)) in enumerate(itertools.product(losses, DTYPES, variants)):
+        shape = ((4, 7), (19,), (2, 3, 5))[turn % 3]
+        draw = Draw(11, turn, wide=dtype == F64)
+        x = draw.uniform(shape, dtype, 0.02, 0.98) if loss == "binary_cross_entropy" else draw.normal(shape, dtype)
+        values = {"input": x, "target": draw.binary(shape, (dtype, torch.uint8, F32, torch.int64)[turn % 4])}
+        if variant in ("weight and mask", "all"):
+            classes = loss == "multi_label_soft_margin" or turn % 2
+            values["weight"] = draw.uniform(shape[-1:] if classes else shape, (dtype, F32)[turn // 2 % 2])
+        if variant in ("weight and mask", "mask", "all"):
+            # of elements, of rows or of columns; always with something left, and of rows one without anything
+            mask = draw.binary((shape, (*shape[:-1], 1), shape[-1:])[turn // 3 % 3], torch.uint8)
+            if len(shape) > 1 and mask.dim() > 1:
+                mask[-1] = 0
+            mask.view(-1)[0] = 1
+            values["ignore_mask"] = mask
+        normalizer = 5.5 if variant in ("normalizer", "all") else None
+        record.add(loss, values, variant, reduction=reduction, normalizer=normalizer)
+
+
 def main():
     torch.set_num_threads(1)
     record = Record()
@@ -620,6 +824,8 @@ def main():
     probability_cases(record)
     extra_cases(record)
     special_cases(record)
+    row_weight_cases(record)
+    transform_cases(record)
     class_index_cases(record, "nll", (0.0,))
     log_softmax_cases(record)
     bce_cases(record)
@@ -627,6 +833,7 @@ def main():
     multi_label_cases(record)
     focal_cases(record)
     l1_cases(record)
+    element_option_cases(record)
     path = Path(__file__).with_name("pytorch.safetensors")
     record.save(path)
     print(f"{len(record.lines) - 1} cases, {len(record.tensors)} tensors, {path.stat().st_size} bytes")

@@ -2,18 +2,22 @@
 
 use super::losses::{ABSOLUTE, CrossEntropyLoss, FUSED, Reduction};
 use crate::common::{
-    Check, FLOATS, INDICES, Memory, Operand, REDUCTIONS, Random, arithmetic, assert_same_bits, compare, devices,
-    indices, is_left_out, is_slow, tensor, values, widened,
+    Check, FLOATS, INDICES, Memory, Operand, REDUCTIONS, Random, arithmetic, assert_same_bits, broadcastable, compare,
+    devices, indices, is_left_out, is_slow, tensor, values, widened,
 };
 use crate::reference::{self, Near, Targets};
 use Memory::{Contiguous, Odd, Repeated, Swapped, Window};
 use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_fused_loss::RowTransform;
 
 /// One row of the option matrix.
 #[derive(Clone, Copy, Debug)]
 struct Options {
     /// Class weights, every third of them 0.
     weight: bool,
+    /// Row weights of this dtype, every fourth of them 0; a mask where it is u8.
+    row_weight: Option<DType>,
+    row_transform: Option<RowTransform>,
     ignore_index: Option<i64>,
     label_smoothing: f64,
     normalizer: Option<f64>,
@@ -24,6 +28,8 @@ struct Options {
 
 const DEFAULTS: Options = Options {
     weight: false,
+    row_weight: None,
+    row_transform: None,
     ignore_index: None,
     label_smoothing: 0.0,
     normalizer: None,
@@ -32,7 +38,7 @@ const DEFAULTS: Options = Options {
     logit_scale: 1.0,
 };
 
-const OPTIONS: [Options; 12] = [
+const OPTIONS: [Options; 19] = [
     DEFAULTS,
     Options { weight: true, ..DEFAULTS },
     Options { ignore_index: Some(0), ..DEFAULTS },
@@ -48,12 +54,45 @@ const OPTIONS: [Options; 12] = [
         weight: true,
         ignore_index: Some(0),
         label_smoothing: 0.2,
-        normalizer: None,
         z_loss: 1e-3,
         softcap: Some(4.0),
         logit_scale: 1.5,
+        ..DEFAULTS
+    },
+    Options { row_weight: Some(DType::F32), ..DEFAULTS },
+    Options { row_weight: Some(DType::U8), ignore_index: Some(0), z_loss: 1e-2, ..DEFAULTS },
+    Options {
+        row_weight: Some(DType::BF16),
+        weight: true,
+        ignore_index: Some(0),
+        label_smoothing: 0.2,
+        z_loss: 1e-3,
+        ..DEFAULTS
+    },
+    Options { row_transform: Some(RowTransform::Focal { gamma: 2.0 }), weight: true, ..DEFAULTS },
+    Options { row_transform: Some(RowTransform::Focal { gamma: 0.5 }), label_smoothing: 0.1, z_loss: 1e-3, ..DEFAULTS },
+    Options {
+        row_transform: Some(RowTransform::GeneralizedCe { q: 0.7 }),
+        row_weight: Some(DType::F64),
+        softcap: Some(4.0),
+        ..DEFAULTS
+    },
+    Options {
+        row_transform: Some(RowTransform::Poly1 { epsilon: 2.0 }),
+        weight: true,
+        label_smoothing: 0.2,
+        ignore_index: Some(0),
+        ..DEFAULTS
     },
 ];
+
+/// Weights of rows, of a shape that broadcasts to theirs; one counts, and every fourth doesn't.
+fn row_weights(rows: &[usize], dtype: DType, device: &Device, random: &mut Random) -> Result<Tensor> {
+    let dims = broadcastable(rows, random);
+    let count = dims.iter().product();
+    let weights: Vec<_> = (0..count).map(|i| if i % 4 == 1 { 0.0 } else { 0.5 + 2.0 * random.uniform() }).collect();
+    tensor(&weights, &dims, DType::F64, device)?.to_dtype(dtype)
+}
 
 /// What the target is: class indices, or probabilities of a dtype in a layout.
 #[derive(Clone, Copy, Debug)]
@@ -108,6 +147,8 @@ impl Case<'_> {
         let weight_dtype = random.pick(&FLOATS);
         let weight = options.weight.then(|| tensor(&weight, &[classes], weight_dtype, device)).transpose()?;
 
+        let row_weight = options.row_weight.map(|dtype| row_weights(&row_dims, dtype, device, random)).transpose()?;
+
         let (x, t) = (logits.values()?, target.values()?);
         let classes: Vec<_> = t.iter().map(|&t| t as i64).collect();
         let targets = match self.target {
@@ -128,7 +169,7 @@ impl Case<'_> {
                 z_loss: options.z_loss,
                 softcap: options.softcap,
                 logit_scale: options.logit_scale,
-                normalizer: options.normalizer,
+                normalizer: options.normalizer.filter(|_| reduction == Reduction::Mean),
                 reduction,
                 ..Default::default()
             };
@@ -143,7 +184,17 @@ impl Case<'_> {
             if let Some(cap) = options.softcap {
                 loss = loss.with_softcap(cap);
             }
-            if let Some(normalizer) = options.normalizer {
+            if let Some(weight) = &row_weight {
+                loss = loss.with_row_weight(weight.clone());
+                let counts = |w: f64| if weight.dtype() == DType::U8 { (w != 0.0) as u8 as f64 } else { w };
+                let weights = values(&weight.broadcast_as(row_dims.clone())?.contiguous()?)?;
+                reference.row_weight = Some(weights.into_iter().map(counts).collect());
+            }
+            if let (Some(transform), Kind::Classes(_)) = (options.row_transform, self.target) {
+                loss = loss.with_row_transform(transform);
+                reference.row_transform = Some(transform);
+            }
+            if let Some(normalizer) = reference.normalizer {
                 loss = loss.with_normalizer(normalizer);
             }
             let check = Check {

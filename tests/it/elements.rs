@@ -301,10 +301,14 @@ fn nothing_times_infinity_is_nothing() -> Result<()> {
         let (x, t) = (f32s(&[-INF], &device)?, Tensor::new(&[0u8], &device)?);
         loss!("weight", logits().with_weight(infinite.clone())).assert(&x, &t, [&[0.0], &[0.0], &[]], 0.0)?;
 
+        // nor is anything else where the weight is 0
+        let (x, t) = (f32s(&[NAN, 1.0, INF], &device)?, f32s(&[0.0, NAN, -INF], &device)?);
+        loss!("weight", logits().with_weight(zero.clone()).with_reduction(none)).assert(&x, &t, zeros, 0.0)?;
+
         // NaN is none of this
         let x = f32s(&[NAN, 1.0, 1.0], &device)?;
         let t = f32s(&[0.0, NAN, 0.0], &device)?;
-        let weight = f32s(&[0.0, 0.0, NAN], &device)?;
+        let weight = f32s(&[INF, 1.0, NAN], &device)?;
         let Results { loss, grad, .. } =
             loss!("NaN", logits().with_weight(weight.clone()).with_reduction(none)).results(&x, &t)?;
         assert!(loss.iter().chain(&grad).all(|v| v.is_nan()), "{loss:?} {grad:?}");
@@ -400,7 +404,7 @@ fn no_elements() -> Result<()> {
         let want = match reduction {
             Reduction::None => vec![],
             Reduction::Mean => vec![NAN],
-            Reduction::Sum => vec![0.0],
+            Reduction::Sum | Reduction::BatchMean => vec![0.0],
         };
         for (dtype, target) in [(DType::F32, DType::F32), (DType::F64, DType::U8), (DType::BF16, DType::F32)] {
             let empty = |dims: &[usize], dtype| Tensor::zeros(dims, dtype, device);

@@ -15,6 +15,8 @@ pub mod losses {
 mod binary;
 #[path = "cross_entropy.rs"]
 mod cross_entropy;
+#[path = "element_options.rs"]
+mod element_options;
 #[path = "elements.rs"]
 mod elements;
 #[path = "errors.rs"]
@@ -29,5 +31,7 @@ mod multi_label;
 mod nll;
 #[path = "row_options.rs"]
 mod row_options;
+#[path = "row_weights.rs"]
+mod row_weights;
 #[path = "semantics.rs"]
 mod semantics;

@@ -34,7 +34,7 @@ macro_rules! with_options {
         if let Some(scale) = o.scale {
             loss = loss.with_logit_scale(scale);
         }
-        if let Some(normalizer) = o.normalizer {
+        if let (Some(normalizer), Reduction::Mean) = (o.normalizer, o.reduction) {
             loss = loss.with_normalizer(normalizer);
         }
         if let Some(ignore) = o.ignore {

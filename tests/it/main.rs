@@ -2,6 +2,7 @@
 //! [`composed`] are the same ones, compiled for the kernels and for the losses composed of tensor ops.
 #![allow(clippy::duplicate_mod)] // on purpose, see above
 
+mod accumulation;
 mod accuracy;
 mod common;
 mod composed;

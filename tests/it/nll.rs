@@ -41,7 +41,7 @@ impl Case<'_> {
         let target = Operand::new(&target, &row_dims, self.index, device, self.target_memory)?;
         let (x, t) = (input.values()?, target.values()?);
         let t: Vec<_> = t.iter().map(|&t| t as i64).collect();
-        let mut reference = CrossEntropy { normalizer: self.normalizer, ..Default::default() };
+        let mut reference = CrossEntropy::default();
         let mut loss = NllLoss::new();
         if self.weight {
             let weight: Vec<_> = (0..classes).map(|c| if c % 3 == 2 { 0.0 } else { 0.5 + random.uniform() }).collect();
@@ -49,16 +49,25 @@ impl Case<'_> {
             reference.weight = Some(values(&weight)?);
             loss = loss.with_weight(weight);
         }
+        if random.below(2) == 0 {
+            let count = n / classes;
+            let weights: Vec<_> = (0..count).map(|i| if i % 4 == 1 { 0.0 } else { 0.5 + random.uniform() }).collect();
+            let dtype = random.pick(&[DType::F16, DType::BF16, DType::F32, DType::F64]);
+            let weights = tensor(&weights, &row_dims, dtype, device)?;
+            reference.row_weight = Some(values(&weights)?);
+            loss = loss.with_row_weight(weights);
+        }
         if let Some(index) = self.ignore_index {
             reference.ignore_index = index;
             loss = loss.with_ignore_index(index);
         }
-        if let Some(normalizer) = self.normalizer {
-            loss = loss.with_normalizer(normalizer);
-        }
         for reduction in REDUCTIONS {
-            let loss = loss.clone().with_reduction(reduction);
-            let reference = CrossEntropy { reduction, ..reference.clone() };
+            let mut loss = loss.clone().with_reduction(reduction);
+            if let (Some(normalizer), Reduction::Mean) = (self.normalizer, reduction) {
+                loss = loss.with_normalizer(normalizer);
+            }
+            let normalizer = self.normalizer.filter(|_| reduction == Reduction::Mean);
+            let reference = CrossEntropy { reduction, normalizer, ..reference.clone() };
             Check {
                 what: format!("{self:?} {reduction:?}"),
                 input: &input,

@@ -63,9 +63,8 @@ impl Batch {
     }
 
     /// Cross-entropy with random options that the unfused path has as well.
-    fn options(&mut self, device: &Device) -> Result<(CrossEntropyLoss, CrossEntropyLoss)> {
+    fn options(&mut self, reduction: Reduction, device: &Device) -> Result<(CrossEntropyLoss, CrossEntropyLoss)> {
         let (mut fused, mut composed) = (CrossEntropyLoss::new(), CrossEntropyLoss::new().with_fused(false));
-        let reduction = self.random.pick(&REDUCTIONS);
         (fused, composed) = (fused.with_reduction(reduction), composed.with_reduction(reduction));
         if self.random.below(2) == 0 {
             let weight = tensor(&self.weight, &[self.classes], self.random.pick(&FLOATS), device)?;
@@ -85,6 +84,12 @@ impl Batch {
             (fused, composed) = (fused.with_logit_scale(0.5), composed.with_logit_scale(0.5));
         }
         if self.random.below(3) == 0 {
+            let mut weights: Vec<_> = self.random.uniforms(self.n).iter().map(|w| (w - 0.2).max(0.0)).collect();
+            weights[0] = 0.5;
+            let weights = tensor(&weights, &[self.n], self.random.pick(&FLOATS), device)?;
+            (fused, composed) = (fused.with_row_weight(weights.clone()), composed.with_row_weight(weights));
+        }
+        if self.random.below(3) == 0 && reduction == Reduction::Mean {
             (fused, composed) = (fused.with_normalizer(11.0), composed.with_normalizer(11.0));
         }
         Ok((fused, composed))
@@ -179,8 +184,7 @@ proptest! {
                 random: Random::new(seed),
                 ..batch
             };
-            let (ce, _) = batch.options(device)?;
-            let ce = ce.with_reduction(Reduction::Mean);
+            let (ce, _) = batch.options(Reduction::Mean, device)?;
             let (t, soft) = (batch.target(device)?, batch.soft(DType::F64, device)?);
             let probabilities: Vec<_> = batch.x.iter().map(|x| 0.2 + 0.6 / (1.0 + x.exp())).collect();
             let weight = tensor(&batch.weight, &[batch.classes], DType::F64, device)?;
@@ -243,7 +247,7 @@ proptest! {
             let mut batch = Batch::new(seed);
             let dtype = batch.random.pick(&FLOATS);
             let (x, t, soft) = (batch.logits(dtype, device)?, batch.target(device)?, batch.soft(dtype, device)?);
-            let (ce, _) = batch.options(device)?;
+            let (ce, _) = batch.options(Reduction::Sum, device)?;
             type Loss<'a> = Box<dyn Fn(Reduction) -> Result<Tensor> + 'a>;
             let losses: [(&str, Loss); 5] = [
                 ("cross_entropy", Box::new(|r| ce.clone().with_reduction(r).forward(&x, &t))),
@@ -272,8 +276,8 @@ proptest! {
             let mut order: Vec<_> = (0..batch.n as u32).collect();
             (1..batch.n).for_each(|i| order.swap(i, batch.random.below(i + 1)));
             let order = Tensor::new(order, device)?;
-            let (ce, _) = batch.options(device)?;
-            let ce = ce.with_reduction(Reduction::None);
+            let (ce, _) = batch.options(Reduction::None, device)?;
+            let ce = ce.with_row_weight(Tensor::new(1f32, device)?);
             let permuted = |t: &Tensor| t.index_select(&order, 0);
             for target in [t, soft] {
                 let (loss, grad) = ce.loss_and_grad(&x, &target)?;
@@ -301,10 +305,9 @@ proptest! {
             let mut batch = Batch::new(seed);
             let dtype = batch.random.pick(&FLOATS);
             let (x, t, soft) = (batch.logits(dtype, device)?, batch.target(device)?, batch.soft(dtype, device)?);
-            let (ce, _) = batch.options(device)?;
-            let reduction = batch.random.pick(&[Reduction::Mean, Reduction::Sum]);
             // not divided by anything: the gradient is a difference of terms of size 1
-            let ce = ce.with_reduction(Reduction::Sum);
+            let (ce, _) = batch.options(Reduction::Sum, device)?;
+            let reduction = batch.random.pick(&[Reduction::Mean, Reduction::Sum]);
             let nll = NllLoss::new().with_reduction(reduction);
             let logits = BceWithLogitsLoss::new().with_reduction(reduction);
             let margin = MultiLabelSoftMarginLoss::new().with_reduction(reduction);
@@ -348,7 +351,8 @@ proptest! {
                 let mut t = batch.t.clone();
                 (1..batch.n).for_each(|i| t[i] = if batch.random.below(4) == 0 { -100 } else { t[i] });
                 let t = indices(&t, &[batch.n], DType::I64, device)?;
-                let (ce, composed) = batch.options(device)?;
+                let reduction = batch.random.pick(&REDUCTIONS);
+                let (ce, composed) = batch.options(reduction, device)?;
                 let weight = tensor(&batch.weight, &[batch.classes], dtype, device)?;
                 let (reduction, e) = (batch.random.pick(&REDUCTIONS), batch.random.uniform());
                 let (alpha, gamma) = (batch.random.pick(&[0.25, -1.0]), batch.random.pick(&[0.0, 1.5, 2.0]));
@@ -389,13 +393,15 @@ proptest! {
                     NllLoss::new().with_weight(weight.clone()).with_reduction(reduction),
                     NllLoss::new().with_fused(false).with_weight(weight.clone()).with_reduction(reduction),
                 );
+                // of one sign, so that their sum has the digits of its terms
+                let log_p = x.abs()?.neg()?;
                 // terms of the size of the largest logit are rounded several times
                 let largest = batch.x.iter().fold(1.0, |m: f64, x| m.max(x.abs()));
                 let relative = 64.0 * largest * epsilon(dtype);
                 for (name, got, want) in [
                     ("cross_entropy", ce.loss_and_grad(&x, &t)?, composed.loss_and_grad(&x, &t)?),
                     ("of probabilities", ce.loss_and_grad(&x, &soft)?, composed.loss_and_grad(&x, &soft)?),
-                    ("nll", nll.loss_and_grad(&x, &t)?, other_nll.loss_and_grad(&x, &t)?),
+                    ("nll", nll.loss_and_grad(&log_p, &t)?, other_nll.loss_and_grad(&log_p, &t)?),
                     ("bce", bce.loss_and_grad(&p, &soft)?, other_bce.loss_and_grad(&p, &soft)?),
                     ("logits", fused_logits.loss_and_grad(&x, &soft)?, composed_logits.loss_and_grad(&x, &soft)?),
                     ("margin", margin.loss_and_grad(&x, &soft)?, other_margin.loss_and_grad(&x, &soft)?),
@@ -426,7 +432,8 @@ proptest! {
     fn sixteen_bits_are_rounded_once(seed in any::<u64>()) {
         check(|device| {
             let mut batch = Batch::new(seed);
-            let (ce, _) = batch.options(device)?;
+            let reduction = batch.random.pick(&REDUCTIONS);
+            let (ce, _) = batch.options(reduction, device)?;
             for dtype in [DType::F16, DType::BF16] {
                 let (x, t) = (batch.logits(dtype, device)?, batch.target(device)?);
                 let (loss, grad) = ce.loss_and_grad(&x, &t)?;

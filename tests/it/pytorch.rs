@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::safetensors::Load;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_fused_loss::{
-    BceLoss, BceWithLogitsLoss, CrossEntropyLoss, L1Loss, MultiLabelSoftMarginLoss, NllLoss, Reduction,
+    BceLoss, BceWithLogitsLoss, CrossEntropyLoss, L1Loss, MultiLabelSoftMarginLoss, NllLoss, Reduction, RowTransform,
     SigmoidFocalLoss, log_softmax,
 };
 use safetensors::SafeTensors;
@@ -53,6 +53,7 @@ impl Case {
             "none" => Reduction::None,
             "mean" => Reduction::Mean,
             "sum" => Reduction::Sum,
+            "batchmean" => Reduction::BatchMean,
             other => panic!("reduction={other}"),
         }
     }
@@ -78,6 +79,26 @@ impl Case {
         Ok((self.is("cross_entropy") || self.is("nll")) && !self.dtype("target")?.is_float())
     }
 
+    /// The row's weight of each element of the input, if there are row weights.
+    fn row_weights(&self) -> Result<Option<Vec<f64>>> {
+        let Some(weight) = self.maybe("row_weight", &Device::Cpu)? else { return Ok(None) };
+        let input = self.tensor("input", &Device::Cpu)?;
+        let mut rows = input.dims().to_vec();
+        rows.remove(rows.len().min(2) - 1);
+        Ok(Some(values(&self.spread(&weight.broadcast_as(rows)?)?)?))
+    }
+
+    fn row_transform(&self) -> Option<RowTransform> {
+        let parameter = self.option("parameter").unwrap_or(0.0);
+        Some(match self.options.get("transform")?.as_str() {
+            "focal" => RowTransform::Focal { gamma: parameter },
+            "poly1" => RowTransform::Poly1 { epsilon: parameter },
+            "dft" => RowTransform::Dft,
+            "generalized_ce" => RowTransform::GeneralizedCe { q: parameter },
+            other => panic!("transform={other}"),
+        })
+    }
+
     /// The upstream gradient of each element of the input.
     fn upstream(&self) -> Result<Vec<f64>> {
         let upstream = self.tensor("upstream", &Device::Cpu)?;
@@ -101,10 +122,17 @@ impl Case {
         if self.has_index_target()? {
             let index = self.option("ignore_index").unwrap_or(-100.0);
             let target = self.tensor("target", &Device::Cpu)?;
-            return Ok(values(&self.spread(&target)?)?.iter().map(|&t| t == index).collect());
+            let mut ignored: Vec<_> = values(&self.spread(&target)?)?.iter().map(|&t| t == index).collect();
+            if let Some(weight) = self.row_weights()? {
+                ignored.iter_mut().zip(weight).for_each(|(ignored, weight)| *ignored |= weight == 0.0);
+            }
+            return Ok(ignored);
         }
         match self.maybe("ignore_mask", &Device::Cpu)? {
-            Some(mask) => Ok(values(&mask)?.iter().map(|&kept| kept == 0.0).collect()),
+            Some(mask) => {
+                let mask = mask.broadcast_as(self.tensor("input", &Device::Cpu)?.shape())?;
+                Ok(values(&mask)?.iter().map(|&kept| kept == 0.0).collect())
+            }
             None => Ok(vec![false; self.values("input")?.len()]),
         }
     }
@@ -319,9 +347,11 @@ fn cross_entropy_agrees() {
     check("cross_entropy", |case, device| {
         let loss = CrossEntropyLoss::new().with_reduction(case.reduction());
         let loss = set(loss, case.maybe("weight", device)?, CrossEntropyLoss::with_weight);
+        let loss = set(loss, case.maybe("row_weight", device)?, CrossEntropyLoss::with_row_weight);
+        let loss = set(loss, case.row_transform(), CrossEntropyLoss::with_row_transform);
         let loss = set(loss, case.option("ignore_index"), CrossEntropyLoss::with_ignore_index);
         let loss = set(loss, case.option("label_smoothing"), CrossEntropyLoss::with_label_smoothing);
-        let loss = set(loss, case.option("normalizer"), CrossEntropyLoss::with_normalizer);
+        let loss = set(loss, case.option::<f64>("normalizer"), CrossEntropyLoss::with_normalizer);
         let loss = set(loss, case.option("z_loss"), CrossEntropyLoss::with_z_loss);
         let loss = set(loss, case.option("softcap"), CrossEntropyLoss::with_softcap);
         let loss = set(loss, case.option("logit_scale"), CrossEntropyLoss::with_logit_scale);
@@ -336,6 +366,7 @@ fn nll_agrees() {
     check("nll", |case, device| {
         let loss = NllLoss::new().with_reduction(case.reduction());
         let loss = set(loss, case.maybe("weight", device)?, NllLoss::with_weight);
+        let loss = set(loss, case.maybe("row_weight", device)?, NllLoss::with_row_weight);
         let loss = set(loss, case.option("ignore_index"), NllLoss::with_ignore_index);
         check_autograd(case, device, |x, t| loss.forward(x, t))?;
         check_one_pass(case, device, |x, t| loss.loss_and_grad(x, t))
@@ -350,59 +381,59 @@ fn log_softmax_agrees() {
     });
 }
 
+/// Runs a case of a loss of elements, of which `$loss` has the options that not all of them have. A normalizer is given
+/// as a number and as a tensor.
+macro_rules! check_elements {
+    ($case:ident, $device:ident, $loss:expr) => {{
+        let loss = $loss.with_reduction($case.reduction());
+        let loss = set(loss, $case.maybe("weight", $device)?, |loss, weight| loss.with_weight(weight));
+        let loss = set(loss, $case.maybe("ignore_mask", $device)?, |loss, mask| loss.with_mask(mask));
+        let mut losses = vec![loss];
+        if let Some(normalizer) = $case.option::<f64>("normalizer") {
+            let tensor = Tensor::new(normalizer, $device)?;
+            losses.push(losses[0].clone().with_normalizer(tensor));
+            losses[0] = losses[0].clone().with_normalizer(normalizer);
+        }
+        for loss in losses {
+            check_autograd($case, $device, |x, t| loss.forward(x, t))?;
+            check_one_pass($case, $device, |x, t| loss.loss_and_grad(x, t))?;
+        }
+        Ok(())
+    }};
+}
+
 #[test]
 fn binary_cross_entropy_agrees() {
-    check("binary_cross_entropy", |case, device| {
-        let loss = BceLoss::new().with_reduction(case.reduction());
-        let loss = set(loss, case.maybe("weight", device)?, BceLoss::with_weight);
-        check_autograd(case, device, |x, t| loss.forward(x, t))?;
-        check_one_pass(case, device, |x, t| loss.loss_and_grad(x, t))
-    });
+    check("binary_cross_entropy", |case, device| check_elements!(case, device, BceLoss::new()));
 }
 
 #[test]
 fn binary_cross_entropy_with_logits_agrees() {
     check("binary_cross_entropy_with_logits", |case, device| {
-        let loss = BceWithLogitsLoss::new().with_reduction(case.reduction());
-        let loss = set(loss, case.maybe("weight", device)?, BceWithLogitsLoss::with_weight);
+        let loss = BceWithLogitsLoss::new();
         let loss = set(loss, case.maybe("pos_weight", device)?, BceWithLogitsLoss::with_pos_weight);
-        let loss = set(loss, case.maybe("ignore_mask", device)?, BceWithLogitsLoss::with_mask);
         let loss = set(loss, case.option("label_smoothing"), BceWithLogitsLoss::with_label_smoothing);
-        check_autograd(case, device, |x, t| loss.forward(x, t))?;
-        check_one_pass(case, device, |x, t| loss.loss_and_grad(x, t))
+        check_elements!(case, device, loss)
     });
 }
 
 #[test]
 fn multi_label_soft_margin_agrees() {
-    check("multi_label_soft_margin", |case, device| {
-        let loss = MultiLabelSoftMarginLoss::new().with_reduction(case.reduction());
-        let loss = set(loss, case.maybe("weight", device)?, MultiLabelSoftMarginLoss::with_weight);
-        check_autograd(case, device, |x, t| loss.forward(x, t))?;
-        check_one_pass(case, device, |x, t| loss.loss_and_grad(x, t))
-    });
+    check("multi_label_soft_margin", |case, device| check_elements!(case, device, MultiLabelSoftMarginLoss::new()));
 }
 
 #[test]
 fn sigmoid_focal_agrees() {
     check("sigmoid_focal", |case, device| {
-        let loss = SigmoidFocalLoss::new().with_reduction(case.reduction());
-        let loss = set(loss, case.option("alpha"), SigmoidFocalLoss::with_alpha);
+        let loss = set(SigmoidFocalLoss::new(), case.option("alpha"), SigmoidFocalLoss::with_alpha);
         let loss = set(loss, case.option("gamma"), SigmoidFocalLoss::with_gamma);
-        check_autograd(case, device, |x, t| loss.forward(x, t))?;
-        check_one_pass(case, device, |x, t| loss.loss_and_grad(x, t))
+        check_elements!(case, device, loss)
     });
 }
 
 #[test]
 fn l1_agrees() {
-    check("l1", |case, device| {
-        let loss = L1Loss::new().with_reduction(case.reduction());
-        let loss = set(loss, case.maybe("weight", device)?, L1Loss::with_weight);
-        let loss = set(loss, case.maybe("ignore_mask", device)?, L1Loss::with_mask);
-        check_autograd(case, device, |x, t| loss.forward(x, t))?;
-        check_one_pass(case, device, |x, t| loss.loss_and_grad(x, t))
-    });
+    check("l1", |case, device| check_elements!(case, device, L1Loss::new()));
 }
 
 /// Nothing is skipped silently: each loss has a test above, and the record holds every combination of what matters.
@@ -427,8 +458,13 @@ fn the_record_is_complete() -> Result<()> {
         let dtype = case.dtype("input")?;
         let weighted = case.maybe("weight", &Device::Cpu)?.is_some();
         let smoothing = option("label_smoothing", "0");
+        let masked = case.maybe("ignore_mask", &Device::Cpu)?.is_some();
+        let normalized = case.options.contains_key("normalizer");
+        let of_rows = case.maybe("row_weight", &Device::Cpu)?.is_some();
         seen.insert(loss.clone());
+        seen.insert(format!("{loss} {} {dtype:?} {reduction}", option("transform", "no transform")));
         seen.insert(format!("{loss} {dtype:?} {reduction}"));
+        seen.insert(format!("{loss} {dtype:?} {reduction} weighted {weighted} masked {masked} {normalized}"));
         if case.has_index_target()? {
             let ignore = match case.option::<i64>("ignore_index") {
                 Some(_) => "class",
@@ -436,10 +472,12 @@ fn the_record_is_complete() -> Result<()> {
                 None => "no",
             };
             seen.insert(format!("{loss} {dtype:?} {reduction} {weighted} {ignore} {smoothing}"));
+            seen.insert(format!("{loss} {dtype:?} {reduction} {weighted} {ignore} {smoothing} of rows: {of_rows}"));
             seen.insert(format!("{loss} {:?} {ignore}", case.dtype("target")?));
             seen.insert(format!("{loss} rank {}", case.tensor("input", &Device::Cpu)?.rank()));
         } else if loss == "cross_entropy" {
             seen.insert(format!("{loss} probabilities {dtype:?} {reduction} {weighted} {smoothing}"));
+            seen.insert(format!("{loss} probabilities {dtype:?} {reduction} of rows: {of_rows}"));
         }
     }
 
@@ -450,7 +488,19 @@ fn the_record_is_complete() -> Result<()> {
             for loss in LOSSES.iter().filter(|&&loss| loss != "log_softmax") {
                 wanted.insert(format!("{loss} {dtype:?} {reduction}"));
             }
+            wanted.insert(format!("cross_entropy probabilities {dtype:?} {reduction} of rows: true"));
+            for transform in ["focal", "poly1", "dft", "generalized_ce"] {
+                wanted.insert(format!("cross_entropy {transform} {dtype:?} {reduction}"));
+            }
             for weighted in [false, true] {
+                for ignore in ["no", "rows", "class"] {
+                    let weighed = |loss: &str, e: &str| {
+                        format!("{loss} {dtype:?} {reduction} {weighted} {ignore} {e} of rows: true")
+                    };
+                    wanted.extend(
+                        [("cross_entropy", "0"), ("cross_entropy", "0.1"), ("nll", "0")].map(|(l, e)| weighed(l, e)),
+                    );
+                }
                 for smoothing in ["0", "0.1", "1.0"] {
                     wanted.insert(format!("cross_entropy probabilities {dtype:?} {reduction} {weighted} {smoothing}"));
                     for ignore in ["no", "rows", "class"] {
@@ -460,6 +510,14 @@ fn the_record_is_complete() -> Result<()> {
                 }
             }
         }
+    }
+    for (loss, dtype) in LOSSES[3..].iter().flat_map(|loss| FLOATS.map(|dtype| (loss, dtype))) {
+        let options = |reduction, weighted, masked, normalized| {
+            format!("{loss} {dtype:?} {reduction} weighted {weighted} masked {masked} {normalized}")
+        };
+        wanted.extend(["none", "mean", "sum", "batchmean"].map(|reduction| options(reduction, true, true, false)));
+        wanted.extend([options("batchmean", false, false, false), options("mean", false, true, false)]);
+        wanted.extend([false, true].map(|all| options("mean", all, all, true)));
     }
     for loss in ["cross_entropy", "nll"] {
         wanted.extend((1..=4).map(|rank| format!("{loss} rank {rank}")));

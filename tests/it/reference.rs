@@ -6,7 +6,7 @@
 //! argument, and where two terms are subtracted, the rounding of both stays. Where the definition allows relative
 //! accuracy (no terms cancel), the slack is relative too, however small the result.
 
-use candle_fused_loss::Reduction;
+use candle_fused_loss::{Reduction, RowTransform};
 
 /// A number and how many epsilons it may be off.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -154,6 +154,9 @@ pub enum Targets<'a> {
 #[derive(Clone, Debug)]
 pub struct CrossEntropy {
     pub weight: Option<Vec<f64>>,
+    /// One for each row.
+    pub row_weight: Option<Vec<f64>>,
+    pub row_transform: Option<RowTransform>,
     pub ignore_index: i64,
     pub label_smoothing: f64,
     pub reduction: Reduction,
@@ -167,6 +170,8 @@ impl Default for CrossEntropy {
     fn default() -> Self {
         CrossEntropy {
             weight: None,
+            row_weight: None,
+            row_transform: None,
             ignore_index: -100,
             label_smoothing: 0.0,
             reduction: Reduction::Mean,
@@ -176,6 +181,13 @@ impl Default for CrossEntropy {
             logit_scale: 1.0,
         }
     }
+}
+
+/// The own class of a row whose negative log-likelihood is transformed: its part of the loss, and of q in the gradient.
+struct Transformed {
+    class: usize,
+    loss: Near,
+    q: Near,
 }
 
 /// What `statistics` returns of each row.
@@ -194,25 +206,64 @@ impl CrossEntropy {
         self.weight.as_ref().map_or(1.0, |w| w[class])
     }
 
+    fn row_weight(&self, row: usize) -> f64 {
+        self.row_weight.as_ref().map_or(1.0, |w| w[row])
+    }
+
     fn ignored(&self, targets: Targets, row: usize) -> bool {
-        matches!(targets, Targets::Classes(t) if t[row] == self.ignore_index)
+        self.row_weight(row) == 0.0 || matches!(targets, Targets::Classes(t) if t[row] == self.ignore_index)
     }
 
     pub fn denominator(&self, rows: Rows, targets: Targets) -> f64 {
         match (self.reduction, self.normalizer, targets) {
             (Reduction::None | Reduction::Sum, ..) => 1.0,
             (Reduction::Mean, Some(normalizer), _) => normalizer,
-            (Reduction::Mean, None, Targets::Probabilities(_)) => rows.count() as f64,
-            (Reduction::Mean, None, Targets::Classes(t)) => {
-                t.iter().filter(|&&t| t != self.ignore_index).map(|&t| self.weight(t as usize)).sum()
+            (Reduction::BatchMean, ..) => rows.outer as f64,
+            (Reduction::Mean, None, _) => {
+                let class_weight = |row: usize| match targets {
+                    Targets::Classes(t) => self.weight(t[row] as usize),
+                    Targets::Probabilities(_) => 1.0,
+                };
+                let counted = (0..rows.count()).filter(|&row| !self.ignored(targets, row));
+                counted.map(|row| self.row_weight(row) * class_weight(row)).sum()
             }
         }
     }
 
-    /// The weighted and smoothed target of each class of a row.
+    /// What the own class of a row adds to its loss beyond its part in q, and to q beyond that part for the gradient.
+    fn transformed(&self, softmax: &Softmax, targets: Targets, row: usize) -> Option<Transformed> {
+        let (transform, Targets::Classes(t)) = (self.row_transform?, targets) else { return None };
+        let class = t[row] as usize;
+        let own = self.weight(class) * (1.0 - self.label_smoothing);
+        let n = softmax.minus_log_p(class);
+        let (p, u) = ((-n.value).exp(), -(-n.value).exp_m1());
+        let over = |a: f64, b: f64| if b == 0.0 { 1.0 } else { a / b };
+        let pn = if p == 0.0 { 0.0 } else { p * n.value };
+        let (value, slope, order) = match transform {
+            RowTransform::Focal { gamma } => {
+                let slope = u.powf(gamma) + gamma * u.powf(gamma) * over(pn, u);
+                (u.powf(gamma) * n.value, slope, gamma)
+            }
+            RowTransform::Poly1 { epsilon } => (n.value + epsilon * u, 1.0 + epsilon * p, epsilon.abs()),
+            RowTransform::Dft => (pn, p, 1.0),
+            RowTransform::GeneralizedCe { q } => ((1.0 - (-q * n.value).exp()) / q, (-q * n.value).exp(), 1.0),
+        };
+        // as relative to n as its own slack is, once for each order of the function
+        let relative = (1.0 + order) * (FUNCTION + over(n.slack, n.value.abs().max(f64::MIN_POSITIVE)));
+        // a sum of terms that may differ in sign
+        let terms = n.value.abs().min(2.0 + order) + value.abs();
+        Some(Transformed {
+            class,
+            loss: near(scaled(own, value), scaled(own.abs(), slope.abs() * n.slack + FUNCTION * (1.0 + order) * terms)),
+            q: near(own * slope, own.abs() * relative * (slope.abs() + order * p)),
+        })
+    }
+
+    /// The weighted and smoothed target of each class of a row; without the own class where that is transformed.
     fn row_target(&self, rows: Rows, targets: Targets, row: usize) -> Vec<f64> {
         let (keep, spread) = (1.0 - self.label_smoothing, self.label_smoothing / rows.classes as f64);
         let target = |class: usize| match targets {
+            Targets::Classes(_) if self.row_transform.is_some() => 0.0,
             Targets::Classes(t) => (t[row] == class as i64) as u8 as f64,
             Targets::Probabilities(t) => t[rows.at(row, class)],
         };
@@ -240,6 +291,21 @@ impl CrossEntropy {
         near(loss.value + z_loss.value + nan, loss.slack + z_loss.slack)
     }
 
+    /// With the row transform and the row's weight.
+    fn weighted_row_loss(&self, softmax: &Softmax, (targets, q): (Targets, &[f64]), row: usize) -> Near {
+        let mut loss = self.row_loss(softmax, q);
+        if let Some(own) = self.transformed(softmax, targets, row) {
+            loss = near(loss.value + own.loss.value, loss.slack + own.loss.slack);
+        }
+        match &self.row_weight {
+            None => loss,
+            Some(weights) => {
+                let value = weights[row] * loss.value;
+                near(value, weights[row].abs() * loss.slack + 2.0 * value.abs())
+            }
+        }
+    }
+
     fn row_z_loss(&self, softmax: &Softmax) -> Near {
         if self.z_loss == 0.0 {
             return near(0.0, 0.0);
@@ -261,13 +327,21 @@ impl CrossEntropy {
             }
             let softmax = self.softmax(rows, x, row);
             let q = self.row_target(rows, targets, row);
-            losses[row] = self.row_loss(&softmax, &q);
+            losses[row] = self.weighted_row_loss(&softmax, (targets, &q), row);
+            let transformed = self.transformed(&softmax, targets, row);
+            let mut q = q;
+            if let Some(own) = &transformed {
+                q[own.class] += own.q.value;
+            }
             let mass = sum(q.iter().copied());
             // with a single class in the target nothing cancels
             let single = q.iter().filter(|&&q| q != 0.0).count() <= 1;
-            let g = over(upstream_of(upstream, row), denominator);
+            let g = self.row_weight(row) * over(upstream_of(upstream, row), denominator);
             for c in 0..rows.classes {
-                let (value, slack) = self.logit_gradient(&softmax, &q, mass, single, c);
+                let (value, mut slack) = self.logit_gradient(&softmax, &q, mass, single, c);
+                if let Some(own) = &transformed {
+                    slack += own.q.slack * if c == own.class { softmax.not_p[c] } else { softmax.p[c] };
+                }
                 let factor = g * softmax.slope[c];
                 // NaN from an infinite logit under a cap's slope of 0 is none of the definition's
                 let value = if softmax.slope[c] == 0.0 { 0.0 } else { factor * value };
@@ -331,7 +405,7 @@ impl CrossEntropy {
                 Targets::Probabilities(t) => (0..rows.classes).map(|c| t[rows.at(row, c)]).collect(),
             };
             s.counted[row] = 1.0;
-            s.loss[row] = self.row_loss(&softmax, &q);
+            s.loss[row] = self.weighted_row_loss(&softmax, (targets, &q), row);
             s.lse[row] = softmax.lse();
             s.z_loss[row] = self.row_z_loss(&softmax);
             s.correct[row] = (argmax == first_largest(&target)) as u8 as f64;
@@ -352,12 +426,15 @@ impl CrossEntropy {
         let denominator = self.denominator(rows, Targets::Classes(t));
         let mut losses = vec![near(0.0, 0.0); rows.count()];
         let mut grad = vec![near(0.0, 0.0); x.len()];
-        for (row, &class) in t.iter().enumerate().filter(|(_, t)| **t != self.ignore_index) {
+        for (row, &class) in t.iter().enumerate().filter(|&(row, _)| !self.ignored(Targets::Classes(t), row)) {
             let at = rows.at(row, class as usize);
-            let loss = -scaled(self.weight(class as usize), x[at]);
-            losses[row] = near(loss, 2.0 * loss.abs());
-            let g = -self.weight(class as usize) * over(upstream_of(upstream, row), denominator);
-            grad[at] = near(g, 4.0 * g.abs());
+            let weight = self.weight(class as usize) * self.row_weight(row);
+            let loss = -scaled(weight, x[at]);
+            // one more rounding for a weight of the row
+            let more = if self.row_weight.is_some() { 2.0 } else { 0.0 };
+            losses[row] = near(loss, (2.0 + more) * loss.abs());
+            let g = -weight * over(upstream_of(upstream, row), denominator);
+            grad[at] = near(g, (4.0 + more) * g.abs());
         }
         Expected { loss: reduced(&losses, self.reduction, denominator), grad, target_grad: vec![] }
     }
@@ -403,23 +480,49 @@ pub struct Elements {
     /// How many adjacent elements are averaged before the reduction.
     pub group: usize,
     pub reduction: Reduction,
+    /// What `Mean` divides by in place of what counts, and `BatchMean` always.
+    pub divisor: Option<f64>,
 }
 
 impl Elements {
     pub fn new(term: Term) -> Self {
-        let reduction = Reduction::Mean;
-        Elements { term, weight: None, pos_weight: None, mask: None, label_smoothing: 0.0, group: 1, reduction }
+        let (reduction, divisor) = (Reduction::Mean, None);
+        Elements {
+            term,
+            weight: None,
+            pos_weight: None,
+            mask: None,
+            label_smoothing: 0.0,
+            group: 1,
+            reduction,
+            divisor,
+        }
+    }
+
+    fn counts(&self, element: usize) -> bool {
+        self.mask.as_ref().is_none_or(|mask| mask[element] != 0.0)
+    }
+
+    /// How many elements of each group of `len` elements the mask leaves.
+    fn left(&self, len: usize) -> Vec<usize> {
+        let group = |first: usize| (first..first + self.group).filter(|&i| self.counts(i)).count();
+        (0..len).step_by(self.group).map(group).collect()
+    }
+
+    /// What the mean of `len` elements is divided by: the groups of which the mask leaves anything.
+    pub fn count(&self, len: usize) -> f64 {
+        self.divisor.unwrap_or_else(|| self.left(len).iter().filter(|&&left| left > 0).count() as f64)
     }
 
     pub fn expected(&self, x: &[f64], t: &[f64], upstream: &[f64]) -> Expected {
-        let counts = |i: usize| self.mask.as_ref().is_none_or(|m| m[i] != 0.0);
+        let left = self.left(x.len());
         let denominator = match self.reduction {
-            Reduction::Mean => (0..x.len()).filter(|&i| counts(i)).count() as f64 / self.group as f64,
+            Reduction::Mean | Reduction::BatchMean => self.count(x.len()),
             Reduction::None | Reduction::Sum => 1.0,
         };
         let mut losses = vec![near(0.0, 0.0); x.len() / self.group];
         let (mut grad, mut target_grad) = (vec![near(0.0, 0.0); x.len()], vec![near(0.0, 0.0); x.len()]);
-        for i in (0..x.len()).filter(|&i| counts(i)) {
+        for i in (0..x.len()).filter(|&i| self.counts(i)) {
             let e = self.label_smoothing;
             let t = if e == 0.0 { t[i] } else { (1.0 - e) * t[i] + e / 2.0 };
             let pos_weight = self.pos_weight.as_ref().map_or(1.0, |p| p[i]);
@@ -429,10 +532,10 @@ impl Elements {
                 Term::Focal { alpha, gamma } => focal(x[i], t, alpha, gamma),
                 Term::L1 => l1(x[i], t),
             };
-            let share = self.weight.as_ref().map_or(1.0, |w| w[i]) / self.group as f64;
+            let share = self.weight.as_ref().map_or(1.0, |w| w[i]) / left[i / self.group] as f64;
             losses[i / self.group].value += share * loss.value;
             losses[i / self.group].slack += share.abs() * (loss.slack + 4.0 * loss.value.abs());
-            let factor = share * upstream_of(upstream, i / self.group) / denominator;
+            let factor = share * over(upstream_of(upstream, i / self.group), denominator);
             let chained = |v: Near, f: f64| near(f * v.value, f.abs() * (v.slack + 6.0 * v.value.abs()));
             grad[i] = chained(slope, factor);
             target_grad[i] = chained(target_slope, factor * (1.0 - e));

@@ -10,7 +10,7 @@ use std::panic::resume_unwind;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use candle_fused_loss::{
     BceLoss, BceWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss, MultiLabelSoftMarginLoss, NllLoss,
-    SigmoidFocalLoss, log_softmax,
+    RowTransform, SigmoidFocalLoss, log_softmax,
 };
 
 const VARIABLE: &str = "CANDLE_GRAD_DO_NOT_DETACH";
@@ -40,6 +40,12 @@ fn losses(device: &Device) -> Result<Vec<(&'static str, Loss<'static>)>> {
     let options = CrossEntropyLoss::new().with_weight(weight.clone()).with_label_smoothing(0.1).with_z_loss(0.02);
     let options = options.with_softcap(3.0).with_logit_scale(1.5);
     let (c, l) = (classes, labels);
+    let rows = Tensor::new(&[0.5f64, 2.], device)?;
+    let transformed = |transform: RowTransform| -> Loss<'static> {
+        let loss = CrossEntropyLoss::new().with_row_weight(rows.clone()).with_row_transform(transform);
+        let target = c.clone();
+        Box::new(move |x| loss.forward(x, &target))
+    };
     let with = |target: &Tensor, f: fn(&Tensor, &Tensor) -> Result<Tensor>| -> Loss<'static> {
         let target = target.clone();
         Box::new(move |x| f(x, &target))
@@ -51,6 +57,9 @@ fn losses(device: &Device) -> Result<Vec<(&'static str, Loss<'static>)>> {
             Box::new(move |x| options.forward(x, &c))
         }),
         ("beside statistics", with(&c, |x, t| Ok(CrossEntropyLoss::new().forward_with_statistics(x, t)?.0))),
+        ("softmax focal", transformed(RowTransform::Focal { gamma: 1.5 })),
+        ("poly-1", transformed(RowTransform::Poly1 { epsilon: 2.0 })),
+        ("generalised cross-entropy", transformed(RowTransform::GeneralizedCe { q: 0.7 })),
         ("of probabilities", with(&l, |x, t| CrossEntropyLoss::new().forward(x, t))),
         ("nll", with(&c, |x, t| NllLoss::new().forward(&log_softmax(x, D::Minus1)?, t))),
         ("log-softmax", Box::new(|x| log_softmax(x, 1)?.sqr()?.sum_all())),

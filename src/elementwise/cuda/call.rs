@@ -13,7 +13,7 @@ use crate::cuda::kernels;
 use crate::cuda::launch::{InputView, Launch, Workspace, alloc, output, read_element, to_host, upstream_view};
 use crate::custom_op::{Arg, Argument, Locked};
 use crate::elementwise::problem::{DenseKernels, ElementKernels, ElementOptions, Elements, LockedOptions};
-use crate::reduction::Reduction;
+use crate::reduction::{Denominator, LossForm};
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::cuda_backend::{CudaDevice, CudaStorageSlice};
 use candle_core::{CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
@@ -35,6 +35,8 @@ struct ElementOperands<'a> {
     /// Input and target, for their dtypes and a message about one of their elements.
     checked: [Arg<'a, CudaStorage>; 2],
     inputs: OperandInputs<'a>,
+    /// What the sum of the losses is divided by, where that is in memory.
+    normalizer: Option<InputView<'a>>,
     axes: OperandAxes,
 }
 
@@ -45,7 +47,7 @@ impl<'a> ElementOperands<'a> {
         target: Arg<'a, CudaStorage>,
         locked: &'a LockedOptions,
     ) -> Result<Self> {
-        let [weight, pos_weight, mask] = locked.args::<CudaStorage>(name)?;
+        let [weight, pos_weight, mask, normalizer] = locked.args::<CudaStorage>(name)?;
         let args: [_; OPERANDS] = [Some(input), Some(target), weight, pos_weight, mask];
         let arithmetic = arithmetic(input.0.dtype());
         if [weight, pos_weight].into_iter().flatten().any(|(weight, _)| weight.dtype() != arithmetic) {
@@ -53,6 +55,10 @@ impl<'a> ElementOperands<'a> {
         }
         if args.into_iter().flatten().any(|(_, layout)| layout.shape() != input.1.shape()) {
             bail!("{name}: an operand of another shape than the input's {:?}", input.1.shape());
+        }
+        if normalizer.is_some_and(|(storage, layout)| storage.dtype() != DType::F64 || layout.shape().elem_count() != 1)
+        {
+            bail!("{name}: a normalizer other than one number of f64");
         }
         let views =
             args.map(|arg| arg.map(|(_, layout)| OperandView { dims: layout.dims(), strides: layout.stride() }));
@@ -70,7 +76,7 @@ impl<'a> ElementOperands<'a> {
             pos_weight: optional(pos_weight)?,
             mask: optional(mask)?,
         };
-        Ok(ElementOperands { checked: [input, target], inputs, axes })
+        Ok(ElementOperands { checked: [input, target], inputs, normalizer: optional(normalizer)?, axes })
     }
 
     /// Whether the operands lie as the dense kernels read them.
@@ -144,8 +150,13 @@ impl<'a> ElementCall<'a> {
             smooth_shift: smoothing / 2.0,
             grad_scale: self.options.grad_scale,
             parameters: term.parameters,
+            normalizer: match self.problem.form {
+                LossForm::Scalar(Denominator::Value(value)) => value,
+                LossForm::Scalar(Denominator::Counted) => (self.elements / self.group) as f64,
+                LossForm::Each | LossForm::Scalar(Denominator::Tensor(_)) => 1.0,
+            },
             term: term.number,
-            reduction: self.options.reduction.into(),
+            counted: self.counts_mask(operands) as i32,
             target_dtype: inputs.target.tag as i32,
             mask_dtype: inputs.mask.as_ref().map_or(0, |mask| mask.tag as i32),
             unit_target: self.problem.unit_operands(operands.checked[1].0.dtype()).target as i32,
@@ -202,7 +213,7 @@ impl<'a> ElementCall<'a> {
     /// The loss, and its denominator or the gradient.
     fn losses(&self, operands: &ElementOperands, with_grad: bool) -> Result<LossResults> {
         let elements = self.elements as u64;
-        let none = self.options.reduction == Reduction::None;
+        let none = self.problem.form.is_each();
         let rows = none && self.group > 1;
         let each = none && !rows;
         let variant = self.variant(operands, with_grad || each, None);
@@ -217,11 +228,13 @@ impl<'a> ElementCall<'a> {
         if !with_grad {
             workspace.add(self.accumulator().size_in_bytes());
         }
-        let counts = (mask.is_some() && with_grad && self.counts_first(&spans)).then(|| {
+        let counting = self.counts_mask(operands);
+        // a gradient waits for a launch that counts the elements, unless each block does so by itself
+        let counts = (counting && with_grad && !spans.count_themselves(elements)).then(|| {
             let spans = Spans::count(elements);
             MaskCounts { counts: workspace.add(spans.count as usize * size_of::<i64>()), spans }
         });
-        let sums = if none { None } else { self.span_sums(&spans, mask.is_some(), &mut workspace)? };
+        let sums = if none { None } else { self.span_sums(&spans, counting, &mut workspace)? };
 
         let losses = if none { self.elements / self.group } else { 1 };
         // SAFETY: the kernels write all that is read
@@ -248,6 +261,7 @@ impl<'a> ElementCall<'a> {
             operands: &operands.inputs,
             workspace: memory,
             counts,
+            normalizer: operands.normalizer.as_ref(),
             loss: to,
             grad: grad.as_mut().map(output).transpose()?,
             params: &params,
@@ -260,33 +274,26 @@ impl<'a> ElementCall<'a> {
         Ok(LossResults { loss: self.storage(loss), denominator, grad: storage(grad) })
     }
 
-    /// Whether a gradient that depends on how many elements a mask leaves waits for a launch that counts them.
-    fn counts_first(&self, spans: &Spans) -> bool {
-        self.options.reduction == Reduction::Mean && !spans.count_themselves(self.elements as u64)
+    /// Whether the sum is divided by the number of elements that a mask leaves.
+    fn counts_mask(&self, operands: &ElementOperands) -> bool {
+        self.problem.form.is_counted() && operands.inputs.mask.is_some()
     }
 
     /// Where the sums of spans meet, if there are several.
-    fn span_sums(&self, spans: &Spans, masked: bool, workspace: &mut Workspace) -> Result<Option<SpanSums>> {
+    fn span_sums(&self, spans: &Spans, counting: bool, workspace: &mut Workspace) -> Result<Option<SpanSums>> {
         if spans.count <= 1 {
             return Ok(None);
         }
-        let sums = workspace.add(spans.count as usize * (1 + masked as usize) * size_of::<f64>());
+        let sums = workspace.add(spans.count as usize * (1 + counting as usize) * size_of::<f64>());
         Ok(Some(SpanSums { sums, ticket: self.gpu.ticket(&self.stream)? }))
     }
 
     /// As [`Self::losses`] for no elements, without a launch.
     fn empty(&self, input: &Layout) -> Result<LossResults> {
-        let rows = match input.dims() {
-            [rows @ .., _] if self.problem.average_rows => rows.iter().product(),
-            _ => 0,
-        };
-        let (loss, denominator): (&[f64], f64) = match self.options.reduction {
-            Reduction::None => (&vec![f64::NAN; rows], 1.0),
-            Reduction::Mean => (&[f64::NAN], 0.0),
-            Reduction::Sum => (&[0.0], 1.0),
-        };
+        let (value, denominator) = self.problem.form.of_nothing();
+        let loss = vec![value; self.problem.loss_shape(input).elem_count()];
         Ok(LossResults {
-            loss: constants(&self.device, self.accumulator(), loss)?,
+            loss: constants(&self.device, self.accumulator(), &loss)?,
             denominator: Some(constants(&self.device, self.accumulator(), &[denominator])?),
             grad: Some(constants(&self.device, self.dtype, &[])?),
         })
@@ -297,7 +304,7 @@ impl<'a> ElementCall<'a> {
         if self.elements == 0 {
             return self.empty(input.1);
         }
-        let locked = self.options.lock();
+        let locked = self.problem.lock();
         let operands = ElementOperands::new(self.problem.name, input, target, &locked)?;
         if self.options.target_check && self.problem.unit_operands(target.0.dtype()).target {
             self.check(&operands)?;
@@ -369,7 +376,7 @@ impl ElementKernels for CudaStorage {
         if call.elements == 0 {
             return constants(&call.device, dtype, &[]);
         }
-        let locked = call.options.lock();
+        let locked = call.problem.lock();
         let operands = ElementOperands::new(problem.name, input, target, &locked)?;
         let losses = (call.elements / call.group, arithmetic(call.dtype));
         let (upstream, upstream_each) = upstream_view(problem.name, losses, upstream)?;

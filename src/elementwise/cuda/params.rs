@@ -5,7 +5,6 @@ use super::plan::{MAX_AXES, OPERANDS, OperandAxes, Spans};
 use crate::cuda::grid::Grid;
 use crate::cuda::launch::{InputView, Launch};
 use crate::elementwise::problem::TERM_PARAMETERS;
-use crate::reduction::Reduction;
 use candle_core::Result;
 use cudarc::driver::{CudaSlice, CudaViewMut, DeviceRepr};
 
@@ -19,9 +18,10 @@ pub(super) struct ElementParams {
     pub smooth_shift: f64,
     pub grad_scale: f64,
     pub parameters: [f64; TERM_PARAMETERS],
+    pub normalizer: f64,
     /// Of the kernels that all terms share.
     pub term: i32,
-    pub reduction: ReductionCode,
+    pub counted: i32,
     pub target_dtype: i32,
     pub mask_dtype: i32,
     pub unit_target: i32,
@@ -47,25 +47,6 @@ impl ElementParams {
             size: axes.size.map(Divisor::new),
             stride: axes.stride,
             ..self
-        }
-    }
-}
-
-/// `Reduction` of the kernels.
-#[repr(i32)]
-#[derive(Clone, Copy, Debug)]
-pub(super) enum ReductionCode {
-    None = 0,
-    Mean = 1,
-    Sum = 2,
-}
-
-impl From<Reduction> for ReductionCode {
-    fn from(reduction: Reduction) -> Self {
-        match reduction {
-            Reduction::None => ReductionCode::None,
-            Reduction::Mean => ReductionCode::Mean,
-            Reduction::Sum => ReductionCode::Sum,
         }
     }
 }
@@ -105,7 +86,7 @@ pub(super) enum ElementLossOutput<'a> {
 /// Where the spans of a sum meet.
 #[derive(Clone, Copy)]
 pub(super) struct SpanSums {
-    /// Where in the workspace the sums begin, one for each span and, with a mask, one count for each.
+    /// Where in the workspace the sums begin, one for each span and, where elements are counted, one count for each.
     pub sums: u64,
     /// The address of the launch's counter, see [`crate::cuda::gpu::Gpu::ticket`].
     pub ticket: u64,
@@ -125,6 +106,8 @@ pub(super) struct LossLaunch<'a> {
     /// Where it is needed. Without a gradient, the denominator is at its start.
     pub workspace: Option<CudaViewMut<'a, u8>>,
     pub counts: Option<MaskCounts>,
+    /// A double that the sum of the losses is divided by.
+    pub normalizer: Option<&'a InputView<'a>>,
     pub loss: ElementLossOutput<'a>,
     pub grad: Option<CudaViewMut<'a, u8>>,
     pub params: &'a ElementParams,
@@ -154,7 +137,8 @@ impl LossLaunch<'_> {
         // ELEMENT_OPERANDS, ELEMENT_LOSSES, grad, ELEMENT_PARAMS
         self.operands.push(&mut launch);
         launch.address(counts).value(&count_parts).write_if(each).write_if(rows);
-        launch.address(sums).address(ticket).write_if(reduced).address(denominator);
+        launch.address(sums).address(ticket).read_if(self.normalizer.map(|normalizer| &normalizer.bytes));
+        launch.write_if(reduced).address(denominator);
         launch.write_if(self.grad.as_mut()).value(self.params);
         // SAFETY: the kernel's parameters in its order; the rest by this function's contract
         unsafe { launch.run(grid) }

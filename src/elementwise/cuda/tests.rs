@@ -2,7 +2,7 @@
 
 use crate::cuda::work::{Work, work_of};
 use crate::elementwise::problem::{ElementOptions, Elements, Term};
-use crate::reduction::Reduction;
+use crate::reduction::{Denominator, LossForm, Reduction};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use std::cell::Cell;
 
@@ -12,16 +12,35 @@ thread_local! {
 }
 
 const FLOATS: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
-const REDUCTIONS: [Reduction; 3] = [Reduction::None, Reduction::Mean, Reduction::Sum];
 const TERMS: [Term; 4] = [Term::Bce, Term::BceWithLogits, Term::Focal { alpha: Some(0.25), gamma: 1.5 }, Term::L1];
 
 fn gpu() -> Device {
     Device::new_cuda(0).expect("a CUDA device: softgpu/README.md says how to have one in software")
 }
 
+/// What a loss without a normalizer does.
+const REDUCTIONS: [Reduction; 3] = [Reduction::None, Reduction::Mean, Reduction::Sum];
+
+fn form(reduction: Reduction) -> LossForm {
+    match reduction {
+        Reduction::None => LossForm::Each,
+        Reduction::Mean => LossForm::MEAN,
+        Reduction::Sum => LossForm::SUM,
+        Reduction::BatchMean => divided_by(3.0),
+    }
+}
+
+fn divided_by(value: f64) -> LossForm {
+    LossForm::Scalar(Denominator::Value(value))
+}
+
+fn divided_by_tensor(value: f64, device: &Device) -> Result<LossForm> {
+    Ok(LossForm::Scalar(Denominator::Tensor(Tensor::new(value, device)?)))
+}
+
 fn plain(term: Term, reduction: Reduction) -> Elements {
     let options = ElementOptions { reduction, ..ElementOptions::default() };
-    Elements { name: "test", term, average_rows: false, options }
+    Elements { name: "test", term, average_rows: false, form: form(reduction), options }
 }
 
 fn with(mut problem: Elements, change: impl FnOnce(&mut Elements)) -> Elements {
@@ -107,6 +126,9 @@ fn outcome(problem: &Elements, x: &Tensor, t: &Tensor, view: ViewOf, device: &De
         o.options.weight = on_device(&problem.options.weight).unwrap();
         o.options.pos_weight = on_device(&problem.options.pos_weight).unwrap();
         o.options.mask = on_device(&problem.options.mask).unwrap();
+        if let LossForm::Scalar(Denominator::Tensor(tensor)) = &mut o.form {
+            *tensor = tensor.to_device(device).unwrap();
+        }
     });
     let x = Var::from_tensor(&x.to_device(device)?)?;
     let t = t.to_device(device)?;
@@ -321,6 +343,45 @@ fn rows_are_averaged() -> Result<()> {
     Ok(())
 }
 
+/// A normalizer in memory has the effect of the same number as a parameter, to the bit, in every pass; one of 0 makes
+/// the loss what the division gives, and lets no gradient out.
+#[test]
+fn normalizers() -> Result<()> {
+    let device = gpu();
+    for (rows, classes) in [(6, 35), (70, 1000)] {
+        let shape = [rows, classes];
+        let mask: Vec<f64> = uniform(rows * classes, 29).iter().map(|u| f64::from(*u > 0.3)).collect();
+        for (term, dtype) in TERMS.into_iter().zip([DType::BF16, DType::F32, DType::F16, DType::F64]) {
+            let x = tensor(inputs(term, rows * classes), &shape, dtype)?;
+            let t = tensor(labels(rows * classes), &shape, dtype)?;
+            let mask = tensor(mask.clone(), &shape, DType::U8)?;
+            for (masked, average_rows) in [(false, false), (true, false), (false, true)] {
+                let of = |form: LossForm| {
+                    let options = ElementOptions { mask: masked.then(|| mask.clone()), ..ElementOptions::default() };
+                    Elements { name: "test", term, average_rows, form, options }
+                };
+                let case = format!("{shape:?} {term:?} {dtype:?} masked {masked} rows {average_rows}");
+                let (number, memory) = (of(divided_by(7.25)), of(divided_by_tensor(7.25, &Device::Cpu)?));
+                compare(&case, &memory, &x, &t, same, &device)?;
+                let number = outcome(&number, &x, &t, same, &device)?;
+                let memory = outcome(&memory, &x, &t, same, &device)?;
+                let all = |o: &Outcome| -> Result<Vec<Vec<f64>>> {
+                    [&o.loss, &o.grad, &o.fused_loss, &o.fused_grad].into_iter().map(values).collect()
+                };
+                assert_eq!(all(&number)?, all(&memory)?, "{case}");
+                let nothing = outcome(&of(divided_by_tensor(0.0, &Device::Cpu)?), &x, &t, same, &device)?;
+                for loss in [&nothing.loss, &nothing.fused_loss] {
+                    assert_eq!(values(loss)?, [f64::INFINITY], "{case}");
+                }
+                for grad in [Some(&nothing.grad), nothing.target_grad.as_ref(), Some(&nothing.fused_grad)] {
+                    assert!(grad.map_or(Ok(vec![]), values)?.iter().all(|g| *g == 0.0), "{case}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn target_dtypes() -> Result<()> {
     let device = gpu();
@@ -376,7 +437,7 @@ fn extreme_logits() -> Result<()> {
 #[test]
 fn masked_elements_leak_nothing() -> Result<()> {
     let device = gpu();
-    for mean in [Reduction::Mean, Reduction::Sum, Reduction::None] {
+    for mean in [Reduction::Mean, Reduction::Sum, Reduction::BatchMean, Reduction::None] {
         let x = Tensor::new(&[1f32, f32::NAN, f32::INFINITY, -1.0], &device)?;
         let t = Tensor::new(&[1f32, 0.0, f32::NAN, 0.0], &device)?;
         let mask = Tensor::new(&[1u8, 0, 0, 1], &device)?;
@@ -387,6 +448,7 @@ fn masked_elements_leak_nothing() -> Result<()> {
         let (want, scale) = match mean {
             Reduction::Mean => (vec![softplus], 0.5),
             Reduction::Sum => (vec![2.0 * softplus], 1.0),
+            Reduction::BatchMean => (vec![2.0 / 3.0 * softplus], 1.0 / 3.0),
             Reduction::None => (vec![softplus, 0.0, 0.0, softplus], 1.0),
         };
         for (g, w) in values(&loss)?.iter().zip(&want) {
@@ -453,7 +515,7 @@ fn nothing_is_launched_for_no_elements() -> Result<()> {
         match reduction {
             Reduction::None => assert!(loss.is_empty()),
             Reduction::Mean => assert!(loss[0].is_nan()),
-            Reduction::Sum => assert_eq!(loss, [0.0]),
+            Reduction::Sum | Reduction::BatchMean => assert_eq!(loss, [0.0]),
         }
     }
     Ok(())
@@ -514,7 +576,11 @@ fn work_of_a_call() -> Result<()> {
                     o.options.pos_weight = weight.clone();
                 });
                 let with_mask = with(plain(term, Reduction::Mean), |o| o.options.mask = mask.clone());
-                for (loss, launches) in [(without, 1), (labels, 1), (weighted, 1), (with_mask, masked)] {
+                // read where it is: neither waited for nor copied, and a mask need not be counted
+                let normalized = with(with_mask.clone(), |o| o.form = divided_by_tensor(3.0, &device).unwrap());
+                let dense = with(without.clone(), |o| o.form = normalized.form.clone());
+                let one_launch = [without, labels, weighted, normalized, dense].map(|loss| (loss, 1));
+                for (loss, launches) in one_launch.into_iter().chain([(with_mask, masked)]) {
                     let what = format!("{rows} x {classes}, {dtype:?}, {loss:?}");
                     let forward = work_of(|| loss.clone().forward(&x, &t))?;
                     assert_eq!(forward, Work { launches: 1, allocations: 2, waits: 0 }, "{what}: forward");
@@ -562,6 +628,9 @@ fn operands_that_do_not_fit() -> Result<()> {
     let l1 = || plain(Term::L1, Reduction::Mean);
     says(l1(), &short, "an operand of another shape than the input's [2, 3]");
     says(with(l1(), |p| p.options.mask = Some(short.clone())), &x, "an operand of another shape");
+    let normalizer = |tensor: Tensor| with(l1(), |p| p.form = LossForm::Scalar(Denominator::Tensor(tensor)));
+    says(normalizer(zeros(&[], DType::F32)?), &x, "a normalizer other than one number of f64");
+    says(normalizer(zeros(&[0], DType::F64)?), &x, "a normalizer other than one number of f64");
     let wide = zeros(&[2, 3], DType::F64)?;
     says(with(l1(), |p| p.options.weight = Some(wide)), &x, "weights of another dtype than F32");
     Ok(())

@@ -1,7 +1,7 @@
 //! The kernels against the CPU, through the ops.
 
 use crate::cuda::kernels::NLL;
-use crate::cuda::testing::{FLOATS, assert_close, indices, random, tolerance};
+use crate::cuda::testing::{FLOATS, assert_close, form_of, indices, random, tolerance};
 use crate::cuda::work::{Work, work_of};
 use crate::nll::problem::Nll;
 use crate::reduction::Reduction;
@@ -9,7 +9,7 @@ use crate::rows::options::RowOptions;
 use candle_core::{DType, Device, Result, Tensor, Var};
 
 fn nll(options: RowOptions) -> Nll {
-    Nll { name: "nll", axis: 1, options }
+    Nll { name: "nll", axis: 1, form: form_of(options.reduction), options }
 }
 
 /// Loss and gradients by all passes.

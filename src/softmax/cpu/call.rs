@@ -10,7 +10,7 @@ use crate::cpu::element::{Element, Input, Output, PerRow, Source, Strided, sourc
 use crate::cpu::math::{LANES, Real};
 use crate::cpu::{own_slice, sum_in_order, with_floats};
 use crate::custom_op::{Arg, Argument, DeviceStorage};
-use crate::reduction::Reduction;
+use crate::reduction::LossForm;
 use crate::rows::cpu::over_denominator;
 use crate::rows::layout::Rows;
 use crate::softmax::problem::{CrossEntropy, STATISTICS, Saved, SoftmaxKernels, target_gradient_dtype};
@@ -21,10 +21,10 @@ use std::ops::Range;
 /// Calls `body` with the rows of a problem on its tensors.
 macro_rules! with_rows {
     ($problem:expr, $logits:expr, $target:expr, $rows:ident => $body:expr) => {{
-        let weight = $problem.options.rows.lock_weight();
+        let locked = $problem.options.rows.lock(&$problem.form);
         with_floats!($problem.name, $logits.0, data => {
             let (x, layout) = (Input::Shared(data), $problem.rows($logits.1)?);
-            let $rows = RowProblem::new($problem, x, layout, $target, &weight)?;
+            let $rows = RowProblem::new($problem, x, layout, $target, &locked)?;
             $body
         })
     }};
@@ -33,10 +33,9 @@ macro_rules! with_rows {
 impl SoftmaxKernels for CpuStorage {
     fn forward(problem: &CrossEntropy, logits: Arg<Self>, target: Arg<Self>) -> Result<(Self, Saved)> {
         with_rows!(problem, logits, target, rows => {
-            let (denominator, count) = (rows.denominator()?, rows.rows().count());
-            let (mut loss, mut numbers) = (vec![Real::ZERO; count], rows.numbers(denominator));
+            let (mut loss, mut numbers) = (vec![Real::ZERO; rows.rows().count()], rows.numbers());
             rows.engine().reduce(RowDetail::Loss, rows.writer(&mut loss, &mut numbers));
-            Ok((rows.reduced(loss, denominator), saved(numbers)))
+            Ok((rows.reduced(loss), saved(numbers)))
         })
     }
 
@@ -49,8 +48,7 @@ impl SoftmaxKernels for CpuStorage {
         upstream: Arg<Self>,
     ) -> Result<Self> {
         with_rows!(problem, logits, target, rows => {
-            // a target that was overwritten since the forward must not lead outside of its row
-            rows.check()?;
+            // a target that was overwritten since the forward is checked again: it must not lead outside of its row
             let (numbers, count) = (saved.0.to_vec1()?, rows.rows().count());
             let (denominator, statistics) = match numbers.split_last() {
                 Some((&denominator, statistics)) if statistics.len() == count * rows.kinds() => {
@@ -84,14 +82,14 @@ impl SoftmaxKernels for CpuStorage {
         layout: &Layout,
         target: Arg<Self>,
     ) -> Result<Self> {
-        let weight = problem.options.rows.lock_weight();
+        let locked = problem.options.rows.lock(&problem.form);
         let Some((start, end)) = layout.contiguous_offsets() else {
             return Err(crate::check::not_contiguous(problem.name, layout));
         };
         let rows = Rows { offset: 0, ..problem.rows(layout)? };
         with_floats!(problem.name, logits, data => {
             let (input, output) = Output::in_place(&mut data[start..end]);
-            let rows = RowProblem::new(problem, input, rows, target, &weight)?;
+            let rows = RowProblem::new(problem, input, rows, target, &locked)?;
             // SAFETY: input and output are the only ones of the logits, which are contiguous: an element for each of
             // them
             unsafe { rows.loss_and_grad(&output) }
@@ -132,7 +130,7 @@ struct ForwardResults<'a, A> {
 }
 
 impl<A: Real> ForwardResults<'_, A> {
-    /// One of the statistics of some rows: 0 is max, 1 rest, 2 mass.
+    /// One of the statistics of some rows: 0 is max, 1 rest, 2 mass or slope.
     fn kind(&self, kind: usize, rows: &Range<usize>) -> &[A] {
         &self.statistics[kind * self.count..][rows.clone()]
     }
@@ -157,9 +155,10 @@ impl<'a, T: Element> RowProblem<'a, T> {
         Engine::new(&self.logits, &self.q)
     }
 
-    /// How many numbers of a row the backward needs.
+    /// How many numbers of a row the backward needs: maximum and rest, and the mass of a probability target or the
+    /// slope of a transform.
     fn kinds(&self) -> usize {
-        if self.indices.is_some() { 2 } else { 3 }
+        if self.indices.is_some() && self.options.row_transform.is_none() { 2 } else { 3 }
     }
 
     /// Writes each row's loss, and what the backward needs of it, in the order of [`Saved`].
@@ -171,10 +170,11 @@ impl<'a, T: Element> RowProblem<'a, T> {
         let (loss, statistics, count) = (PerRow::new(loss), PerRow::new(statistics), self.rows().count());
         move |rows, states| {
             // SAFETY: nobody writes to the logits in a forward
-            let losses = unsafe { self.losses(rows.clone(), &self.targets(rows.clone()), states) };
+            let (losses, slopes) = unsafe { self.losses(rows.clone(), &self.targets(rows.clone()), states) };
             // SAFETY: a row is finished once
             unsafe { loss.set(rows.clone(), &losses) };
-            let kinds = [&states.max, &states.rest, &states.mass];
+            let third = if self.indices.is_some() { &slopes } else { &states.mass };
+            let kinds = [&states.max, &states.rest, third];
             for (kind, values) in kinds[..self.kinds()].iter().enumerate() {
                 // SAFETY: a row is finished once
                 unsafe { statistics.set(kind * count + rows.start..kind * count + rows.end, values.as_slice()) };
@@ -183,29 +183,31 @@ impl<'a, T: Element> RowProblem<'a, T> {
     }
 
     /// Room for what the backward needs of the rows, and behind it the denominator.
-    fn numbers(&self, denominator: f64) -> Vec<T::Acc> {
+    fn numbers(&self) -> Vec<T::Acc> {
         let last = self.kinds() * self.rows().count();
         // zeros, which cost nothing until a row is finished
         let mut numbers = vec![T::Acc::ZERO; last + 1];
-        numbers[last] = T::Acc::of(denominator);
+        numbers[last] = T::Acc::of(self.denominator);
         numbers
     }
 
     /// The loss, from the rows' losses.
-    fn reduced(&self, loss: Vec<T::Acc>, denominator: f64) -> CpuStorage {
-        T::Acc::to_cpu_storage_owned(match self.options.rows.reduction {
-            Reduction::None => loss,
-            Reduction::Mean | Reduction::Sum => vec![T::Acc::of(sum_in_order(&loss) / denominator)],
+    fn reduced(&self, loss: Vec<T::Acc>) -> CpuStorage {
+        T::Acc::to_cpu_storage_owned(match self.problem.form {
+            LossForm::Each => loss,
+            LossForm::Scalar(_) => vec![T::Acc::of(sum_in_order(&loss) / self.denominator)],
         })
     }
 
     fn logits_gradient(&self, forward: &ForwardResults<T::Acc>) -> CpuStorage {
         let uniform_mass = [self.uniform_mass(); LANES];
         let group = |rows: Range<usize>, _: &States<T::Acc>| {
-            let targets = self.targets(rows.clone());
+            let mut targets = self.targets(rows.clone());
             let kind = |kind: usize| forward.kind(kind, &rows);
-            let (max, rest, mass) = (kind(0), kind(1), if self.kinds() == 3 { kind(2) } else { &uniform_mass });
-            let scalars = self.gradient_scalars(&targets, max, rest, mass, forward.upstream(&rows));
+            let (max, rest, mass) = (kind(0), kind(1), if self.indices.is_none() { kind(2) } else { &uniform_mass });
+            self.transform(&mut targets, if self.kinds() == 3 { kind(2) } else { &[] });
+            let upstream = forward.upstream(&rows);
+            let scalars = self.gradient_scalars(rows, &targets, max, rest, mass, upstream);
             RowGroup { scalars, targets }
         };
         with_scale!(self.logits.factor, scale => self.engine().emit::<T, _>(None, &LogitsGradient(scale), group))
@@ -225,7 +227,9 @@ impl<'a, T: Element> RowProblem<'a, T> {
                 *to = log_sum(max, rest);
             }
             scalars.upstream = forward.upstream(&rows);
-            RowGroup { scalars, targets: RowTargets::NONE }
+            let targets = self.targets(rows.clone());
+            self.weigh(rows, &targets, &mut scalars.upstream);
+            RowGroup { scalars, targets }
         };
         let (engine, rule) = (Engine::new(&self.logits, &q), TargetGradient(self.logits.factor));
         match target_gradient_dtype(T::DTYPE, target) == T::DTYPE {
@@ -240,32 +244,32 @@ impl<'a, T: Element> RowProblem<'a, T> {
     /// Nobody else reads or writes the output, or the logits where it replaces them, and it has an element for each
     /// logit. All are initialised then, unless there is an error.
     unsafe fn loss_and_grad(&self, out: &Output<T>) -> Result<CpuStorage> {
-        let denominator = self.denominator()?;
         let grad_scale = T::Acc::of(self.options.rows.grad_scale);
-        let upstream = [over_denominator(grad_scale, T::Acc::of(denominator)); LANES];
+        let upstream = [over_denominator(grad_scale, T::Acc::of(self.denominator)); LANES];
         let mut loss = vec![T::Acc::ZERO; self.rows().count()];
         let losses = PerRow::new(&mut loss);
         let group = |rows: Range<usize>, states: &States<T::Acc>| {
-            let targets = self.targets(rows.clone());
+            let mut targets = self.targets(rows.clone());
             // SAFETY: the values of these rows are emitted later, and other tasks emit other rows only
-            let values = unsafe { self.losses(rows.clone(), &targets, states) };
+            let (values, slopes) = unsafe { self.losses(rows.clone(), &targets, states) };
+            self.transform(&mut targets, &slopes);
             // SAFETY: a row's group is made once
             unsafe { losses.set(rows.clone(), &values) };
             let count = rows.len();
             let (max, rest, mass) = (&states.max[..count], &states.rest[..count], &states.mass[..count]);
-            RowGroup { scalars: self.gradient_scalars(&targets, max, rest, mass, upstream), targets }
+            RowGroup { scalars: self.gradient_scalars(rows, &targets, max, rest, mass, upstream), targets }
         };
         with_scale!(self.logits.factor, scale => {
             // SAFETY: this function has the same contract
             unsafe { self.engine().emit_to(Some(RowDetail::Loss), &LogitsGradient(scale), group, out) }
         });
-        Ok(self.reduced(loss, denominator))
+        Ok(self.reduced(loss))
     }
 
     fn forward_with_statistics(&self) -> Result<(CpuStorage, Saved, [CpuStorage; STATISTICS])> {
-        let (denominator, count) = (self.denominator()?, self.rows().count());
+        let count = self.rows().count();
         let zeros = |count: usize| vec![T::Acc::ZERO; count];
-        let (mut loss, mut saved_numbers) = (zeros(count), self.numbers(denominator));
+        let (mut loss, mut saved_numbers) = (zeros(count), self.numbers());
         let mut floats = [zeros(count), zeros(count), zeros(count)];
         let (mut argmax, mut flags) = (vec![0u32; count], [vec![0f32; count], vec![0f32; count]]);
         let write = self.writer(&mut loss, &mut saved_numbers);
@@ -286,7 +290,7 @@ impl<'a, T: Element> RowProblem<'a, T> {
         let [lse, z_loss, entropy] = floats.map(T::Acc::to_cpu_storage_owned);
         let [correct, counted] = flags.map(CpuStorage::F32);
         let numbers = [of_rows, lse, z_loss, entropy, CpuStorage::U32(argmax), correct, counted];
-        Ok((self.reduced(loss, denominator), saved(saved_numbers), numbers))
+        Ok((self.reduced(loss), saved(saved_numbers), numbers))
     }
 
     /// Lse, z-loss and entropy of some rows, and whether they are correct and counted. An ignored row's are 0.

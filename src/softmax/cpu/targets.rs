@@ -6,16 +6,19 @@ use crate::cpu::element::{Element, Input, Strided, source};
 use crate::cpu::indices::Indices;
 use crate::cpu::math::{LANES, Real, dispatch};
 use crate::cpu::{own_slice, sum_in_order};
-use crate::custom_op::{Arg, Locked};
+use crate::custom_op::Arg;
+use crate::rows::cpu::row_weights;
 use crate::rows::layout::Rows;
+use crate::rows::options::LockedRowOptions;
 use crate::softmax::problem::{CrossEntropy, SoftmaxOptions};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Result, WithDType};
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// One cross-entropy on one pair of tensors.
 pub(super) struct RowProblem<'a, T: Element> {
-    pub(super) name: &'static str,
+    pub(super) problem: &'a CrossEntropy,
     pub(super) options: &'a SoftmaxOptions,
     pub(super) logits: Logits<'a, T>,
     /// What goes into the loss for every class: smoothing, or the probabilities.
@@ -24,6 +27,10 @@ pub(super) struct RowProblem<'a, T: Element> {
     pub(super) indices: Option<Indices<'a>>,
     pub(super) keep: T::Acc,
     pub(super) weight: Option<&'a [T::Acc]>,
+    /// A factor of each row, 0 where it doesn't count.
+    pub(super) row_weight: Option<Cow<'a, [T::Acc]>>,
+    /// What the sum of the rows' losses is divided by, once every class index is checked.
+    pub(super) denominator: f64,
 }
 
 impl<'a, T: Element> RowProblem<'a, T> {
@@ -32,10 +39,12 @@ impl<'a, T: Element> RowProblem<'a, T> {
         x: Input<'a, T>,
         rows: Rows,
         target: Arg<'a, CpuStorage>,
-        weight: &'a Option<Locked>,
+        locked: &'a LockedRowOptions,
     ) -> Result<Self> {
         let CrossEntropy { name, options, .. } = problem;
-        let weight = weight.as_ref().map(|weight| own_slice(weight.arg(name)?)).transpose()?;
+        let [weight, row_weight, _] = locked.args(name)?;
+        let weight = weight.map(own_slice).transpose()?;
+        let row_weight = row_weights(row_weight)?;
         let of = <T::Acc as Real>::of;
         let keep = of(1.0 - options.label_smoothing);
         let spread = of(options.label_smoothing / rows.classes.max(1) as f64);
@@ -53,28 +62,31 @@ impl<'a, T: Element> RowProblem<'a, T> {
         };
         let (scale, factor) = options.split_scale();
         let logits = Logits { x, rows, scale: of(scale), softcap: options.softcap.map(of), factor: of(factor) };
-        Ok(RowProblem { name, options, logits, q, indices, keep, weight })
+        let total = match &indices {
+            Some(indices) => {
+                let ignore_index = options.rows.ignore_index;
+                indices.total(name, ignore_index, rows.classes, (weight, row_weight.as_deref()))?
+            }
+            None => row_weight.as_ref().map_or(rows.count() as f64, |weights| sum_in_order(weights)),
+        };
+        let denominator = problem.form.denominator(|| total)?;
+        Ok(RowProblem { problem, options, logits, q, indices, keep, weight, row_weight, denominator })
     }
 
     pub(super) fn rows(&self) -> &Rows {
         &self.logits.rows
     }
 
-    /// Checks every class index, and sums the weights of the rows that count.
-    pub(super) fn check(&self) -> Result<f64> {
-        match &self.indices {
-            Some(indices) => indices.total(self.name, self.options.rows.ignore_index, self.rows().classes, self.weight),
-            None => Ok(self.rows().count() as f64),
-        }
-    }
-
-    /// The targets of up to [`LANES`] adjacent rows. A class is inside its row by [`Self::check`].
+    /// The targets of up to [`LANES`] adjacent rows. A class is inside its row by the check of [`Self::new`].
     #[inline(always)]
     pub(super) fn targets(&self, rows: Range<usize>) -> RowTargets<T::Acc> {
         let mut targets = RowTargets::NONE;
+        if let Some(weights) = &self.row_weight {
+            targets.live.iter_mut().zip(&weights[rows.clone()]).for_each(|(live, w)| *live = *w != T::Acc::ZERO);
+        }
         let Some(indices) = &self.indices else { return targets };
         for (lane, class) in indices.load(rows.clone()).into_iter().take(rows.len()).enumerate() {
-            let live = class != self.options.rows.ignore_index;
+            let live = targets.live[lane] && class != self.options.rows.ignore_index;
             let class = if live { class as usize } else { 0 };
             let weight = self.keep * self.weight.map_or(T::Acc::ONE, |weight| weight[class]);
             targets.class[lane] = class;
@@ -84,12 +96,24 @@ impl<'a, T: Element> RowProblem<'a, T> {
         targets
     }
 
-    /// What the sum of the rows' losses is divided by, after a check of every class index.
-    pub(super) fn denominator(&self) -> Result<f64> {
-        Ok(self.options.rows.denominator(self.check()?))
+    /// Multiplies the own classes' weights by the slopes of their transformed terms.
+    pub(super) fn transform(&self, targets: &mut RowTargets<T::Acc>, slopes: &[T::Acc]) {
+        if self.options.row_transform.is_some() {
+            targets.weight.iter_mut().zip(slopes).for_each(|(weight, &slope)| *weight *= slope);
+        }
     }
 
-    /// The losses of up to [`LANES`] adjacent rows.
+    /// Multiplies numbers of rows by the weights of those that count.
+    #[inline(always)]
+    pub(super) fn weigh(&self, rows: Range<usize>, targets: &RowTargets<T::Acc>, values: &mut [T::Acc; LANES]) {
+        let Some(weights) = &self.row_weight else { return };
+        for ((value, &weight), live) in values.iter_mut().zip(&weights[rows]).zip(targets.live) {
+            *value = if live { weight * *value } else { T::Acc::ZERO };
+        }
+    }
+
+    /// The losses of up to [`LANES`] adjacent rows, and the slopes of their own classes' transformed terms: 1 without a
+    /// transform.
     ///
     /// # Safety
     /// Where the logits are replaced in place, nobody writes those of the rows meanwhile.
@@ -98,23 +122,37 @@ impl<'a, T: Element> RowProblem<'a, T> {
         rows: Range<usize>,
         targets: &RowTargets<T::Acc>,
         states: &States<T::Acc>,
-    ) -> [T::Acc; LANES] {
+    ) -> ([T::Acc; LANES], [T::Acc; LANES]) {
         // SAFETY: this function has the same contract
-        let own = unsafe { self.logits.pick(rows, &targets.class) };
-        let z_loss = T::Acc::of(self.options.z_loss);
-        dispatch(RowLosses { states, targets, own: &own, has_q: !self.q.is_none(), z_loss })
+        let own = unsafe { self.logits.pick(rows.clone(), &targets.class) };
+        let (mut nll, mut slopes) = ([T::Acc::ZERO; LANES], [T::Acc::ONE; LANES]);
+        for (lane, nll) in nll.iter_mut().enumerate() {
+            *nll = states.log_sum[lane] - states.scale * (own[lane] - states.max[lane]);
+        }
+        if let Some(transform) = self.options.row_transform {
+            for (nll, slope) in nll.iter_mut().zip(&mut slopes).take(rows.len()) {
+                let (value, of_slope) = transform.at(nll.to_f64());
+                (*nll, *slope) = (T::Acc::of(value), T::Acc::of(of_slope));
+            }
+        }
+        let (has_q, z_loss) = (!self.q.is_none(), T::Acc::of(self.options.z_loss));
+        let mut losses = dispatch(RowLosses { states, targets, nll: &nll, has_q, z_loss });
+        self.weigh(rows, targets, &mut losses);
+        (losses, slopes)
     }
 
     /// The numbers of which the gradient of up to [`LANES`] adjacent rows is made, from what the rows were reduced to.
     /// The upstream gradient is over the denominator already.
     pub(super) fn gradient_scalars(
         &self,
+        rows: Range<usize>,
         targets: &RowTargets<T::Acc>,
         max: &[T::Acc],
         rest: &[T::Acc],
         mass: &[T::Acc],
-        upstream: [T::Acc; LANES],
+        mut upstream: [T::Acc; LANES],
     ) -> RowScalars<[T::Acc; LANES]> {
+        self.weigh(rows, targets, &mut upstream);
         let mut scalars = RowScalars::of_softmax(max, rest);
         for (lane, ((&max, &rest), &mass)) in max.iter().zip(rest).zip(mass).enumerate() {
             let of_z_loss = match self.options.z_loss {

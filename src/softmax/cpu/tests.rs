@@ -2,6 +2,7 @@
 //! tests look at; and results past the cache, which are large elsewhere.
 
 use crate::cpu::stream::FORCED;
+use crate::reduction::LossForm;
 use crate::rows::cpu::{BLOCK, SEGMENT};
 use crate::rows::options::RowOptions;
 use crate::softmax::op::log_softmax;
@@ -11,7 +12,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 fn problem(softcap: Option<f64>) -> CrossEntropy {
     let rows = RowOptions { ignore_index: 1, ..RowOptions::default() };
     let options = SoftmaxOptions { rows, label_smoothing: 0.1, softcap, ..SoftmaxOptions::default() };
-    CrossEntropy { name: "test", axis: 1, options }
+    CrossEntropy { name: "test", axis: 1, form: LossForm::MEAN, options }
 }
 
 /// All passes of cross-entropy and of log-softmax; the losses of the two ways to the gradient, and in place, are the

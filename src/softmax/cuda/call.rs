@@ -11,11 +11,12 @@ use crate::check::{arithmetic, is_index};
 use crate::cuda::gpu::Gpu;
 use crate::cuda::grid::Grid;
 use crate::cuda::launch::{InputView, Tag, Workspace, alloc, output};
-use crate::custom_op::{Arg, DeviceStorage, Locked};
-use crate::reduction::Reduction;
+use crate::custom_op::{Arg, DeviceStorage};
 use crate::rows::cuda::{LossOutput, Partials, RowOperands, RowParams, Strides, TargetViews, check_indices};
 use crate::rows::layout::Rows;
+use crate::rows::options::LockedRowOptions;
 use crate::softmax::problem::{CrossEntropy, STATISTICS, Saved, SoftmaxOptions};
+use crate::softmax::transform::RowTransform;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
 use candle_core::{DType, Layout, Result, bail};
@@ -107,12 +108,12 @@ impl<'a> SoftmaxCall<'a> {
         problem: &'a CrossEntropy,
         (device, dtype, layout): (&CudaDevice, DType, &Layout),
         target: Arg<'a, CudaStorage>,
-        weight: &'a Option<Locked>,
+        locked: &'a LockedRowOptions,
     ) -> Result<Self> {
         let (name, options) = (problem.name, &problem.options);
         let rows = problem.rows(layout)?;
         let class_indices = is_index(target.0.dtype());
-        let base = RowParams::new(name, &rows, &options.rows, target.0.dtype())?;
+        let base = RowParams::new(name, &rows, (&options.rows, &problem.form), target.0.dtype())?;
         let mut params = SoftmaxParams::of_rows(RowParams { keep: 1.0 - options.label_smoothing, ..base }, &rows);
         params.spread = options.label_smoothing / rows.classes.max(1) as f64;
         // the sum of q is the label smoothing, unless q are probabilities or have class weights in them
@@ -126,7 +127,9 @@ impl<'a> SoftmaxCall<'a> {
             params = params.with_softcap(cap);
         }
         params.z_loss = options.z_loss;
-        let operands = RowOperands::new(name, (&rows, layout.shape(), arithmetic(dtype)), target, weight)?;
+        (params.row_transform, params.transform_parameter) =
+            options.row_transform.map_or((0, 0.0), RowTransform::of_kernels);
+        let operands = RowOperands::new(name, (&rows, layout.shape(), arithmetic(dtype)), target, locked)?;
         if !class_indices {
             params.t = Strides::of(&problem.target_rows(target.1, &rows)?);
         }
@@ -187,23 +190,21 @@ impl<'a> SoftmaxCall<'a> {
 
     /// How many losses the reduction leaves.
     fn losses(&self) -> usize {
-        if self.options.rows.reduction == Reduction::None { self.rows.count() } else { 1 }
+        if self.problem.form.is_each() { self.rows.count() } else { 1 }
     }
 
     /// How many numbers of the rows the backward needs.
     fn numbers_of_rows(&self) -> usize {
-        (2 + self.params.row_mass as usize) * self.rows.count()
+        let transformed = (self.params.row_transform != 0) as usize;
+        (2 + self.params.row_mass as usize + transformed) * self.rows.count()
     }
 
     /// The results of no rows, for which nothing is launched.
     pub fn reduced_nothing(&self) -> Result<Reduced> {
-        let value = match self.options.rows.reduction {
-            Reduction::Mean if self.options.rows.normalizer.is_none() => f64::NAN,
-            _ => 0.0,
-        };
+        let (loss, denominator) = self.problem.form.of_nothing();
         Ok(Reduced {
-            loss: constant(&self.device, self.arithmetic(), value)?,
-            workspace: constant(&self.device, self.arithmetic(), self.params.base.normalizer)?,
+            loss: constant(&self.device, self.arithmetic(), loss)?,
+            workspace: constant(&self.device, self.arithmetic(), denominator)?,
             arrays: ForwardArrays { statistics: 0, denominator: 0, states: 0 },
             partials: None,
         })
@@ -297,12 +298,12 @@ impl<'a> SoftmaxCall<'a> {
 
     /// What a launch over `blocks` blocks needs to make one loss of all.
     fn partials(&self, blocks: u32, workspace: &mut Workspace) -> Result<Option<Partials>> {
-        Partials::of(self.options.rows.reduction, blocks, workspace, (self.gpu, &self.stream))
+        Partials::of(&self.problem.form, blocks, workspace, (self.gpu, &self.stream))
     }
 
     fn output<'b>(&self, reduced: &'b mut Reduced) -> Result<ForwardOutput<'b>> {
         Ok(ForwardOutput {
-            loss: LossOutput::new(&mut reduced.loss, self.options.rows.reduction, reduced.partials)?,
+            loss: LossOutput::new(&mut reduced.loss, &self.problem.form, reduced.partials)?,
             workspace: output(&mut reduced.workspace)?,
             arrays: reduced.arrays,
         })
@@ -391,7 +392,7 @@ impl<'a> SoftmaxCall<'a> {
         let launch = TargetGradientLaunch {
             params: SoftmaxParams { upstream_rows: upstream_rows as i32, ..self.params.for_pass(&pass) },
             x: &x.bytes,
-            weight: self.operands.weight(),
+            targets: self.targets(),
             statistics: inputs.statistics,
             denominator: inputs.denominator,
             upstream: &upstream.bytes,
@@ -444,7 +445,7 @@ impl<'a> SoftmaxCall<'a> {
             targets: self.targets(),
             workspace,
             counts,
-            loss: LossOutput::new(&mut loss, self.options.rows.reduction, partials)?,
+            loss: LossOutput::new(&mut loss, &self.problem.form, partials)?,
         };
         let grid = Grid { overlaps: counts.is_some() && self.gpu.clusters, ..pass.grid };
         // SAFETY: the kernel and the grid are the pass's; the rows are those of the logits' layout, `RowOperands`

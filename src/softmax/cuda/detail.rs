@@ -13,7 +13,8 @@ use candle_core::{DType, Result, bail};
 pub(super) enum Detail {
     /// Class indices and class weights alone.
     Plain,
-    /// Class indices with z-loss, a positive scale, a soft cap and, unless there are class weights, label smoothing.
+    /// Class indices with z-loss, a row transform, a positive scale, a soft cap and, unless there are class weights,
+    /// label smoothing.
     Uniform,
     /// All other options, and all of them for `f64`.
     General,
@@ -32,7 +33,7 @@ impl Detail {
             return Detail::General;
         }
         let scaled = options.logit_scale != 1.0 || options.softcap.is_some();
-        if options.label_smoothing == 0.0 && options.z_loss == 0.0 && !scaled {
+        if options.label_smoothing == 0.0 && options.z_loss == 0.0 && !scaled && options.row_transform.is_none() {
             return Detail::Plain;
         }
         // class weights give each smoothed class its own q, and a scale below 0 makes the lowest logit the largest

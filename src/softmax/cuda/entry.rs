@@ -33,8 +33,8 @@ fn replaceable(layout: &Layout, rows: &Rows) -> Option<Range<usize>> {
 
 impl SoftmaxKernels for CudaStorage {
     fn forward(problem: &CrossEntropy, (storage, layout): Arg<Self>, target: Arg<Self>) -> Result<(Self, Saved)> {
-        let weight = problem.options.rows.lock_weight();
-        let call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &weight)?;
+        let locked = problem.options.rows.lock(&problem.form);
+        let call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &locked)?;
         call.check_target(target)?;
         let reduced = call.reduce(&InputView::new(storage, layout)?)?;
         let loss = call.wrap(reduced.loss);
@@ -49,9 +49,9 @@ impl SoftmaxKernels for CudaStorage {
         target: Arg<Self>,
         upstream: Arg<Self>,
     ) -> Result<Self> {
-        let weight = problem.options.rows.lock_weight();
+        let locked = problem.options.rows.lock(&problem.form);
         // the forward has checked the target
-        let call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &weight)?;
+        let call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &locked)?;
         let len = layout.shape().elem_count();
         let dtype = match of {
             Argument::Input => call.dtype,
@@ -79,8 +79,8 @@ impl SoftmaxKernels for CudaStorage {
     }
 
     fn loss_and_grad(problem: &CrossEntropy, (storage, layout): Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)> {
-        let weight = problem.options.rows.lock_weight();
-        let call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &weight)?;
+        let locked = problem.options.rows.lock(&problem.form);
+        let call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &locked)?;
         call.check_target(target)?;
         let len = layout.shape().elem_count();
         // SAFETY: the launches below write all of it
@@ -98,9 +98,9 @@ impl SoftmaxKernels for CudaStorage {
         layout: &Layout,
         target: Arg<Self>,
     ) -> Result<Self> {
-        let weight = problem.options.rows.lock_weight();
+        let locked = problem.options.rows.lock(&problem.form);
         let dtype = logits.dtype();
-        let call = SoftmaxCall::new(problem, (&logits.device, dtype, layout), target, &weight)?;
+        let call = SoftmaxCall::new(problem, (&logits.device, dtype, layout), target, &locked)?;
         call.check_target(target)?;
         if layout.shape().elem_count() == 0 {
             return Ok(call.wrap(call.reduced_nothing()?.loss));
@@ -117,8 +117,8 @@ impl SoftmaxKernels for CudaStorage {
         (storage, layout): Arg<Self>,
         target: Arg<Self>,
     ) -> Result<(Self, Saved, [Self; STATISTICS])> {
-        let weight = problem.options.rows.lock_weight();
-        let call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &weight)?;
+        let locked = problem.options.rows.lock(&problem.form);
+        let call = SoftmaxCall::new(problem, (&storage.device, storage.dtype(), layout), target, &locked)?;
         call.check_target(target)?;
         let (reduced, numbers) = call.reduce_with_statistics(&InputView::new(storage, layout)?)?;
         let loss = call.wrap(reduced.loss);

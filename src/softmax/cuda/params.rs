@@ -32,6 +32,8 @@ pub(super) struct SoftmaxParams {
     pub softcap: f64,
     pub cap_scale: f64,
     pub z_loss: f64,
+    pub transform_parameter: f64,
+    pub row_transform: i32,
     pub row_mass: i32,
     pub capped: i32,
     pub team: i32,
@@ -65,6 +67,8 @@ impl SoftmaxParams {
             softcap: 0.0,
             cap_scale: 0.0,
             z_loss: 0.0,
+            transform_parameter: 0.0,
+            row_transform: 0,
             row_mass: 0,
             capped: 0,
             team: 1,
@@ -275,7 +279,7 @@ impl FusedLaunch<'_> {
 pub(super) struct TargetGradientLaunch<'a> {
     pub params: SoftmaxParams,
     pub x: BytesView<'a>,
-    pub weight: Option<BytesView<'a>>,
+    pub targets: TargetViews<'a>,
     pub statistics: BytesView<'a>,
     pub denominator: BytesView<'a>,
     pub upstream: BytesView<'a>,
@@ -287,9 +291,10 @@ impl TargetGradientLaunch<'_> {
     /// As for [`EmitLaunch::launch`] with `softmax_target_gradient`.
     pub unsafe fn launch(mut self, gpu: &Gpu, stream: &Arc<CudaStream>, kernel: KernelRef, grid: Grid) -> Result<()> {
         let mut launch = Launch::new(gpu, stream, kernel.module, kernel.name)?;
-        // softmax_target_gradient(p, x, weight, statistics, denominator, upstream, out)
-        launch.value(&self.params).read(self.x).read_if(self.weight).read(self.statistics);
-        launch.read(self.denominator).read(self.upstream).write(&mut self.grad);
+        // softmax_target_gradient(p, x, targets, statistics, denominator, upstream, out)
+        launch.value(&self.params).read(self.x);
+        self.targets.push(&mut launch);
+        launch.read(self.statistics).read(self.denominator).read(self.upstream).write(&mut self.grad);
         // SAFETY: the parameters in the order of the kernel's signature; the rest by this function's contract
         unsafe { launch.run(grid) }
     }

@@ -3,10 +3,11 @@
 use super::detail::{Detail, KERNELS};
 use super::plan::Thresholds;
 use crate::cuda::gpu::Image;
-use crate::cuda::testing::{FLOATS, assert_close, indices, numbers, random, tolerance};
+use crate::cuda::testing::{FLOATS, assert_close, form_of, indices, numbers, random, tolerance};
 use crate::cuda::work::{Work, work_of};
-use crate::reduction::Reduction;
+use crate::reduction::{Denominator, LossForm, Reduction};
 use crate::softmax::problem::{CrossEntropy, SoftmaxOptions};
+use crate::softmax::transform::RowTransform;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use std::cell::Cell;
 
@@ -40,11 +41,12 @@ fn regimes() -> Vec<(&'static str, Thresholds)> {
 }
 
 fn plain() -> CrossEntropy {
-    CrossEntropy { name: "cross_entropy", axis: 1, options: SoftmaxOptions::default() }
+    CrossEntropy { name: "cross_entropy", axis: 1, form: LossForm::MEAN, options: SoftmaxOptions::default() }
 }
 
 fn with(mut problem: CrossEntropy, change: impl FnOnce(&mut SoftmaxOptions)) -> CrossEntropy {
     change(&mut problem.options);
+    problem.form = form_of(problem.options.rows.reduction);
     problem
 }
 
@@ -76,7 +78,16 @@ fn capped(softcap: f64) -> CrossEntropy {
 fn with_weight_on(options: &CrossEntropy, device: &Device, dtype: DType) -> Result<CrossEntropy> {
     let acc = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
     let weight = options.options.rows.weight.as_ref().map(|w| w.to_dtype(acc)?.to_device(device)).transpose()?;
-    Ok(with(options.clone(), |o| o.rows.weight = weight))
+    let row_weight = options.options.rows.row_weight.as_ref().map(|w| w.to_device(device)).transpose()?;
+    let moved = with(options.clone(), |o| (o.rows.weight, o.rows.row_weight) = (weight, row_weight));
+    Ok(match &options.form {
+        LossForm::Scalar(Denominator::Tensor(tensor)) => divided_by(moved, tensor.to_device(device)?),
+        _ => moved,
+    })
+}
+
+fn divided_by(problem: CrossEntropy, normalizer: Tensor) -> CrossEntropy {
+    CrossEntropy { form: LossForm::Scalar(Denominator::Tensor(normalizer)), ..problem }
 }
 
 /// Compares all passes of one problem on both devices. `view` makes the logits of the operand that is on the device.
@@ -616,7 +627,7 @@ fn no_rows() -> Result<()> {
     let gpu = Device::new_cuda(0)?;
     let logits = Var::zeros((0, 5), DType::F32, &gpu)?;
     let target = Tensor::zeros(0, DType::U32, &gpu)?;
-    for reduction in [Reduction::Mean, Reduction::Sum, Reduction::None] {
+    for reduction in [Reduction::Mean, Reduction::Sum, Reduction::None, Reduction::BatchMean] {
         let options = with(plain(), |o| o.rows.reduction = reduction);
         let work = work_of(|| options.clone().forward(&logits, &target))?;
         assert_eq!((work.launches, work.waits), (0, 0), "{reduction:?}");
@@ -629,6 +640,8 @@ fn no_rows() -> Result<()> {
             Reduction::Mean => assert!(forward.to_scalar::<f32>()?.is_nan() && loss.to_scalar::<f32>()?.is_nan()),
             Reduction::Sum => assert!(forward.to_scalar::<f32>()? == 0.0 && loss.to_scalar::<f32>()? == 0.0),
             Reduction::None => assert!(forward.dims() == [0] && loss.dims() == [0]),
+            // of the scalar that the form is made for
+            Reduction::BatchMean => assert_eq!((forward.to_scalar::<f32>()?, loss.to_scalar::<f32>()?), (0.0, 0.0)),
         }
     }
     Ok(())
@@ -1291,6 +1304,85 @@ fn launches_to_count() -> Result<()> {
         say(what("forward"), &|| log_softmax(&x).map(drop))?;
         let loss = (log_softmax(&leaf)? * &soft)?.sum_all()?;
         say(what("backward"), &|| loss.backward().map(drop))?;
+    }
+    Ok(())
+}
+
+/// Row weights with all that shares their kernels, by themselves and with row transforms, which take turns. The rows of
+/// weight 0 hold NaN and have a target out of range.
+#[test]
+fn row_weights_and_transforms_match_the_cpu() -> Result<()> {
+    let transforms = [
+        RowTransform::Focal { gamma: 2.0 },
+        RowTransform::Focal { gamma: 0.5 },
+        RowTransform::Poly1 { epsilon: 1.5 },
+        RowTransform::Dft,
+        RowTransform::GeneralizedCe { q: 0.7 },
+    ];
+    let (classes, same) = (167, |x: &Tensor| Ok(x.clone()));
+    let adjacent = regimes().into_iter().map(|regime| (regime, false));
+    let apart = strided_regimes().into_iter().map(|regime| (regime, true));
+    for (turn, ((regime, thresholds), apart)) in adjacent.chain(apart).enumerate() {
+        THRESHOLDS.set(thresholds);
+        let dtypes = [DType::F32, DType::U8, DType::F16, DType::BF16];
+        for (i, (dtype, of_weights)) in FLOATS.into_iter().zip(dtypes).enumerate() {
+            let mut values = numbers(6 * classes, 1);
+            values[classes..3 * classes].fill(f32::NAN);
+            let mut logits = Tensor::new(values, &Device::Cpu)?.reshape((6, classes))?.to_dtype(dtype)?;
+            let mut target = Tensor::new(&[3i64, 4000, -7, -100, 166, 0], &Device::Cpu)?;
+            let mut weights = Tensor::new(&[2f32, 0., 0., 3., 0.5, 1.], &Device::Cpu)?.to_dtype(of_weights)?;
+            if apart {
+                logits = logits.reshape((2, 3, classes))?.transpose(1, 2)?.contiguous()?;
+                (target, weights) = (target.reshape((2, 3))?, weights.reshape((2, 3))?);
+            }
+            let weighing = |problem: CrossEntropy| with(problem, |o| o.rows.row_weight = Some(weights.clone()));
+            let what = format!("{regime}, weights of {of_weights:?}");
+            for problem in [plain(), uniform(), capped(2.5), everything(classes)?] {
+                compare(&what, &weighing(problem), &logits, &target, same)?;
+            }
+            let each = with(weighing(uniform()), |o| o.rows.reduction = Reduction::None);
+            compare(&what, &each, &logits, &target, same)?;
+            let tokens = Tensor::new(7f64, &Device::Cpu)?;
+            compare(&what, &divided_by(weighing(plain()), tokens), &logits, &target, same)?;
+            let soft = random(logits.dims(), 3, dtype)?.abs()?;
+            compare(&what, &weighing(everything(classes)?), &logits, &soft, same)?;
+            for (k, problem) in [plain(), uniform(), everything(classes)?].into_iter().enumerate() {
+                let transform = transforms[(turn + 2 * i + k) % transforms.len()];
+                let problem = weighing(with(problem, |o| o.row_transform = Some(transform)));
+                compare(&format!("{what}, {transform:?}"), &problem, &logits, &target, same)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Weights of rows and a normalizer on the device cost no launch, no allocation and no wait.
+#[test]
+fn row_weights_cost_no_launch() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    THRESHOLDS.set(Thresholds::default());
+    for (rows, classes) in [(5, 10), (40, 1000), (3000, 7), (2, 100_000)] {
+        let logits = random(&[rows, classes], 1, DType::BF16)?.to_device(&gpu)?;
+        let target = indices(rows, classes, 2)?.to_device(&gpu)?;
+        let mask = Tensor::ones(rows, DType::U8, &gpu)?;
+        let weighing = |problem: CrossEntropy| with(problem, |o| o.rows.row_weight = Some(mask.clone()));
+        let sum = with(plain(), |o| o.rows.reduction = Reduction::Sum);
+        let tokens = Tensor::full(7f64, (), &gpu)?;
+        let pairs = [(plain(), weighing(plain())), (sum.clone(), divided_by(sum, tokens))];
+        for (without, problem) in pairs {
+            let both = |problem: &CrossEntropy| -> Result<_> {
+                let forward = work_of(|| problem.clone().forward(&logits, &target))?;
+                Ok((forward, work_of(|| problem.clone().loss_and_grad(&logits, &target))?))
+            };
+            assert_eq!(both(&problem)?, both(&without)?, "{rows} x {classes}");
+        }
+        // weights of 1 change no bit
+        let grad = |problem: CrossEntropy| -> Result<_> {
+            let (loss, grad) = problem.loss_and_grad(&logits, &target)?;
+            Ok((loss.to_scalar::<f32>()?.to_bits(), grad.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?))
+        };
+        assert_eq!(grad(weighing(plain()))?, grad(plain())?, "{rows} x {classes}");
+        assert_eq!(grad(weighing(uniform()))?, grad(uniform())?, "{rows} x {classes}");
     }
     Ok(())
 }
