@@ -37,10 +37,10 @@ pub fn table(corpus: &Corpus, options: &Options, device: &Device) -> Result<Stri
         let (mut whole, mut head) = (Measured::default(), Measured::default());
         let mut first = None;
         for batch in batches.iter().cycle().take(steps + 1) {
-            let value = whole.measure(|| step(&model, &mut optimizer, loss, batch))?;
+            let value = whole.measure(|| step(&model, &mut optimizer, loss, batch, 1))?;
             let hidden = candle_core::Var::from_tensor(&model.hidden(&batch.input)?.detach())?;
             head.measure(|| -> Result<()> {
-                let value = loss.loss(&hidden, model.head(), &batch.next)?;
+                let value = loss.loss(&hidden, model.head(), batch, None)?;
                 value.backward()?;
                 device.synchronize()?;
                 Ok(())

@@ -27,6 +27,13 @@ pub struct Options {
     /// Pieces in a passage
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(2..))]
     pub context: u32,
+    /// Learn from verses of different lengths, padded to the longest of their step and cut to the context, instead of
+    /// passages that are as long as the context
+    #[arg(long, conflicts_with = "compare")]
+    pub verses: bool,
+    /// Parts of a step's passages whose gradients are made one after the other and added up
+    #[arg(long, default_value_t = 1, conflicts_with = "compare", value_parser = clap::value_parser!(u32).range(1..))]
+    pub accumulate: u32,
     /// Passes over the text
     #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..))]
     pub epochs: u32,

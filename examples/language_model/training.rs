@@ -4,12 +4,13 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use candle_core::Device;
+use candle_core::backprop::GradStore;
+use candle_core::{Device, Result as CandleResult, Tensor};
 use candle_nn::optim::{AdamW, Optimizer, ParamsAdamW};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::data::{Batch, Corpus};
-use crate::loss::Implementation;
+use crate::loss::{self, Implementation};
 use crate::memory;
 use crate::model::Model;
 use crate::options::Options;
@@ -57,11 +58,45 @@ impl Outcome {
     }
 }
 
-/// One step of the optimizer. Returns the loss before it.
-pub fn step(model: &Model, optimizer: &mut AdamW, loss: Implementation, batch: &Batch) -> Result<f32> {
-    let loss = loss.loss(&model.hidden(&batch.input)?, model.head(), &batch.next)?;
-    optimizer.backward_step(&loss)?;
+/// One step of the optimizer, with the batch's gradients made in so many parts. Returns the loss before it.
+pub fn step(model: &Model, optimizer: &mut AdamW, loss: Implementation, batch: &Batch, parts: usize) -> Result<f32> {
+    if parts == 1 {
+        let loss = loss.loss(&model.hidden(&batch.input)?, model.head(), batch, None)?;
+        optimizer.backward_step(&loss)?;
+        return Ok(loss.to_scalar()?);
+    }
+    let (loss, grads) = accumulate(model, loss, &batch.split(parts)?)?;
+    optimizer.step(&grads)?;
     Ok(loss.to_scalar()?)
+}
+
+/// The loss of all parts as one batch, and its gradients. Each part's loss is its share of the sum over the count of
+/// all parts: a mean of the parts' means would weigh the pieces of a short one more.
+fn accumulate(model: &Model, loss: Implementation, parts: &[Batch]) -> Result<(Tensor, GradStore)> {
+    let counts = parts.iter().map(loss::count).collect::<CandleResult<Vec<_>>>()?;
+    let count = Tensor::stack(&counts, 0)?.sum_all()?;
+    let mut total: Option<(Tensor, GradStore)> = None;
+    for part in parts {
+        let value = loss.loss(&model.hidden(&part.input)?, model.head(), part, Some(&count))?;
+        let mut grads = value.backward()?;
+        for parameter in model.parameters() {
+            let before = total.as_ref().and_then(|(_, sums)| sums.get(&parameter));
+            // detached, since a gradient keeps the activations that it was made of
+            let sum = match (before, grads.get(&parameter).map(Tensor::detach)) {
+                (Some(before), Some(grad)) => (before + grad)?,
+                (Some(sum), None) => sum.clone(),
+                (None, Some(sum)) => sum,
+                (None, None) => continue,
+            };
+            grads.insert(&parameter, sum);
+        }
+        let value = match total {
+            Some((before, _)) => (before + value.detach())?,
+            None => value.detach(),
+        };
+        total = Some((value, grads));
+    }
+    total.context("no passages")
 }
 
 pub fn optimizer(model: &Model) -> Result<AdamW> {
@@ -71,6 +106,7 @@ pub fn optimizer(model: &Model) -> Result<AdamW> {
 
 pub fn train(corpus: &Corpus, options: &Options, device: &Device) -> Result<Outcome> {
     let (batch, context) = (options.batch as usize, options.context as usize);
+    let parts = options.accumulate as usize;
     let mut rng = Rng::new(options.seed);
     let model = Model::new(corpus.pieces.len(), context, &mut rng, device)?;
     let mut optimizer = optimizer(&model)?;
@@ -85,7 +121,7 @@ pub fn train(corpus: &Corpus, options: &Options, device: &Device) -> Result<Outc
         let left = steps - losses.len();
         for batch in corpus.epoch(batch, context, &mut rng, device)?.iter().take(left) {
             optimizer.set_learning_rate(LEARNING_RATE * schedule(losses.len(), steps));
-            let (loss, bytes) = memory::peak(|| step(&model, &mut optimizer, options.loss, batch));
+            let (loss, bytes) = memory::peak(|| step(&model, &mut optimizer, options.loss, batch, parts));
             losses.push(loss?);
             peak = peak.max(bytes);
             show(&bar, &losses, steps);
@@ -106,16 +142,16 @@ fn schedule(step: usize, steps: usize) -> f64 {
 }
 
 fn evaluate(model: &Model, batches: &[Batch]) -> Result<f64> {
-    let (mut sum, mut count) = (0.0, 0);
+    let (mut sum, mut count) = (0.0, 0.0);
     for batch in batches {
         // detached, so that no gradients are made
         let hidden = model.hidden(&batch.input)?.detach();
-        let loss = Implementation::Linear.loss(&hidden, &model.head().detach(), &batch.next)?;
-        let pieces = batch.next.elem_count();
-        sum += f64::from(loss.to_scalar::<f32>()?) * pieces as f64;
+        let loss = Implementation::Linear.loss(&hidden, &model.head().detach(), batch, None)?;
+        let pieces = loss::count(batch)?.to_scalar::<f64>()?;
+        sum += f64::from(loss.to_scalar::<f32>()?) * pieces;
         count += pieces;
     }
-    (count > 0).then(|| sum / count as f64).context("no held-out text")
+    (count > 0.0).then(|| sum / count).context("no held-out text")
 }
 
 fn progress_bar(steps: usize) -> ProgressBar {

@@ -33,7 +33,7 @@ impl Line {
 
 const WIDTH: u32 = 520;
 const HEIGHT: u32 = 340;
-const COLOURS: [RGBColor; 2] = [RGBColor(31, 119, 180), RGBColor(214, 39, 40)];
+const COLOURS: [RGBColor; 3] = [RGBColor(31, 119, 180), RGBColor(214, 39, 40), RGBColor(44, 160, 44)];
 const FONT: &str = "sans-serif";
 
 pub fn write(path: &Path, panels: &[Panel]) -> Result<()> {

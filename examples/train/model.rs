@@ -1,6 +1,6 @@
 //! A network with one hidden layer.
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Linear, Module};
 
 use crate::rng::Rng;
@@ -22,6 +22,16 @@ impl Mlp {
 
     pub fn vars(&self) -> Vec<Var> {
         self.vars.clone()
+    }
+
+    /// The outputs, computed in that dtype with weights rounded to it; gradients go to the f32 weights.
+    pub fn forward_in(&self, dtype: DType, features: &Tensor) -> Result<Tensor> {
+        let rounded = |layer: &Linear| -> Result<Linear> {
+            let bias = layer.bias().map(|bias| bias.to_dtype(dtype)).transpose()?;
+            Ok(Linear::new(layer.weight().to_dtype(dtype)?, bias))
+        };
+        let hidden = rounded(&self.hidden)?.forward(&features.to_dtype(dtype)?)?.relu()?;
+        rounded(&self.output)?.forward(&hidden)
     }
 }
 

@@ -41,6 +41,9 @@ pub enum TaskName {
     Cancer,
     Attributes,
     NanDemo,
+    /// f32, f16, and f16 with a loss scale; not among all
+    F16Demo,
+    /// All but f16-demo
     All,
 }
 

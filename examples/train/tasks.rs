@@ -41,7 +41,7 @@ pub fn load(name: TaskName, device: &Device) -> Result<Task> {
         TaskName::Digits => digits(device),
         TaskName::Cancer => cancer(device),
         TaskName::Attributes => attributes(device),
-        TaskName::NanDemo | TaskName::All => bail!("{name:?} is not a single task"),
+        TaskName::NanDemo | TaskName::F16Demo | TaskName::All => bail!("{name:?} is not a single task"),
     }
 }
 
@@ -127,7 +127,7 @@ fn attributes(device: &Device) -> Result<Task> {
 }
 
 /// The images with pixels in [0, 1] and labels known to be 0 to 9.
-fn digit_images() -> Result<Samples> {
+pub fn digit_images() -> Result<Samples> {
     let mut samples = data::load("digits.csv")?;
     for row in samples.train.iter_mut().chain(&mut samples.held_out) {
         if !(0. ..10.).contains(&row.label) {
