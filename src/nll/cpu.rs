@@ -8,7 +8,7 @@ use crate::cpu::parallel::for_each_task;
 use crate::cpu::{own_slice, stream, sum_in_order, with_floats};
 use crate::custom_op::Arg;
 use crate::reduction::LossForm;
-use crate::rows::cpu::{over_denominator, row_weights};
+use crate::rows::cpu::{ignore_weightless, over_denominator, row_weights, weigh_losses};
 use crate::rows::layout::Rows;
 use crate::rows::options::LockedRowOptions;
 use candle_core::backend::BackendStorage;
@@ -80,9 +80,8 @@ impl<T: Element> Vectorized for NllTiles<'_, '_, T> {
             let rows = tile * LANES..((tile + 1) * LANES).min(count);
             let len = rows.len();
             let mut classes = indices.load(rows.clone());
-            let of_rows = row_weight.as_ref().map(|weights| &weights[rows.clone()]);
-            for (class, of_row) in classes.iter_mut().zip(of_rows.unwrap_or_default()) {
-                *class = if *of_row == T::Acc::ZERO { ignored } else { *class };
+            if let Some(weights) = row_weight {
+                ignore_weightless(&mut classes, &weights[rows.clone()], ignored);
             }
             // all reads of a tile before the first use of one: a row's number is rarely in the cache
             let mut xs = [T::Acc::ZERO; LANES];
@@ -104,8 +103,8 @@ impl<T: Element> Vectorized for NllTiles<'_, '_, T> {
                     }
                 }
             }
-            for (loss, of_row) in losses.iter_mut().zip(of_rows.unwrap_or_default()) {
-                *loss = if *loss == T::Acc::ZERO { T::Acc::ZERO } else { *loss * *of_row };
+            if let Some(weights) = row_weight {
+                weigh_losses(&mut losses, &weights[rows.clone()]);
             }
             match self.to {
                 // SAFETY: the rows of a tile are one task's alone

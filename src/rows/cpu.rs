@@ -35,6 +35,22 @@ pub(crate) fn row_weights<'a, A: Real + Element<Acc = A>>(
     Ok(Some(Cow::Owned(weights)))
 }
 
+/// Makes the classes of rows that weigh nothing the ignored one.
+#[inline(never)] // rows without weights shall pay for none of this
+pub(crate) fn ignore_weightless<A: Real>(classes: &mut [i64; LANES], weights: &[A], ignored: i64) {
+    for (class, &weight) in classes.iter_mut().zip(weights) {
+        *class = if weight == A::ZERO { ignored } else { *class };
+    }
+}
+
+/// Multiplies losses by the weights of their rows. Those of rows that don't count are 0 whatever these are.
+#[inline(never)] // as above
+pub(crate) fn weigh_losses<A: Real>(losses: &mut [A; LANES], weights: &[A]) {
+    for (loss, &weight) in losses.iter_mut().zip(weights) {
+        *loss = if *loss == A::ZERO { A::ZERO } else { *loss * weight };
+    }
+}
+
 /// Classes in a tile; fewer under Miri, which takes a thousand times as long.
 pub(crate) const DEPTH: usize = if cfg!(miri) { 4 } else { 64 };
 /// Classes in a block.

@@ -173,8 +173,7 @@ impl<'a, T: Element> RowProblem<'a, T> {
             let (losses, slopes) = unsafe { self.losses(rows.clone(), &self.targets(rows.clone()), states) };
             // SAFETY: a row is finished once
             unsafe { loss.set(rows.clone(), &losses) };
-            let third = if self.indices.is_some() { &slopes } else { &states.mass };
-            let kinds = [&states.max, &states.rest, third];
+            let kinds = [&states.max, &states.rest, slopes.as_ref().unwrap_or(&states.mass)];
             for (kind, values) in kinds[..self.kinds()].iter().enumerate() {
                 // SAFETY: a row is finished once
                 unsafe { statistics.set(kind * count + rows.start..kind * count + rows.end, values.as_slice()) };
@@ -205,7 +204,7 @@ impl<'a, T: Element> RowProblem<'a, T> {
             let mut targets = self.targets(rows.clone());
             let kind = |kind: usize| forward.kind(kind, &rows);
             let (max, rest, mass) = (kind(0), kind(1), if self.indices.is_none() { kind(2) } else { &uniform_mass });
-            self.transform(&mut targets, if self.kinds() == 3 { kind(2) } else { &[] });
+            Self::transform(&mut targets, self.options.row_transform.map(|_| kind(2)));
             let upstream = forward.upstream(&rows);
             let scalars = self.gradient_scalars(rows, &targets, max, rest, mass, upstream);
             RowGroup { scalars, targets }
@@ -252,7 +251,7 @@ impl<'a, T: Element> RowProblem<'a, T> {
             let mut targets = self.targets(rows.clone());
             // SAFETY: the values of these rows are emitted later, and other tasks emit other rows only
             let (values, slopes) = unsafe { self.losses(rows.clone(), &targets, states) };
-            self.transform(&mut targets, &slopes);
+            Self::transform(&mut targets, slopes.as_ref().map(|slopes| slopes.as_slice()));
             // SAFETY: a row's group is made once
             unsafe { losses.set(rows.clone(), &values) };
             let count = rows.len();

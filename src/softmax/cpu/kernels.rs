@@ -729,8 +729,10 @@ fn weighted<A: Real>(xs: &[[A; LANES]], q: &[[A; LANES]], reference: [A; LANES])
 pub(super) struct RowLosses<'k, A> {
     pub(super) states: &'k States<A>,
     pub(super) targets: &'k RowTargets<A>,
-    /// The negative log-likelihood of each row's own class, or what a transform has made of it.
-    pub(super) nll: &'k [A; LANES],
+    /// The logit of each row's own class.
+    pub(super) own: &'k [A; LANES],
+    /// What a transform has made of its negative log-likelihood.
+    pub(super) nll: Option<&'k [A; LANES]>,
     pub(super) has_q: bool,
     pub(super) z_loss: A,
 }
@@ -740,14 +742,15 @@ impl<A: Real> Vectorized for RowLosses<'_, A> {
 
     #[inline(always)]
     fn run<I: Isa>(self) -> [A; LANES] {
-        let RowLosses { states, targets, nll, has_q, z_loss } = self;
+        let RowLosses { states, targets, own, nll, has_q, z_loss } = self;
         let States { max, log_sum, mass, linear, .. } = states;
         let scale = states.scale;
         let RowTargets { weight, live, .. } = targets;
         let mut losses = [A::ZERO; LANES];
         for lane in 0..LANES {
             let log_sum = log_sum[lane];
-            let direct = weight[lane] * nll[lane];
+            let nll = nll.map_or_else(|| log_sum - scale * (own[lane] - max[lane]), |nll| nll[lane]);
+            let direct = weight[lane] * nll;
             // without an own class still NaN in a row without a softmax
             let mut loss = if weight[lane] == A::ZERO { A::ZERO * log_sum } else { direct };
             if has_q {

@@ -7,10 +7,11 @@ use crate::cpu::indices::Indices;
 use crate::cpu::math::{LANES, Real, dispatch};
 use crate::cpu::{own_slice, sum_in_order};
 use crate::custom_op::Arg;
-use crate::rows::cpu::row_weights;
+use crate::rows::cpu::{ignore_weightless, row_weights};
 use crate::rows::layout::Rows;
 use crate::rows::options::LockedRowOptions;
 use crate::softmax::problem::{CrossEntropy, SoftmaxOptions};
+use crate::softmax::transform::RowTransform;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Result, WithDType};
 use std::borrow::Cow;
@@ -81,12 +82,19 @@ impl<'a, T: Element> RowProblem<'a, T> {
     #[inline(always)]
     pub(super) fn targets(&self, rows: Range<usize>) -> RowTargets<T::Acc> {
         let mut targets = RowTargets::NONE;
+        let ignored = self.options.rows.ignore_index;
+        let Some(indices) = &self.indices else {
+            if let Some(weights) = &self.row_weight {
+                targets.live.iter_mut().zip(&weights[rows]).for_each(|(live, w)| *live = *w != T::Acc::ZERO);
+            }
+            return targets;
+        };
+        let mut classes = indices.load(rows.clone());
         if let Some(weights) = &self.row_weight {
-            targets.live.iter_mut().zip(&weights[rows.clone()]).for_each(|(live, w)| *live = *w != T::Acc::ZERO);
+            ignore_weightless(&mut classes, &weights[rows.clone()], ignored);
         }
-        let Some(indices) = &self.indices else { return targets };
-        for (lane, class) in indices.load(rows.clone()).into_iter().take(rows.len()).enumerate() {
-            let live = targets.live[lane] && class != self.options.rows.ignore_index;
+        for (lane, class) in classes.into_iter().take(rows.len()).enumerate() {
+            let live = class != ignored;
             let class = if live { class as usize } else { 0 };
             let weight = self.keep * self.weight.map_or(T::Acc::ONE, |weight| weight[class]);
             targets.class[lane] = class;
@@ -97,9 +105,9 @@ impl<'a, T: Element> RowProblem<'a, T> {
     }
 
     /// Multiplies the own classes' weights by the slopes of their transformed terms.
-    pub(super) fn transform(&self, targets: &mut RowTargets<T::Acc>, slopes: &[T::Acc]) {
-        if self.options.row_transform.is_some() {
-            targets.weight.iter_mut().zip(slopes).for_each(|(weight, &slope)| *weight *= slope);
+    pub(super) fn transform(targets: &mut RowTargets<T::Acc>, slopes: Option<&[T::Acc]>) {
+        for (weight, &slope) in targets.weight.iter_mut().zip(slopes.unwrap_or_default()) {
+            *weight *= slope;
         }
     }
 
@@ -112,8 +120,7 @@ impl<'a, T: Element> RowProblem<'a, T> {
         }
     }
 
-    /// The losses of up to [`LANES`] adjacent rows, and the slopes of their own classes' transformed terms: 1 without a
-    /// transform.
+    /// The losses of up to [`LANES`] adjacent rows, and with a row transform its slopes.
     ///
     /// # Safety
     /// Where the logits are replaced in place, nobody writes those of the rows meanwhile.
@@ -122,21 +129,13 @@ impl<'a, T: Element> RowProblem<'a, T> {
         rows: Range<usize>,
         targets: &RowTargets<T::Acc>,
         states: &States<T::Acc>,
-    ) -> ([T::Acc; LANES], [T::Acc; LANES]) {
+    ) -> ([T::Acc; LANES], Option<[T::Acc; LANES]>) {
         // SAFETY: this function has the same contract
         let own = unsafe { self.logits.pick(rows.clone(), &targets.class) };
-        let (mut nll, mut slopes) = ([T::Acc::ZERO; LANES], [T::Acc::ONE; LANES]);
-        for (lane, nll) in nll.iter_mut().enumerate() {
-            *nll = states.log_sum[lane] - states.scale * (own[lane] - states.max[lane]);
-        }
-        if let Some(transform) = self.options.row_transform {
-            for (nll, slope) in nll.iter_mut().zip(&mut slopes).take(rows.len()) {
-                let (value, of_slope) = transform.at(nll.to_f64());
-                (*nll, *slope) = (T::Acc::of(value), T::Acc::of(of_slope));
-            }
-        }
         let (has_q, z_loss) = (!self.q.is_none(), T::Acc::of(self.options.z_loss));
-        let mut losses = dispatch(RowLosses { states, targets, nll: &nll, has_q, z_loss });
+        let transformed = self.options.row_transform.map(|transform| transformed(transform, states, &own, rows.len()));
+        let (values, slopes) = transformed.unzip();
+        let mut losses = dispatch(RowLosses { states, targets, own: &own, nll: values.as_ref(), has_q, z_loss });
         self.weigh(rows, targets, &mut losses);
         (losses, slopes)
     }
@@ -189,4 +188,21 @@ impl<'a, T: Element> RowProblem<'a, T> {
         }
         best.1
     }
+}
+
+/// Values and slopes of a transform of the negative log-likelihoods of some rows' own classes, of which these are the
+/// logits.
+fn transformed<A: Real>(
+    transform: RowTransform,
+    states: &States<A>,
+    own: &[A; LANES],
+    rows: usize,
+) -> ([A; LANES], [A; LANES]) {
+    let (mut values, mut slopes) = ([A::ZERO; LANES], [A::ZERO; LANES]);
+    for lane in 0..rows.min(LANES) {
+        let nll = states.log_sum[lane] - states.scale * (own[lane] - states.max[lane]);
+        let (value, slope) = transform.at(nll.to_f64());
+        (values[lane], slopes[lane]) = (A::of(value), A::of(slope));
+    }
+    (values, slopes)
 }
