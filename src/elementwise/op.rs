@@ -31,7 +31,7 @@ impl Elements {
 
 struct ElementForward {
     problem: Arc<Elements>,
-    /// The denominator of the sum of the losses: a scalar in the arithmetic dtype, 1 unless the reduction is Mean.
+    /// The denominator of the sum of the losses: a scalar in the arithmetic dtype, 1 for a plain sum or for each.
     denominator: OnceLock<Tensor>,
 }
 

@@ -364,7 +364,7 @@ impl Elements {
 
 /// The element-wise family's kernels of a device, for operands of any layout.
 pub(crate) trait ElementKernels: DeviceStorage {
-    /// The loss and the denominator of its sum: a scalar in the arithmetic dtype, 1 unless the reduction is Mean.
+    /// The loss and the denominator of its sum: a scalar in the arithmetic dtype, 1 for a plain sum or for each.
     fn forward(problem: &Elements, input: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)>;
 
     /// The gradient of an argument, in row-major order.

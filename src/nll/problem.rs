@@ -47,7 +47,7 @@ impl Nll {
 
 /// The kernels of a device. Log-probabilities may lie in any way that [`Rows`] describes, class indices are contiguous.
 pub(crate) trait NllKernels: DeviceStorage {
-    /// The loss, and what its sum was divided by: a scalar in the arithmetic dtype, 1 unless the reduction is Mean.
+    /// The loss, and what its sum was divided by: a scalar in the arithmetic dtype, 1 for a plain sum or for each.
     fn forward(problem: &Nll, log_probs: Arg<Self>, target: Arg<Self>) -> Result<(Self, Self)>;
 
     /// The loss, and the gradient of the log-probabilities for an upstream gradient of ones.

@@ -128,8 +128,8 @@ impl CrossEntropy {
 
 /// What the backward needs of the forward: numbers of the arithmetic dtype, along one axis. First the maximum m of each
 /// row; then each row's sum of `exp(x - m)` over the other classes; with probability targets, or class weights and
-/// smoothing, the mass of each row; and last the denominator, which the sum of the rows' losses is divided by: 1 unless
-/// the reduction is Mean.
+/// smoothing, the mass of each row; with a row transform, its slope; and last the denominator, which the sum of the
+/// rows' losses is divided by: 1 for a plain sum, or where each row has its loss.
 #[derive(Clone, Debug)]
 pub(crate) struct Saved(pub Tensor);
 
